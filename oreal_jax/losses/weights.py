@@ -1,0 +1,64 @@
+"""Token weights: how much of a verdict each token carries, in [0, 1].
+
+A weighting turns the probability that a token lies on the path to the outcome into a
+weight. OREAL gives `probability` = q for right completions and 1 - q for wrong ones.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThresholdWeights:
+    """clip((probability - threshold) / (1 - threshold), 0, 1).
+
+    With threshold 0.5 this is OREAL eq. 10: max(2 probability - 1, 0).
+    """
+
+    threshold: float = 0.5
+
+    def __call__(
+        self, probability: Float[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B T"]:
+        """The weight of every token."""
+        rescaled = (probability - self.threshold) / (1 - self.threshold)
+        return jnp.clip(rescaled, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopKWeights:
+    """Keeps the top int(ratio * length) tokens, min-max normalised; the rest get 0.
+
+    All ones where the kept probabilities are equal. At least one token is kept (the
+    release crashes when ratio * length is below 1).
+    """
+
+    ratio: float
+
+    def __call__(
+        self, probability: Float[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B T"]:
+        """The weight of every token."""
+        length = jnp.sum(where, axis=-1, keepdims=True)
+        keep = jnp.maximum(1, jnp.floor(self.ratio * length)).astype(jnp.int32)
+        order = jnp.argsort(jnp.where(where, -probability, jnp.inf), axis=-1)
+        rank = jnp.argsort(order, axis=-1)
+        kept = where & (rank < keep)
+        low = jnp.min(probability, where=kept, initial=jnp.inf, axis=-1, keepdims=True)
+        high = jnp.max(
+            probability, where=kept, initial=-jnp.inf, axis=-1, keepdims=True
+        )
+        spread = high > low
+        scaled = jnp.where(
+            spread, (probability - low) / jnp.where(spread, high - low, 1), 1
+        )
+        return jnp.where(kept, scaled, 0)
+
+
+def unweighted(
+    probability: Float[Array, "B T"], where: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Every token counts fully: OREAL without token rewards."""
+    return jnp.ones_like(probability)

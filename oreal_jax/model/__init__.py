@@ -1,0 +1,175 @@
+"""The model room: a decoder as pure functions of a nested dict of parameters.
+
+The only room that knows Flax. Outside, a model is its `ModelConfig` and its `Params`:
+`init` or `abstract` make the tree, `axes` names the axes of every weight, `hidden` and
+`hidden_cached` run the layers, `log_probs`, `logits` and `token_scores` are the heads.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from oreal_jax.model.cache import Cache
+from oreal_jax.model.config import ModelConfig, Rope
+from oreal_jax.model.decoder import Decoder
+
+__all__ = [
+    "Cache",
+    "ModelConfig",
+    "Params",
+    "Rope",
+    "abstract",
+    "axes",
+    "cast",
+    "hidden",
+    "hidden_cached",
+    "init",
+    "log_probs",
+    "logits",
+    "parameter_count",
+    "token_reward_params",
+    "token_scores",
+]
+
+Params = Any  # nested dict of arrays
+
+# Rows of logits alive at a time when log-probabilities are taken.
+HEAD_CHUNK = 1024
+
+
+@functools.lru_cache
+def _declared(config: ModelConfig):
+    """The decoder without its numbers: structure, and weights as shapes."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+
+def _bound(config: ModelConfig, params: Params) -> Decoder:
+    return nnx.merge(_declared(config)[0], nnx.State(params))
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
+
+
+def abstract(config: ModelConfig, dtype=jnp.float32) -> Params:
+    """The parameter tree as `ShapeDtypeStruct`s: no memory, any size."""
+    shapes = nnx.to_pure_dict(_declared(config)[1])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+
+def axes(config: ModelConfig) -> Params:
+    """The logical axis names of every weight; stacked layers get "layers" in front."""
+
+    def named(variable):
+        names = variable.get_metadata("axes")
+        return ("layers",) * (len(variable.shape) - len(names)) + names
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    tree = jax.tree.map(named, _declared(config)[1], is_leaf=is_variable)
+    return nnx.to_pure_dict(tree)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers the model has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+
+
+def cast(params: Params, dtype) -> Params:
+    """The same tree in the compute dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def token_reward_params(config: ModelConfig, params: Params) -> Params:
+    """A token reward model that starts from a policy: its body, and a zero head.
+
+    Every token then scores 0, whether or not the policy's embeddings are tied.
+    """
+    body = {name: value for name, value in params.items() if name != "head"}
+    return body | {"score": jnp.zeros(config.embed, params["final_norm"].dtype)}
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+) -> Float[Array, "B S D"]:
+    """Final hidden states of packed rows; a token sees its own segment's past only."""
+    return _bound(config, params).packed(tokens, positions, segments)
+
+
+def hidden_cached(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    window: int | None = None,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Final hidden states of new tokens, reading `window` slots (default: all)."""
+    window = window or cache.keys.shape[2]
+    return _bound(config, params).cached(tokens, positions, cache, window)
+
+
+def logits(
+    config: ModelConfig, params: Params, states: Float[Array, "B C D"]
+) -> Float[Array, "B C V"]:
+    """Next-token logits, in float32."""
+    weight, form = (
+        (params["embedding"], "bcd,vd->bcv")
+        if config.tied
+        else (params["head"], "bcd,dv->bcv")
+    )
+    return jnp.einsum(form, states, weight, preferred_element_type=jnp.float32)
+
+
+def log_probs(
+    config: ModelConfig,
+    params: Params,
+    states: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-probability of each target, and the entropy of its distribution.
+
+    The vocabulary is visited in chunks of tokens that are computed again in the
+    backward pass, so no [B, C, V] array exists at any time.
+    """
+    B, C = targets.shape
+    chunk = min(C, max(1, HEAD_CHUNK // B))
+    count = -(-C // chunk)
+    pad = count * chunk - C
+    split = lambda x: jnp.moveaxis(
+        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(
+            B, count, chunk, *x.shape[2:]
+        ),
+        1,
+        0,
+    )
+
+    @jax.checkpoint
+    def one(_, part):
+        states, targets = part
+        scores = logits(config, params, states)
+        total = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        expected = jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
+        return None, (chosen - total, total - expected)
+
+    _, outputs = jax.lax.scan(one, None, (split(states), split(targets)))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * chunk)[:, :C]
+    return join(outputs[0]), join(outputs[1])
+
+
+def token_scores(
+    params: Params, states: Float[Array, "B C D"]
+) -> Float[Array, "B C"]:
+    """One raw score per hidden state (the token reward model's head), in float32."""
+    return jnp.einsum(
+        "bcd,d->bc", states, params["score"], preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,190 @@
+"""One decoder for Qwen2, Qwen3 and Llama: the weights and the forward pass.
+
+Every weight names its logical axes beside its shape; `sharding.py` says what the axes
+mean on a mesh. The layers are one stacked module, applied by a scan whose body is
+rematerialised, so neither compile time nor activation memory grows with depth.
+
+Letters: B rows, S tokens, D embed, H heads, G key-value heads, K head size, F mlp,
+V vocabulary, L layers, W cache window.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from oreal_jax.model.attention import attend_packed, attend_window
+from oreal_jax.model.cache import Cache
+from oreal_jax.model.config import ModelConfig
+
+INITIAL_SCALE = 0.02
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A normal-initialised weight."""
+    value = INITIAL_SCALE * jax.random.normal(rngs.params(), shape)
+    return nnx.Param(value, axes=axes)
+
+
+def constant(
+    value: float, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> nnx.Param:
+    """A weight that starts at `value` everywhere."""
+    return nnx.Param(jnp.full(shape, value), axes=axes)
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], gain: Float[Array, "D"], epsilon: float
+) -> Float[Array, "*batch D"]:
+    """Root-mean-square normalisation, in float32 (arXiv:1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return y.astype(x.dtype) * jnp.expand_dims(gain, range(x.ndim - 1))
+
+
+def rotate(
+    x: Float[Array, "B S H K"], cosine: Float[Array, "B S K"], sine: Float[Array, "B S K"]
+) -> Float[Array, "B S H K"]:
+    """Turns each plane (i, i + K/2) by its angle (arXiv:2104.09864)."""
+    y = x.astype(jnp.float32)
+    first, second = jnp.split(y, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (y * cosine[:, :, None] + turned * sine[:, :, None]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, H, G, K = config.embed, config.heads, config.kv_heads, config.head_dim
+        self.query = weight(rngs, (D, H, K), ("embed", "heads", "head_dim"))
+        self.key = weight(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"))
+        self.value = weight(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"))
+        self.output = weight(rngs, (H, K, D), ("heads", "head_dim", "embed"))
+        if config.qkv_bias:
+            self.query_bias = constant(0.0, (H, K), ("heads", "head_dim"))
+            self.key_bias = constant(0.0, (G, K), ("kv_heads", "head_dim"))
+            self.value_bias = constant(0.0, (G, K), ("kv_heads", "head_dim"))
+        if config.qk_norm:
+            self.query_norm = constant(1.0, (K,), ("head_dim",))
+            self.key_norm = constant(1.0, (K,), ("head_dim",))
+
+    def project(self, x: Float[Array, "B S D"], cosine, sine):
+        """Queries, keys and values of `x`, positions applied."""
+        query = jnp.einsum("bsd,dhk->bshk", x, self.query[...])
+        key = jnp.einsum("bsd,dgk->bsgk", x, self.key[...])
+        value = jnp.einsum("bsd,dgk->bsgk", x, self.value[...])
+        if self.config.qkv_bias:
+            query = query + self.query_bias[...][None, None]
+            key = key + self.key_bias[...][None, None]
+            value = value + self.value_bias[...][None, None]
+        if self.config.qk_norm:
+            query = rms_norm(query, self.query_norm[...], self.config.norm_epsilon)
+            key = rms_norm(key, self.key_norm[...], self.config.norm_epsilon)
+        return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+
+    def merge(self, attended: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
+        """Brings the heads back to the residual stream."""
+        return jnp.einsum("bshk,hkd->bsd", attended, self.output[...])
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, F = config.embed, config.mlp
+        self.gate = weight(rngs, (D, F), ("embed", "mlp"))
+        self.up = weight(rngs, (D, F), ("embed", "mlp"))
+        self.down = weight(rngs, (F, D), ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        gate = jax.nn.silu(jnp.einsum("bsd,df->bsf", x, self.gate[...]))
+        up = jnp.einsum("bsd,df->bsf", x, self.up[...])
+        return jnp.einsum("bsf,fd->bsd", gate * up, self.down[...])
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.epsilon = config.norm_epsilon
+        self.attention_norm = constant(1.0, (config.embed,), ("embed",))
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = constant(1.0, (config.embed,), ("embed",))
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def packed(self, x, cosine, sine, segments):
+        """The layer on whole rows: every token sees its own segment's past."""
+        normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+        query, key, value = self.attention.project(normed, cosine, sine)
+        x = x + self.attention.merge(attend_packed(query, key, value, segments))
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
+
+    def cached(self, x, cosine, sine, positions, cache: Cache, layer, window: int):
+        """The layer on new tokens: writes their keys and values, reads the window."""
+        normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+        query, key, value = self.attention.project(normed, cosine, sine)
+        cache = cache.write(layer, positions, key, value)
+        keys, values = cache.read(layer, window)
+        x = x + self.attention.merge(attend_window(query, keys, values, positions))
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and the head that `config.head` asks for."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        V, D = config.vocab, config.embed
+        self.embedding = weight(rngs, (V, D), ("vocab", "embed"))
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.layers = jax.vmap(lambda key: Layer(config, rngs=nnx.Rngs(key)))(keys)
+        self.final_norm = constant(1.0, (D,), ("embed",))
+        if config.head == "score":
+            self.score = constant(0.0, (D,), ("embed",))
+        elif not config.tied:
+            self.head = weight(rngs, (D, V), ("embed", "vocab"))
+
+    def angles(self, positions: Int[Array, "B S"]):
+        """Cosine and sine of every plane at every position, [B, S, K]."""
+        frequencies, factor = self.config.rope.frequencies(self.config.head_dim)
+        angle = positions[..., None] * jnp.asarray(frequencies * 2)[None, None]
+        return factor * jnp.cos(angle), factor * jnp.sin(angle)
+
+    def packed(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+    ) -> Float[Array, "B S D"]:
+        """Final hidden states of packed rows."""
+        cosine, sine = self.angles(positions)
+
+        @jax.checkpoint
+        def layer(x, weights: Layer):
+            return weights.packed(x, cosine, sine, segments), None
+
+        x, _ = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+
+    def cached(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        cache: Cache,
+        window: int,
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Final hidden states of new tokens, and the cache that holds them."""
+        cosine, sine = self.angles(positions)
+
+        # The cache is carried, not scanned over: a carried buffer is updated in place.
+        def layer(carry, weights_and_index):
+            x, cache = carry
+            weights, index = weights_and_index
+            return weights.cached(x, cosine, sine, positions, cache, index, window), None
+
+        x = self.embedding[...][tokens]
+        indices = jnp.arange(self.config.layers)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (self.layers, indices))
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon), cache

@@ -1,0 +1,154 @@
+"""What training carries from step to step, and where it lies on the mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from oreal_jax import model, sharding
+from oreal_jax.model import ModelConfig, Params
+
+
+class Player(NamedTuple):
+    """One trained model: float32 master weights and optimizer state."""
+
+    params: Params
+    optimizer: optax.OptState
+
+
+class TrainState(NamedTuple):
+    """Everything a training step changes. `token_reward` is None where not trained."""
+
+    step: Int[Array, ""]
+    policy: Player
+    token_reward: Player | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW under a linear warm-up and a cosine decay, counted in training steps.
+
+    The rate is 0 at step 0, `learning_rate` after `warmup_steps`, and reaches
+    `final_learning_rate` at the run's last step.
+    """
+
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The update direction; the caller multiplies by the rate of the step."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.scale_by_adam(self.beta1, self.beta2),
+            optax.add_decayed_weights(self.weight_decay),
+        )
+
+    def rate(self, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+        """Learning rate as a function of the step, for a run of `steps` steps."""
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_steps=max(steps, self.warmup_steps + 1),
+            end_value=self.final_learning_rate,
+        )
+
+
+class Trained(NamedTuple):
+    """How one model is trained: shape, optimizer, rate, and its shardings."""
+
+    config: ModelConfig
+    optimizer: optax.GradientTransformation
+    rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+    shardings: Player
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, optimizer: Optimizer, steps: int, mesh: Mesh
+    ) -> "Trained":
+        """Binds a model and its optimizer to a mesh."""
+        transformation = optimizer.transformation()
+        params = sharding.of_params(model.axes(config), mesh)
+        moments = sharding.of_optimizer(
+            transformation, model.abstract(config), params, mesh
+        )
+        return cls(
+            config, transformation, optimizer.rate(steps), Player(params, moments)
+        )
+
+    def start(self, params: Params) -> Player:
+        """A player that has not learned anything yet (call under jit)."""
+        return Player(params, self.optimizer.init(params))
+
+    def update(self, player: Player, gradient: Params, step: Int[Array, ""]) -> Player:
+        """One optimizer step at the rate of training step `step`."""
+        direction, state = self.optimizer.update(
+            gradient, player.optimizer, player.params
+        )
+        rate = self.rate(step)
+        move = lambda weight, change: weight - rate * change
+        return Player(jax.tree.map(move, player.params, direction), state)
+
+
+class Learners(NamedTuple):
+    """The models under training; `token_reward` is None without token rewards."""
+
+    policy: Trained
+    token_reward: Trained | None
+
+    def shardings(self, mesh: Mesh) -> TrainState:
+        """The sharding of every leaf of the training state."""
+        return TrainState(
+            sharding.replicated(mesh),
+            self.policy.shardings,
+            self.token_reward and self.token_reward.shardings,
+        )
+
+    def abstract(self, mesh: Mesh) -> TrainState:
+        """Shapes, types and shardings of the training state, without its numbers."""
+        shapes = jax.eval_shape(self._start, model.abstract(self.policy.config))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.shardings(mesh),
+        )
+
+    def start(self, params: Params, mesh: Mesh) -> TrainState:
+        """The state at step 0: the policy, and a token reward model with its body."""
+        return jax.jit(self._start, out_shardings=self.shardings(mesh))(params)
+
+    def _start(self, params: Params) -> TrainState:
+        scores = None
+        if self.token_reward:
+            body = model.token_reward_params(self.policy.config, params)
+            scores = self.token_reward.start(body)
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            self.policy.start(jax.tree.map(jnp.asarray, params)),
+            scores,
+        )
+
+
+def learners(
+    config: ModelConfig,
+    policy: Optimizer,
+    token_reward: Optimizer | None,
+    steps: int,
+    mesh: Mesh,
+) -> Learners:
+    """The policy and, where asked for, the token reward model of its architecture."""
+    scoring = dataclasses.replace(config, head="score")
+    return Learners(
+        Trained.of(config, policy, steps, mesh),
+        token_reward and Trained.of(scoring, token_reward, steps, mesh),
+    )

@@ -1,0 +1,202 @@
+"""One update of the policy and of its token reward model, as one jitted program.
+
+The models turn packed rows into per-token arrays, the losses turn those into scalars.
+Micro-batches run in a loop whose length is data: gradients and metrics of the filled
+ones are added up, and because losses divide by counts of the whole batch, the sum is
+the gradient of the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from oreal_jax import model, sharding
+from oreal_jax.data.packing import Batch
+from oreal_jax.losses import Counts, Metrics, PolicyLoss, Scored, TokenReward
+from oreal_jax.losses.terms import masked_sum
+from oreal_jax.model import ModelConfig, Params
+from oreal_jax.train.state import Learners, TrainState
+
+
+class Scores(NamedTuple):
+    """What the models said of every completion token in a step, for the record."""
+
+    log_probs: Float[Array, "M N T"]
+    token_scores: Float[Array, "M N T"]
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics, Scores]]
+
+
+def micro(batch: Batch, index) -> Batch:
+    """Micro-batch `index`: the same arrays without their leading axis."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return Batch(batch.filled, *(take(x) for x in batch[1:]))
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """Puts a batch on the mesh: rows split over the data axes, the rest everywhere."""
+    rows, whole = sharding.of_rows(mesh, leading=1), sharding.replicated(mesh)
+    split = {"tokens", "positions", "segments", "predicts", "targets"}
+    return Batch(
+        *(
+            jax.device_put(x, rows if name in split else whole)
+            for name, x in batch._asdict().items()
+        )
+    )
+
+
+def completion_states(
+    config: ModelConfig, params: Params, part: Batch
+) -> Float[Array, "R C D"]:
+    """The hidden states that predict completion tokens, row by row."""
+    states = model.hidden(config, params, part.tokens, part.positions, part.segments)
+    return jnp.take_along_axis(states, part.predicts[..., None], axis=1)
+
+
+def unpack(values: Float[Array, "R C"], part: Batch) -> Float[Array, "N T"]:
+    """One row per completion; 0 behind its end."""
+    T = part.reference_log_probs.shape[-1]
+    column = jnp.minimum(part.first[:, None] + jnp.arange(T)[None], values.shape[1] - 1)
+    inside = jnp.arange(T)[None] < part.length[:, None]
+    return jnp.where(inside, values[part.row[:, None], column], 0)
+
+
+def completion_log_probs(
+    config: ModelConfig, params: Params, part: Batch
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """Log-probability of every completion token, and the entropy at each."""
+    states = completion_states(config, params, part)
+    log_probs, entropy = model.log_probs(config, params, states, part.targets)
+    return unpack(log_probs, part), unpack(entropy, part)
+
+
+def reference_scorer(
+    config: ModelConfig, mesh: Mesh, dtype
+) -> Callable[[Params, Batch], Batch]:
+    """A jitted function that fills in the reference model's log-probabilities."""
+
+    @jax.jit
+    def score(params: Params, batch: Batch) -> Array:
+        params = model.cast(params, dtype)
+
+        def one(index, filled):
+            values, _ = completion_log_probs(config, params, micro(batch, index))
+            return filled.at[index].set(values)
+
+        start = jnp.zeros_like(batch.reference_log_probs)
+        return jax.lax.fori_loop(0, batch.filled, one, start)
+
+    return lambda params, batch: batch._replace(
+        reference_log_probs=score(params, batch)
+    )
+
+
+def train_step(
+    learners: Learners,
+    loss: PolicyLoss,
+    mesh: Mesh,
+    *,
+    freeze_steps: int = 0,
+    dtype: Any = jnp.float32,
+    token_reward: TokenReward = TokenReward(),
+) -> TrainStep:
+    """The jitted training step.
+
+    During the first `freeze_steps` steps only the token reward model learns (its head
+    starts at zero, which weighs every token 0). The state is donated.
+    """
+    policy, rewarder = learners
+
+    def objective(params, part: Batch, counts: Counts, frozen: bool):
+        policy_params, reward_params = params
+        if frozen:
+            policy_params = jax.lax.stop_gradient(policy_params)
+        log_probs, entropy = completion_log_probs(
+            policy.config, model.cast(policy_params, dtype), part
+        )
+        token_scores = jnp.zeros_like(log_probs)
+        if rewarder:
+            weights = model.cast(reward_params, dtype)
+            states = completion_states(rewarder.config, weights, part)
+            token_scores = unpack(model.token_scores(weights, states), part)
+        T = log_probs.shape[1]
+        scored = Scored(
+            log_probs,
+            part.reference_log_probs,
+            token_scores,
+            jnp.arange(T)[None] < part.length[:, None],
+            part.correct,
+            part.advantage,
+        )
+        total, metrics = loss(scored, counts)
+        metrics |= {
+            "actor/entropy": masked_sum(entropy, scored.completion) / counts.completion
+        }
+        if rewarder:
+            reward_loss, reward_metrics = token_reward(scored, counts)
+            total, metrics = total + reward_loss, metrics | reward_metrics
+        return total, (metrics, Scores(log_probs, token_scores))
+
+    def accumulate(params, batch: Batch, frozen: bool):
+        """Gradient and metrics summed over the filled micro-batches, scores of each."""
+        counts = Counts.of(batch.completion(), batch.correct)
+
+        def one(part):
+            gradient = jax.grad(objective, has_aux=True)
+            return gradient(params, part, counts, frozen)
+
+        gradient, (metrics, _) = jax.eval_shape(one, micro(batch, 0))
+        empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        blank = jnp.zeros_like(batch.reference_log_probs)
+
+        def add(index, total):
+            gradient, (metrics, scores) = one(micro(batch, index))
+            sums, record = total
+            sums = jax.tree.map(jnp.add, sums, (gradient, metrics))
+            put = lambda whole, part: whole.at[index].set(part)
+            return sums, jax.tree.map(put, record, scores)
+
+        start = (empty((gradient, metrics)), Scores(blank, blank))
+        (gradient, metrics), scores = jax.lax.fori_loop(0, batch.filled, add, start)
+        return gradient, metrics, scores
+
+    def step(state: TrainState, batch: Batch, frozen: bool):
+        reward_params = state.token_reward and state.token_reward.params
+        params = (state.policy.params, reward_params)
+        (policy_gradient, reward_gradient), metrics, scores = accumulate(
+            params, batch, frozen
+        )
+        metrics |= {
+            "actor/grad_norm": optax.global_norm(policy_gradient),
+            "actor/lr": policy.rate(state.step),
+        }
+        if not frozen:
+            state = state._replace(
+                policy=policy.update(state.policy, policy_gradient, state.step)
+            )
+        if rewarder and state.token_reward:
+            metrics |= {
+                "token_reward/grad_norm": optax.global_norm(reward_gradient),
+                "token_reward/lr": rewarder.rate(state.step),
+            }
+            state = state._replace(
+                token_reward=rewarder.update(
+                    state.token_reward, reward_gradient, state.step
+                )
+            )
+        return state._replace(step=state.step + 1), metrics, scores
+
+    whole = sharding.replicated(mesh)
+    compiled = jax.jit(
+        step,
+        static_argnums=2,
+        donate_argnums=0,
+        out_shardings=(learners.shardings(mesh), whole, whole),
+    )
+    return lambda state, batch: compiled(state, batch, int(state.step) < freeze_steps)
