@@ -84,13 +84,13 @@ def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def token_reward_params(config: ModelConfig, params: Params) -> Params:
+def token_reward_params(params: Params) -> Params:
     """A token reward model that starts from a policy: its body, and a zero head.
 
     Every token then scores 0, whether or not the policy's embeddings are tied.
     """
     body = {name: value for name, value in params.items() if name != "head"}
-    return body | {"score": jnp.zeros(config.embed, params["final_norm"].dtype)}
+    return body | {"score": jnp.zeros_like(params["final_norm"])}
 
 
 def hidden(

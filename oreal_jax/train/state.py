@@ -128,14 +128,14 @@ class Learners(NamedTuple):
         return jax.jit(self._start, out_shardings=self.shardings(mesh))(params)
 
     def _start(self, params: Params) -> TrainState:
+        # Copies: jit would hand its input on, and the two models share no buffer.
+        copy = lambda params: jax.tree.map(jnp.copy, params)
         scores = None
         if self.token_reward:
-            body = model.token_reward_params(self.policy.config, params)
-            scores = self.token_reward.start(body)
+            body = model.token_reward_params(params)
+            scores = self.token_reward.start(copy(body))
         return TrainState(
-            jnp.zeros((), jnp.int32),
-            self.policy.start(jax.tree.map(jnp.asarray, params)),
-            scores,
+            jnp.zeros((), jnp.int32), self.policy.start(copy(params)), scores
         )
 
 

@@ -1,0 +1,121 @@
+"""Checkpoints of a run: everything that is needed to go on, bit for bit.
+
+A checkpoint has two items. `policy` holds the policy's weights alone, so that sampling,
+evaluation and export read nothing else; `trainer` holds the optimizers, the token
+reward model and the step. Data order and random numbers are functions of (seed, step),
+so the step is all there is to say about them. The reference model is saved once,
+beside: a run does not depend on the directory it started from.
+
+    RUN/model/                    config.json, tokenizer, chat template
+    RUN/checkpoints/<step>/       policy, trainer
+    RUN/reference/                weights of the initial policy
+"""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from oreal_jax.errors import BadInput
+from oreal_jax.model import Params
+from oreal_jax.train.state import Player, TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="orbax")
+
+
+class Checkpoints:
+    """The numbered checkpoints of a run directory; saving goes on in the background."""
+
+    def __init__(self, run: Path, *, keep: int | None = None):
+        """Opens `run/checkpoints`; the newest `keep` stay (default: all)."""
+        self._manager = ocp.CheckpointManager(
+            (run / "checkpoints").resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=("policy", "trainer"),
+        )
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state under its step, unless that step is there already."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                policy=ocp.args.StandardSave(state.policy.params),
+                trainer=ocp.args.StandardSave(_trainer(state)),
+            ),
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state saved under `step`, laid out as `abstract` says."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                policy=ocp.args.StandardRestore(abstract.policy.params),
+                trainer=ocp.args.StandardRestore(_trainer(abstract)),
+            ),
+        )
+        trainer = restored["trainer"]
+        return TrainState(
+            step=trainer["step"],
+            policy=Player(restored["policy"], trainer["policy_optimizer"]),
+            token_reward=Player(*trainer["token_reward"])
+            if "token_reward" in trainer
+            else None,
+        )
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _trainer(state: TrainState) -> dict[str, Any]:
+    """All of the state but the policy's weights, as a dict without empty entries."""
+    trainer = {"step": state.step, "policy_optimizer": state.policy.optimizer}
+    if state.token_reward:
+        trainer["token_reward"] = tuple(state.token_reward)
+    return trainer
+
+
+def newest_policy(run: Path) -> Path:
+    """The directory of the newest policy weights of a run.
+
+    Raises:
+        BadInput: there is none.
+    """
+    steps = [
+        int(path.name)
+        for path in (run / "checkpoints").glob("*")
+        if path.name.isdigit() and (path / "policy").is_dir()
+    ]
+    if not steps:
+        raise BadInput(f"{run}: no checkpoint in {run / 'checkpoints'}")
+    return run / "checkpoints" / str(max(steps)) / "policy"
+
+
+def save_params(directory: Path, params: Params) -> None:
+    """Saves a parameter tree alone."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.resolve(), params)
+
+
+def load_params(directory: Path, abstract: Params) -> Params:
+    """Loads a parameter tree in the types and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(directory.resolve(), abstract)
+
+
+def with_shardings(abstract: Params, shardings: Params) -> Params:
+    """`ShapeDtypeStruct`s that say where their arrays lie."""
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(place, abstract, shardings)

@@ -1,0 +1,354 @@
+"""`oreal <verb>`: parse, call, print. What a verb does lives in the room it calls."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from oreal_jax.errors import BadInput
+
+# Advice of libraries about packages that are absent on purpose.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    parsed = parser().parse_args(arguments)
+    try:
+        parsed.call(parsed)
+    except BadInput as error:
+        print(f"oreal: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("oreal: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    top = argparse.ArgumentParser(
+        prog="oreal",
+        description="Outcome-reward reinforcement learning for mathematical reasoning "
+        "(OREAL, arXiv:2502.06781) in JAX.",
+        epilog="Each verb explains itself: oreal train --help",
+    )
+    verbs = top.add_subparsers(required=True, metavar="VERB", title="verbs")
+
+    def verb(name: str, call: Callable, help: str, example: str, of=verbs):
+        made = of.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        made.set_defaults(call=call)
+        return made
+
+    for name, call, what in [
+        ("train", train, "train with OREAL; an existing run directory is continued"),
+        ("sft", sft, "fine-tune on solutions (SFT, or RFT on a model's own right ones)"),
+    ]:
+        made = verb(
+            name, call, what, f"oreal {name} configs/{name}.py --set steps=20"
+        )
+        made.add_argument("config", type=Path, help="a Python file defining `config`")
+        made.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="set a field, dotted where nested: --set policy.learning_rate=1e-6",
+        )
+        made.add_argument(
+            "--run", type=Path, help="run directory (default: runs/<config name>)"
+        )
+
+    made = verb(
+        "sample",
+        sample,
+        "complete prompts",
+        'oreal sample --model runs/demo --prompt "What is 2 + 3?" --n 4',
+    )
+    _model(made)
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one question")
+    what.add_argument("--file", type=Path, help="JSON lines with a `question` each")
+    made.add_argument("--n", type=int, default=1, help="completions per prompt")
+    _sampling(made)
+    made.add_argument("--stop", action="append", default=[], help="extra stop token")
+    made.add_argument("--json", action="store_true", help="JSON lines")
+
+    made = verb(
+        "eval",
+        evaluate,
+        "measure pass@1 on questions with gold answers",
+        "oreal eval --model runs/demo --data heldout.jsonl",
+    )
+    _model(made)
+    made.add_argument("--data", type=Path, required=True, help="jsonl or parquet file")
+    made.add_argument(
+        "--k", type=int, default=1, help="samples a problem; 1 is greedy, more average"
+    )
+    _sampling(made, greedy=False)
+    made.add_argument("--json", type=Path, help="write the report and every item here")
+
+    convert = verbs.add_parser(
+        "convert", help="convert weights from and to Hugging Face format"
+    ).add_subparsers(required=True, metavar="DIRECTION")
+    for name, call, what in [
+        ("from-hf", from_hf, "a Hugging Face directory or .gguf file to a run directory"),
+        ("to-hf", to_hf, "a model or run directory to a Hugging Face directory"),
+    ]:
+        made = verb(name, call, what, f"oreal convert {name} SRC DST", of=convert)
+        made.add_argument("source", type=Path)
+        made.add_argument("destination", type=Path)
+        made.add_argument(
+            "--dtype", choices=["bfloat16", "float32"], default="float32"
+        )
+        if name == "to-hf":
+            made.add_argument("--max-shard-size", type=size, default="5GB")
+
+    made = verb(
+        "verify",
+        verify,
+        "judge answers by rule: right, wrong or undecided",
+        "oreal verify --gold '\\frac{1}{2}' --answer 'so it is \\boxed{0.5}'",
+    )
+    made.add_argument("--gold", help="the gold answer")
+    made.add_argument("--answer", help="the completion to judge")
+    made.add_argument(
+        "--file", type=Path, help="JSON lines with `gold` and `prediction`"
+    )
+    made.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    made.add_argument("--deadline", type=float, default=5.0, help="seconds an answer")
+    made.add_argument("--json", action="store_true", help="JSON lines")
+    return top
+
+
+def _model(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--model", required=True, help="a Hugging Face directory or a run directory"
+    )
+    made.add_argument(
+        "--system-prompt", help="system message (default: the chat template's own)"
+    )
+    made.add_argument("--rows", type=int, default=64, help="completions drawn at a time")
+
+
+def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
+    made.add_argument("--temperature", type=float, default=1.0)
+    made.add_argument("--top-p", type=float, default=0.9)
+    made.add_argument("--top-k", type=int, default=0, help="0: off")
+    made.add_argument("--max-tokens", type=int, default=512)
+    made.add_argument("--seed", type=int, default=0)
+    if greedy:
+        made.add_argument("--greedy", action="store_true", help="always the likeliest")
+
+
+def size(text: str) -> int:
+    """Bytes from "5GB", "200MB" or a plain number."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].isalpha() else (text, "")
+    try:
+        return int(float(number) * (units[unit] if unit else 1))
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 5GB") from None
+
+
+def train(parsed: argparse.Namespace) -> None:
+    """`oreal train`."""
+    from oreal_jax.config import TrainConfig
+    from oreal_jax.train.loop import train
+
+    _run(parsed, TrainConfig, train)
+
+
+def sft(parsed: argparse.Namespace) -> None:
+    """`oreal sft`."""
+    from oreal_jax.config import SftConfig
+    from oreal_jax.train.sft import sft
+
+    _run(parsed, SftConfig, sft)
+
+
+def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
+    from oreal_jax import config
+    from oreal_jax.console import Screen
+
+    run = parsed.run or Path("runs") / parsed.config.stem
+    screen = Screen()
+    try:
+        work(config.load(parsed.config, kind, parsed.set), run, screen)
+    except KeyboardInterrupt:
+        screen.say(f"go on with the same command; the run is in {run}")
+        raise
+    screen.say(f"done: {run}")
+
+
+class _Open:
+    """A model ready to draw completions."""
+
+    def __init__(self, parsed: argparse.Namespace, sampling, stop_words=()):
+        from oreal_jax import sharding
+        from oreal_jax.checkpoints.source import open_model
+        from oreal_jax.data import Chat, load_tokenizer
+        from oreal_jax.sampling import Engine
+        from oreal_jax.train.session import compute_dtype
+
+        source = open_model(parsed.model)
+        mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+        dtype = compute_dtype("auto")
+        self.chat = Chat(load_tokenizer(source.files), parsed.system_prompt)
+        stop_tokens = self.chat.stop_tokens(stop_words)
+        self.engine = Engine(
+            source.config, mesh, sampling, stop_tokens, rows=parsed.rows, dtype=dtype
+        )
+        self.load = lambda: source.load(mesh, dtype)
+
+
+def _how(parsed: argparse.Namespace, greedy: bool):
+    from oreal_jax.sampling import Sampling
+
+    return Sampling(
+        max_tokens=parsed.max_tokens,
+        temperature=0.0 if greedy else parsed.temperature,
+        top_p=parsed.top_p,
+        top_k=parsed.top_k,
+    )
+
+
+def sample(parsed: argparse.Namespace) -> None:
+    """`oreal sample`."""
+    from oreal_jax.console import Screen
+    from oreal_jax.data import read_questions
+    from oreal_jax.sampling import Request
+
+    screen = Screen.on_stderr()
+    questions = [parsed.prompt] if parsed.file is None else read_questions(parsed.file)
+    opened = _Open(parsed, _how(parsed, parsed.greedy), parsed.stop)
+    requests = [Request(opened.chat.encode(q), i) for i, q in enumerate(questions)]
+    with screen.phase("load"):
+        params = opened.load()
+    with screen.phase("gen", total=len(requests) * parsed.n) as advance:
+        drawn = opened.engine.sample(
+            params,
+            requests,
+            parsed.n,
+            seed=parsed.seed,
+            on_progress=lambda tokens, finished: advance(finished, tokens),
+        )
+    for question, completions in zip(questions, drawn, strict=True):
+        for completion in completions:
+            text = opened.chat.decode(completion.tokens)
+            row = {
+                "question": question,
+                "completion": text,
+                "tokens": len(completion.tokens),
+                "finish_reason": completion.finish_reason,
+                "log_prob": float(completion.log_probs.sum()),
+            }
+            print(json.dumps(row, ensure_ascii=False) if parsed.json else text)
+
+
+def evaluate(parsed: argparse.Namespace) -> None:
+    """`oreal eval`."""
+    from oreal_jax.console import Screen
+    from oreal_jax.data import read_prompts
+    from oreal_jax.evaluate import evaluate
+    from oreal_jax.metrics import replace_text
+    from oreal_jax.verify import Pool
+
+    screen = Screen.on_stderr()
+    prompts = read_prompts(parsed.data)
+    opened = _Open(parsed, _how(parsed, parsed.k == 1))
+    with screen.phase("load"):
+        params = opened.load()
+    with (
+        Pool(os.cpu_count() or 1) as pool,
+        screen.phase("gen", total=len(prompts) * parsed.k) as advance,
+    ):
+        report = evaluate(
+            opened.engine,
+            params,
+            opened.chat,
+            prompts,
+            pool,
+            samples=parsed.k,
+            seed=parsed.seed,
+            on_progress=lambda tokens, finished: advance(finished, tokens),
+        )
+    if parsed.json:
+        text = json.dumps(report.as_json(), ensure_ascii=False, indent=1)
+        replace_text(parsed.json, text + "\n")
+    print(report)
+
+
+def from_hf(parsed: argparse.Namespace) -> None:
+    """`oreal convert from-hf`."""
+    from oreal_jax.checkpoints.source import import_model
+    from oreal_jax.console import Screen
+    from oreal_jax.sharding import MeshShape, make_mesh
+
+    screen = Screen()
+    with screen.phase("convert") as advance:
+        import_model(
+            parsed.source,
+            parsed.destination,
+            lambda model: make_mesh(MeshShape(), model),
+            parsed.dtype,
+            lambda name: advance(),
+        )
+    screen.say(f"wrote {parsed.destination}")
+
+
+def to_hf(parsed: argparse.Namespace) -> None:
+    """`oreal convert to-hf`."""
+    import jax.numpy as jnp
+
+    from oreal_jax.checkpoints import hf
+    from oreal_jax.checkpoints.source import open_model
+    from oreal_jax.console import Screen
+    from oreal_jax.sharding import MeshShape, make_mesh
+
+    screen = Screen()
+    source = open_model(parsed.source)
+    with screen.phase("convert") as advance:
+        hf.save(
+            source.load(make_mesh(MeshShape(), source.config), jnp.dtype(parsed.dtype)),
+            source.config,
+            parsed.destination,
+            source=source.files,
+            max_shard_size=parsed.max_shard_size,
+            on_tensor=lambda name: advance(),
+        )
+    screen.say(f"wrote {parsed.destination}")
+
+
+def verify(parsed: argparse.Namespace) -> None:
+    """`oreal verify`."""
+    from oreal_jax.console import Screen
+    from oreal_jax.data import read_judgements
+    from oreal_jax.verify import Pool
+
+    single = parsed.gold is not None and parsed.answer is not None
+    if single == (parsed.file is not None):
+        raise BadInput("verify takes either --gold and --answer, or --file")
+    pairs = (
+        [(parsed.answer, parsed.gold)] if single else read_judgements(parsed.file)
+    )
+    screen = Screen.on_stderr()
+    with (
+        Pool(min(parsed.workers, len(pairs)), parsed.deadline) as pool,
+        screen.phase("verify", total=len(pairs)) as advance,
+    ):
+        verdicts = pool.verdicts(pairs, advance)
+    for verdict in verdicts:
+        row = {"verdict": verdict.outcome, "reason": verdict.reason, "by": verdict.by}
+        text = f"{verdict.outcome}: {verdict.reason} (by {verdict.by})"
+        print(json.dumps(row, ensure_ascii=False) if parsed.json else text)

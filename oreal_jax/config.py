@@ -1,0 +1,264 @@
+"""What a run is: frozen dataclasses, made in a Python file, changed by dotted settings.
+
+A config file defines `config`, a `TrainConfig` or an `SftConfig`. Variants are made
+with `dataclasses.replace`. The command line may set plain values (`--set a.b=v`);
+functions and losses are set in a config file.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from oreal_jax import losses, rollout
+from oreal_jax.data.difficulty import PUBLISHED_BANDS, Bands
+from oreal_jax.errors import BadInput
+from oreal_jax.losses import PolicyLoss
+from oreal_jax.sampling import Sampling
+from oreal_jax.sharding import MeshShape
+from oreal_jax.train.state import Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """A micro-batch: `rows` packed rows of `row_length` tokens on each data shard."""
+
+    rows: int = 1
+    row_length: int = 16_384
+
+    def __post_init__(self):
+        _at_least(1, rows=self.rows, row_length=self.row_length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Processes that judge answers, and the seconds each answer may take."""
+
+    workers: int = 8
+    deadline: float = 5.0
+
+    def __post_init__(self):
+        _at_least(1, workers=self.workers)
+        if self.deadline <= 0:
+            raise BadInput(f"verification: deadline={self.deadline} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Checkpoint every `every` steps and at the end; the newest `keep` stay."""
+
+    every: int = 10
+    keep: int = 2
+
+    def __post_init__(self):
+        _at_least(1, every=self.every, keep=self.keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """An OREAL run. Defaults are the published 7B settings.
+
+    model: a Hugging Face directory or a run directory. prompts: a jsonl or parquet
+    file of `question, gold_answer, pass_rate` rows, or a Hugging Face data set name.
+    Each of `steps` steps draws `samples_per_prompt` completions of `prompts_per_step`
+    prompts; `advantage` judges them within their prompt, `keep` chooses those to learn
+    from. `token_reward` None trains no token reward model. `stop_words` are added to
+    the model's own stop tokens; `decode_rows` completions are drawn at a time.
+    `compute` "auto" is bfloat16, on CPU float32.
+    """
+
+    model: str
+    prompts: str
+    system_prompt: str | None = None
+    stop_words: tuple[str, ...] = ()
+    seed: int = 0
+    steps: int = 90
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 16
+    difficulty: Bands = PUBLISHED_BANDS
+    sampling: Sampling = Sampling(max_tokens=14_000, top_p=0.9)
+    max_prompt_tokens: int = 2_384
+    decode_rows: int = 256
+    verification: Verification = Verification()
+    advantage: Callable[[np.ndarray], np.ndarray] = losses.rloo
+    keep: rollout.Keep = rollout.one_pair
+    loss: PolicyLoss = losses.Oreal()
+    policy: Optimizer = Optimizer(learning_rate=5e-7, final_learning_rate=1e-7)
+    token_reward: Optimizer | None = Optimizer(
+        learning_rate=2e-6, final_learning_rate=4e-7
+    )
+    freeze_steps: int = 10
+    packing: Packing = Packing()
+    mesh: MeshShape = MeshShape()
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    saving: Saving = Saving()
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        """Checks what no single field can know.
+
+        Raises:
+            BadInput: a number out of range, or two that do not go together.
+        """
+        _at_least(
+            1,
+            steps=self.steps,
+            prompts_per_step=self.prompts_per_step,
+            max_prompt_tokens=self.max_prompt_tokens,
+            decode_rows=self.decode_rows,
+        )
+        _at_least(2, samples_per_prompt=self.samples_per_prompt)
+        _at_least(0, freeze_steps=self.freeze_steps, seed=self.seed)
+        longest = self.max_prompt_tokens + self.sampling.max_tokens
+        if longest > self.packing.row_length:
+            raise BadInput(
+                f"max_prompt_tokens={self.max_prompt_tokens} + sampling.max_tokens="
+                f"{self.sampling.max_tokens} must not exceed packing.row_length="
+                f"{self.packing.row_length}"
+            )
+        if self.freeze_steps and not self.token_reward:
+            raise BadInput(
+                f"freeze_steps={self.freeze_steps} without token_reward: nothing "
+                "would learn in those steps"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning, or RFT where the solutions are a model's own right ones.
+
+    examples: a jsonl or parquet file of `question, solution` rows. Each step takes
+    `examples_per_step` of them; `steps` 0 means `epochs` passes over the file.
+    """
+
+    model: str
+    examples: str
+    system_prompt: str | None = None
+    seed: int = 0
+    steps: int = 0
+    epochs: int = 1
+    examples_per_step: int = 64
+    loss: PolicyLoss = losses.BestOfNCloning()
+    policy: Optimizer = Optimizer(learning_rate=1e-5, final_learning_rate=1e-6)
+    packing: Packing = Packing()
+    mesh: MeshShape = MeshShape()
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    saving: Saving = Saving(every=100)
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        """Raises BadInput where a number is out of range."""
+        _at_least(1, epochs=self.epochs, examples_per_step=self.examples_per_step)
+        _at_least(0, steps=self.steps, seed=self.seed)
+
+
+def _at_least(least: int, **fields: int) -> None:
+    for name, value in fields.items():
+        if value < least:
+            raise BadInput(f"config: {name}={value} must be at least {least}")
+
+
+def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
+    """The `config` of a config file, with `a.b=value` settings applied.
+
+    The file's folder is importable from it, so that configs can build on each other.
+
+    Raises:
+        BadInput: no such file, no `config` of this kind in it, or a wrong setting.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such config file")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses in the file look their module up
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, kind):
+        found = type(config).__name__ if config is not None else "nothing"
+        raise BadInput(f"{path}: `config` must be a {kind.__name__}, found {found}")
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise BadInput(f"--set {setting}: expected name=value")
+        config = _replace(config, key.split("."), text, key)
+    return config
+
+
+def _replace(config: Any, names: list[str], text: str, key: str) -> Any:
+    """`config` with the field at the path `names` set to the value that `text` spells."""
+    name, *rest = names
+    known = {field.name for field in dataclasses.fields(config)}
+    if name not in known:
+        raise BadInput(
+            f"--set {key}: {type(config).__name__} has no field {name!r}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+    value = getattr(config, name)
+    if rest:
+        if not dataclasses.is_dataclass(value):
+            raise BadInput(f"--set {key}: {name}={value!r} has no fields")
+        return dataclasses.replace(config, **{name: _replace(value, rest, text, key)})
+    hint = typing.get_type_hints(type(config))[name]
+    try:
+        new = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        new = text
+    if _fits(text, hint) and not _fits(new, hint):
+        new = text  # a string that looks like a number
+    if not _fits(new, hint):
+        wanted = getattr(hint, "__name__", str(hint))
+        raise BadInput(
+            f"--set {key}={text}: {name} must be {wanted}"
+            + ("" if _settable(hint) else ", which only a config file can give")
+        )
+    return dataclasses.replace(config, **{name: new})
+
+
+def _settable(hint: Any) -> bool:
+    return any(_fits(example, hint) for example in (None, True, 1, 1.0, "x", ()))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the type that a field declares."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is tuple:
+        inner = typing.get_args(hint)
+        each = [inner[0]] * len(value) if inner[-1] is ... and isinstance(value, tuple) else list(inner)
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(each)
+            and all(_fits(v, h) for v, h in zip(value, each, strict=True))
+        )
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint in (str, bool, type(None)) and isinstance(value, hint)
+
+
+def as_json(config: Any) -> Any:
+    """A config as plain JSON values; functions and classes by their dotted names."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"class": f"{type(config).__module__}.{type(config).__name__}"} | fields
+    if isinstance(config, tuple | list):
+        return [as_json(item) for item in config]
+    if callable(config):
+        return f"{config.__module__}.{config.__qualname__}"
+    return config

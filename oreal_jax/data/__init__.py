@@ -1,0 +1,29 @@
+"""The data room: prompts with gold answers, their order, chat templates, packing."""
+
+from oreal_jax.data.builder import load_prompts
+from oreal_jax.data.chat import Chat, load_tokenizer
+from oreal_jax.data.difficulty import PUBLISHED_BANDS, repeat_by_difficulty
+from oreal_jax.data.order import PromptOrder
+from oreal_jax.data.prompts import (
+    Prompt,
+    Solved,
+    read_examples,
+    read_judgements,
+    read_prompts,
+    read_questions,
+)
+
+__all__ = [
+    "PUBLISHED_BANDS",
+    "Chat",
+    "Prompt",
+    "PromptOrder",
+    "Solved",
+    "load_prompts",
+    "load_tokenizer",
+    "read_examples",
+    "read_judgements",
+    "read_prompts",
+    "read_questions",
+    "repeat_by_difficulty",
+]

@@ -1,0 +1,136 @@
+"""Prompts as a TFDS data set: built once from a file or the hub, then read in place.
+
+The format is array_record, which tensorflow-datasets writes and reads without
+TensorFlow. A data set lives in a folder named after the content it was built from, so
+the same prompts are never built twice and changed ones never mistaken for old ones.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oreal_jax.data.prompts import Prompt, read_prompts
+from oreal_jax.errors import BadInput
+
+SPLIT = "train"
+
+
+def load_prompts(source: str, cache: Path) -> list[Prompt]:
+    """The prompts of a jsonl or parquet file, or of a Hugging Face data set by name.
+
+    Raises:
+        BadInput: the source is not there or a row of it is wrong.
+    """
+    prompts = _read(source)
+    directory = cache / _digest(prompts)
+    if not directory.is_dir():
+        build(prompts, directory)
+    return list(map(_prompt, open_data_set(directory)))
+
+
+def build(prompts: Sequence[Prompt], directory: Path) -> None:
+    """Writes prompts as a TFDS data set; `directory` appears when it is whole.
+
+    Raises:
+        BadInput: the directory cannot be written.
+    """
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    class Prompts(tfds.core.GeneratorBasedBuilder):
+        """Questions with gold answers."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "id": tfds.features.Text(),
+                        "question": tfds.features.Text(),
+                        "gold_answer": tfds.features.Text(),
+                        "pass_rate": tfds.features.Scalar(dtype=np.float64),
+                    }
+                ),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager: Any):
+            return {SPLIT: self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for index, prompt in enumerate(prompts):
+                row = vars(prompt).copy()
+                if prompt.pass_rate is None:
+                    row["pass_rate"] = math.nan
+                yield index, row
+
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    scratch = directory.with_name(f".{directory.name}.incomplete")
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        builder = Prompts(data_dir=scratch, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints where it writes
+            builder.download_and_prepare()
+        Path(builder.data_dir).rename(directory)
+    except OSError as error:
+        raise BadInput(f"{directory}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def open_data_set(directory: Path) -> Any:
+    """A built data set: `len` and random access to rows, no TensorFlow involved."""
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(directory).as_data_source(split=SPLIT)
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    rate = float(row["pass_rate"])
+    text = lambda field: row[field].decode()
+    return Prompt(
+        text("id"),
+        text("question"),
+        text("gold_answer"),
+        None if math.isnan(rate) else rate,
+    )
+
+
+def _read(source: str) -> list[Prompt]:
+    if Path(source).exists() or source.count("/") != 1 or Path(source).suffix:
+        return read_prompts(Path(source))
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            source, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]
+        )
+    except Exception as error:  # the hub client raises its own and its HTTP client's
+        raise BadInput(
+            f"{source}: neither a file nor a data set that could be downloaded "
+            f"({type(error).__name__})"
+        ) from None
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".parquet", ".jsonl"))
+    if not files:
+        raise BadInput(f"{source}: the data set has no parquet or jsonl files")
+    return [
+        Prompt(f"{file.stem}/{p.id}", p.question, p.gold_answer, p.pass_rate)
+        for file in files
+        for p in read_prompts(file)
+    ]
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    content = repr([tuple(vars(prompt).values()) for prompt in prompts])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+

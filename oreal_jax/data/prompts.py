@@ -1,0 +1,136 @@
+"""Questions with gold answers, read from files and checked row by row."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oreal_jax.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A question with its gold answer; `pass_rate` of some model on it, if measured."""
+
+    id: str
+    question: str
+    gold_answer: str
+    pass_rate: float | None = None
+
+    @property
+    def key(self) -> int:
+        """A number (32 bits) that names the prompt in random keys."""
+        return zlib.crc32(self.id.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """A question with a full solution, for supervised tuning."""
+
+    question: str
+    solution: str
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a jsonl or parquet file with a name for messages, "file:line".
+
+    Raises:
+        BadInput: no such file, no rows, another kind of file, or a line not JSON.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path}: not a parquet file: {error}") from None
+        named = ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
+    elif path.suffix in (".jsonl", ".json"):
+        named = _json_lines(path)
+    else:
+        raise BadInput(f"{path}: expected .jsonl or .parquet, not {path.suffix!r}")
+    empty = True
+    for name, row in named:
+        empty = False
+        yield name, row
+    if empty:
+        raise BadInput(f"{path}: the file has no rows")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}:{number}: not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise BadInput(f"{path}:{number}: not a JSON object")
+            yield f"{path}:{number}", row
+
+
+def text_field(name: str, row: dict[str, Any], field: str) -> str:
+    """A field that must hold text; numbers are taken as they are written."""
+    value = row.get(field)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise BadInput(f"{name}: field {field!r} is {value!r}, expected text")
+    return value
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file of `question, gold_answer, pass_rate, id` rows.
+
+    A row without an id is named after its place in the file.
+
+    Raises:
+        BadInput: naming file, line, field and value.
+    """
+    prompts, seen = [], {}
+    for place, (name, row) in enumerate(read_rows(path)):
+        rate = row.get("pass_rate")
+        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (number and 0 <= rate <= 1):
+            raise BadInput(f"{name}: field 'pass_rate' is {rate!r}, expected 0 to 1")
+        given = row.get("id")
+        id = str(place if given is None else given)
+        if id in seen:
+            raise BadInput(f"{name}: field 'id' is {id!r}, as in {seen[id]}")
+        seen[id] = name
+        prompts.append(
+            Prompt(
+                id,
+                text_field(name, row, "question"),
+                text_field(name, row, "gold_answer"),
+                None if rate is None else float(rate),
+            )
+        )
+    return prompts
+
+
+def read_examples(path: Path) -> list[Solved]:
+    """The rows `question, solution` of a file."""
+    return [
+        Solved(text_field(name, row, "question"), text_field(name, row, "solution"))
+        for name, row in read_rows(path)
+    ]
+
+
+def read_questions(path: Path) -> list[str]:
+    """The `question` of every row of a file."""
+    return [text_field(name, row, "question") for name, row in read_rows(path)]
+
+
+def read_judgements(path: Path) -> list[tuple[str, str]]:
+    """(prediction, gold) of every row of a file."""
+    return [
+        (text_field(name, row, "prediction"), text_field(name, row, "gold"))
+        for name, row in read_rows(path)
+    ]

@@ -1,0 +1,65 @@
+"""The record of a run: one JSON object a step, TensorBoard files if asked for."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`; steps that are run again replace their old lines."""
+
+    def __init__(self, run: Path, start: int, *, tensorboard: bool = False):
+        """Opens the record of `run` at step `start`, dropping lines from there on."""
+        self._path = run / "metrics.jsonl"
+        if self._path.exists():
+            kept = [row for row in read(self._path) if row["step"] < start]
+            replace_text(self._path, "".join(_line(row) for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records a step; on disk when this returns."""
+        self._file.write(_line({"step": step} | dict(metrics)))
+        self._file.flush()
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The steps recorded so far; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _line(row: Mapping[str, float]) -> str:
+    # JSON has no NaN: what is not a number is null.
+    finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps({name: finite(value) for name, value in row.items()}) + "\n"

@@ -1,0 +1,156 @@
+"""From samples and verdicts to the completions a step learns from.
+
+Rewards are +1 for right and -1 for anything else; advantages are taken over all K
+samples of a prompt, and only then is anything left out.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from oreal_jax.data.packing import Example
+from oreal_jax.data.prompts import Prompt
+from oreal_jax.sampling import Completion
+from oreal_jax.verify import Pool, Verdict
+
+
+@dataclasses.dataclass(kw_only=True)
+class Trajectory:
+    """One completion of a prompt, judged. `kept` marks those that are learned from."""
+
+    prompt: Prompt
+    sample: int
+    prompt_tokens: Sequence[int]
+    completion: Completion
+    text: str
+    verdict: Verdict
+    advantage: float
+    kept: bool = False
+    token_scores: np.ndarray | None = None
+
+    @property
+    def correct(self) -> bool:
+        """Undecided counts as wrong here; the metrics tell them apart."""
+        return self.verdict.outcome == "right"
+
+    def example(self) -> Example:
+        """What the train step needs of it."""
+        return Example(
+            self.prompt_tokens, self.completion.tokens, self.correct, self.advantage
+        )
+
+    def as_json(self, step: int) -> dict[str, Any]:
+        """One line of a trajectories file."""
+        mean = lambda x: None if x is None else float(np.mean(x))
+        return {
+            "step": step,
+            "id": self.prompt.id,
+            "sample": self.sample,
+            "question": self.prompt.question,
+            "gold_answer": self.prompt.gold_answer,
+            "completion": self.text,
+            "tokens": len(self.completion.tokens),
+            "finish_reason": self.completion.finish_reason,
+            "verdict": self.verdict.outcome,
+            "reason": self.verdict.reason,
+            "by": self.verdict.by,
+            "advantage": self.advantage,
+            "kept": self.kept,
+            "mean_log_prob": mean(self.completion.log_probs),
+            "mean_token_score": mean(self.token_scores),
+        }
+
+
+Group = list[Trajectory]
+Keep = Callable[[Group, np.random.Generator], Group]
+
+
+def one_pair(group: Group, random: np.random.Generator) -> Group:
+    """One right and one wrong completion, drawn at random; none if all are alike."""
+    right = [t for t in group if t.correct]
+    wrong = [t for t in group if not t.correct]
+    if not right or not wrong:
+        return []
+    return [
+        right[random.integers(len(right))],
+        wrong[random.integers(len(wrong))],
+    ]
+
+
+def everything(group: Group, random: np.random.Generator) -> Group:
+    """All completions, whatever their verdicts."""
+    return group
+
+
+def judged(
+    pool: Pool,
+    completions: Sequence[Completion],
+    pairs: Sequence[tuple[str, str]],
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[Verdict]:
+    """A verdict for each (completion text, gold answer), in order.
+
+    A completion without its stop token is wrong unseen. `on_done(n)` hears of n more
+    verdicts.
+    """
+    verdicts = [Verdict.truncated()] * len(completions)
+    ended = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
+    on_done(len(completions) - len(ended))
+    seen = pool.verdicts([pairs[i] for i in ended], on_done)
+    for i, verdict in zip(ended, seen, strict=True):
+        verdicts[i] = verdict
+    return verdicts
+
+
+def rewards(groups: Sequence[Sequence[Verdict]]) -> np.ndarray:
+    """+1 for right, -1 for wrong and undecided: [N, K]."""
+    sign = lambda verdict: 1.0 if verdict.outcome == "right" else -1.0
+    return np.array([[sign(verdict) for verdict in group] for group in groups])
+
+
+def keep_some(
+    groups: Sequence[Group], keep: Keep, seed: int, step: int
+) -> list[Trajectory]:
+    """The completions to learn from; marks them as kept.
+
+    The draw depends on (seed, step, prompt) only, so a resumed run keeps the same.
+    """
+    kept = []
+    for index, group in enumerate(groups):
+        name = (seed, step, group[0].prompt.key, index)
+        kept += keep(group, np.random.default_rng(name))
+    for trajectory in kept:
+        trajectory.kept = True
+    return kept
+
+
+def metrics(groups: Sequence[Group], kept: Sequence[Trajectory]) -> dict[str, float]:
+    """What a batch of completions looks like, in the field's names."""
+    everyone = [t for group in groups for t in group]
+    lengths = np.array([len(t.completion.tokens) for t in everyone])
+    reward = np.array([[1.0 if t.correct else -1.0 for t in g] for g in groups])
+    outcome = lambda name: sum(t.verdict.outcome == name for t in everyone)
+    log_probs = np.concatenate([t.completion.log_probs for t in everyone])
+    by = {t.verdict.by for t in everyone} | {"rule", "timeout", "truncated", "crash"}
+    return {
+        "critic/score/mean": float((reward > 0).mean()),
+        "reward": float(reward.mean()),
+        "reward_std": float(reward.std(axis=1).mean()),
+        "frac_reward_zero_std": float((reward.std(axis=1) == 0).mean()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/clip_ratio": float(
+            np.mean([t.completion.finish_reason == "length" for t in everyone])
+        ),
+        "rollout/negative_log_prob": float(-log_probs.mean()),
+        "oreal/kept": float(len(kept)),
+        "oreal/kept_right": float(sum(t.correct for t in kept)),
+        "verdict/right": float(outcome("right")),
+        "verdict/wrong": float(outcome("wrong")),
+        "verdict/undecided": float(outcome("undecided")),
+    } | {
+        f"verdict/by_{name}": float(sum(t.verdict.by == name for t in everyone))
+        for name in sorted(by)
+    }

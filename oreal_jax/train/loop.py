@@ -1,0 +1,204 @@
+"""The OREAL loop, in the order of the paper's algorithm.
+
+    for each step:
+        draw K completions of each prompt from the current policy
+        judge them right or wrong
+        take advantages over the K, keep one right and one wrong
+        add the reference model's log-probabilities
+        update the token reward model and the policy
+
+Everything random is a function of (seed, step), so a run that was stopped goes on as
+if it had not been.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from oreal_jax import metrics, rollout, sharding
+from oreal_jax.config import TrainConfig
+from oreal_jax.console import Screen
+from oreal_jax.data import (
+    Chat,
+    Prompt,
+    PromptOrder,
+    load_prompts,
+    load_tokenizer,
+    repeat_by_difficulty,
+)
+from oreal_jax.data.packing import pack
+from oreal_jax.errors import BadInput
+from oreal_jax.rollout import Group, Trajectory
+from oreal_jax.sampling import Engine, Request
+from oreal_jax.train import measures
+from oreal_jax.train.session import Session, compute_dtype, source_of
+from oreal_jax.train.step import place, reference_scorer, train_step
+from oreal_jax.verify import Pool
+
+
+def train(config: TrainConfig, run: Path, screen: Screen) -> None:
+    """Trains, or goes on training, in the run directory `run`.
+
+    Raises:
+        BadInput: the config, the model, the prompts or the run directory are unusable.
+    """
+    source = source_of(config, run)
+    mesh = sharding.make_mesh(config.mesh, source.config)
+    chat = Chat(load_tokenizer(source.files), config.system_prompt)
+    stop_tokens = chat.stop_tokens(config.stop_words)
+    prompts = usable_prompts(config, run, chat, screen)
+    order = PromptOrder(prompts, batch=config.prompts_per_step, seed=config.seed)
+    engine = Engine(
+        source.config,
+        mesh,
+        config.sampling,
+        stop_tokens,
+        rows=config.decode_rows,
+        dtype=compute_dtype(config.compute),
+    )
+    session = Session(
+        config,
+        run,
+        screen,
+        source=source,
+        mesh=mesh,
+        chat=chat,
+        steps=config.steps,
+        token_reward=config.token_reward,
+    )
+    pool = Pool(config.verification.workers, config.verification.deadline)
+    with session, pool:
+        reference = session.load_reference()
+        add_reference = reference_scorer(session.model, mesh, session.dtype)
+        update = train_step(
+            session.learners,
+            config.loss,
+            mesh,
+            freeze_steps=config.freeze_steps,
+            dtype=session.dtype,
+        )
+        while session.step < config.steps:
+            step, label = session.step, f"step {session.step + 1}: "
+            groups = sample_and_judge(session, config, order, engine, pool)
+            kept = rollout.keep_some(groups, config.keep, config.seed, step)
+            values = rollout.metrics(groups, kept)
+            if kept:
+                batch, slots = pack(
+                    [trajectory.example() for trajectory in kept],
+                    rows=session.rows,
+                    row_length=config.packing.row_length,
+                )
+                batch = place(batch, mesh)
+                with screen.phase("ref", label=label):
+                    batch = jax.block_until_ready(add_reference(reference, batch))
+                with screen.phase("update_actor", label=label):
+                    session.state, learned, scores = update(session.state, batch)
+                    values |= {name: float(value) for name, value in learned.items()}
+                values |= measures.agreement(kept, slots, scores)
+            else:
+                session.skip_step()
+            write_trajectories(run, step, groups)
+            session.finish_step(values, line(step, config.steps, values))
+
+
+def usable_prompts(
+    config: TrainConfig, run: Path, chat: Chat, screen: Screen
+) -> list[Prompt]:
+    """The prompts that are short enough, repeated by difficulty as published."""
+    with screen.phase("read prompts"):
+        everyone = load_prompts(config.prompts, run / "data")
+    short = [
+        prompt
+        for prompt in everyone
+        if len(chat.encode(prompt.question)) <= config.max_prompt_tokens
+    ]
+    if not short:
+        raise BadInput(
+            f"{config.prompts}: all {len(everyone)} prompts are longer than "
+            f"max_prompt_tokens={config.max_prompt_tokens}"
+        )
+    repeated = repeat_by_difficulty(short, config.difficulty)
+    left_out = len(everyone) - len(short)
+    screen.say(
+        f"{config.prompts}: {len(everyone)} prompts, {left_out} over "
+        f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
+    )
+    return repeated
+
+
+def sample_and_judge(
+    session: Session,
+    config: TrainConfig,
+    order: PromptOrder,
+    engine: Engine,
+    pool: Pool,
+) -> list[Group]:
+    """K judged completions of each of this step's prompts."""
+    step, K = session.step, config.samples_per_prompt
+    label = f"step {step + 1}: "
+    drawn = order.batch(step)
+    prompts = [session.chat.encode(prompt.question) for prompt, _ in drawn]
+    requests = [
+        Request(tokens, prompt.key, occurrence * K)
+        for tokens, (prompt, occurrence) in zip(prompts, drawn, strict=True)
+    ]
+    with session.screen.phase("gen", total=len(requests) * K, label=label) as advance:
+        completions = engine.sample(
+            session.state.policy.params,
+            requests,
+            K,
+            seed=config.seed,
+            step=step,
+            on_progress=lambda tokens, finished: advance(finished, tokens),
+        )
+    pairs, texts = [], []
+    for (prompt, _), group in zip(drawn, completions, strict=True):
+        for completion in group:
+            texts.append(session.chat.decode(completion.tokens))
+            pairs.append((texts[-1], prompt.gold_answer))
+    flat = [completion for group in completions for completion in group]
+    with session.screen.phase("verify", total=len(flat), label=label) as advance:
+        verdicts = rollout.judged(pool, flat, pairs, advance)
+    grouped = [verdicts[i : i + K] for i in range(0, len(verdicts), K)]
+    advantages = config.advantage(rollout.rewards(grouped))
+    return [
+        [
+            Trajectory(
+                prompt=prompt,
+                sample=requests[n].first_sample + k,
+                prompt_tokens=prompts[n],
+                completion=completions[n][k],
+                text=texts[n * K + k],
+                verdict=grouped[n][k],
+                advantage=float(advantages[n, k]),
+            )
+            for k in range(K)
+        ]
+        for n, (prompt, _) in enumerate(drawn)
+    ]
+
+
+def write_trajectories(run: Path, step: int, groups: Sequence[Group]) -> None:
+    """All completions of a step as JSON lines, whole or not at all."""
+    lines = [json.dumps(t.as_json(step), ensure_ascii=False) for g in groups for t in g]
+    path = run / "trajectories" / f"step_{step:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    metrics.replace_text(path, "".join(line + "\n" for line in lines))
+
+
+def line(step: int, steps: int, values: dict[str, float]) -> str:
+    """One readable line about a step."""
+    text = (
+        f"step {step + 1:>{len(str(steps))}}/{steps}  "
+        f"right {values['critic/score/mean']:6.1%}  "
+        f"tokens {values['response_length/mean']:.0f}  "
+        f"kept {values['oreal/kept']:.0f}  "
+    )
+    if not values["oreal/kept"]:
+        return text + "no update: every prompt was all right or all wrong"
+    text += f"loss {values['actor/pg_loss']:+.4f}  kl {values.get('actor/kl_loss', 0):.4f}"
+    if "token_reward/loss" in values:
+        text += f"  token reward {values['token_reward/loss']:.3f}"
+    return text

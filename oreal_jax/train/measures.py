@@ -1,0 +1,46 @@
+"""What a step's scores say: does the sampler agree with the trainer, does the token
+reward model tell right from wrong."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from oreal_jax.data.packing import Slot
+from oreal_jax.rollout import Trajectory
+from oreal_jax.train.step import Scores
+
+
+def agreement(
+    kept: Sequence[Trajectory], slots: Sequence[Slot], scores: Scores
+) -> dict[str, float]:
+    """Difference of token probabilities between sampler and trainer, and the area under
+    the token reward model's ROC curve. Attaches token scores to the trajectories."""
+    log_probs, token_scores = jax.device_get(scores)
+    differences = []
+    for trajectory, (micro, place) in zip(kept, slots, strict=True):
+        size = len(trajectory.completion.tokens)
+        trained = log_probs[micro, place, :size]
+        drawn = trajectory.completion.log_probs
+        differences.append(np.abs(np.exp(trained) - np.exp(drawn)))
+        trajectory.token_scores = token_scores[micro, place, :size]
+    difference = np.concatenate(differences)
+    mean_scores = np.array([np.mean(t.token_scores) for t in kept])
+    correct = np.array([t.correct for t in kept])
+    return {
+        "training/rollout_probs_diff_mean": float(difference.mean()),
+        "training/rollout_probs_diff_max": float(difference.max()),
+        "token_reward/auc": roc_area(mean_scores, correct),
+    }
+
+
+def roc_area(scores: np.ndarray, correct: np.ndarray) -> float:
+    """Probability that a right completion scores above a wrong one (ties count half).
+
+    NaN where one kind is absent.
+    """
+    right, wrong = scores[correct], scores[~correct]
+    if not right.size or not wrong.size:
+        return float("nan")
+    gap = right[:, None] - wrong[None]
+    return float(np.mean((gap > 0) + 0.5 * (gap == 0)))

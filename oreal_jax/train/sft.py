@@ -1,0 +1,68 @@
+"""Supervised fine-tuning on solutions: the RL loop's train step without the rollout.
+
+With solutions that a model found itself and a verifier judged right, this is RFT, the
+start that OREAL trains from.
+"""
+
+from pathlib import Path
+
+from oreal_jax import sharding
+from oreal_jax.config import SftConfig
+from oreal_jax.console import Screen
+from oreal_jax.data import Chat, PromptOrder, load_tokenizer, read_examples
+from oreal_jax.data.packing import Example, pack
+from oreal_jax.errors import BadInput
+from oreal_jax.train.session import Session, source_of
+from oreal_jax.train.step import place, train_step
+
+
+def sft(config: SftConfig, run: Path, screen: Screen) -> None:
+    """Fine-tunes, or goes on fine-tuning, in the run directory `run`.
+
+    Raises:
+        BadInput: the config, the model, the examples or the run directory are unusable.
+    """
+    source = source_of(config, run)
+    mesh = sharding.make_mesh(config.mesh, source.config)
+    chat = Chat(load_tokenizer(source.files), config.system_prompt)
+    examples = usable_examples(config, chat, screen)
+    order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
+    steps = config.steps or config.epochs * len(examples) // config.examples_per_step
+    session = Session(
+        config, run, screen, source=source, mesh=mesh, chat=chat, steps=steps
+    )
+    with session:
+        update = train_step(session.learners, config.loss, mesh, dtype=session.dtype)
+        while session.step < steps:
+            step = session.step
+            batch, _ = pack(
+                [example for example, _ in order.batch(step)],
+                rows=session.rows,
+                row_length=config.packing.row_length,
+            )
+            with screen.phase("update_actor", label=f"step {step + 1}: "):
+                session.state, learned, _ = update(session.state, place(batch, mesh))
+                values = {name: float(value) for name, value in learned.items()}
+            line = f"step {step + 1:>{len(str(steps))}}/{steps}"
+            session.finish_step(values, f"{line}  loss {values['actor/pg_loss']:.4f}")
+
+
+def usable_examples(config: SftConfig, chat: Chat, screen: Screen) -> list[Example]:
+    """Prompt and solution tokens of every example that fits a row."""
+    rows = read_examples(Path(config.examples))
+    encoded = [chat.example(row.question, row.solution) for row in rows]
+    fits = [
+        Example(prompt, completion)
+        for prompt, completion in encoded
+        if len(prompt) + len(completion) <= config.packing.row_length
+    ]
+    screen.say(
+        f"{config.examples}: {len(rows)} examples, {len(rows) - len(fits)} longer than "
+        f"row_length={config.packing.row_length}"
+    )
+    if len(fits) < config.examples_per_step:
+        raise BadInput(
+            f"{config.examples}: {len(fits)} usable examples, "
+            f"examples_per_step={config.examples_per_step}"
+        )
+    return fits

@@ -1,0 +1,7 @@
+"""Verdicts on answers: right, wrong or undecided. Imports no JAX; usable alone."""
+
+from oreal_jax.verify.pool import Pool
+from oreal_jax.verify.rule import judge
+from oreal_jax.verify.verdict import Verdict
+
+__all__ = ["Pool", "Verdict", "judge"]
