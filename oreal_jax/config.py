@@ -26,6 +26,12 @@ from oreal_jax.sharding import MeshShape
 from oreal_jax.train.state import Optimizer
 
 
+def _at_least(least: int, **fields: int) -> None:
+    for name, value in fields.items():
+        if value < least:
+            raise BadInput(f"config: {name}={value} must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
     """A micro-batch: `rows` packed rows of `row_length` tokens on each data shard."""
@@ -157,12 +163,6 @@ class SftConfig:
         """Raises BadInput where a number is out of range."""
         _at_least(1, epochs=self.epochs, examples_per_step=self.examples_per_step)
         _at_least(0, steps=self.steps, seed=self.seed)
-
-
-def _at_least(least: int, **fields: int) -> None:
-    for name, value in fields.items():
-        if value < least:
-            raise BadInput(f"config: {name}={value} must be at least {least}")
 
 
 def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:

