@@ -52,11 +52,13 @@ def parser() -> argparse.ArgumentParser:
 
     for name, call, what in [
         ("train", train, "train with OREAL; an existing run directory is continued"),
-        ("sft", sft, "fine-tune on solutions (SFT, or RFT on a model's own right ones)"),
+        (
+            "sft",
+            sft,
+            "fine-tune on solutions (SFT, or RFT on a model's own right ones)",
+        ),
     ]:
-        made = verb(
-            name, call, what, f"oreal {name} configs/{name}.py --set steps=20"
-        )
+        made = verb(name, call, what, f"oreal {name} configs/{name}.py --set steps=20")
         made.add_argument("config", type=Path, help="a Python file defining `config`")
         made.add_argument(
             "--set",
@@ -102,15 +104,17 @@ def parser() -> argparse.ArgumentParser:
         "convert", help="convert weights from and to Hugging Face format"
     ).add_subparsers(required=True, metavar="DIRECTION")
     for name, call, what in [
-        ("from-hf", from_hf, "a Hugging Face directory or .gguf file to a run directory"),
+        (
+            "from-hf",
+            from_hf,
+            "a Hugging Face directory or .gguf file to a run directory",
+        ),
         ("to-hf", to_hf, "a model or run directory to a Hugging Face directory"),
     ]:
         made = verb(name, call, what, f"oreal convert {name} SRC DST", of=convert)
         made.add_argument("source", type=Path)
         made.add_argument("destination", type=Path)
-        made.add_argument(
-            "--dtype", choices=["bfloat16", "float32"], default="float32"
-        )
+        made.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
         if name == "to-hf":
             made.add_argument("--max-shard-size", type=size, default="5GB")
 
@@ -138,7 +142,9 @@ def _model(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--system-prompt", help="system message (default: the chat template's own)"
     )
-    made.add_argument("--rows", type=int, default=64, help="completions drawn at a time")
+    made.add_argument(
+        "--rows", type=int, default=64, help="completions drawn at a time"
+    )
 
 
 def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
@@ -336,12 +342,12 @@ def verify(parsed: argparse.Namespace) -> None:
     from oreal_jax.data import read_judgements
     from oreal_jax.verify import Pool
 
-    single = parsed.gold is not None and parsed.answer is not None
-    if single == (parsed.file is not None):
+    given = [x is not None for x in (parsed.gold, parsed.answer, parsed.file)]
+    if given not in ([True, True, False], [False, False, True]):
         raise BadInput("verify takes either --gold and --answer, or --file")
-    pairs = (
-        [(parsed.answer, parsed.gold)] if single else read_judgements(parsed.file)
-    )
+    pairs = [(str(parsed.answer), str(parsed.gold))]
+    if parsed.file:
+        pairs = read_judgements(parsed.file)
     screen = Screen.on_stderr()
     with (
         Pool(min(parsed.workers, len(pairs)), parsed.deadline) as pool,

@@ -197,7 +197,7 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
 
 
 def _replace(config: Any, names: list[str], text: str, key: str) -> Any:
-    """`config` with the field at the path `names` set to the value that `text` spells."""
+    """`config` with the field at the path `names` set to what `text` spells."""
     name, *rest = names
     known = {field.name for field in dataclasses.fields(config)}
     if name not in known:
@@ -239,7 +239,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is tuple:
         inner = typing.get_args(hint)
-        each = [inner[0]] * len(value) if inner[-1] is ... and isinstance(value, tuple) else list(inner)
+        each = (
+            [inner[0]] * len(value)
+            if inner[-1] is ... and isinstance(value, tuple)
+            else list(inner)
+        )
         return (
             isinstance(value, tuple)
             and len(value) == len(each)
@@ -255,7 +259,9 @@ def _fits(value: Any, hint: Any) -> bool:
 def as_json(config: Any) -> Any:
     """A config as plain JSON values; functions and classes by their dotted names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = {f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        fields = {
+            f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)
+        }
         return {"class": f"{type(config).__module__}.{type(config).__name__}"} | fields
     if isinstance(config, tuple | list):
         return [as_json(item) for item in config]

@@ -38,8 +38,8 @@ class Report(NamedTuple):
         name = "pass@1" if self.samples == 1 else f"avg@{self.samples}"
         return (
             f"{name} {self.accuracy:.1%} (95% interval {self.low:.1%} to "
-            f"{self.high:.1%}) on {self.problems} problems; {self.truncated:.1%} without "
-            f"stop token, {self.undecided} undecided"
+            f"{self.high:.1%}) on {self.problems} problems; {self.truncated:.1%} "
+            f"without stop token, {self.undecided} undecided"
         )
 
 

@@ -38,7 +38,9 @@ def oracle_cases():
         return [pytest.param(None, marks=pytest.mark.skip(reason="no oracle here"))]
     with np.load(ORACLE, allow_pickle=False) as data:
         cases = json.loads(str(data["cases"]))
-    return [pytest.param((f"{i:02d}/", case), id=f"{i:02d}") for i, case in enumerate(cases)]
+    return [
+        pytest.param((f"{i:02d}/", case), id=f"{i:02d}") for i, case in enumerate(cases)
+    ]
 
 
 def preset(case) -> Oreal:
@@ -137,7 +139,12 @@ def policy_gradient(loss, scored):
     return jax.grad(value)(scored.log_probs)
 
 
-LOSSES = [Oreal(), Oreal(weight_right=TopKWeights(ratio=0.5)), BestOfNCloning(), Reinforce()]
+LOSSES = [
+    Oreal(),
+    Oreal(weight_right=TopKWeights(ratio=0.5)),
+    BestOfNCloning(),
+    Reinforce(),
+]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
@@ -156,11 +163,15 @@ def test_what_lies_behind_a_completion_has_no_influence_even_as_nan(loss):
     np.testing.assert_allclose(gradient, policy_gradient(loss, scored), rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, TokenReward()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "loss", [*LOSSES, TokenReward()], ids=lambda x: type(x).__name__
+)
 def test_parts_of_a_batch_add_up_in_any_order(loss):
     scored = random_scored()
     order = np.array([3, 0, 5, 1, 4, 2])
-    parts = [jax.tree.map(lambda x, i=i: x[order[i : i + 2]], scored) for i in (0, 2, 4)]
+    parts = [
+        jax.tree.map(lambda x, i=i: x[order[i : i + 2]], scored) for i in (0, 2, 4)
+    ]
     whole, metrics = loss(scored, count(scored))
     pieces = [loss(part, count(scored)) for part in parts]
     np.testing.assert_allclose(sum(p[0] for p in pieces), whole, rtol=1e-5)

@@ -123,9 +123,7 @@ def main() -> int:
             with screen.phase("export"):
                 source = open_model(run)
                 mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
-                hf.save(
-                    source.load(mesh), source.config, exported, source=source.files
-                )
+                hf.save(source.load(mesh), source.config, exported, source=source.files)
     except BadInput as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -153,7 +151,9 @@ def summary(
         span = f"{report.low:.1%} to {report.high:.1%}"
         table.add_row(name, f"{report.accuracy:.1%}", span, str(files))
     gain = 100 * (after.accuracy - before.accuracy)
-    table.add_row("gain", f"{gain:+.1f} points", "", f"{home / 'exported'} (Hugging Face)")
+    table.add_row(
+        "gain", f"{gain:+.1f} points", "", f"{home / 'exported'} (Hugging Face)"
+    )
     return table
 
 

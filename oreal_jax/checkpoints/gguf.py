@@ -121,7 +121,9 @@ def _config(path: Path, reader: Any, *, tied: bool) -> ModelConfig:
     get = lambda name, default=None: _field(path, reader, f"{family}.{name}", default)
     scaling = get("rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in {t.name for t in reader.tensors}:
-        raise BadInput(f"{path}: {family}.rope.scaling.type={scaling!r} is not supported")
+        raise BadInput(
+            f"{path}: {family}.rope.scaling.type={scaling!r} is not supported"
+        )
     embed, heads = get("embedding_length"), get("attention.head_count")
     epsilon = get("attention.layer_norm_rms_epsilon")
     return ModelConfig(

@@ -145,7 +145,10 @@ def load(
     config = read_config(directory)
     files = _files(directory)
     _check(directory, config, files)
-    sources = [(t, functools.partial(_open_slice, files[t.name], t.name)) for t in tensors(config)]
+    sources = [
+        (t, functools.partial(_open_slice, files[t.name], t.name))
+        for t in tensors(config)
+    ]
     return assemble(config, sources, dtype, shardings, on_tensor)
 
 
@@ -176,7 +179,11 @@ def assemble(
                 start = _zeros(shape.shape, jnp.dtype(dtype), sharding)
                 _set(params, tensor.path, start)
             stacked = _at(params, tensor.path)
-            _set(params, tensor.path, _write_layer(stacked, value, tensor.layer, sharding))
+            _set(
+                params,
+                tensor.path,
+                _write_layer(stacked, value, tensor.layer, sharding),
+            )
         on_tensor(tensor.name)
     return params
 
@@ -252,7 +259,9 @@ def _check(directory: Path, config: ModelConfig, files: Mapping[str, Path]) -> N
         harmless.add("lm_head.weight")
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [
-        f"unknown {name}" for name in found if name not in expected and name not in harmless
+        f"unknown {name}"
+        for name in found
+        if name not in expected and name not in harmless
     ]
     problems += [
         f"{name} has shape {found[name]}, expected {shape}"

@@ -25,7 +25,9 @@ class ModelSource(NamedTuple):
     config: ModelConfig
     files: Path
 
-    def load(self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = ignore) -> Params:
+    def load(
+        self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = ignore
+    ) -> Params:
         """The weights, each tensor straight into its place on the mesh."""
         shardings = sharding.of_params(model.axes(self.config), mesh)
         if self.files == self.path:
@@ -47,13 +49,15 @@ def open_model(path: str | Path) -> ModelSource:
         raise BadInput(f"{path}: no such model directory")
     files = path / "model" if (path / "model").is_dir() else path
     if not (files / "config.json").is_file():
-        raise BadInput(f"{path}: neither a Hugging Face nor a run directory "
-                       "(no config.json, no model/config.json)")
+        raise BadInput(
+            f"{path}: neither a Hugging Face nor a run directory "
+            "(no config.json, no model/config.json)"
+        )
     return ModelSource(path, hf.read_config(files), files)
 
 
 def copy_files(source: ModelSource, destination: Path) -> None:
-    """Copies what belongs to a model beside its weights: config, tokenizer, template."""
+    """Copies what goes with a model beside its weights: config, tokenizer, template."""
     destination.mkdir(parents=True, exist_ok=True)
     for name in hf.companions(source.files):
         shutil.copy2(source.files / name, destination / name)
@@ -61,7 +65,10 @@ def copy_files(source: ModelSource, destination: Path) -> None:
 
 
 def import_model(
-    source: Path, destination: Path, mesh_of: Callable[[ModelConfig], Mesh], dtype,
+    source: Path,
+    destination: Path,
+    mesh_of: Callable[[ModelConfig], Mesh],
+    dtype,
     on_tensor: OnTensor = ignore,
 ) -> None:
     """Makes a run directory at step 0 from a Hugging Face directory or a .gguf file.
@@ -77,7 +84,9 @@ def import_model(
     ) as scratch:
         if source.suffix == ".gguf":
             directory = Path(scratch) / "gguf"
-            gguf.to_hugging_face_directory(source, directory, dtype, on_tensor=on_tensor)
+            gguf.to_hugging_face_directory(
+                source, directory, dtype, on_tensor=on_tensor
+            )
             source = directory
         opened = open_model(source)
         params = opened.load(mesh_of(opened.config), dtype, on_tensor)

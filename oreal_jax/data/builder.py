@@ -92,7 +92,7 @@ def open_data_set(directory: Path) -> Any:
     """A built data set: `len` and random access to rows, no TensorFlow involved."""
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(directory).as_data_source(split=SPLIT)
+    return tfds.builder_from_directory(directory).as_data_source(SPLIT)
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
@@ -120,7 +120,9 @@ def _read(source: str) -> list[Prompt]:
             f"{source}: neither a file nor a data set that could be downloaded "
             f"({type(error).__name__})"
         ) from None
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".parquet", ".jsonl"))
+    files = sorted(
+        p for p in Path(folder).rglob("*") if p.suffix in (".parquet", ".jsonl")
+    )
     if not files:
         raise BadInput(f"{source}: the data set has no parquet or jsonl files")
     return [
@@ -133,4 +135,3 @@ def _read(source: str) -> list[Prompt]:
 def _digest(prompts: Sequence[Prompt]) -> str:
     content = repr([tuple(vars(prompt).values()) for prompt in prompts])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-

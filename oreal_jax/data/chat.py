@@ -32,7 +32,9 @@ class Chat:
     def __init__(self, tokenizer: Any, system_prompt: str | None = None):
         """Raises BadInput where the tokenizer has no chat template."""
         if not tokenizer.chat_template:
-            raise BadInput(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
+            raise BadInput(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template"
+            )
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
 
     def encode(self, question: str) -> list[int]:

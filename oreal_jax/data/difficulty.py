@@ -27,8 +27,8 @@ def repeat_by_difficulty(prompts: Sequence[Prompt], bands: Bands) -> list[Prompt
     repeated = [prompt for prompt in prompts for _ in range(times(prompt, bands))]
     if not repeated:
         raise BadInput(
-            f"all {len(prompts)} prompts have a pass_rate outside every difficulty band "
-            f"{bands}"
+            f"all {len(prompts)} prompts have a pass_rate outside every difficulty "
+            f"band {bands}"
         )
     return repeated
 

@@ -1,4 +1,4 @@
-"""The order of prompts: a function of (seed, step), so a resumed run needs no cursor."""
+"""The order of prompts: a function of (seed, step), so resuming needs no cursor."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,18 +15,16 @@ class PromptOrder:
     def __init__(self, items: Sequence[Any], *, batch: int, seed: int):
         """Raises BadInput where a batch is larger than the data set."""
         if batch > len(items):
-            raise BadInput(f"a step takes {batch} prompts, the data set has {len(items)}")
-        self._items, self._batch = items, batch
-        self._indices = (
-            grain.MapDataset.range(len(items)).shuffle(seed=seed).repeat()
-        )
+            raise BadInput(
+                f"a step takes {batch} prompts, the data set has {len(items)}"
+            )
+        self._batch = batch
+        self._items = grain.MapDataset.source(items).shuffle(seed=seed).repeat()
 
     def batch(self, step: int) -> list[tuple[Any, int]]:
         """The items of a step; each with how often it came before in this batch."""
         start = step * self._batch
-        drawn = [
-            self._items[int(self._indices[i])] for i in range(start, start + self._batch)
-        ]
+        drawn = [self._items[i] for i in range(start, start + self._batch)]
         seen: Counter[int] = Counter()
         numbered = []
         for item in drawn:

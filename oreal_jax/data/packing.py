@@ -1,4 +1,4 @@
-"""Trajectories to fixed shapes: many short sequences share a row, told apart by segment.
+"""Trajectories to fixed shapes: short sequences share a row, told apart by segment.
 
 Only completion tokens are predicted, so each row lists the columns that predict one
 (`predicts`) and the vocabulary head visits nothing else. A completion then is a stretch
@@ -9,7 +9,7 @@ N completions a micro-batch, T tokens a completion.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,18 +34,18 @@ class Batch(NamedTuple):
     first .. first + length - 1 of its row's predicting columns. Length 0 is padding.
     """
 
-    filled: Int[Array | np.ndarray, ""]
-    tokens: Int[Array | np.ndarray, "M R S"]
-    positions: Int[Array | np.ndarray, "M R S"]
-    segments: Int[Array | np.ndarray, "M R S"]
-    predicts: Int[Array | np.ndarray, "M R C"]
-    targets: Int[Array | np.ndarray, "M R C"]
-    row: Int[Array | np.ndarray, "M N"]
-    first: Int[Array | np.ndarray, "M N"]
-    length: Int[Array | np.ndarray, "M N"]
-    correct: Bool[Array | np.ndarray, "M N"]
-    advantage: Float[Array | np.ndarray, "M N"]
-    reference_log_probs: Float[Array | np.ndarray, "M N T"]
+    filled: Int[Any, ""]
+    tokens: Int[Any, "M R S"]
+    positions: Int[Any, "M R S"]
+    segments: Int[Any, "M R S"]
+    predicts: Int[Any, "M R C"]
+    targets: Int[Any, "M R C"]
+    row: Int[Any, "M N"]
+    first: Int[Any, "M N"]
+    length: Int[Any, "M N"]
+    correct: Bool[Any, "M N"]
+    advantage: Float[Any, "M N"]
+    reference_log_probs: Float[Any, "M N T"]
 
     def completion(self) -> Bool[Array, "M N T"]:
         """True at the tokens that exist."""

@@ -16,9 +16,7 @@ from oreal_jax.losses import terms
 from oreal_jax.losses.scored import Counts, Metrics, Scalar, Scored
 from oreal_jax.losses.weights import ThresholdWeights
 
-Weighting = Callable[
-    [Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]
-]
+Weighting = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
 Kl = Callable[[Float[Array, "B T"], Float[Array, "B T"]], Float[Array, "B T"]]
 
 
@@ -26,11 +24,12 @@ Kl = Callable[[Float[Array, "B T"], Float[Array, "B T"]], Float[Array, "B T"]]
 class Oreal:
     """positive_weight * P + negative_weight * N + kl_weight * KL, where
 
-    P  = sum over right tokens of  w+ (-log p) A   / right tokens   (A: `clone_times_advantage`)
+    P  = sum over right tokens of  w+ (-log p) A     / right tokens
     N  = sum over wrong tokens of  w- (-A) p/stop(p) / wrong tokens
     KL = sum over all tokens of    kl(log p, log reference) / all tokens
     w+ = weight(q), w- = weight(1 - q), q = sigmoid(running mean of the token scores)
 
+    A in P is there where `clone_times_advantage` is set, as in all released configs.
     The weights take no gradient: the policy loss never trains the token reward model.
     Defaults are the published settings (7B, with token rewards).
     """
@@ -68,7 +67,8 @@ class Oreal:
         omega = lambda weights, where, count: terms.masked_sum(weights, where) / count
         no_weight = jnp.where(right, credit, blame) == 0
         return loss, {
-            "actor/pg_loss": loss,
+            "actor/loss": loss,
+            "actor/pg_loss": loss - self.kl_weight * penalty,
             "actor/positive_loss": positive,
             "actor/negative_loss": negative,
             "actor/kl_loss": penalty,

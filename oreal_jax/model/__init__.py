@@ -166,9 +166,7 @@ def log_probs(
     return join(outputs[0]), join(outputs[1])
 
 
-def token_scores(
-    params: Params, states: Float[Array, "B C D"]
-) -> Float[Array, "B C"]:
+def token_scores(params: Params, states: Float[Array, "B C D"]) -> Float[Array, "B C"]:
     """One raw score per hidden state (the token reward model's head), in float32."""
     return jnp.einsum(
         "bcd,d->bc", states, params["score"], preferred_element_type=jnp.float32

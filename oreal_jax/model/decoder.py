@@ -26,9 +26,7 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(value, axes=axes)
 
 
-def constant(
-    value: float, shape: tuple[int, ...], axes: tuple[str, ...]
-) -> nnx.Param:
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """A weight that starts at `value` everywhere."""
     return nnx.Param(jnp.full(shape, value), axes=axes)
 
@@ -43,7 +41,9 @@ def rms_norm(
 
 
 def rotate(
-    x: Float[Array, "B S H K"], cosine: Float[Array, "B S K"], sine: Float[Array, "B S K"]
+    x: Float[Array, "B S H K"],
+    cosine: Float[Array, "B S K"],
+    sine: Float[Array, "B S K"],
 ) -> Float[Array, "B S H K"]:
     """Turns each plane (i, i + K/2) by its angle (arXiv:2104.09864)."""
     y = x.astype(jnp.float32)
@@ -99,6 +99,7 @@ class Mlp(nnx.Module):
         self.down = weight(rngs, (F, D), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """down(silu(gate(x)) * up(x))."""
         gate = jax.nn.silu(jnp.einsum("bsd,df->bsf", x, self.gate[...]))
         up = jnp.einsum("bsd,df->bsf", x, self.up[...])
         return jnp.einsum("bsf,fd->bsd", gate * up, self.down[...])
@@ -182,7 +183,9 @@ class Decoder(nnx.Module):
         def layer(carry, weights_and_index):
             x, cache = carry
             weights, index = weights_and_index
-            return weights.cached(x, cosine, sine, positions, cache, index, window), None
+            return weights.cached(
+                x, cosine, sine, positions, cache, index, window
+            ), None
 
         x = self.embedding[...][tokens]
         indices = jnp.arange(self.config.layers)

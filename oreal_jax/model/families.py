@@ -30,7 +30,8 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
     family = fields.get("model_type")
     if family not in FAMILIES:
         raise BadInput(
-            f"{where}: model_type={family!r} is not supported ({', '.join(FAMILIES)} are)"
+            f"{where}: model_type={family!r} is not supported, "
+            f"only {', '.join(FAMILIES)}"
         )
     required = dict(REQUIRED)
     # Qwen2 always has a bias there and does not say so.

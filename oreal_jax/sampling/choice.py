@@ -55,9 +55,7 @@ def choose(
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncated(
-    logits: Float[Array, "B V"], sampling: Sampling
-) -> Float[Array, "B V"]:
+def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Tempered probabilities, 0 outside the top-k and the nucleus (unnormalised)."""
     kept = jax.nn.softmax(logits / sampling.temperature, axis=-1)
     if sampling.top_k:
@@ -103,9 +101,7 @@ def _bisect(
     return as_float(jax.lax.fori_loop(0, 31, halve, (low, high))[0])
 
 
-def invert(
-    weights: Float[Array, "B V"], uniform: Float[Array, "B"]
-) -> Int[Array, "B"]:
+def invert(weights: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
     """The token at which the running sum of `weights` passes `uniform` of the total."""
     B, V = weights.shape
     weights = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)

@@ -45,7 +45,7 @@ class Completion(NamedTuple):
     computes for the same tokens.
     """
 
-    tokens: np.ndarray
+    tokens: list[int]
     log_probs: np.ndarray
     finish_reason: str
 
@@ -56,7 +56,7 @@ class Decoding(NamedTuple):
     cache: Cache
     token: Int[Array, "B"]  # drawn, not yet fed to the model
     position: Int[Array, "B"]  # where that token stands
-    count: Int[Array, ""]  # tokens drawn so far in rows that go on
+    drawn: Int[Array, ""]  # tokens drawn so far in rows that go on
     done: Bool[Array, "B"]
     keys: UInt32[Array, "B 2"]
     tokens: Int[Array, "B N"]
@@ -162,9 +162,11 @@ class Engine:
         seen, finished = 0, 0
         while True:
             done, sizes, count = jax.device_get(
-                (state.done, state.lengths, state.count)
+                (state.done, state.lengths, state.drawn)
             )
-            on_progress(int(sizes[:real].sum()) - seen, int(done[:real].sum()) - finished)
+            on_progress(
+                int(sizes[:real].sum()) - seen, int(done[:real].sum()) - finished
+            )
             seen, finished = int(sizes[:real].sum()), int(done[:real].sum())
             if done.all():
                 break
@@ -175,7 +177,7 @@ class Engine:
         stops = np.asarray(self.stop_tokens)
         rows = [
             Completion(
-                tokens[row, :size],
+                tokens[row, :size].tolist(),
                 log_probs[row, :size],
                 "stop" if tokens[row, size - 1] in stops else "length",
             )
@@ -206,7 +208,7 @@ class Engine:
             cache=cache,
             token=jnp.zeros(B, jnp.int32),
             position=each(lengths) - 1,
-            count=jnp.zeros((), jnp.int32),
+            drawn=jnp.zeros((), jnp.int32),
             done=each(~real),
             keys=keys.reshape(B, 2),
             tokens=jnp.zeros((B, limit), jnp.int32),
@@ -220,7 +222,7 @@ class Engine:
         params = model.cast(params, self.dtype)
 
         def go_on(state: Decoding):
-            return (state.count < until) & ~jnp.all(state.done)
+            return (state.drawn < until) & ~jnp.all(state.done)
 
         def advance(state: Decoding):
             states, cache = model.hidden_cached(
@@ -238,17 +240,17 @@ class Engine:
 
     def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
         """Draws and records a token in every row that is not done."""
-        keys = jax.vmap(_fold, in_axes=(0, None))(state.keys, state.count)
+        keys = jax.vmap(_fold, in_axes=(0, None))(state.keys, state.drawn)
         token, log_prob = choose(logits, keys, self.sampling)
         going = ~state.done
-        at = (jnp.arange(going.size), state.count)
+        at = (jnp.arange(going.size), state.drawn)
         stopped = jnp.any(token[:, None] == self.stop_tokens[None], axis=-1)
-        count = state.count + 1
+        drawn = state.drawn + 1
         return state._replace(
             token=token,
             position=state.position + going,
-            count=count,
-            done=state.done | stopped | (count >= self.sampling.max_tokens),
+            drawn=drawn,
+            done=state.done | stopped | (drawn >= self.sampling.max_tokens),
             tokens=state.tokens.at[at].set(jnp.where(going, token, 0)),
             log_probs=state.log_probs.at[at].set(jnp.where(going, log_prob, 0)),
             lengths=state.lengths + going,
@@ -261,7 +263,7 @@ def _fold(key: UInt32[Array, "2"], number) -> UInt32[Array, "2"]:
 
 
 def _row_keys(seed, step, samples: int, name: UInt32[Array, "2"]):
-    """The keys of one prompt's samples: seed, then step, prompt and sample folded in."""
+    """Keys of one prompt's samples: seed, then step, prompt and sample folded in."""
     prompt, first = name
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), prompt)
     numbers = first + jnp.arange(samples, dtype=jnp.uint32)

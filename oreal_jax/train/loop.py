@@ -198,7 +198,9 @@ def line(step: int, steps: int, values: dict[str, float]) -> str:
     )
     if not values["oreal/kept"]:
         return text + "no update: every prompt was all right or all wrong"
-    text += f"loss {values['actor/pg_loss']:+.4f}  kl {values.get('actor/kl_loss', 0):.4f}"
+    text += (
+        f"loss {values['actor/pg_loss']:+.4f}  kl {values.get('actor/kl_loss', 0):.4f}"
+    )
     if "token_reward/loss" in values:
         text += f"  token reward {values['token_reward/loss']:.3f}"
     return text

@@ -17,20 +17,20 @@ def agreement(
     """Difference of token probabilities between sampler and trainer, and the area under
     the token reward model's ROC curve. Attaches token scores to the trajectories."""
     log_probs, token_scores = jax.device_get(scores)
-    differences = []
+    differences, mean_scores = [], []
     for trajectory, (micro, place) in zip(kept, slots, strict=True):
         size = len(trajectory.completion.tokens)
         trained = log_probs[micro, place, :size]
         drawn = trajectory.completion.log_probs
         differences.append(np.abs(np.exp(trained) - np.exp(drawn)))
         trajectory.token_scores = token_scores[micro, place, :size]
+        mean_scores.append(trajectory.token_scores.mean())
     difference = np.concatenate(differences)
-    mean_scores = np.array([np.mean(t.token_scores) for t in kept])
     correct = np.array([t.correct for t in kept])
     return {
         "training/rollout_probs_diff_mean": float(difference.mean()),
         "training/rollout_probs_diff_max": float(difference.max()),
-        "token_reward/auc": roc_area(mean_scores, correct),
+        "token_reward/auc": roc_area(np.array(mean_scores), correct),
     }
 
 

@@ -126,7 +126,8 @@ class Session:
         self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
         if not (self.run / "reference").is_dir():
             checkpoints.save_params(
-                self.run / "reference", jax.jit(model.cast, static_argnums=1)(params, self.dtype)
+                self.run / "reference",
+                jax.jit(model.cast, static_argnums=1)(params, self.dtype),
             )
         return self.learners.start(params, self.mesh)
 

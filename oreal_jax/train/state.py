@@ -1,14 +1,13 @@
 """What training carries from step to step, and where it lies on the mesh."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from oreal_jax import model, sharding
 from oreal_jax.model import ModelConfig, Params
@@ -53,7 +52,7 @@ class Optimizer:
             optax.add_decayed_weights(self.weight_decay),
         )
 
-    def rate(self, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    def rate(self, steps: int) -> optax.Schedule:
         """Learning rate as a function of the step, for a run of `steps` steps."""
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
@@ -69,7 +68,7 @@ class Trained(NamedTuple):
 
     config: ModelConfig
     optimizer: optax.GradientTransformation
-    rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+    rate: optax.Schedule
     shardings: Player
 
     @classmethod
@@ -108,8 +107,9 @@ class Learners(NamedTuple):
 
     def shardings(self, mesh: Mesh) -> TrainState:
         """The sharding of every leaf of the training state."""
+        step: Any = sharding.replicated(mesh)
         return TrainState(
-            sharding.replicated(mesh),
+            step,
             self.policy.shardings,
             self.token_reward and self.token_reward.shardings,
         )

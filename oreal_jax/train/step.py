@@ -104,7 +104,6 @@ def train_step(
     *,
     freeze_steps: int = 0,
     dtype: Any = jnp.float32,
-    token_reward: TokenReward = TokenReward(),
 ) -> TrainStep:
     """The jitted training step.
 
@@ -139,7 +138,7 @@ def train_step(
             "actor/entropy": masked_sum(entropy, scored.completion) / counts.completion
         }
         if rewarder:
-            reward_loss, reward_metrics = token_reward(scored, counts)
+            reward_loss, reward_metrics = TokenReward()(scored, counts)
             total, metrics = total + reward_loss, metrics | reward_metrics
         return total, (metrics, Scores(log_probs, token_scores))
 

@@ -70,7 +70,7 @@ def closing(text: str, start: int) -> int | None:
 
 
 def plain(phrase: str) -> str:
-    """A phrase without the sentence around it: its formula, else up to the full stop."""
+    """A phrase without the sentence around it: its formula, or up to the full stop."""
     formula = re.match(r"\s*\$([^$]+)\$|\s*\\\((.+?)\\\)", phrase)
     if formula:
         return formula.group(1) or formula.group(2)

@@ -114,7 +114,9 @@ class Pool:
 
     def _patience(self) -> float:
         ends = [worker.until for worker in self._workers if worker.pair]
-        return max(0.0, min(ends, default=time.monotonic() + 1) - time.monotonic()) + 0.01
+        return (
+            max(0.0, min(ends, default=time.monotonic() + 1) - time.monotonic()) + 0.01
+        )
 
     def _remember(self, pair: Pair, verdict: Verdict) -> None:
         self._known[pair] = verdict
@@ -124,19 +126,19 @@ class Pool:
 
     def _start(self) -> "Worker":
         worker = Worker(self._command)
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker
 
     def _replace(self, worker: "Worker") -> None:
         if not worker.ready:
             raise RuntimeError(
-                f"a judging process ended before it was ready: {' '.join(self._command)}"
+                f"a judging process ended before it was ready: {self._command}"
             )
         self._end(worker)
         self._workers[self._workers.index(worker)] = self._start()
 
     def _end(self, worker: "Worker") -> None:
-        self._selector.unregister(worker.process.stdout)
+        self._selector.unregister(worker.stdout)
         worker.end()
 
 
@@ -156,6 +158,8 @@ class Worker:
             env=environment,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
+        assert self.process.stdin and self.process.stdout
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready = False
         self.pair: Pair | None = None
         self.until = 0.0
@@ -164,8 +168,8 @@ class Worker:
         """Gives the process a pair; False where it is dead."""
         message = {"completion": pair[0], "gold": pair[1]}
         try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
+            self.stdin.write(json.dumps(message).encode() + b"\n")
+            self.stdin.flush()
         except BrokenPipeError:
             return False
         self.pair, self.until = pair, time.monotonic() + deadline
@@ -173,7 +177,7 @@ class Worker:
 
     def answer(self) -> dict | None:
         """What the process says; None where it has died."""
-        line = self.process.stdout.readline()
+        line = self.stdout.readline()
         self.pair = None
         if not line.endswith(b"\n"):
             return None
@@ -183,6 +187,6 @@ class Worker:
     def end(self) -> None:
         """Kills the process and collects it."""
         self.process.kill()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.stdin.close()
+        self.stdout.close()
         self.process.wait()

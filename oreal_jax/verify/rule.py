@@ -28,7 +28,9 @@ REPLACED = {
     "\\!": "", "\\,": " ", "\\;": " ", "\\:": " ", "\\$": "", "\\%": "%", "{,}": ",",
     "^{\\circ}": "^\\circ",
 }  # fmt: skip
-TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}")
+TEXT = re.compile(
+    r"\\(?:text|textbf|mathrm|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}"
+)
 ROOT = re.compile(r"√\s*(\d+|\([^()]*\)|[a-zA-Z])")
 UNIT = re.compile(r"^(.*?\d[})]*)\s*((?:\\?[a-zA-Z]+(?:\^\{?\d\}?)?[\s./]*)+)$")
 BASE = re.compile(r"^\(?([0-9A-Za-z]+)\)?_\{?(\d+)\}?$")
@@ -39,7 +41,10 @@ FRACTION = re.compile(
     r"^([-+]?)(\d*)\s*(?:\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))|(\d+)/(\d+))$"
 )
 DANGER = [
-    (re.compile(r"\*\*|\^\s*\{?[^{}]*\^\s*\{?[^{}]*\^|\^\s*\{?\s*\d*\s*\^"), "a tower of powers"),
+    (
+        re.compile(r"\*\*|\^\s*\{?[^{}]*\^\s*\{?[^{}]*\^|\^\s*\{?\s*\d*\s*\^"),
+        "a tower of powers",
+    ),
     (re.compile(r"\^\s*\{?\s*[-+]?\d{5,}|\^\s*\{[^{}]*\d\s*\^"), "a huge power"),
     (re.compile(r"\d{5,}\s*\)*\s*!|!\s*!|\^[^!]{0,20}!"), "a huge factorial"),
     (re.compile(r"\\(?:sum|prod|int|lim)\b"), "a sum, product, integral or limit"),
@@ -166,7 +171,7 @@ def read(text: str) -> tuple | None:
     parsed = parse(
         f"${text}$",
         extraction_config=[LatexExtractionConfig()],
-        parsing_timeout=None,
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType]
         fallback_mode="no_fallback",
     )
     return tuple(parsed) or None

@@ -1,6 +1,6 @@
 """A judging process: reads JSON lines, answers JSON lines, dies when it is stuck.
 
-    python -m oreal_jax.verify.worker MODULE:FUNCTION DEADLINE MEMORY
+python -m oreal_jax.verify.worker MODULE:FUNCTION DEADLINE MEMORY
 """
 
 import importlib

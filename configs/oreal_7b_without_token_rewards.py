@@ -1,0 +1,22 @@
+"""OREAL-7B without its token reward model, as released (`oreal_wo_tokenrm_...`).
+
+    oreal train configs/oreal_7b_without_token_rewards.py --set model=DIR
+
+Every token counts fully, all 16 samples of a prompt are kept and nothing is frozen.
+Not yet run by us.
+"""
+
+import dataclasses
+
+import oreal_7b
+
+from oreal_jax.losses import Oreal, unweighted
+from oreal_jax.rollout import everything
+
+config = dataclasses.replace(
+    oreal_7b.config,
+    loss=Oreal(weight_right=unweighted, weight_wrong=unweighted),
+    keep=everything,
+    token_reward=None,
+    freeze_steps=0,
+)
