@@ -92,7 +92,9 @@ def open_data_set(directory: Path) -> Any:
     """A built data set: `len` and random access to rows, no TensorFlow involved."""
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(directory).as_data_source(SPLIT)
+    builder = tfds.builder_from_directory(directory)
+    # Its decorator hides the signature from pyright.
+    return builder.as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:

@@ -24,7 +24,7 @@ def agreement(
         drawn = trajectory.completion.log_probs
         differences.append(np.abs(np.exp(trained) - np.exp(drawn)))
         trajectory.token_scores = token_scores[micro, place, :size]
-        mean_scores.append(trajectory.token_scores.mean())
+        mean_scores.append(token_scores[micro, place, :size].mean())
     difference = np.concatenate(differences)
     correct = np.array([t.correct for t in kept])
     return {

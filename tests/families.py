@@ -1,0 +1,63 @@
+"""Small random models of every family, made by transformers itself."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+
+FAMILIES = {
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2.5-untied": ("Qwen2", {"tie_word_embeddings": False}),
+    "qwen2.5-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama3-tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-linear": ("Llama", {"rope_parameters": LINEAR}),
+}
+
+
+def make(name: str, seed: int = 0):
+    """A random model whose norms and biases are not at their neutral start."""
+    kind, extra = FAMILIES[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
+    made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def write(name: str, directory: Path, **options):
+    """Makes a model and saves it as a Hugging Face directory."""
+    made = make(name)
+    made.save_pretrained(directory, **options)
+    return made
