@@ -1,0 +1,299 @@
+"""Weights to and from Hugging Face format, byte for byte, and every way it can fail."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import families
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from make_tiny import tokenizer
+from safetensors.numpy import load_file, save_file
+
+from oreal_jax import model, sharding
+from oreal_jax.checkpoints import hf
+from oreal_jax.checkpoints.gguf import to_hugging_face_directory
+from oreal_jax.checkpoints.source import import_model, open_model
+from oreal_jax.errors import BadInput
+
+MESHES = [
+    sharding.MeshShape(fsdp=8),
+    sharding.MeshShape(fsdp=4, tensor=2),
+    sharding.MeshShape(data=2, fsdp=2, tensor=2),
+]
+
+
+def tensors_of(directory: Path) -> dict[str, np.ndarray]:
+    return {
+        name: value
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def assert_same_bytes(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert value.tobytes() == other[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2.5-untied", "qwen3", "llama"])
+def test_a_round_trip_changes_no_byte(name, dtype, tmp_path):
+    start, end = tmp_path / "start", tmp_path / "end"
+    families.make(name).to(dtype).save_pretrained(start, max_shard_size="20KB")
+    assert len(list(start.glob("*.safetensors"))) > 1
+    params = hf.load(start, str(dtype).removeprefix("torch."))
+    hf.save(params, hf.read_config(start), end, source=start, max_shard_size=30_000)
+    assert_same_bytes(tensors_of(start), tensors_of(end))
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_an_export_loads_in_transformers_without_a_warning(name, tmp_path, caplog):
+    start, end = tmp_path / "start", tmp_path / "end"
+    theirs = families.write(name, start)
+    tokenizer().save_pretrained(str(start))
+    hf.save(hf.load(start), hf.read_config(start), end, source=start)
+    with caplog.at_level(logging.WARNING):
+        ours, report = transformers.AutoModelForCausalLM.from_pretrained(
+            end, output_loading_info=True
+        )
+        assert transformers.AutoTokenizer.from_pretrained(end).chat_template
+    assert not caplog.records
+    assert not any(report[key] for key in report)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(tokens).logits, theirs(tokens).logits)
+
+
+def test_a_model_made_from_scratch_exports_too(tmp_path):
+    config = hf.read_config(written(tmp_path / "start"))
+    params = model.init(config, jax.random.key(0))
+    hf.save(params, config, tmp_path / "end")
+    again = hf.load(tmp_path / "end")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+
+
+def written(directory: Path, name: str = "qwen2.5-untied") -> Path:
+    families.write(name, directory)
+    return directory
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_weights_go_straight_into_their_sharding(shape, tmp_path):
+    directory = written(tmp_path)
+    config = hf.read_config(directory)
+    mesh = sharding.make_mesh(shape, config)
+    wanted = sharding.of_params(model.axes(config), mesh)
+    sharded = hf.load(directory, jnp.float32, wanted)
+    whole = hf.load(directory)
+    same = lambda a, b, s: a.sharding == s and bool((np.asarray(a) == b).all())
+    assert jax.tree.all(jax.tree.map(same, sharded, whole, wanted))
+
+
+def test_at_most_one_tensor_is_read_ahead_of_what_is_placed(tmp_path, monkeypatch):
+    directory = written(tmp_path)
+    alive, most = [], []
+    real = hf._open_slice
+
+    def counted(path, name):
+        value = real(path, name).copy()
+        alive.append(value.nbytes)
+        most.append(sum(alive))
+        return value
+
+    monkeypatch.setattr(hf, "_open_slice", counted)
+    hf.load(directory, on_tensor=lambda name: alive.clear())
+    largest = max(value.nbytes for value in tensors_of(directory).values())
+    assert max(most) == largest
+
+
+def spoil_missing(directory: Path) -> None:
+    values = tensors_of(directory)
+    del values["model.layers.1.mlp.up_proj.weight"], values["model.norm.weight"]
+    save_file(values, directory / "model.safetensors")
+
+
+def spoil_extra(directory: Path) -> None:
+    values = tensors_of(directory) | {"model.extra": np.zeros(3, np.float32)}
+    save_file(values, directory / "model.safetensors")
+
+
+def spoil_shape(directory: Path) -> None:
+    values = tensors_of(directory) | {"model.norm.weight": np.zeros(7, np.float32)}
+    save_file(values, directory / "model.safetensors")
+
+
+def spoil_weights(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"no weights")
+
+
+def spoil_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def spoil_index(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_missing, "missing model.layers.1.mlp.up_proj.weight; missing model.norm"),
+        (spoil_extra, "unknown model.extra"),
+        (spoil_shape, r"model.norm.weight has shape \(7,\), expected \(32,\)"),
+        (spoil_weights, "not a safetensors file"),
+        (spoil_config, "config.json: not readable as JSON"),
+        (spoil_index, "gone.safetensors"),
+        (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+    ],
+)
+def test_weights_that_do_not_fit_are_listed(spoil, said, tmp_path):
+    directory = written(tmp_path)
+    spoil(directory)
+    with pytest.raises(BadInput, match=said):
+        hf.load(directory)
+
+
+def test_an_export_never_overwrites(tmp_path):
+    directory = written(tmp_path / "start")
+    params = hf.load(directory)
+    before = tensors_of(directory)
+    with pytest.raises(BadInput, match="not an empty directory"):
+        hf.save(params, hf.read_config(directory), directory)
+    assert_same_bytes(before, tensors_of(directory))
+
+
+def test_a_failed_import_leaves_nothing_behind(tmp_path):
+    directory = written(tmp_path / "start")
+    spoil_missing(directory)
+    one_device = lambda config: sharding.make_mesh(
+        sharding.MeshShape(), config, jax.devices()[:1]
+    )
+    with pytest.raises(BadInput, match="missing"):
+        import_model(directory, tmp_path / "run", one_device, jnp.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def test_hugging_face_to_run_directory_and_back_changes_no_byte(tmp_path):
+    start, run, end = (tmp_path / name for name in ("start", "run", "end"))
+    families.write("qwen3", start)
+    tokenizer().save_pretrained(str(start))
+    mesh = lambda config: sharding.make_mesh(
+        sharding.MeshShape(fsdp=4, tensor=2), config
+    )
+    import_model(start, run, mesh, jnp.float32)
+    opened = open_model(run)
+    params = opened.load(mesh(opened.config))
+    hf.save(params, opened.config, end, source=opened.files)
+    assert_same_bytes(tensors_of(start), tensors_of(end))
+    assert set(hf.companions(start)) == set(hf.companions(end))
+
+
+def interleaved(value: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to query and key rows of Llama models."""
+    rows = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
+    return rows.swapaxes(1, 2).reshape(value.shape)
+
+
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def write_gguf(theirs, family: str, path: Path) -> None:
+    """A .gguf file as llama.cpp would write it."""
+    config = theirs.config
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if family == "qwen3":
+        writer.add_key_length(config.head_dim)
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = [chr(33 + i) for i in range(config.vocab_size - len(marks) - 1)]
+    tokens = [*marks, *letters, "!!"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(marks) + [1] * (len(tokens) - len(marks)))
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    for name, value in theirs.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = value.numpy()
+        if family == "llama" and "q_proj" in name:
+            array = interleaved(array, config.num_attention_heads)
+        if family == "llama" and "k_proj" in name:
+            array = interleaved(array, config.num_key_value_heads)
+        core, kind = name.rsplit(".", 1)
+        parts = core.split(".")
+        if len(parts) > 3:
+            target = f"blk.{parts[2]}.{GGUF_NAMES['.'.join(parts[3:])]}.{kind}"
+        else:
+            target = f"{GGUF_NAMES[core]}.{kind}"
+        writer.add_tensor(target, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3")],
+)
+def test_a_gguf_file_becomes_the_model_it_was_made_from(name, family, tmp_path):
+    theirs = families.make(name)
+    write_gguf(theirs, family, tmp_path / "model.gguf")
+    to_hugging_face_directory(tmp_path / "model.gguf", tmp_path / "hf", jnp.float32)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert read.eos_token == "<|im_end|>" and read.chat_template
+
+
+def test_a_gguf_file_of_another_family_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BadInput, match="general.architecture='gemma'"):
+        to_hugging_face_directory(tmp_path / "model.gguf", tmp_path / "hf", "float32")
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(BadInput, match="not a gguf file"):
+        to_hugging_face_directory(tmp_path / "text.gguf", tmp_path / "hf", "float32")
+    shutil.rmtree(tmp_path / "hf", ignore_errors=True)

@@ -1,0 +1,246 @@
+"""The engine: what it draws, what it returns, and on what it does not depend."""
+
+import dataclasses
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from oreal_jax import model, sharding
+from oreal_jax.checkpoints import hf
+from oreal_jax.errors import BadInput
+from oreal_jax.model import ModelConfig
+from oreal_jax.sampling import Engine, Request, Sampling
+from oreal_jax.sampling.choice import choose, nucleus, truncated
+
+CONFIG = ModelConfig(
+    vocab=64,
+    embed=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=32,
+    max_length=256,
+)
+STOP = 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = model.init(CONFIG, jax.random.key(0))
+    # Larger weights: a distribution that is far from flat.
+    return jax.tree.map(lambda w: w * 8 if w.ndim > 1 else w, drawn)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    draw = np.random.default_rng(0)
+    lengths = [5, 17, 1, 30, 9]
+    return [Request(draw.integers(0, 64, n).tolist(), i) for i, n in enumerate(lengths)]
+
+
+def mesh_of(shape=None):
+    if shape is None:
+        devices = jax.devices()[:1]
+        return sharding.make_mesh(sharding.MeshShape(), CONFIG, devices)
+    return sharding.make_mesh(shape, CONFIG)
+
+
+def draw(params, requests, samples=3, *, mesh=None, rows=64, seed=1, step=0, **options):
+    mesh = mesh or mesh_of()
+    placed = jax.device_put(params, sharding.of_params(model.axes(CONFIG), mesh))
+    sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
+    engine = Engine(CONFIG, mesh, sampling, [STOP], rows=rows)
+    return engine.sample(placed, requests, samples, seed=seed, step=step)
+
+
+def tokens_of(drawn):
+    return [[completion.tokens for completion in group] for group in drawn]
+
+
+@pytest.fixture(scope="module")
+def drawn(params, requests):
+    return draw(params, requests)
+
+
+def test_a_completion_ends_with_its_stop_token_or_at_the_limit(drawn):
+    reasons = set()
+    for completion in (c for group in drawn for c in group):
+        reasons.add(completion.finish_reason)
+        assert STOP not in completion.tokens[:-1]
+        if completion.finish_reason == "stop":
+            assert completion.tokens[-1] == STOP
+        else:
+            assert len(completion.tokens) == 90 and completion.tokens[-1] != STOP
+        assert len(completion.log_probs) == len(completion.tokens)
+    assert reasons == {"stop", "length"}
+
+
+def test_log_probs_are_those_of_the_full_forward_pass(params, requests, drawn):
+    for request, group in zip(requests, drawn, strict=True):
+        for completion in group:
+            sequence = [*request.prompt, *completion.tokens]
+            tokens = jnp.asarray(sequence)[None]
+            positions = jnp.arange(len(sequence))[None]
+            ones = jnp.ones_like(tokens)
+            states = model.hidden(CONFIG, params, tokens, positions, ones)
+            start, end = len(request.prompt) - 1, len(sequence) - 1
+            expected, _ = model.log_probs(
+                CONFIG, params, states[:, start:end], tokens[:, start + 1 :]
+            )
+            np.testing.assert_allclose(
+                completion.log_probs, expected[0], rtol=1e-4, atol=1e-4
+            )
+        break  # one compilation per length; one group tells
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [sharding.MeshShape(fsdp=4, tensor=2), sharding.MeshShape(data=4, tensor=2)],
+    ids=str,
+)
+def test_devices_do_not_change_a_completion(params, requests, drawn, shape):
+    again = draw(params, requests, mesh=mesh_of(shape))
+    assert tokens_of(again) == tokens_of(drawn)
+
+
+def test_batch_size_order_and_neighbours_do_not_change_a_completion(
+    params, requests, drawn
+):
+    order = [3, 0, 4]
+    again = draw(params, [requests[i] for i in order], rows=4)
+    assert tokens_of(again) == [tokens_of(drawn)[i] for i in order]
+
+
+def test_samples_seeds_steps_and_copies_of_a_prompt_differ(params, requests, drawn):
+    first = tokens_of(drawn)[0]
+    assert len({tuple(tokens) for tokens in first}) == 3
+    others = [
+        draw(params, requests[:1], seed=2),
+        draw(params, requests[:1], step=1),
+        draw(params, [requests[0]._replace(first_sample=3)]),
+    ]
+    for other in others:
+        assert tokens_of(other)[0] != first
+
+
+def test_a_copys_samples_continue_the_first_ones(params, requests):
+    six = draw(params, requests[:1], samples=6)
+    copy = draw(params, [requests[0]._replace(first_sample=3)])
+    assert tokens_of(copy)[0] == tokens_of(six)[0][3:]
+
+
+def test_no_samples_are_no_completions(params, requests):
+    assert draw(params, requests, samples=0) == [[]] * len(requests)
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 200])
+def test_a_prompt_that_cannot_be_completed_is_refused(params, prompt):
+    with pytest.raises(BadInput, match=f"prompt of {len(prompt)} tokens.*256"):
+        draw(params, [Request(prompt, 0)])
+
+
+def test_progress_counts_every_token_and_row_once(params, requests, drawn):
+    seen = np.zeros(2, int)
+    mesh = mesh_of()
+    engine = Engine(CONFIG, mesh, Sampling(max_tokens=90, top_p=0.9), [STOP], rows=8)
+    again = engine.sample(
+        params, requests, 3, seed=1, on_progress=lambda *counts: np.add(seen, counts, seen)
+    )
+    total = sum(len(c.tokens) for group in again for c in group)
+    assert seen.tolist() == [total, 15]
+
+
+def test_greedy_equals_transformers(tmp_path):
+    theirs = families.write("qwen2.5-untied", tmp_path)
+    config = hf.read_config(tmp_path)
+    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    engine = Engine(config, mesh, Sampling(max_tokens=20, temperature=0.0), [2])
+    prompts = [[5, 9, 40], [7] * 11, [60, 61, 62, 63, 11, 12]]
+    requests = [Request(p, i) for i, p in enumerate(prompts)]
+    ours = engine.sample(hf.load(tmp_path), requests, 1, seed=0)
+    for prompt, (completion,) in zip(prompts, ours, strict=True):
+        with torch.no_grad():
+            expected = theirs.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=20,
+                do_sample=False,
+                eos_token_id=2,
+                pad_token_id=0,
+            )[0, len(prompt) :]
+        assert completion.tokens == expected.tolist()
+
+
+def sorted_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """The textbook: sort, keep tokens until their mass reaches top_p."""
+    kept = np.zeros_like(probabilities)
+    for row, values in enumerate(probabilities):
+        order = np.argsort(-values, kind="stable")
+        mass = np.cumsum(values[order])
+        size = int(np.argmax(mass >= top_p * mass[-1])) + 1
+        kept[row, order[:size]] = values[order[:size]]
+    return kept
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_the_nucleus_is_that_of_sorting(scale, top_p):
+    logits = scale * jax.random.normal(jax.random.key(0), (5, 700))
+    kept = truncated(logits, Sampling(max_tokens=1, top_p=top_p))
+    expected = sorted_nucleus(np.asarray(jax.nn.softmax(logits)), top_p)
+    assert ((np.asarray(kept) > 0) == (expected > 0)).mean() > 0.999  # rounding of sums
+    full = nucleus(jax.nn.softmax(logits), jnp.full(5, 2.0))
+    assert jnp.all(full == 0)  # no mass is enough: everything is kept
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.5},
+    {"top_p": 0.8},
+    {"top_k": 5},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
+    draws, V = 100_000, 300
+    sampling = Sampling(**({"max_tokens": 1} | options))
+    logits = 2 * jax.random.normal(jax.random.key(0), (V,))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
+    one = lambda key: choose(logits[None], key[None], sampling)[0][0]
+    tokens = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys))
+    kept = np.asarray(truncated(logits[None], sampling)[0], np.float64)
+    expected = draws * kept / kept.sum()
+    counts = np.bincount(tokens, minlength=V)
+    assert not counts[expected == 0].any()
+    common = expected >= 5
+    rest = [counts[~common].sum(), expected[~common].sum()]
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    chi_square += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+    freedom = common.sum()
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_the_log_prob_returned_is_the_untruncated_untempered_one():
+    logits = jax.random.normal(jax.random.key(0), (4, 50))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), 4))
+    sampling = Sampling(max_tokens=1, temperature=0.3, top_k=3, top_p=0.5)
+    token, log_prob = choose(logits, keys, sampling)
+    full = jax.nn.log_softmax(logits)
+    expected = jnp.take_along_axis(full, token[:, None], -1)[:, 0]
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
+)
+def test_an_option_outside_its_range_is_named(field, value):
+    with pytest.raises(BadInput, match=f"{field}={value}"):
+        dataclasses.replace(Sampling(max_tokens=1), **{field: value})
