@@ -126,6 +126,13 @@ def keep_some(
     return kept
 
 
+def token_count(groups: Sequence[Group]) -> int:
+    """Prompt and completion tokens of all samples."""
+    return sum(
+        len(t.prompt_tokens) + len(t.completion.tokens) for g in groups for t in g
+    )
+
+
 def metrics(groups: Sequence[Group], kept: Sequence[Trajectory]) -> dict[str, float]:
     """What a batch of completions looks like, in the field's names."""
     everyone = [t for group in groups for t in group]

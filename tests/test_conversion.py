@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import families
 import gguf
@@ -62,9 +63,10 @@ def test_an_export_loads_in_transformers_without_a_warning(name, tmp_path, caplo
     tokenizer().save_pretrained(str(start))
     hf.save(hf.load(start), hf.read_config(start), end, source=start)
     with caplog.at_level(logging.WARNING):
-        ours, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             end, output_loading_info=True
         )
+        ours, report = loaded
         assert transformers.AutoTokenizer.from_pretrained(end).chat_template
     assert not caplog.records
     assert not any(report[key] for key in report)
@@ -148,7 +150,10 @@ def spoil_index(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_missing, "missing model.layers.1.mlp.up_proj.weight; missing model.norm"),
+        (
+            spoil_missing,
+            "missing model.layers.1.mlp.up_proj.weight; missing model.norm",
+        ),
         (spoil_extra, "unknown model.extra"),
         (spoil_shape, r"model.norm.weight has shape \(7,\), expected \(32,\)"),
         (spoil_weights, "not a safetensors file"),

@@ -117,9 +117,7 @@ def test_rows_of_a_decoding_batch_may_stand_at_different_positions():
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     whole = model.hidden(TINY, params, tokens, positions, jnp.ones_like(tokens))
     cache = Cache.empty(TINY, 2, 16, jnp.float32)
-    _, cache = model.hidden_cached(
-        TINY, params, tokens[:, :8], positions[:, :8], cache
-    )
+    _, cache = model.hidden_cached(TINY, params, tokens[:, :8], positions[:, :8], cache)
     at = jnp.asarray([[8], [5]])  # the second row goes back to position 5
     states, _ = model.hidden_cached(
         TINY, params, jnp.take_along_axis(tokens, at, axis=1), at, cache
@@ -167,7 +165,9 @@ def test_the_scan_over_layers_equals_a_loop():
         only = jax.tree.map(lambda w: w[0], decoder.layers)
         x = only.packed(x, cosine, sine, ones)
     gain = params["final_norm"]
-    expected = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * gain[None, None]
+    expected = (
+        x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * gain[None, None]
+    )
     np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -235,5 +235,3 @@ def test_a_field_value_that_is_not_supported_is_named(field, value):
 def test_heads_that_do_not_divide_are_refused_with_both_numbers():
     with pytest.raises(BadInput, match="heads=4.*kv_heads=3"):
         dataclasses.replace(TINY, kv_heads=3)
-
-

@@ -148,9 +148,11 @@ def test_progress_counts_every_token_and_row_once(params, requests, drawn):
     seen = np.zeros(2, int)
     mesh = mesh_of()
     engine = Engine(CONFIG, mesh, Sampling(max_tokens=90, top_p=0.9), [STOP], rows=8)
-    again = engine.sample(
-        params, requests, 3, seed=1, on_progress=lambda *counts: np.add(seen, counts, seen)
-    )
+
+    def count(tokens: int, finished: int) -> None:
+        seen[:] += tokens, finished
+
+    again = engine.sample(params, requests, 3, seed=1, on_progress=count)
     total = sum(len(c.tokens) for group in again for c in group)
     assert seen.tolist() == [total, 15]
 
@@ -214,7 +216,9 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
     logits = 2 * jax.random.normal(jax.random.key(0), (V,))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
     one = lambda key: choose(logits[None], key[None], sampling)[0][0]
-    tokens = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys))
+    tokens = np.asarray(
+        jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
+    )
     kept = np.asarray(truncated(logits[None], sampling)[0], np.float64)
     expected = draws * kept / kept.sum()
     counts = np.bincount(tokens, minlength=V)
@@ -239,7 +243,13 @@ def test_the_log_prob_returned_is_the_untruncated_untempered_one():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
+    [
+        ("max_tokens", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+    ],
 )
 def test_an_option_outside_its_range_is_named(field, value):
     with pytest.raises(BadInput, match=f"{field}={value}"):

@@ -38,10 +38,6 @@ class Checkpoints:
             item_names=("policy", "trainer"),
         )
 
-    def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
-
     def save(self, state: TrainState) -> None:
         """Saves the state under its step, unless that step is there already."""
         step = int(state.step)
@@ -87,20 +83,22 @@ def _trainer(state: TrainState) -> dict[str, Any]:
     return trainer
 
 
+def steps(run: Path) -> list[int]:
+    """The steps of which a run has whole checkpoints, in order."""
+    found = (run / "checkpoints").glob("*/policy")
+    return sorted(int(p.parent.name) for p in found if p.parent.name.isdigit())
+
+
 def newest_policy(run: Path) -> Path:
     """The directory of the newest policy weights of a run.
 
     Raises:
         BadInput: there is none.
     """
-    steps = [
-        int(path.name)
-        for path in (run / "checkpoints").glob("*")
-        if path.name.isdigit() and (path / "policy").is_dir()
-    ]
-    if not steps:
+    done = steps(run)
+    if not done:
         raise BadInput(f"{run}: no checkpoint in {run / 'checkpoints'}")
-    return run / "checkpoints" / str(max(steps)) / "policy"
+    return run / "checkpoints" / str(done[-1]) / "policy"
 
 
 def save_params(directory: Path, params: Params) -> None:

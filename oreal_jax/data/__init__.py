@@ -1,6 +1,6 @@
 """The data room: prompts with gold answers, their order, chat templates, packing."""
 
-from oreal_jax.data.builder import load_prompts
+from oreal_jax.data.builder import build, load_prompts
 from oreal_jax.data.chat import Chat, load_tokenizer
 from oreal_jax.data.difficulty import PUBLISHED_BANDS, repeat_by_difficulty
 from oreal_jax.data.order import PromptOrder
@@ -19,6 +19,7 @@ __all__ = [
     "Prompt",
     "PromptOrder",
     "Solved",
+    "build",
     "load_prompts",
     "load_tokenizer",
     "read_examples",

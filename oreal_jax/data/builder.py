@@ -1,12 +1,11 @@
 """Prompts as a TFDS data set: built once from a file or the hub, then read in place.
 
 The format is array_record, which tensorflow-datasets writes and reads without
-TensorFlow. A data set lives in a folder named after the content it was built from, so
-the same prompts are never built twice and changed ones never mistaken for old ones.
+TensorFlow. A run keeps its prompts this way, so that it goes on with the same ones
+whatever becomes of the file they came from.
 """
 
 import contextlib
-import hashlib
 import io
 import math
 import shutil
@@ -22,17 +21,19 @@ from oreal_jax.errors import BadInput
 SPLIT = "train"
 
 
-def load_prompts(source: str, cache: Path) -> list[Prompt]:
-    """The prompts of a jsonl or parquet file, or of a Hugging Face data set by name.
+def load_prompts(source: str) -> list[Prompt]:
+    """The prompts of a jsonl or parquet file, of a data set that `build` wrote, or of a
+    Hugging Face data set by name.
 
     Raises:
         BadInput: the source is not there or a row of it is wrong.
     """
-    prompts = _read(source)
-    directory = cache / _digest(prompts)
-    if not directory.is_dir():
-        build(prompts, directory)
-    return list(map(_prompt, open_data_set(directory)))
+    path = Path(source)
+    if (path / "dataset_info.json").is_file():
+        return list(map(_prompt, open_data_set(path)))
+    if path.exists() or path.suffix or source.count("/") != 1:
+        return read_prompts(path)
+    return _download(source)
 
 
 def build(prompts: Sequence[Prompt], directory: Path) -> None:
@@ -44,7 +45,7 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
     import tensorflow_datasets as tfds
     from absl import logging
 
-    class Prompts(tfds.core.GeneratorBasedBuilder):
+    class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Questions with gold answers."""
 
         VERSION = tfds.core.Version("1.0.0")
@@ -108,9 +109,7 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     )
 
 
-def _read(source: str) -> list[Prompt]:
-    if Path(source).exists() or source.count("/") != 1 or Path(source).suffix:
-        return read_prompts(Path(source))
+def _download(source: str) -> list[Prompt]:
     import huggingface_hub
 
     try:
@@ -132,8 +131,3 @@ def _read(source: str) -> list[Prompt]:
         for file in files
         for p in read_prompts(file)
     ]
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    content = repr([tuple(vars(prompt).values()) for prompt in prompts])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ if it had not been.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,17 +24,19 @@ from oreal_jax.data import (
     Chat,
     Prompt,
     PromptOrder,
+    build,
     load_prompts,
     load_tokenizer,
     repeat_by_difficulty,
 )
-from oreal_jax.data.packing import pack
+from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
+from oreal_jax.model import Params
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import Engine, Request
 from oreal_jax.train import measures
-from oreal_jax.train.session import Session, compute_dtype, source_of
-from oreal_jax.train.step import place, reference_scorer, train_step
+from oreal_jax.train.session import Session, compute_dtype, source_of, uninterrupted
+from oreal_jax.train.step import TrainStep, place, reference_scorer, train_step
 from oreal_jax.verify import Pool
 
 
@@ -48,8 +50,10 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     mesh = sharding.make_mesh(config.mesh, source.config)
     chat = Chat(load_tokenizer(source.files), config.system_prompt)
     stop_tokens = chat.stop_tokens(config.stop_words)
-    prompts = usable_prompts(config, run, chat, screen)
-    order = PromptOrder(prompts, batch=config.prompts_per_step, seed=config.seed)
+    saved = run / "data"  # a run goes on with the prompts that it began with
+    prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
+    repeated = usable_prompts(config, prompts, chat, screen)
+    order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
     engine = Engine(
         source.config,
         mesh,
@@ -68,6 +72,8 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         steps=config.steps,
         token_reward=config.token_reward,
     )
+    if not saved.is_dir():
+        build(prompts, saved)
     pool = Pool(config.verification.workers, config.verification.deadline)
     with session, pool:
         reference = session.load_reference()
@@ -80,49 +86,60 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             dtype=session.dtype,
         )
         while session.step < config.steps:
-            step, label = session.step, f"step {session.step + 1}: "
+            step = session.step
             groups = sample_and_judge(session, config, order, engine, pool)
             kept = rollout.keep_some(groups, config.keep, config.seed, step)
             values = rollout.metrics(groups, kept)
-            if kept:
-                batch, slots = pack(
-                    [trajectory.example() for trajectory in kept],
-                    rows=session.rows,
-                    row_length=config.packing.row_length,
-                )
-                batch = place(batch, mesh)
-                with screen.phase("ref", label=label):
-                    batch = jax.block_until_ready(add_reference(reference, batch))
-                with screen.phase("update_actor", label=label):
-                    session.state, learned, scores = update(session.state, batch)
-                    values |= {name: float(value) for name, value in learned.items()}
-                values |= measures.agreement(kept, slots, scores)
-            else:
-                session.skip_step()
-            write_trajectories(run, step, groups)
-            session.finish_step(values, line(step, config.steps, values))
+            with uninterrupted():
+                if kept:
+                    values |= learn(session, kept, reference, add_reference, update)
+                else:
+                    session.skip_step()
+                write_trajectories(run, step, groups)
+                said = line(step, config.steps, values)
+                session.finish_step(values, rollout.token_count(groups), said)
+
+
+def learn(
+    session: Session,
+    kept: Sequence[Trajectory],
+    reference: Params,
+    add_reference: Callable[[Params, Batch], Batch],
+    update: TrainStep,
+) -> dict[str, float]:
+    """Updates the models on the kept completions; what there is to say about it."""
+    label = f"step {session.step + 1}: "
+    batch, slots = pack(
+        [trajectory.example() for trajectory in kept],
+        rows=session.rows,
+        row_length=session.config.packing.row_length,
+    )
+    batch = place(batch, session.mesh)
+    with session.screen.phase("ref", label=label):
+        batch = jax.block_until_ready(add_reference(reference, batch))
+    with session.screen.phase("update_actor", label=label):
+        measured, scores = session.learn(update, batch)
+    return measured | measures.agreement(kept, slots, scores)
 
 
 def usable_prompts(
-    config: TrainConfig, run: Path, chat: Chat, screen: Screen
+    config: TrainConfig, prompts: Sequence[Prompt], chat: Chat, screen: Screen
 ) -> list[Prompt]:
     """The prompts that are short enough, repeated by difficulty as published."""
-    with screen.phase("read prompts"):
-        everyone = load_prompts(config.prompts, run / "data")
     short = [
         prompt
-        for prompt in everyone
+        for prompt in prompts
         if len(chat.encode(prompt.question)) <= config.max_prompt_tokens
     ]
     if not short:
         raise BadInput(
-            f"{config.prompts}: all {len(everyone)} prompts are longer than "
+            f"{config.prompts}: all {len(prompts)} prompts are longer than "
             f"max_prompt_tokens={config.max_prompt_tokens}"
         )
     repeated = repeat_by_difficulty(short, config.difficulty)
-    left_out = len(everyone) - len(short)
+    left_out = len(prompts) - len(short)
     screen.say(
-        f"{config.prompts}: {len(everyone)} prompts, {left_out} over "
+        f"{config.prompts}: {len(prompts)} prompts, {left_out} over "
         f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
     )
     return repeated

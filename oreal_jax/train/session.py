@@ -11,9 +11,13 @@
 Opening a run that has checkpoints goes on from the newest one.
 """
 
+import contextlib
 import json
+import os
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -23,17 +27,20 @@ from jax.sharding import Mesh
 from oreal_jax import config as configuration
 from oreal_jax import model, sharding
 from oreal_jax.checkpoints import run as checkpoints
+from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat
+from oreal_jax.data.packing import Batch
 from oreal_jax.errors import BadInput
 from oreal_jax.metrics import MetricsLog, replace_text
 from oreal_jax.model import ModelConfig, Params
-from oreal_jax.train.state import Learners, Optimizer, learners
+from oreal_jax.train.state import Learners, Optimizer, TrainState, learners
+from oreal_jax.train.step import Scores, TrainStep
 
 # What a run is made of; changing it would make another run.
-IDENTITY = ("model", "seed", "prompts", "examples")
+IDENTITY = ("class", "model", "seed", "prompts", "examples")
 
 
 def compute_dtype(name: str):
@@ -45,8 +52,32 @@ def compute_dtype(name: str):
 
 def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     """The model a run works on: its own once it has begun, else the config's."""
-    begun = (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
-    return open_model(run if begun else config.model)
+    if not checkpoints.steps(run):
+        return open_model(config.model)
+    if not (run / "config.json").is_file():
+        raise BadInput(f"{run}: a converted model, not a run; give another --run")
+    return open_model(run)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets what is inside finish before Ctrl-C is heeded: a step is whole or absent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    pending = []
+
+    def note(*_) -> None:
+        pending.append(True)
+        os.write(2, b"\nstopping as soon as this step is whole\n")
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pending:
+        raise KeyboardInterrupt
 
 
 class Session:
@@ -63,9 +94,15 @@ class Session:
         chat: Chat,
         steps: int,
         token_reward: Optimizer | None = None,
-        freeze: bool = True,
     ):
-        """Opens the run and loads its newest state, or starts it."""
+        """Loads the newest state, or the model to start from; then opens the record.
+
+        Nothing is written before everything has been read.
+
+        Raises:
+            BadInput: the run began with another config, the weights do not fit, or the
+                directory cannot be written.
+        """
         self.config, self.run, self.screen = config, run, screen
         self.mesh, self.chat, self.steps = mesh, chat, steps
         self.model: ModelConfig = source.config
@@ -74,11 +111,10 @@ class Session:
         self.learners: Learners = learners(
             source.config, config.policy, token_reward, steps, mesh
         )
-        self._write_config()
-        if source.path != run:
-            copy_files(source, run / "model")
-        self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
+        self._compare_config()
         self.state = self._restore_or_start(source)
+        self._write_config()
+        self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
         self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
         self._began = time.perf_counter()
 
@@ -86,49 +122,59 @@ class Session:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is KeyboardInterrupt:
-            self.screen.say(f"stopped after step {self.step}; saving")
-            self._checkpoints.save(self.state)
-        self._checkpoints.close()
-        self._log.close()
+        with uninterrupted():
+            if kind is KeyboardInterrupt:
+                self.screen.say(f"stopped after step {self.step}; saving")
+                self._checkpoints.save(self.state)
+            self._checkpoints.close()
+            self._log.close()
 
     @property
     def step(self) -> int:
         """Steps done so far."""
         return int(self.state.step)
 
-    def _write_config(self) -> None:
-        """Records the config; a run that began with another identity is refused."""
+    def _compare_config(self) -> None:
+        """Says what has changed since the run began; another identity is refused."""
         path = self.run / "config.json"
-        new = configuration.as_json(self.config)
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            for name in sorted(old.keys() | new.keys()):
-                if old.get(name) != new.get(name):
-                    change = f"{name}: {old.get(name)} -> {new.get(name)}"
-                    if name in IDENTITY:
-                        raise BadInput(f"{path}: this run began otherwise; {change}")
-                    self.screen.say(f"changed since this run began: {change}")
-        self.run.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(new, indent=2) + "\n")
+        if not path.exists():
+            return
+        old, new = read_json(path), configuration.as_json(self.config)
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                change = f"{name}: {old.get(name)} -> {new.get(name)}"
+                if name in IDENTITY:
+                    raise BadInput(f"{path}: this run began otherwise; {change}")
+                self.screen.say(f"changed since this run began: {change}")
 
-    def _restore_or_start(self, source: ModelSource):
-        latest = self._checkpoints.latest()
+    def _write_config(self) -> None:
+        """Makes the run directory."""
+        text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            replace_text(self.run / "config.json", text)
+        except OSError as error:
+            raise BadInput(f"{self.run}: cannot be written: {error.strerror}") from None
+
+    def _restore_or_start(self, source: ModelSource) -> TrainState:
+        done = checkpoints.steps(self.run)
         count = f"{model.parameter_count(source.config):,} parameters"
-        if latest is not None:
-            self.screen.say(f"going on after step {latest} of {self.run} ({count})")
+        if done:
+            self.screen.say(f"going on after step {done[-1]} of {self.run} ({count})")
             with self.screen.phase("restore"):
-                return self._checkpoints.restore(
-                    latest, self.learners.abstract(self.mesh)
+                return checkpoints.Checkpoints(self.run).restore(
+                    done[-1], self.learners.abstract(self.mesh)
                 )
         with self.screen.phase("load") as advance:
             params = source.load(self.mesh, on_tensor=lambda name: advance())
         self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
+        self._write_config()
+        copy_files(source, self.run / "model")
         if not (self.run / "reference").is_dir():
-            checkpoints.save_params(
-                self.run / "reference",
-                jax.jit(model.cast, static_argnums=1)(params, self.dtype),
-            )
+            cast = jax.jit(model.cast, static_argnums=1)
+            with uninterrupted():
+                directory = self.run / "reference"
+                checkpoints.save_params(directory, cast(params, self.dtype))
         return self.learners.start(params, self.mesh)
 
     def load_reference(self) -> Params:
@@ -139,15 +185,27 @@ class Session:
             self.run / "reference", checkpoints.with_shardings(shapes, shardings)
         )
 
+    def learn(self, update: TrainStep, batch: Batch) -> tuple[dict[str, float], Scores]:
+        """Takes one training step; what it measured, and its scores."""
+        self.state, measured, scores = update(self.state, batch)
+        return {name: float(value) for name, value in measured.items()}, scores
+
     def skip_step(self) -> None:
         """Counts a step that had nothing to learn from."""
         self.state = self.state._replace(step=self.state.step + 1)
 
-    def finish_step(self, values: Mapping[str, float], line: str) -> None:
-        """Records the step just done, says it, and saves where it is time to."""
+    def finish_step(self, values: Mapping[str, float], tokens: int, line: str) -> None:
+        """Records the step just done, says it, and saves where it is time to.
+
+        `tokens` are all tokens of the step; throughput is per second and device.
+        """
         seconds = time.perf_counter() - self._began
         self._began = time.perf_counter()
-        timed = {"perf/time_per_step": seconds} | self.screen.take_timings()
+        timed = {
+            "perf/time_per_step": seconds,
+            "perf/throughput": tokens / seconds / self.mesh.size,
+            "perf/total_num_tokens": float(tokens),
+        } | self.screen.take_timings()
         self._log.write(self.step - 1, dict(values) | timed)
         self.screen.say(f"{line}  {seconds:.1f} s")
         if self.step % self.config.saving.every == 0 or self.step == self.steps:

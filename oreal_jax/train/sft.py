@@ -12,7 +12,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, load_tokenizer, read_examples
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.errors import BadInput
-from oreal_jax.train.session import Session, source_of
+from oreal_jax.train.session import Session, source_of, uninterrupted
 from oreal_jax.train.step import place, train_step
 
 
@@ -35,16 +35,19 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
         update = train_step(session.learners, config.loss, mesh, dtype=session.dtype)
         while session.step < steps:
             step = session.step
+            taken = [example for example, _ in order.batch(step)]
+            tokens = sum(len(e.prompt) + len(e.completion) for e in taken)
             batch, _ = pack(
-                [example for example, _ in order.batch(step)],
+                taken,
                 rows=session.rows,
                 row_length=config.packing.row_length,
             )
-            with screen.phase("update_actor", label=f"step {step + 1}: "):
-                session.state, learned, _ = update(session.state, place(batch, mesh))
-                values = {name: float(value) for name, value in learned.items()}
-            line = f"step {step + 1:>{len(str(steps))}}/{steps}"
-            session.finish_step(values, f"{line}  loss {values['actor/pg_loss']:.4f}")
+            with uninterrupted():
+                with screen.phase("update_actor", label=f"step {step + 1}: "):
+                    values, _ = session.learn(update, place(batch, mesh))
+                line = f"step {step + 1:>{len(str(steps))}}/{steps}"
+                line += f"  loss {values['actor/pg_loss']:.4f}"
+                session.finish_step(values, tokens, line)
 
 
 def usable_examples(config: SftConfig, chat: Chat, screen: Screen) -> list[Example]:

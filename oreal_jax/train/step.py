@@ -172,7 +172,7 @@ def train_step(
             params, batch, frozen
         )
         metrics |= {
-            "actor/grad_norm": optax.global_norm(policy_gradient),
+            "actor/grad_norm": optax.tree.norm(policy_gradient),
             "actor/lr": policy.rate(state.step),
         }
         if not frozen:
@@ -181,7 +181,7 @@ def train_step(
             )
         if rewarder and state.token_reward:
             metrics |= {
-                "token_reward/grad_norm": optax.global_norm(reward_gradient),
+                "token_reward/grad_norm": optax.tree.norm(reward_gradient),
                 "token_reward/lr": rewarder.rate(state.step),
             }
             state = state._replace(

@@ -1,7 +1,8 @@
 """Finding the answer in a completion, in time linear in its length.
 
-Only the text after the last thinking marker counts. There the last boxed answer wins,
-then GSM8K's "#### x", then "answer is x", then the last number.
+Only the text after the last thinking marker counts. There the last boxed answer wins
+(boxes joined by commas or "and" are one answer, a list), then GSM8K's "#### x", then
+"answer is x", then the last number.
 """
 
 import re
@@ -11,7 +12,13 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 SAID = re.compile(r"answer\s*(?:is|:|=)\s*:?", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 TAIL = 2000  # characters at the end that are searched where nothing is boxed
-MOST_BOXES = 2  # different boxed answers; more is hedging
+FORMULA = re.compile(r"\$([^$]+)\$|\\\(([^()]+)\\\)")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+JOINT = re.compile(
+    r"\\(?:q?quad|text|mathrm)\b|for (?:part )?\(?[a-z0-9]\)?|[\s$.()\[\]{}\\]"
+)
+WIDEST_JOINT = 60  # characters between boxes of one list
+MOST_BOXES = 3  # different boxed answers; more is hedging
 
 
 def final_text(completion: str) -> str:
@@ -19,7 +26,7 @@ def final_text(completion: str) -> str:
     found = ((completion.rfind(marker), len(marker)) for marker in MARKERS)
     end = max((place + size for place, size in found if place >= 0), default=0)
     text = completion[end:]
-    return text.split("<think>", 1)[0] if end == 0 else text
+    return "" if "<think>" in text else text
 
 
 def answer(completion: str) -> tuple[str | None, str]:
@@ -44,34 +51,58 @@ def answer(completion: str) -> tuple[str | None, str]:
     return (numbers[-1].rstrip(","), "") if numbers else (None, "no answer found")
 
 
+def gold_answer(gold: str) -> str:
+    """The answer in a gold text, which may be a whole solution."""
+    if BOX.search(gold) or SAID.search(gold) or "####" in gold:
+        return answer(gold)[0] or gold
+    return gold
+
+
 def boxed(text: str) -> list[str]:
-    """The contents of every closed box, in order."""
-    found, position = [], 0
+    """The answers in closed boxes, in order; boxes joined as a list are one answer."""
+    found: list[list[str]] = []
+    position = 0
     while match := BOX.search(text, position):
         end = closing(text, match.end())
         if end is None:
             break
-        found.append(text[match.end() : end])
+        content = text[match.end() : end]
+        if found and joined(text[position + 1 : match.start()]):
+            found[-1].append(content)
+        else:
+            found.append([content])
         position = end
-    return found
+    return [", ".join(dict.fromkeys(boxes)) for boxes in found]
+
+
+def joined(between: str) -> bool:
+    """Whether the text between two boxes makes them one list."""
+    if len(between) > WIDEST_JOINT:
+        return False
+    return JOINT.sub("", between) in (",", ";", "and", "or", ",and", ",or")
 
 
 def closing(text: str, start: int) -> int | None:
     """Where the brace opened just before `start` is closed."""
     depth = 1
-    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    for match in BRACE.finditer(text, start):
         if match.group() == "{":
             depth += 1
         elif match.group() == "}":
             depth -= 1
             if depth == 0:
-                return start + match.start()
+                return match.start()
     return None
 
 
 def plain(phrase: str) -> str:
-    """A phrase without the sentence around it: its formula, or up to the full stop."""
-    formula = re.match(r"\s*\$([^$]+)\$|\s*\\\((.+?)\\\)", phrase)
-    if formula:
-        return formula.group(1) or formula.group(2)
-    return re.split(r"\.(?:\s|$)|\*\*", phrase.strip().lstrip("*"))[0].strip()
+    """A phrase without the sentence around it: its one formula, or its one number."""
+    sentence = re.split(r"\.(?:\s|$)|\*\*", phrase.strip().lstrip("*"))[0].strip()
+    formulas = FORMULA.findall(sentence)
+    outside = FORMULA.sub(" ", sentence)
+    # Two formulas or numbers in one sentence may be hedging: then all of it is judged.
+    if len(formulas) == 1 and not NUMBER.search(outside):
+        return formulas[0][0] or formulas[0][1]
+    if len(outside.split()) > 3 and len(numbers := NUMBER.findall(outside)) == 1:
+        return numbers[0].rstrip(",")
+    return sentence

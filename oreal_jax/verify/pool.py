@@ -5,6 +5,8 @@ see no accelerator. A stuck or dead one costs the answer it was at and is replac
 """
 
 import collections
+import contextlib
+import hashlib
 import json
 import os
 import selectors
@@ -22,6 +24,7 @@ Pair = tuple[str, str]
 
 MEMORY = 4 * 2**30
 REMEMBERED = 100_000  # verdicts kept
+START = 120.0  # seconds a worker may take to be ready
 
 
 class Pool:
@@ -32,18 +35,19 @@ class Pool:
         workers: int,
         deadline: float = 5.0,
         judge: Judge = by_rule,
-        memory: int = MEMORY,
+        memory_bytes: int = MEMORY,
     ):
-        """Starts the workers. `deadline` in seconds an answer, `memory` in bytes each.
+        """Starts the workers. `deadline` in seconds an answer, memory for each worker.
 
         `judge` is a function at the top of a module that workers can import.
         """
         self._deadline = deadline
         name = f"{judge.__module__}:{judge.__qualname__}"
         self._command = [sys.executable, "-m", "oreal_jax.verify.worker"]
-        self._command += [name, str(deadline), str(memory)]
+        self._command += [name, str(deadline), str(memory_bytes)]
         self._lock = threading.Lock()
-        self._known: collections.OrderedDict[Pair, Verdict] = collections.OrderedDict()
+        # By digest: a hundred thousand completions would fill the memory.
+        self._known: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
         self._selector = selectors.DefaultSelector()
         self._workers = [self._start() for _ in range(workers)]
 
@@ -69,24 +73,34 @@ class Pool:
         one at which a worker died by "crash".
 
         Raises:
-            RuntimeError: workers cannot be started.
+            RuntimeError: workers cannot be started, or there are none.
         """
         with self._lock:
             places: dict[Pair, list[int]] = {}
             for place, pair in enumerate(pairs):
                 places.setdefault(pair, []).append(place)
-            known = {pair: self._known[pair] for pair in places if pair in self._known}
+            digests = {pair: digest(pair) for pair in places}
+            known = {
+                pair: self._known[digests[pair]]
+                for pair in places
+                if digests[pair] in self._known
+            }
             on_done(sum(len(places[pair]) for pair in known))
             waiting = collections.deque(pair for pair in places if pair not in known)
             for pair, verdict in self._judge(waiting):
                 known[pair] = verdict
                 on_done(len(places[pair]))
             for pair in places:
-                self._remember(pair, known[pair])
+                self._remember(digests[pair], known[pair])
             return [known[pair] for pair in pairs]
 
     def _judge(self, waiting: collections.deque[Pair]):
         """Yields verdicts as they come."""
+        if waiting and not self._workers:
+            raise RuntimeError("the pool has no workers")
+        for worker in list(self._workers):
+            if worker.pair:  # of a batch that was broken off
+                self._replace(worker)
         while waiting or any(worker.pair for worker in self._workers):
             for worker in self._workers:
                 if waiting and worker.ready and not worker.pair:
@@ -106,11 +120,12 @@ class Pool:
                     yield pair, Verdict(**message)
             now = time.monotonic()
             for worker in list(self._workers):
-                if worker.pair and now > worker.until:
+                if now > worker.until and (worker.pair or not worker.ready):
                     pair = worker.pair
                     self._replace(worker)
                     reason = f"deadline of {self._deadline:g} s passed"
-                    yield pair, Verdict("undecided", reason, "timeout")
+                    if pair:
+                        yield pair, Verdict("undecided", reason, "timeout")
 
     def _patience(self) -> float:
         ends = [worker.until for worker in self._workers if worker.pair]
@@ -118,9 +133,9 @@ class Pool:
             max(0.0, min(ends, default=time.monotonic() + 1) - time.monotonic()) + 0.01
         )
 
-    def _remember(self, pair: Pair, verdict: Verdict) -> None:
-        self._known[pair] = verdict
-        self._known.move_to_end(pair)
+    def _remember(self, key: bytes, verdict: Verdict) -> None:
+        self._known[key] = verdict
+        self._known.move_to_end(key)
         if len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
 
@@ -132,7 +147,7 @@ class Pool:
     def _replace(self, worker: "Worker") -> None:
         if not worker.ready:
             raise RuntimeError(
-                f"a judging process ended before it was ready: {self._command}"
+                f"a judging process was never ready: {' '.join(self._command)}"
             )
         self._end(worker)
         self._workers[self._workers.index(worker)] = self._start()
@@ -140,6 +155,11 @@ class Pool:
     def _end(self, worker: "Worker") -> None:
         self._selector.unregister(worker.stdout)
         worker.end()
+
+
+def digest(pair: Pair) -> bytes:
+    """What a pair is remembered by; repr because a text may hold half a surrogate."""
+    return hashlib.sha256(repr(pair).encode()).digest()
 
 
 class Worker:
@@ -162,7 +182,7 @@ class Worker:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready = False
         self.pair: Pair | None = None
-        self.until = 0.0
+        self.until = time.monotonic() + START
 
     def take(self, pair: Pair, deadline: float) -> bool:
         """Gives the process a pair; False where it is dead."""
@@ -187,6 +207,7 @@ class Worker:
     def end(self) -> None:
         """Kills the process and collects it."""
         self.process.kill()
-        self.stdin.close()
+        with contextlib.suppress(OSError):  # what it did not read is lost with it
+            self.stdin.close()
         self.stdout.close()
         self.process.wait()

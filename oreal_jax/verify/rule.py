@@ -2,8 +2,9 @@
 
 Exact text and exact numbers first; what is left goes to math-verify's LaTeX reader.
 Text of a model is never evaluated: math-verify's reader for plain expressions, which
-would, is not used. A false "right" is worse than a false "wrong", so what cannot be
-read or would cost too much is undecided.
+would, is not used, and its LaTeX reader evaluates number literals alone. A false
+"right" is worse than a false "wrong", so what cannot be read or would cost too much is
+undecided.
 """
 
 import functools
@@ -12,19 +13,21 @@ import re
 from fractions import Fraction
 
 from oreal_jax.verify import extract
+from oreal_jax.verify.guard import dangerous
 from oreal_jax.verify.verdict import Verdict
 
 # It warns that it has no time limit of its own; the pool has one.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 LONGEST = 1000  # characters of an answer that is read at all
-DEEPEST = 30  # nested brackets
+PRECISE = 10  # digits from which a rounded decimal stands for its fraction
 
 REPLACED = {
     "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/",
     "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ",
     "°": "^\\circ ", "∪": "\\cup ", "\u00a0": " ",
     "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\left": "", "\\right": "",
+    ",\\! ": ",",
     "\\!": "", "\\,": " ", "\\;": " ", "\\:": " ", "\\$": "", "\\%": "%", "{,}": ",",
     "^{\\circ}": "^\\circ",
 }  # fmt: skip
@@ -32,7 +35,7 @@ TEXT = re.compile(
     r"\\(?:text|textbf|mathrm|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}"
 )
 ROOT = re.compile(r"√\s*(\d+|\([^()]*\)|[a-zA-Z])")
-UNIT = re.compile(r"^(.*?\d[})]*)\s*((?:\\?[a-zA-Z]+(?:\^\{?\d\}?)?[\s./]*)+)$")
+UNIT = re.compile(r"^(.*?\d[})]*)\s*([\\a-zA-Z](?:[\\a-zA-Z\s./]|\^\{?\d\}?)*)$")
 BASE = re.compile(r"^\(?([0-9A-Za-z]+)\)?_\{?(\d+)\}?$")
 WORDS = re.compile(r"^[A-Za-z][A-Za-z ,.'()-]*$")
 INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
@@ -40,15 +43,6 @@ DECIMAL = re.compile(rf"^([-+]?)({INTEGER})?(?:\.(\d*))?$")
 FRACTION = re.compile(
     r"^([-+]?)(\d*)\s*(?:\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))|(\d+)/(\d+))$"
 )
-DANGER = [
-    (
-        re.compile(r"\*\*|\^\s*\{?[^{}]*\^\s*\{?[^{}]*\^|\^\s*\{?\s*\d*\s*\^"),
-        "a tower of powers",
-    ),
-    (re.compile(r"\^\s*\{?\s*[-+]?\d{5,}|\^\s*\{[^{}]*\d\s*\^"), "a huge power"),
-    (re.compile(r"\d{5,}\s*\)*\s*!|!\s*!|\^[^!]{0,20}!"), "a huge factorial"),
-    (re.compile(r"\\(?:sum|prod|int|lim)\b"), "a sum, product, integral or limit"),
-]
 
 
 def judge(completion: str, gold: str) -> Verdict:
@@ -58,24 +52,37 @@ def judge(completion: str, gold: str) -> Verdict:
         return Verdict("wrong", why)
     if len(found) > LONGEST:
         return Verdict("wrong", f"an answer of {len(found)} characters")
+    gold = extract.gold_answer(gold)
+    if len(gold) > LONGEST:
+        return Verdict("undecided", "gold answer not understood")
     ours, golds = normalised(found), normalised(gold)
-    shown = f"{shortened(found)} for {shortened(gold)}"
+    right = Verdict("right", f"equal: {shortened(found)}")
+    wrong = Verdict("wrong", f"{shortened(found)} is not {shortened(gold)}")
     if not ours:
         return Verdict("wrong", f"nothing is left of the answer {shortened(found)}")
     if bare(ours) == bare(golds):
-        return Verdict("right", f"equal: {shown}")
+        return right
     for rule in (by_base, by_number, by_unit, by_words):
         equal = rule(ours, golds)
         if equal is not None:
-            return Verdict("right" if equal else "wrong", f"{rule.__doc__}: {shown}")
+            return right if equal else wrong
     for text, whose in ((ours, "answer"), (golds, "gold answer")):
         danger = dangerous(text)
         if danger:
-            return Verdict("undecided", f"the {whose} holds {danger}: {shown}")
-    equal = by_algebra(ours, golds)
+            return Verdict("undecided", f"the {whose} holds {danger}")
+    try:
+        equal = by_algebra(ours, golds)
+    except Exception:  # sympy raises anything on formulas without a meaning
+        equal = None
     if equal is None:
+        shown = f"{shortened(found)} against {shortened(gold)}"
         return Verdict("undecided", f"not understood: {shown}")
-    return Verdict("right" if equal else "wrong", f"as formulas: {shown}")
+    return right if equal else wrong
+
+
+def warm_up() -> None:
+    """Loads what is otherwise loaded at the first formula."""
+    judge("\\boxed{\\frac{x}{2}}", "\\frac{y}{2}")
 
 
 def shortened(text: str) -> str:
@@ -121,7 +128,19 @@ def by_number(ours: str, golds: str) -> bool | None:
     # 28 for 28%, or 28% for 28, is a way of writing; so is 0.28 for 28%.
     percent = ours.endswith("%") != golds.endswith("%")
     scaled = mine / 100 if ours.endswith("%") else mine * 100
-    return mine == theirs or (percent and scaled == theirs)
+    if percent and scaled == theirs:
+        return True
+    return mine == theirs or rounds(assigned(ours), mine, theirs)
+
+
+def rounds(text: str, mine: Fraction, theirs: Fraction) -> bool:
+    """Whether a long decimal is what a calculator prints for an endless one."""
+    digits = re.match(r"^-?0*\.?0*(\d*)\.?(\d*)$", text.replace(",", ""))
+    if not digits or "." not in text or len("".join(digits.groups())) < PRECISE:
+        return False
+    unit = Fraction(1, 10 ** len(text.split(".")[1]))
+    endless = 10**400 % theirs.denominator != 0
+    return endless and abs(mine - theirs) < unit
 
 
 def by_unit(ours: str, golds: str) -> bool | None:
@@ -190,17 +209,6 @@ def tells_apart(gold, mine) -> bool:
 def has_base(text: str) -> bool:
     """Whether a number carries a subscript, such as a base."""
     return bool(re.search(r"\d\s*_", text))
-
-
-def dangerous(text: str) -> str | None:
-    """What makes a formula too expensive to read, or None."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > DEEPEST:
-        return f"{deepest} nested brackets"
-    return next((what for pattern, what in DANGER if pattern.search(text)), None)
 
 
 def assigned(text: str) -> str:

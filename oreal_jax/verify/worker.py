@@ -1,6 +1,7 @@
 """A judging process: reads JSON lines, answers JSON lines, dies when it is stuck.
 
-python -m oreal_jax.verify.worker MODULE:FUNCTION DEADLINE MEMORY
+Its arguments are MODULE:FUNCTION DEADLINE MEMORY. A module may have a `warm_up`, called
+before the first pair, so that no deadline pays for an import.
 """
 
 import importlib
@@ -13,12 +14,15 @@ import sys
 def main() -> None:
     """Judges (completion, gold) pairs from standard input until it is closed."""
     name, deadline, memory = sys.argv[1:]
+    if hasattr(signal, "SIGPIPE"):  # without a parent, go quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # Whatever prints, prints elsewhere: this pipe carries verdicts alone.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     module, function = name.split(":")
-    judge = getattr(importlib.import_module(module), function)
-    judge("\\boxed{\\frac{x}{2}}", "\\frac{y}{2}")  # load what is loaded on first use
+    room = importlib.import_module(module)
+    judge = getattr(room, function)
+    getattr(room, "warm_up", lambda: None)()
     limit_memory(int(memory))
     say(answers, {"ready": True})
     for line in sys.stdin:
@@ -32,7 +36,7 @@ def main() -> None:
                 "reason": verdict.reason[:300],
                 "by": verdict.by,
             }
-        except (Exception, RecursionError) as error:
+        except Exception as error:
             answer = {
                 "outcome": "undecided",
                 "reason": f"the judge failed: {type(error).__name__}",

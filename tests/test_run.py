@@ -1,0 +1,355 @@
+"""Whole runs of the tiny model through the command line: SFT, OREAL, stop, go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import make_tiny
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from oreal_jax import metrics
+from oreal_jax.cli import main
+
+ROOT = Path(__file__).parents[1]
+ALONE = os.environ | {
+    "XLA_FLAGS": "",
+    "PYTHONPATH": str(ROOT),
+    "JAX_COMPILATION_CACHE_DIR": "",
+}
+
+
+def oreal(*arguments, **options) -> subprocess.Popen:
+    """`oreal` in a process of its own, with one device."""
+    command = [sys.executable, "-c", "import sys; from oreal_jax.cli import main; "]
+    command[-1] += "sys.exit(main())"
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=ALONE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, complained = process.communicate(timeout=300)
+    assert process.returncode == 0, said + complained
+    return said
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with the tiny model, its prompts, and a fine-tuned run of it."""
+    home = tmp_path_factory.mktemp("tiny")
+    make_tiny.write(home / "start")
+    said = finish(
+        oreal(
+            "sft",
+            ROOT / "configs/tiny_sft.py",
+            *("--set", f"model={home / 'start' / 'hf'}"),
+            *("--set", f"examples={home / 'start' / 'solutions.jsonl'}"),
+            *("--run", home / "sft"),
+        )
+    )
+    assert "step 60/60" in said
+    return home
+
+
+def train(tiny: Path, run: Path, *settings: str) -> subprocess.Popen:
+    given = [
+        f"model={tiny / 'sft'}",
+        f"prompts={tiny / 'start' / 'prompts.jsonl'}",
+        "saving.every=1",
+        "steps=5",
+        *settings,
+    ]
+    flags = [word for setting in given for word in ("--set", setting)]
+    return oreal("train", ROOT / "configs/tiny.py", *flags, "--run", run)
+
+
+def arrays(run: Path, step: int) -> list[np.ndarray]:
+    """Every number of a checkpoint."""
+    found = []
+    for item in ("policy", "trainer"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(run / "checkpoints" / str(step) / item)
+        found += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return found
+
+
+def lasting(run: Path) -> list[dict]:
+    """The metrics of a run without what depends on the clock."""
+    clock = ("timing_s/", "perf/")
+    rows = metrics.read(run / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if not k.startswith(clock)} for r in rows]
+
+
+@pytest.fixture(scope="session")
+def whole(tiny) -> Path:
+    """A run of five steps that nothing disturbs."""
+    finish(train(tiny, tiny / "whole"))
+    return tiny / "whole"
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    path = run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT], ids=str)
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, whole, blow):
+    run = tiny / f"stopped-{blow.name}"
+    process = train(tiny, run)
+    wait_for_steps(run, 2, process)
+    process.send_signal(blow)
+    said, complained = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if blow == signal.SIGINT:
+        assert process.returncode == 130
+        assert "go on with the same command" in said
+        assert "Traceback" not in said + complained
+    assert "going on after step" in finish(train(tiny, run))
+    for ours, expected in zip(arrays(run, 5), arrays(whole, 5), strict=True):
+        assert ours.tobytes() == expected.tobytes()
+    assert lasting(run) == lasting(whole)
+    for file in sorted((whole / "trajectories").iterdir()):
+        assert (run / "trajectories" / file.name).read_text() == file.read_text()
+
+
+def test_what_a_run_directory_holds(whole):
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json",
+        "model",
+        "data",
+        "metrics.jsonl",
+        "trajectories",
+        "checkpoints",
+        "reference",
+    }
+    rows = metrics.read(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(5))
+    learned = next(row for row in rows if row["oreal/kept"])
+    for name in (
+        "critic/score/mean",
+        "response_length/clip_ratio",
+        "actor/pg_loss",
+        "actor/kl_loss",
+        "actor/entropy",
+        "actor/grad_norm",
+        "actor/lr",
+        "training/rollout_probs_diff_max",
+        "timing_s/gen",
+        "timing_s/update_actor",
+        "perf/throughput",
+        "perf/time_per_step",
+        "frac_reward_zero_std",
+        "token_reward/loss",
+        "token_reward/auc",
+        "oreal/omega_right/mean",
+        "verdict/by_truncated",
+    ):
+        assert name in learned, name
+    assert learned["training/rollout_probs_diff_max"] < 1e-3
+    lines = (whole / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+    trajectories = [json.loads(line) for line in lines]
+    assert len(trajectories) == 64
+    kept = [t for t in trajectories if t["kept"]]
+    assert len(kept) == rows[0]["oreal/kept"]
+    for trajectory in kept:
+        assert trajectory["mean_token_score"] == 0  # the head starts at zero
+        assert trajectory["advantage"] != 0
+
+
+def test_kept_completions_are_one_right_and_one_wrong_of_a_prompt(whole):
+    for file in (whole / "trajectories").iterdir():
+        kept = [t for t in map(json.loads, file.open()) if t["kept"]]
+        by_prompt: dict[str, list[str]] = {}
+        for t in kept:
+            by_prompt.setdefault(t["id"], []).append(t["verdict"])
+        for verdicts in by_prompt.values():
+            assert verdicts.count("right") * 2 == len(verdicts)
+
+
+def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
+    rows = [{"question": f"max {i} 1?", "gold_answer": "never"} for i in range(8)]
+    prompts = tiny / "never.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tiny / "skipped"
+    said = finish(train(tiny, run, f"prompts={prompts}", "steps=1"))
+    assert "no update: every prompt was all right or all wrong" in said
+    before, after = arrays(tiny / "sft", 60)[:3], arrays(run, 1)[:3]
+    for ours, expected in zip(after, before, strict=True):
+        assert ours.tobytes() == expected.tobytes()
+
+
+def test_tensorboard_files_come_when_asked_for(tiny):
+    finish(train(tiny, tiny / "board", "steps=1", "tensorboard=True"))
+    assert list((tiny / "board" / "tensorboard").glob("events*"))
+
+
+def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):
+    process = train(tiny, whole, "seed=7")
+    said, complained = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "seed: 0 -> 7" in complained and complained.count("\n") == 1
+
+
+def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_path):
+    question = ["--model", str(whole), "--max-tokens", "6", "--rows", "8"]
+    assert (
+        main(["sample", *question, "--prompt", "max 3 4?", "--n", "2", "--json"]) == 0
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2 and rows[0]["question"] == "max 3 4?"
+    data = str(tiny / "start" / "prompts.jsonl")
+    report = tmp_path / "report.json"
+    done = main(["eval", *question, "--data", data, "--k", "2", "--json", str(report)])
+    assert done == 0
+    assert "avg@2" in capsys.readouterr().out
+    measured = json.loads(report.read_text())
+    assert len(measured["items"]) == 200
+    right = [item["verdict"] == "right" for item in measured["items"]]
+    assert measured["accuracy"] == pytest.approx(np.mean(right))
+    assert measured["low"] <= measured["accuracy"] <= measured["high"]
+    exported = str(tmp_path / "exported")
+    assert main(["convert", "to-hf", str(whole), exported, "--dtype", "bfloat16"]) == 0
+    assert main(["sample", "--model", exported, *question[2:], "--prompt", "max"]) == 0
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"question": "a", "gold_answer": "1"}\n')
+    return path
+
+
+def wrong_rows(tmp_path: Path, *lines: str) -> str:
+    path = tmp_path / "wrong.jsonl"
+    path.write_text("\n".join(lines))
+    return f"prompts={path}"
+
+
+GOOD = '{"question": "a", "gold_answer": "1"}'
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (lambda d: ["polcy.learning_rate=1"], "has no field 'polcy'; it has"),
+        (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
+        (lambda d: ["loss=1"], "which only a config file can give"),
+        (lambda d: ["steps"], "expected name=value"),
+        (lambda d: ["steps=0"], "steps=0 must be at least 1"),
+        (lambda d: ["samples_per_prompt=1"], "samples_per_prompt=1 must be at least 2"),
+        (lambda d: ["sampling.top_p=2.0"], "top_p=2.0 must be above 0"),
+        (lambda d: ["packing.row_length=10"], "sampling.max_tokens=8 must not exceed"),
+        (lambda d: ["token_reward=None"], "freeze_steps=1 without token_reward"),
+        (lambda d: [wrong_rows(d)], "wrong.jsonl: the file has no rows"),
+        (
+            lambda d: [wrong_rows(d, GOOD, '{"question": "b"}')],
+            "wrong.jsonl:2: field 'gold_",
+        ),
+        (lambda d: [wrong_rows(d, "no json")], "wrong.jsonl:1: not JSON"),
+        (lambda d: [f"prompts={d / 'gone.jsonl'}"], "gone.jsonl: no such file"),
+        (lambda d: [f"model={d / 'gone'}"], "gone: no such model directory"),
+        (lambda d: ["mesh.fsdp=3"], "3 devices, this process sees 8"),
+        (lambda d: ["mesh.fsdp=1", "mesh.tensor=8"], "kv_heads=2 does not divide"),
+        (lambda d: ["prompts_per_step=1000"], "1000 prompts, the data set has 100"),
+        (lambda d: ["stop_words=('two words',)"], "'two words' is 9 tokens"),
+        (lambda d: ["max_prompt_tokens=3"], "longer than max_prompt_tokens=3"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    tiny, tmp_path, capsys, settings, said
+):
+    run = tmp_path / "run"
+    given = [f"model={tiny / 'sft'}", f"prompts={tiny / 'start' / 'prompts.jsonl'}"]
+    given += settings(tmp_path)
+    flags = [word for setting in given for word in ("--set", setting)]
+    config = str(ROOT / "configs/tiny.py")
+    assert main(["train", config, *flags, "--run", str(run)]) == 2
+    complained = capsys.readouterr().err
+    assert said in complained and complained.count("\n") == 1
+    assert not run.exists()
+
+
+def test_a_missing_tensor_stops_a_run_before_it_begins(tiny, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    start = tmp_path / "hf"
+    make_tiny.write(tmp_path)
+    values = load_file(start / "model.safetensors")
+    del values["model.norm.weight"]
+    save_file(values, start / "model.safetensors")
+    data = tiny / "start" / "prompts.jsonl"
+    flags = ["--set", f"model={start}", "--set", f"prompts={data}"]
+    run = tmp_path / "run"
+    config = str(ROOT / "configs/tiny.py")
+    assert main(["train", config, *flags, "--run", str(run)]) == 2
+    assert "missing model.norm.weight" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = ["--set", f"model={tiny / 'sft'}"]
+    flags += ["--set", f"prompts={tiny / 'start' / 'prompts.jsonl'}"]
+    run = tmp_path / "file" / "run"
+    config = str(ROOT / "configs/tiny.py")
+    assert main(["train", config, *flags, "--run", str(run)]) == 2
+    complained = capsys.readouterr().err
+    assert str(run) in complained and complained.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "gone.py"], "gone.py: no such config file"),
+        (
+            ["sft", str(ROOT / "configs/tiny.py")],
+            "must be a SftConfig, found TrainConfig",
+        ),
+        (
+            ["eval", "--model", "gone", "--data", "gone.jsonl"],
+            "gone.jsonl: no such file",
+        ),
+        (
+            ["sample", "--model", "gone", "--prompt", "a"],
+            "gone: no such model directory",
+        ),
+        (["convert", "from-hf", "gone", "new"], "gone: no such model directory"),
+        (["convert", "from-hf", "gone.gguf", "new"], "gone.gguf: no such file"),
+        (["convert", "to-hf", "gone", "new"], "gone: no such model directory"),
+        (["verify", "--gold", "1"], "either --gold and --answer, or --file"),
+        (["verify", "--file", "gone.jsonl"], "gone.jsonl: no such file"),
+    ],
+)
+def test_every_verb_refuses_what_is_not_there(
+    arguments, said, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    rows = [("7", "it is \\boxed{7}"), ("7", "it is \\boxed{8}"), ("7", "no idea")]
+    text = [json.dumps({"gold": g, "prediction": p}) + "\n" for g, p in rows]
+    file.write_text("".join(text))
+    assert main(["verify", "--file", str(file), "--json", "--workers", "1"]) == 0
+    verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [v["verdict"] for v in verdicts] == ["right", "wrong", "wrong"]
+    assert set(verdicts[0]) == {"verdict", "reason", "by"}

@@ -1,0 +1,245 @@
+"""One update: the same whatever the packing, the micro-batches and the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oreal_jax import losses, model, sharding
+from oreal_jax.data.packing import Example, fill_rows, pack
+from oreal_jax.errors import BadInput
+from oreal_jax.losses import Oreal
+from oreal_jax.model import ModelConfig
+from oreal_jax.train.state import Optimizer, learners
+from oreal_jax.train.step import place, reference_scorer, train_step
+
+CONFIG = ModelConfig(
+    vocab=64, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=32, qkv_bias=True
+)
+POLICY = Optimizer(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=0)
+SCORES = dataclasses.replace(POLICY, learning_rate=2e-2)
+OREAL = Oreal()
+ONE = sharding.MeshShape(fsdp=1)
+
+
+def examples(count: int = 12) -> list[Example]:
+    draw = np.random.default_rng(0)
+    tokens = lambda low, high: draw.integers(0, 64, draw.integers(low, high)).tolist()
+    return [
+        Example(tokens(2, 6), tokens(1, 9), i % 2 == 0, 0.8 if i % 2 == 0 else -0.5)
+        for i in range(count)
+    ]
+
+
+def run(
+    shape=ONE,
+    *,
+    rows=1,
+    row_length=64,
+    steps=1,
+    batch=None,
+    loss=OREAL,
+    scores: Optimizer | None = SCORES,
+    freeze_steps=0,
+):
+    """State, metrics and scores after some steps on the same batch."""
+    devices = jax.devices()[: 1 if shape == ONE else 8]
+    mesh = sharding.make_mesh(shape, CONFIG, devices)
+    both = learners(CONFIG, POLICY, scores, 10, mesh)
+    params = model.init(CONFIG, jax.random.key(0))
+    state = both.start(params, mesh)
+    if state.token_reward:  # a head that has learned something: no token weighs zero
+        head = jax.random.normal(jax.random.key(1), (16,))
+        state.token_reward.params["score"] = jax.device_put(
+            head, state.token_reward.params["score"].sharding
+        )
+    packed, slots = pack(batch or examples(), rows=rows, row_length=row_length)
+    packed = place(packed, mesh)
+    packed = reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
+    update = train_step(both, loss, mesh, freeze_steps=freeze_steps)
+    state, metrics, said = update(state, packed)
+    for _ in range(steps - 1):
+        state, metrics, said = update(state, packed)
+    return state, metrics, said, slots
+
+
+def moments(player) -> Any:
+    """Adam's part of an optimizer state."""
+    return next(part for part in player.optimizer if hasattr(part, "mu"))
+
+
+def gradients(state):
+    """Both models' gradients: Adam's first moment after one step is a tenth of them.
+
+    (Weights would not do: Adam moves a weight whose gradient is rounding noise as far
+    as any other.)
+    """
+    players = (state.policy, state.token_reward)
+    return [10 * m for p in players for m in jax.tree.leaves(moments(p).mu)]
+
+
+def assert_same_step(one, other):
+    (state, metrics, *_), (state_, metrics_, *_) = one, other
+    for a, b in zip(gradients(state), gradients(state_), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-9)
+    for name, value in metrics_.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """All examples in one row of one micro-batch on one device."""
+    return run(row_length=256)
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_length", "microbatches"), [(12, 16, 1), (2, 32, 2), (1, 24, 4)]
+)
+def test_packing_and_microbatches_do_not_change_the_update(
+    whole, rows, row_length, microbatches
+):
+    packed, _ = pack(examples(), rows=rows, row_length=row_length)
+    assert int(packed.filled) == microbatches
+    assert_same_step(run(rows=rows, row_length=row_length), whole)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        sharding.MeshShape(fsdp=8),
+        sharding.MeshShape(fsdp=4, tensor=2),
+        sharding.MeshShape(data=2, fsdp=2, tensor=2),
+    ],
+    ids=str,
+)
+def test_the_mesh_does_not_change_the_update(whole, shape):
+    assert_same_step(run(shape, rows=8, row_length=16), whole)
+
+
+def test_the_order_of_examples_does_not_change_the_update(whole):
+    assert_same_step(run(row_length=256, batch=examples()[::-1]), whole)
+
+
+def test_scores_come_back_in_the_slot_of_their_example(whole):
+    _, _, said, slots = run(rows=2, row_length=32)
+    _, _, expected, places = whole
+    for example, slot, home in zip(examples(), slots, places, strict=True):
+        size = len(example.completion)
+        np.testing.assert_allclose(
+            said.log_probs[slot][:size], expected.log_probs[home][:size], rtol=1e-4
+        )
+
+
+def test_moments_lie_like_their_parameters():
+    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4, tensor=2), CONFIG)
+    state = learners(CONFIG, POLICY, SCORES, 10, mesh).start(
+        model.init(CONFIG, jax.random.key(0)), mesh
+    )
+    for player in (state.policy, state.token_reward):
+        assert player
+        for moment in moments(player)[1:]:
+            same = lambda m, p: m.sharding == p.sharding
+            assert jax.tree.all(jax.tree.map(same, moment, player.params))
+    query = state.policy.params["layers"]["attention"]["query"]
+    assert query.addressable_shards[0].data.size == query.size // 8
+
+
+def test_the_reference_of_the_start_gives_no_kl_at_first():
+    _, metrics, _, _ = run()
+    assert abs(metrics["actor/kl_loss"]) < 1e-9
+
+
+def test_frozen_steps_move_the_token_reward_model_only():
+    start, _, _, _ = run(freeze_steps=1)
+    before = model.init(CONFIG, jax.random.key(0))
+    same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
+    assert jax.tree.all(jax.tree.map(same, start.policy.params, before))
+    assert not any(np.any(m) for m in jax.tree.leaves(moments(start.policy).mu))
+    assert start.token_reward
+    assert np.any(start.token_reward.params["embedding"] != before["embedding"])
+    moved, _, _, _ = run(steps=2, freeze_steps=1)
+    assert np.any(moved.policy.params["embedding"] != before["embedding"])
+
+
+def test_without_token_rewards_there_is_no_second_model():
+    plain = Oreal(
+        weight_right=losses.unweighted, weight_wrong=losses.unweighted, kl_weight=0.0
+    )
+    state, metrics, _, _ = run(scores=None, loss=plain)
+    assert state.token_reward is None
+    assert metrics["oreal/omega_right/mean"] == 1
+    assert "token_reward/loss" not in metrics
+
+
+def test_the_rate_warms_up_and_decays_over_the_steps_of_the_run():
+    rate = Optimizer(
+        learning_rate=5e-7, final_learning_rate=1e-7, warmup_steps=10
+    ).rate(90)
+    at = lambda step: float(np.asarray(rate(jnp.asarray(step))))
+    assert at(0) == 0
+    assert at(5) == pytest.approx(2.5e-7)
+    assert at(10) == pytest.approx(5e-7)
+    assert at(50) == pytest.approx(3e-7)
+    assert at(90) == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 5e-2),
+        ("final_learning_rate", 9e-3),
+        ("warmup_steps", 5),
+        ("weight_decay", 0.5),
+        ("clip_norm", 1e-3),
+        ("beta1", 0.5),
+        ("beta2", 0.5),
+    ],
+)
+def test_every_optimizer_setting_changes_the_update(field, value):
+    changed = dataclasses.replace(POLICY, **{field: value})
+    mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
+    ends = []
+    for optimizer in (POLICY, changed):
+        trained = learners(CONFIG, optimizer, None, 10, mesh).policy
+        player = trained.start({"weight": jnp.ones(3)})
+        for step in range(3):
+            gradient = {"weight": jnp.asarray([0.1, 0.2 - 0.1 * step, -3.0 * step])}
+            player = trained.update(player, gradient, jnp.asarray(step))
+        ends.append(np.asarray(player.params["weight"]))
+    assert np.abs(ends[0] - ends[1]).max() > 1e-6
+
+
+def test_rows_are_filled_without_overlap_and_never_overfull():
+    lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
+    rows = fill_rows(lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(200))
+    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
+    assert len(rows) <= 1.1 * sum(lengths) / 64 + 1
+
+
+def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
+    with pytest.raises(BadInput, match="65 tokens, row_length=64"):
+        fill_rows([3, 65], 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (sharding.MeshShape(fsdp=3), "3 devices, this process sees 8"),
+        (sharding.MeshShape(tensor=16), "a multiple of 16 devices"),
+        (
+            sharding.MeshShape(fsdp=2, tensor=4),
+            "kv_heads=2 does not divide by tensor=4",
+        ),
+        (sharding.MeshShape(data=-1, fsdp=-1), "at most one is -1"),
+        (sharding.MeshShape(data=0), "sizes are positive"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(shape, said):
+    with pytest.raises(BadInput, match=said):
+        sharding.make_mesh(shape, CONFIG)

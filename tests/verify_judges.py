@@ -1,0 +1,19 @@
+"""Judges that misbehave on demand; workers import this module by name."""
+
+import os
+import time
+
+from oreal_jax.verify import Verdict
+
+
+def troubled(completion: str, gold: str) -> Verdict:
+    """Hangs, dies or raises when the completion says so; else compares text."""
+    if completion == "hang":
+        time.sleep(600)
+    if completion == "die":
+        os._exit(1)
+    if completion == "raise":
+        raise ValueError(completion)
+    if completion == "count":
+        return Verdict("right", str(os.getpid()) + str(time.monotonic_ns()))
+    return Verdict("right" if completion == gold else "wrong", completion)
