@@ -9,11 +9,6 @@ from pathlib import Path
 
 from oreal_jax.errors import BadInput
 
-# Advice of libraries about packages that are absent on purpose.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb. Exit codes: 0 done, 2 bad input, 130 interrupted."""

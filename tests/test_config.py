@@ -1,0 +1,121 @@
+"""Configs: the published recipe, settings from the command line, your own loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from oreal_jax import config as configuration
+from oreal_jax import losses, rollout
+from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.data.difficulty import PUBLISHED_BANDS
+from oreal_jax.errors import BadInput
+from oreal_jax.losses import Oreal, ThresholdWeights
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def loaded(name: str, *settings: str) -> TrainConfig:
+    return configuration.load(CONFIGS / f"{name}.py", TrainConfig, settings)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_and_is_recorded_as_json(path):
+    kind = SftConfig if "sft" in path.stem else TrainConfig
+    config = configuration.load(path, kind)
+    recorded = json.loads(json.dumps(configuration.as_json(config)))
+    assert recorded["seed"] == config.seed
+    assert recorded["loss"]["class"].startswith("oreal_jax.losses")
+
+
+def test_the_7b_recipe_is_the_published_one():
+    config = loaded("oreal_7b")
+    assert config.prompts_per_step * config.samples_per_prompt == 1024
+    assert config.samples_per_prompt == 16
+    sampling = config.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 0.9, 0)
+    assert sampling.max_tokens == 14_000
+    assert sampling.max_tokens + config.max_prompt_tokens == 16_384
+    assert (config.steps, config.freeze_steps) == (90, 10)
+    policy, reward = config.policy, config.token_reward
+    assert reward is not None
+    assert (policy.learning_rate, policy.final_learning_rate) == (5e-7, 1e-7)
+    assert (reward.learning_rate, reward.final_learning_rate) == (2e-6, 4e-7)
+    for optimizer in (policy, reward):
+        assert (optimizer.warmup_steps, optimizer.weight_decay) == (10, 0.01)
+        assert (optimizer.clip_norm, optimizer.beta1, optimizer.beta2) == (
+            1,
+            0.9,
+            0.999,
+        )
+    assert config.loss == Oreal(
+        positive_weight=1.0,
+        negative_weight=0.5,
+        kl_weight=0.01,
+        clone_times_advantage=True,
+        weight_right=ThresholdWeights(threshold=0.5),
+        weight_wrong=ThresholdWeights(threshold=0.5),
+        kl=losses.terms.kl_k3,
+    )
+    assert config.advantage is losses.rloo
+    assert config.keep is rollout.one_pair
+    assert config.difficulty == PUBLISHED_BANDS
+
+
+def test_without_token_rewards_filtering_and_freezing_are_off_too():
+    config = loaded("oreal_7b_without_token_rewards")
+    assert config.token_reward is None
+    assert config.keep is rollout.everything
+    assert config.freeze_steps == 0
+    assert isinstance(config.loss, Oreal)
+    assert config.loss.weight_right is config.loss.weight_wrong is losses.unweighted
+
+
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("steps=7", lambda c: c.steps == 7),
+        ("policy.learning_rate=1", lambda c: c.policy.learning_rate == 1),
+        ("policy.learning_rate=3e-6", lambda c: c.policy.learning_rate == 3e-6),
+        ("sampling.top_k=5", lambda c: c.sampling.top_k == 5),
+        ("loss.kl_weight=0.5", lambda c: c.loss.kl_weight == 0.5),
+        (
+            "loss.weight_right.threshold=0.1",
+            lambda c: c.loss.weight_right.threshold == 0.1,
+        ),
+        ("model=7", lambda c: c.model == "7"),
+        ("system_prompt=Be brief.", lambda c: c.system_prompt == "Be brief."),
+        ("tensorboard=True", lambda c: c.tensorboard is True),
+        ("compute=float32", lambda c: c.compute == "float32"),
+        ("stop_words=('a','b')", lambda c: c.stop_words == ("a", "b")),
+        ("difficulty=((0.0,0.5,3),)", lambda c: c.difficulty == ((0.0, 0.5, 3),)),
+    ],
+)
+def test_a_setting_reaches_its_field(setting, read):
+    assert not read(loaded("oreal_7b"))
+    assert read(loaded("oreal_7b", setting))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("steps=7.5", "steps must be int"),
+        ("steps=True", "steps must be int"),
+        ("compute=float8", "compute"),
+        ("tensorboard=1", "tensorboard must be bool"),
+        ("stop_words=('a',1)", "stop_words"),
+        ("keep=everything", "which only a config file can give"),
+        ("steps.more=1", "has no fields"),
+        ("loss.threshold=1", "Oreal has no field 'threshold'; it has"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting, said):
+    with pytest.raises(BadInput, match=said):
+        loaded("oreal_7b", setting)
+
+
+def test_a_config_file_without_a_config_is_refused(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(BadInput, match="must be a TrainConfig, found nothing"):
+        configuration.load(path, TrainConfig)

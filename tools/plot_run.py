@@ -1,0 +1,33 @@
+"""Draws a run's share of right completions and their length, step by step.
+
+python tools/plot_run.py RUN PICTURE.png
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from oreal_jax.metrics import read
+
+
+def main() -> None:
+    """Reads RUN/metrics.jsonl and writes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("picture", type=Path)
+    parsed = parser.parse_args()
+    rows = read(parsed.run / "metrics.jsonl")
+    steps = [row["step"] + 1 for row in rows]
+    figure, score = plt.subplots(figsize=(6, 3), layout="constrained")
+    score.plot(steps, [100 * row["critic/score/mean"] for row in rows], "o-")
+    score.set(xlabel="step", ylabel="right completions, %", ylim=(0, 100))
+    length = score.twinx()
+    lengths = [row["response_length/mean"] for row in rows]
+    length.plot(steps, lengths, "s--", color="tab:orange")
+    length.set(ylabel="tokens per completion", ylim=(0, None))
+    figure.savefig(parsed.picture, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
