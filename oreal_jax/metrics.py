@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,11 +51,9 @@ def read(path: Path) -> list[dict]:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    scratch = path.with_name(f".{path.name}.incomplete")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def _line(row: Mapping[str, float]) -> str:

@@ -94,7 +94,7 @@ def main() -> int:
     home = parsed.directory
     start, run, exported = home / "start", home / "run", home / "exported"
     try:
-        screen.say("OREAL on SmolLM2-135M: about 10 minutes on 2 CPU cores")
+        screen.say("OREAL on SmolLM2-135M: 5 to 10 minutes on 2 CPU cores")
         home.mkdir(parents=True, exist_ok=True)
         rows = problems()
         write_rows(home / "heldout.jsonl", rows[:HELD_OUT])

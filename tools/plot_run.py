@@ -21,11 +21,13 @@ def main() -> None:
     steps = [row["step"] + 1 for row in rows]
     figure, score = plt.subplots(figsize=(6, 3), layout="constrained")
     score.plot(steps, [100 * row["critic/score/mean"] for row in rows], "o-")
-    score.set(xlabel="step", ylabel="right completions, %", ylim=(0, 100))
+    score.set(xlabel="step", ylim=(0, 100))
+    score.set_ylabel("right completions, %", color="tab:blue")
     length = score.twinx()
     lengths = [row["response_length/mean"] for row in rows]
     length.plot(steps, lengths, "s--", color="tab:orange")
-    length.set(ylabel="tokens per completion", ylim=(0, None))
+    length.set(ylim=(0, None))
+    length.set_ylabel("tokens per completion", color="tab:orange")
     figure.savefig(parsed.picture, dpi=120)
 
 
