@@ -12,6 +12,7 @@ class BestOfNCloning:
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """Mean -log p over the tokens of right completions."""
+        scored = scored.masked()
         right = scored.completion & scored.correct[:, None]
         loss = terms.masked_sum(terms.clone(scored.log_probs), right) / counts.positive
         return loss, {"actor/pg_loss": loss}
@@ -23,6 +24,7 @@ class Reinforce:
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """Mean -A p/stop(p) over the tokens of all completions."""
+        scored = scored.masked()
         gain = terms.reinforce(scored.log_probs, scored.advantage)
         loss = terms.masked_sum(gain, scored.completion) / counts.completion
         return loss, {"actor/pg_loss": loss}

@@ -44,6 +44,7 @@ class Oreal:
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """The loss, its three terms and the mean token weights."""
+        scored = scored.masked()
         completion, right = scored.completion, scored.correct[:, None]
         probability = jax.lax.stop_gradient(
             jax.nn.sigmoid(terms.running_mean(scored.token_scores, completion))
@@ -94,6 +95,7 @@ class TokenReward:
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """The loss, and how often the sign of the mean score is the verdict."""
+        scored = scored.masked()
         logit = terms.sequence_mean(scored.token_scores, scored.completion)
         present = jnp.any(scored.completion, axis=-1)
         sign = jnp.where(scored.correct, 1, -1).astype(logit.dtype)

@@ -24,6 +24,19 @@ class Scored(NamedTuple):
     correct: Bool[Array, "B"]
     advantage: Float[Array, "B"]
 
+    def masked(self) -> "Scored":
+        """Zeros behind every completion's end.
+
+        A mask on a sum alone would let NaN or infinity there into the gradient, as
+        zero times NaN.
+        """
+        inside = lambda values: jnp.where(self.completion, values, 0)
+        return self._replace(
+            log_probs=inside(self.log_probs),
+            reference_log_probs=inside(self.reference_log_probs),
+            token_scores=inside(self.token_scores),
+        )
+
 
 class Counts(NamedTuple):
     """Denominators of the whole batch; at least 1 each, so an absent kind adds 0."""
