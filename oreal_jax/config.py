@@ -223,6 +223,7 @@ def _replace(config: Any, names: list[str], text: str, key: str) -> Any:
             f"--set {key}={text}: {name} must be {wanted}"
             + ("" if _settable(hint) else ", which only a config file can give")
         )
+    new = float(new) if hint is float else new
     return dataclasses.replace(config, **{name: new})
 
 

@@ -1,0 +1,221 @@
+"""Prompts: read, checked, kept as a TFDS data set, ordered, balanced, encoded."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import make_tiny
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from oreal_jax.data import (
+    PUBLISHED_BANDS,
+    Chat,
+    Prompt,
+    PromptOrder,
+    build,
+    load_prompts,
+    load_tokenizer,
+    read_examples,
+    read_prompts,
+    repeat_by_difficulty,
+)
+from oreal_jax.errors import BadInput
+
+ROWS = [
+    {"id": "a", "question": "1 + 1?", "gold_answer": "2", "pass_rate": 0.25},
+    {"id": "b", "question": "π ≈ ?\nTwo digits.", "gold_answer": "3.1"},
+    {"id": "c", "question": "x", "gold_answer": "7", "pass_rate": 1.0},
+]
+
+
+def lines(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path) -> Path:
+    return lines(tmp_path / "prompts.jsonl", ROWS)
+
+
+def test_rows_become_prompts(jsonl):
+    first, second, third = read_prompts(jsonl)
+    assert first == Prompt("a", "1 + 1?", "2", 0.25)
+    assert second.pass_rate is None and third.pass_rate == 1.0
+    assert len({first.key, second.key, third.key}) == 3
+    assert first.key == Prompt("a", "another", "answer").key < 2**32
+
+
+def test_parquet_equals_jsonl(jsonl, tmp_path):
+    path = tmp_path / "prompts.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    assert read_prompts(path) == read_prompts(jsonl)
+
+
+def test_a_row_without_an_id_is_named_after_its_place(tmp_path):
+    rows = [{"question": "a", "gold_answer": 1}, {"question": "b", "gold_answer": 2}]
+    prompts = read_prompts(lines(tmp_path / "prompts.jsonl", rows))
+    assert [(p.id, p.gold_answer) for p in prompts] == [("0", "1"), ("1", "2")]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"question": "a"}', "wrong.jsonl:2: field 'gold_answer' is None"),
+        (
+            '{"question": "", "gold_answer": "1"}',
+            "wrong.jsonl:2: field 'question' is ''",
+        ),
+        ('{"question": "a", "gold_answer": []}', "field 'gold_answer' is []"),
+        (
+            '{"question": "a", "gold_answer": "1", "pass_rate": 1.5}',
+            "'pass_rate' is 1.5",
+        ),
+        (
+            '{"question": "a", "gold_answer": "1", "pass_rate": "x"}',
+            "'pass_rate' is 'x'",
+        ),
+        ('{"question": "a", "gold_answer": "1", "id": "0"}', "'id' is '0', as in"),
+        ("{", "wrong.jsonl:2: not JSON"),
+        ("[1]", "wrong.jsonl:2: not a JSON object"),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_line_and_field(tmp_path, row, said):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text('{"question": "good", "gold_answer": "1"}\n' + row + "\n")
+    with pytest.raises(BadInput) as caught:
+        read_prompts(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("gone.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "the file has no rows"),
+        ("blank.jsonl", "\n\n", "the file has no rows"),
+        ("prompts.csv", "a,b", "expected .jsonl or .parquet"),
+        ("prompts.parquet", "no parquet", "not a parquet file"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BadInput, match=said):
+        load_prompts(str(path))
+
+
+def test_a_solution_is_needed_for_supervised_tuning(jsonl, tmp_path):
+    with pytest.raises(BadInput, match="field 'solution' is None"):
+        read_examples(jsonl)
+    solved = lines(tmp_path / "s.jsonl", [{"question": "a", "solution": "b"}])
+    assert read_examples(solved)[0].solution == "b"
+
+
+def test_a_data_set_gives_back_what_it_was_built_from(jsonl, tmp_path):
+    prompts = read_prompts(jsonl)
+    build(prompts, tmp_path / "data")
+    assert load_prompts(str(tmp_path / "data")) == prompts
+    assert (tmp_path / "data" / "dataset_info.json").exists()
+    assert not list(tmp_path.glob(".*"))  # nothing half-written stays
+
+
+def test_a_data_set_needs_no_tensorflow(jsonl, tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from oreal_jax.data import *\n"
+        f"build(read_prompts(Path({str(jsonl)!r})), Path({str(tmp_path / 'd')!r}))\n"
+        f"assert len(load_prompts({str(tmp_path / 'd')!r})) == 3\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_epoch_is_another_permutation():
+    order = PromptOrder(list(range(10)), batch=5, seed=3)
+    epochs = [
+        [item for step in (2 * e, 2 * e + 1) for item, _ in order.batch(step)]
+        for e in range(3)
+    ]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_is_a_function_of_seed_and_step():
+    items = [Prompt(str(i), "q", "a") for i in range(7)]
+    one, other = (PromptOrder(items, batch=3, seed=5) for _ in range(2))
+    for step in (9, 2, 5):  # in any order, from a fresh start
+        assert one.batch(step) == other.batch(step)
+    another = PromptOrder(items, batch=3, seed=6)
+    assert any(one.batch(step) != another.batch(step) for step in range(5))
+
+
+def test_copies_of_a_prompt_in_a_batch_are_numbered():
+    prompt = Prompt("a", "q", "a")
+    order = PromptOrder([prompt] * 6, batch=4, seed=0)
+    assert [copy for _, copy in order.batch(0)] == [0, 1, 2, 3]
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_both_numbers():
+    with pytest.raises(BadInput, match="takes 4 prompts, the data set has 3"):
+        PromptOrder([1, 2, 3], batch=4, seed=0)
+
+
+def test_difficulty_is_balanced_as_published():
+    rates = [0.0, 0.1, 0.2, 0.39, 0.4, 0.5, 0.6, 0.79, 0.8, 1.0, None]
+    prompts = [Prompt(str(i), "q", "a", rate) for i, rate in enumerate(rates)]
+    times = Counter(p.id for p in repeat_by_difficulty(prompts, PUBLISHED_BANDS))
+    expected = [6, 6, 4, 4, 4, 4, 2, 2, 0, 0, 1]
+    assert [times[str(i)] for i in range(len(rates))] == expected
+
+
+def test_prompts_that_are_all_too_easy_are_refused():
+    with pytest.raises(BadInput, match="all 2 prompts have a pass_rate outside"):
+        repeat_by_difficulty([Prompt("a", "q", "a", 0.9)] * 2, PUBLISHED_BANDS)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Chat:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    make_tiny.tokenizer().save_pretrained(str(directory))
+    return Chat(load_tokenizer(directory))
+
+
+def test_a_question_is_encoded_by_the_tokenizers_own_template(chat):
+    tokens = chat.encode("1 + 1?")
+    text = chat.tokenizer.decode(tokens)
+    assert text == "<|im_start|>u\n1 + 1?<|im_end|>\n<|im_start|>a\n"
+    system = Chat(chat.tokenizer, "Be brief.")
+    assert chat.tokenizer.decode(system.encode("1 + 1?")).startswith(
+        "<|im_start|>s\nBe brief.<|im_end|>"
+    )
+
+
+def test_a_completion_decodes_without_its_stop_token(chat):
+    prompt, completion = chat.example("1 + 1?", "It is 2 – ü.")
+    assert prompt == chat.encode("1 + 1?")
+    assert completion[-1] in chat.stop_tokens()
+    assert chat.decode(completion) == "It is 2 – ü."
+
+
+def test_stop_words_are_single_tokens(chat):
+    assert len(chat.stop_tokens(("<|im_start|>",))) == 2
+    with pytest.raises(BadInput, match="'stop' is 4 tokens"):
+        chat.stop_tokens(("stop",))
+
+
+def test_a_tokenizer_without_a_template_or_without_files_is_refused(tmp_path):
+    plain = make_tiny.tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(str(tmp_path))
+    with pytest.raises(BadInput, match="no chat template"):
+        Chat(load_tokenizer(tmp_path))
+    with pytest.raises(BadInput, match="no usable tokenizer"):
+        load_tokenizer(tmp_path / "gone")
