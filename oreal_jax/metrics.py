@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 
 class MetricsLog:
     """Appends to `metrics.jsonl`; steps that are run again replace their old lines."""
@@ -36,6 +38,25 @@ class MetricsLog:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+class Compilations:
+    """Counts programs that JAX compiles: few buckets of shapes should mean few."""
+
+    def __init__(self):
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **details: str | int) -> None:
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def take(self) -> int:
+        """Compilations since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+
+compilations = Compilations()  # JAX's listeners are global, so is the count
 
 
 def read(path: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from oreal_jax import model
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
-from oreal_jax.model import Cache, ModelConfig
+from oreal_jax.model import Cache, ModelConfig, attention
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
 
 TINY = ModelConfig(
@@ -147,6 +147,27 @@ def test_log_probs_in_chunks_equal_those_of_whole_logits(monkeypatch):
     np.testing.assert_allclose(
         jax.grad(total(chunked))(states), jax.grad(total(whole))(states), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("block", [5, 8, 12])
+def test_attention_in_blocks_of_queries_changes_nothing(monkeypatch, block):
+    params = model.init(TINY, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 50)
+    segments = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24])
+    positions = jnp.asarray([[*range(9), *range(12), *range(3)], [*range(24)]])
+
+    def total(params):
+        states = model.hidden(TINY, params, tokens, positions, segments)
+        return jnp.sum(jnp.sin(states) * (segments > 0)[..., None])
+
+    whole = jax.value_and_grad(total)(params)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    for ours, expected in zip(
+        jax.tree.leaves(jax.value_and_grad(total)(params)),
+        jax.tree.leaves(whole),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_scan_over_layers_equals_a_loop():

@@ -151,9 +151,8 @@ def summary(
         span = f"{report.low:.1%} to {report.high:.1%}"
         table.add_row(name, f"{report.accuracy:.1%}", span, str(files))
     gain = 100 * (after.accuracy - before.accuracy)
-    table.add_row(
-        "gain", f"{gain:+.1f} points", "", f"{home / 'exported'} (Hugging Face)"
-    )
+    table.add_row("gain", f"{gain:+.1f} points", "", str(home / "progress.png"))
+    table.caption = f"in Hugging Face format: {home / 'exported'}"
     return table
 
 

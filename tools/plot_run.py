@@ -11,13 +11,9 @@ import matplotlib.pyplot as plt
 from oreal_jax.metrics import read
 
 
-def main() -> None:
-    """Reads RUN/metrics.jsonl and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("picture", type=Path)
-    parsed = parser.parse_args()
-    rows = read(parsed.run / "metrics.jsonl")
+def plot(run: Path, picture: Path) -> None:
+    """Reads `run`/metrics.jsonl and writes the picture."""
+    rows = read(run / "metrics.jsonl")
     steps = [row["step"] + 1 for row in rows]
     figure, score = plt.subplots(figsize=(6, 3), layout="constrained")
     score.plot(steps, [100 * row["critic/score/mean"] for row in rows], "o-")
@@ -28,7 +24,16 @@ def main() -> None:
     length.plot(steps, lengths, "s--", color="tab:orange")
     length.set(ylim=(0, None))
     length.set_ylabel("tokens per completion", color="tab:orange")
-    figure.savefig(parsed.picture, dpi=120)
+    figure.savefig(picture, dpi=120)
+
+
+def main() -> None:
+    """Plots the run named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("picture", type=Path)
+    parsed = parser.parse_args()
+    plot(parsed.run, parsed.picture)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Causal grouped-query attention: on packed rows, and on a window of the cache.
 
 These XLA forms run everywhere and are the oracle of any kernel. Scores and softmax are
-float32 whatever the inputs are.
+float32 whatever the inputs are. Long rows are worked off in blocks of queries, which
+are computed again in the backward pass: no [S, S] array of scores exists for them.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+QUERY_BLOCK = 512  # queries whose scores exist at a time
 
 
 def attend_packed(
@@ -16,10 +19,29 @@ def attend_packed(
     segments: Int[Array, "B S"],
 ) -> Float[Array, "B S H K"]:
     """Each token attends to itself and to earlier tokens of its own segment."""
-    S = query.shape[1]
-    causal = jnp.tril(jnp.ones((S, S), bool))
-    same = segments[:, :, None] == segments[:, None, :]
-    return _attend(query, key, value, same & causal[None])
+    B, S = segments.shape
+    keys = jnp.arange(S)[None, None]
+
+    def block(first, query, of_queries):
+        queries = first + jnp.arange(query.shape[1])[None, :, None]
+        same = of_queries[:, :, None] == segments[:, None, :]
+        return _attend(query, key, value, same & (keys <= queries))
+
+    if S <= QUERY_BLOCK:
+        return block(0, query, segments)
+    count = -(-S // QUERY_BLOCK)
+    padded = lambda x: jnp.pad(
+        x, ((0, 0), (0, count * QUERY_BLOCK - S)) + ((0, 0),) * (x.ndim - 2)
+    )
+    blocks = lambda x: jnp.moveaxis(
+        padded(x).reshape(B, count, QUERY_BLOCK, *x.shape[2:]), 1, 0
+    )
+    firsts = QUERY_BLOCK * jnp.arange(count)
+    parts = jax.lax.map(
+        jax.checkpoint(lambda part: block(*part)),
+        (firsts, blocks(query), blocks(segments)),
+    )
+    return jnp.moveaxis(parts, 0, 1).reshape(B, -1, *query.shape[2:])[:, :S]
 
 
 def attend_window(
@@ -48,6 +70,9 @@ def _attend(
     scores = jnp.einsum(
         "btgrk,bsgk->bgrts", query, key, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(mask[:, None, None], scores * K**-0.5, -jnp.inf)
+    # A finite mask: a query that may see nothing (padding) then gives no NaN.
+    scores = jnp.where(
+        mask[:, None, None], scores * K**-0.5, jnp.finfo(scores.dtype).min
+    )
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bgrts,bsgk->btgrk", weights, value).reshape(B, T, H, K)

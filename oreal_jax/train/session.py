@@ -34,7 +34,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat
 from oreal_jax.data.packing import Batch
 from oreal_jax.errors import BadInput
-from oreal_jax.metrics import MetricsLog, replace_text
+from oreal_jax.metrics import MetricsLog, compilations, replace_text
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.train.state import Learners, Optimizer, TrainState, learners
 from oreal_jax.train.step import Scores, TrainStep
@@ -205,6 +205,7 @@ class Session:
             "perf/time_per_step": seconds,
             "perf/throughput": tokens / seconds / self.mesh.size,
             "perf/total_num_tokens": float(tokens),
+            "perf/compilations": float(compilations.take()),
         } | self.screen.take_timings()
         self._log.write(self.step - 1, dict(values) | timed)
         self.screen.say(f"{line}  {seconds:.1f} s")
