@@ -19,6 +19,7 @@ from oreal_jax.data.prompts import Prompt, read_prompts
 from oreal_jax.errors import BadInput
 
 SPLIT = "train"
+FILES = (".jsonl", ".json", ".parquet")
 
 
 def load_prompts(source: str) -> list[Prompt]:
@@ -30,8 +31,13 @@ def load_prompts(source: str) -> list[Prompt]:
     """
     path = Path(source)
     if (path / "dataset_info.json").is_file():
-        return list(map(_prompt, open_data_set(path)))
-    if path.exists() or path.suffix or source.count("/") != 1:
+        try:
+            return list(map(_prompt, open_data_set(path)))
+        except Exception as error:  # TFDS and array_record raise errors of many kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"{path}: not a data set of prompts: {reason}") from None
+    # A hub name may hold a dot ("MATH-v1.5"), so only known endings make a file.
+    if path.exists() or path.suffix in FILES or source.count("/") != 1:
         return read_prompts(path)
     return _download(source)
 
@@ -58,7 +64,13 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
                         "id": tfds.features.Text(),
                         "question": tfds.features.Text(),
                         "gold_answer": tfds.features.Text(),
-                        "pass_rate": tfds.features.Scalar(dtype=np.float64),
+                        # As bytes: plain numbers are stored in 32 bits, and 0.7 would
+                        # come back below 0.7, in another difficulty band.
+                        "pass_rate": tfds.features.Tensor(
+                            shape=(),
+                            dtype=np.float64,
+                            encoding=tfds.features.Encoding.BYTES,
+                        ),
                     }
                 ),
                 disable_shuffling=True,
@@ -77,8 +89,10 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()
     scratch = directory.with_name(f".{directory.name}.incomplete")
+    # What a killed build left there would be taken for this one.
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(parents=True)
         builder = Prompts(data_dir=scratch, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints where it writes
             builder.download_and_prepare()
@@ -124,10 +138,12 @@ def _download(source: str) -> list[Prompt]:
     files = sorted(
         p for p in Path(folder).rglob("*") if p.suffix in (".parquet", ".jsonl")
     )
+    # Subsets have files of the same name in folders of their own.
+    place = lambda file: file.relative_to(folder).with_suffix("").as_posix()
     if not files:
         raise BadInput(f"{source}: the data set has no parquet or jsonl files")
     return [
-        Prompt(f"{file.stem}/{p.id}", p.question, p.gold_answer, p.pass_rate)
+        Prompt(f"{place(file)}/{p.id}", p.question, p.gold_answer, p.pass_rate)
         for file in files
         for p in read_prompts(file)
     ]

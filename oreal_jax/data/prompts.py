@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         BadInput: no such file, no rows, another kind of file, or a line not JSON.
     """
+    if path.is_dir():
+        raise BadInput(f"{path}: a directory, expected a .jsonl or .parquet file")
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     if path.suffix == ".parquet":
@@ -61,27 +64,48 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise BadInput(f"{path}: the file has no rows")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file, or BadInput naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not readable as text: {error}") from None
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    # Bytes, so that a line that is not UTF-8 is known by its number.
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}:{number}: not JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                # The parser's own message would count lines from this one.
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise BadInput(f"{path}:{number}: not JSON: {reason}") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{path}:{number}: not a JSON object")
             yield f"{path}:{number}", row
 
 
 def text_field(name: str, row: dict[str, Any], field: str) -> str:
-    """A field that must hold text; numbers are taken as they are written."""
+    """A field that must hold text; a finite number is taken as Python prints it.
+
+    Raises:
+        BadInput: it holds something else, or half of a surrogate pair, which is no text
+            to a tokenizer.
+    """
     value = row.get(field)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        # Python's JSON reader takes NaN and Infinity, which are no answers.
+        value = str(value) if abs(value) < math.inf else value
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{name}: field {field!r} is {value!r}, expected text")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise BadInput(f"{name}: field {field!r} is {value!r}, not valid Unicode")
     return value
 
 
@@ -99,8 +123,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         number = isinstance(rate, int | float) and not isinstance(rate, bool)
         if rate is not None and not (number and 0 <= rate <= 1):
             raise BadInput(f"{name}: field 'pass_rate' is {rate!r}, expected 0 to 1")
-        given = row.get("id")
-        id = str(place if given is None else given)
+        id = str(place) if row.get("id") is None else text_field(name, row, "id")
         if id in seen:
             raise BadInput(f"{name}: field 'id' is {id!r}, as in {seen[id]}")
         seen[id] = name
