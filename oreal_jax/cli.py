@@ -135,7 +135,8 @@ def _model(made: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a Hugging Face directory or a run directory"
     )
     made.add_argument(
-        "--system-prompt", help="system message (default: the chat template's own)"
+        "--system-prompt",
+        help="system message (default: the run's, else the chat template's own)",
     )
     made.add_argument(
         "--rows", type=int, default=64, help="completions drawn at a time"
@@ -205,7 +206,10 @@ class _Open:
         source = open_model(parsed.model)
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
         dtype = compute_dtype("auto")
-        self.chat = Chat(load_tokenizer(source.files), parsed.system_prompt)
+        system_prompt = parsed.system_prompt
+        if system_prompt is None:
+            system_prompt = source.system_prompt
+        self.chat = Chat(load_tokenizer(source.files), system_prompt)
         stop_tokens = self.chat.stop_tokens(stop_words)
         self.engine = Engine(
             source.config, mesh, sampling, stop_tokens, rows=parsed.rows, dtype=dtype

@@ -73,6 +73,7 @@ class TrainConfig:
 
     model: a Hugging Face directory or a run directory. prompts: a jsonl or parquet
     file of `question, gold_answer, pass_rate` rows, or a Hugging Face data set name.
+    `system_prompt` and `chat_template` (a Jinja file) replace the checkpoint's own.
     Each of `steps` steps draws `samples_per_prompt` completions of `prompts_per_step`
     prompts; `advantage` judges them within their prompt, `keep` chooses those to learn
     from. `token_reward` None trains no token reward model. `stop_words` are added to
@@ -83,6 +84,7 @@ class TrainConfig:
     model: str
     prompts: str
     system_prompt: str | None = None
+    chat_template: str | None = None
     stop_words: tuple[str, ...] = ()
     seed: int = 0
     steps: int = 90
@@ -140,13 +142,15 @@ class TrainConfig:
 class SftConfig:
     """Supervised fine-tuning, or RFT where the solutions are a model's own right ones.
 
-    examples: a jsonl or parquet file of `question, solution` rows. Each step takes
+    examples: a jsonl or parquet file of `question, solution` rows. `system_prompt` and
+    `chat_template` (a Jinja file) replace the checkpoint's own. Each step takes
     `examples_per_step` of them; `steps` 0 means `epochs` passes over the file.
     """
 
     model: str
     examples: str
     system_prompt: str | None = None
+    chat_template: str | None = None
     seed: int = 0
     steps: int = 0
     epochs: int = 1

@@ -15,7 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from oreal_jax import metrics
+from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
+from oreal_jax.data import Chat, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ALONE = os.environ | {
@@ -196,6 +198,26 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
 def test_tensorboard_files_come_when_asked_for(tiny):
     finish(train(tiny, tiny / "board", "steps=1", "tensorboard=True"))
     assert list((tiny / "board" / "tensorboard").glob("events*"))
+
+
+def test_a_runs_template_and_system_prompt_stay_with_it(tiny, capsys):
+    template, run = tiny / "other.jinja", tiny / "other"
+    text = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    template.write_text(text)
+    settings = [f"chat_template={template}", "system_prompt=Long.", "steps=1"]
+    finish(train(tiny, run, *settings))
+    template.unlink()
+    finish(train(tiny, run, *settings[:2], "steps=2"))
+    assert (run / "model" / "chat_template.jinja").read_text() == text
+    source = open_model(run)
+    assert source.system_prompt == "Long."
+    tokenizer = load_tokenizer(source.files)
+    assert (
+        Chat(tokenizer, source.system_prompt).decode(
+            Chat(tokenizer, source.system_prompt).encode("1?")
+        )
+        == "Long.|1?|"
+    )
 
 
 def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from plot_run import plot
 from rich.table import Table
 
 from oreal_jax import config as configuration
@@ -119,6 +120,7 @@ def main() -> int:
         train(config, run, screen)
         after = measure(run, home / "heldout.jsonl", screen, "after")
         screen.say(f"after:  {after}")
+        plot(run, home / "progress.png")
         if not exported.exists():
             with screen.phase("export"):
                 source = open_model(run)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from oreal_jax import model
+from oreal_jax.data.prompts import read_text
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
@@ -96,11 +97,10 @@ def tensors(config: ModelConfig) -> list[Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or BadInput."""
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+        value = json.loads(text)
+    except ValueError as error:
         raise BadInput(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object")
@@ -159,10 +159,7 @@ def assemble(
     shardings: Params | None,
     on_tensor: OnTensor,
 ) -> Params:
-    """Builds the parameter tree from tensors that are read one at a time.
-
-    Each source yields an object with `[slices]`: only what a device needs is read.
-    """
+    """Builds the parameter tree from tensors that are read one at a time."""
     shapes = model.abstract(config, dtype)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

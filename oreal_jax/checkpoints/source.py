@@ -19,11 +19,13 @@ ignore: OnTensor = lambda name: None
 
 
 class ModelSource(NamedTuple):
-    """A model on disk. `files` is the directory with its config.json and tokenizer."""
+    """A model on disk. `files` is the directory with its config.json and tokenizer;
+    `system_prompt` is what a run trained with, None for other models."""
 
     path: Path
     config: ModelConfig
     files: Path
+    system_prompt: str | None = None
 
     def load(
         self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = ignore
@@ -53,7 +55,11 @@ def open_model(path: str | Path) -> ModelSource:
             f"{path}: neither a Hugging Face nor a run directory "
             "(no config.json, no model/config.json)"
         )
-    return ModelSource(path, hf.read_config(files), files)
+    run_config = path / "config.json"
+    own = {}
+    if files != path and run_config.is_file():
+        own = hf.read_json(run_config)
+    return ModelSource(path, hf.read_config(files), files, own.get("system_prompt"))
 
 
 def copy_files(source: ModelSource, destination: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oreal_jax.data.prompts import read_text
 from oreal_jax.errors import BadInput
 
 
@@ -19,23 +20,41 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"{directory}: no usable tokenizer: {reason}") from None
 
 
 class Chat:
     """A tokenizer's chat template applied to one question.
 
-    `system_prompt` None leaves the system message to the template.
+    `system_prompt` None leaves the system message to the template. `template` is a
+    Jinja file that replaces the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str | None = None):
-        """Raises BadInput where the tokenizer has no chat template."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        system_prompt: str | None = None,
+        template: Path | None = None,
+    ):
+        """Raises BadInput where there is no chat template, or one that cannot be read
+        or refuses these messages (some know no system message)."""
+        from jinja2 import TemplateError
+
+        if template:
+            tokenizer.chat_template = read_text(template)
         if not tokenizer.chat_template:
             raise BadInput(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template"
+                f"{template or tokenizer.name_or_path}: no chat template in it"
             )
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
+        try:
+            self.encode("?")
+        except TemplateError as error:
+            raise BadInput(
+                f"{template or tokenizer.name_or_path}: the chat template with "
+                f"system_prompt={system_prompt!r}: {error}"
+            ) from None
 
     def encode(self, question: str) -> list[int]:
         """The tokens of a conversation up to where the answer begins."""
@@ -56,12 +75,17 @@ class Chat:
         """The tokens that end a completion: the model's own, and one for each word.
 
         Raises:
-            BadInput: a word is not exactly one token.
+            BadInput: a word is not exactly one known token, or the model's
+                generation_config.json is not JSON.
         """
         tokens = {self.tokenizer.eos_token_id} - {None}
         generation = Path(self.tokenizer.name_or_path) / "generation_config.json"
         if generation.is_file():
-            own = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                settings = json.loads(generation.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise BadInput(f"{generation}: not JSON: {error}") from None
+            own = settings.get("eos_token_id")
             tokens |= set(own if isinstance(own, list) else [own]) - {None}
         for word in words:
             pieces = self.tokenizer.encode(word, add_special_tokens=False)
@@ -69,11 +93,20 @@ class Chat:
                 raise BadInput(
                     f"stop word {word!r} is {len(pieces)} tokens, must be exactly 1"
                 )
+            if pieces[0] == self.tokenizer.unk_token_id:
+                raise BadInput(f"stop word {word!r} is unknown to the tokenizer")
             tokens.add(pieces[0])
         return tuple(sorted(tokens))
 
     def example(self, question: str, solution: str) -> tuple[list[int], list[int]]:
         """Prompt and completion tokens for supervised tuning; the completion ends
-        with the tokenizer's end-of-sequence token."""
+        with the tokenizer's end-of-sequence token.
+
+        Raises:
+            BadInput: the tokenizer has no such token.
+        """
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise BadInput(f"{self.tokenizer.name_or_path}: no end-of-sequence token")
         completion = self.tokenizer.encode(solution, add_special_tokens=False)
-        return self.encode(question), [*completion, self.tokenizer.eos_token_id]
+        return self.encode(question), [*completion, end]

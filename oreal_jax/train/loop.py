@@ -26,7 +26,6 @@ from oreal_jax.data import (
     PromptOrder,
     build,
     load_prompts,
-    load_tokenizer,
     repeat_by_difficulty,
 )
 from oreal_jax.data.packing import Batch, pack
@@ -35,7 +34,13 @@ from oreal_jax.model import Params
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import Engine, Request
 from oreal_jax.train import measures
-from oreal_jax.train.session import Session, compute_dtype, source_of, uninterrupted
+from oreal_jax.train.session import (
+    Session,
+    chat_of,
+    compute_dtype,
+    source_of,
+    uninterrupted,
+)
 from oreal_jax.train.step import TrainStep, place, reference_scorer, train_step
 from oreal_jax.verify import Pool
 
@@ -48,7 +53,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     """
     source = source_of(config, run)
     mesh = sharding.make_mesh(config.mesh, source.config)
-    chat = Chat(load_tokenizer(source.files), config.system_prompt)
+    chat = chat_of(config, run, source)
     stop_tokens = chat.stop_tokens(config.stop_words)
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)

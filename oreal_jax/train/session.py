@@ -31,7 +31,7 @@ from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat
+from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.errors import BadInput
 from oreal_jax.metrics import MetricsLog, compilations, replace_text
@@ -57,6 +57,19 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     if not (run / "config.json").is_file():
         raise BadInput(f"{run}: a converted model, not a run; give another --run")
     return open_model(run)
+
+
+def chat_of(config: TrainConfig | SftConfig, run: Path, source: ModelSource) -> Chat:
+    """The chat template of a run: its own once it has begun, else what the config says.
+
+    Raises:
+        BadInput: no usable tokenizer or template.
+    """
+    begun = source.path == run
+    template = Path(config.chat_template) if config.chat_template else None
+    return Chat(
+        load_tokenizer(source.files), config.system_prompt, None if begun else template
+    )
 
 
 @contextlib.contextmanager
@@ -170,6 +183,9 @@ class Session:
         self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
         self._write_config()
         copy_files(source, self.run / "model")
+        if self.config.chat_template:
+            template = self.chat.tokenizer.chat_template
+            replace_text(self.run / "model" / "chat_template.jinja", template)
         if not (self.run / "reference").is_dir():
             cast = jax.jit(model.cast, static_argnums=1)
             with uninterrupted():

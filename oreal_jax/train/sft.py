@@ -9,10 +9,10 @@ from pathlib import Path
 from oreal_jax import sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, PromptOrder, load_tokenizer, read_examples
+from oreal_jax.data import Chat, PromptOrder, read_examples
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.errors import BadInput
-from oreal_jax.train.session import Session, source_of, uninterrupted
+from oreal_jax.train.session import Session, chat_of, source_of, uninterrupted
 from oreal_jax.train.step import place, train_step
 
 
@@ -24,7 +24,7 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
     """
     source = source_of(config, run)
     mesh = sharding.make_mesh(config.mesh, source.config)
-    chat = Chat(load_tokenizer(source.files), config.system_prompt)
+    chat = chat_of(config, run, source)
     examples = usable_examples(config, chat, screen)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
     steps = config.steps or config.epochs * len(examples) // config.examples_per_step

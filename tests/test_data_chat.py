@@ -1,0 +1,122 @@
+"""Questions to tokens and back, with a byte tokenizer saved and read again."""
+
+import json
+from pathlib import Path
+
+import make_tiny
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.errors import BadInput
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """What a checkpoint holds beside its weights."""
+    path = tmp_path_factory.mktemp("model")
+    make_tiny.tokenizer().save_pretrained(str(path))
+    return path
+
+
+@pytest.fixture
+def chat(directory) -> Chat:
+    return Chat(load_tokenizer(directory))
+
+
+def words(**marks) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, **marks)
+
+
+def test_an_empty_system_prompt_is_not_the_templates_own(chat):
+    raw = lambda tokens: chat.tokenizer.decode(tokens, skip_special_tokens=False)
+    asked = "<|im_start|>u\n1 < 2?<|im_end|>\n<|im_start|>a\n"
+    assert raw(chat.encode("1 < 2?")) == asked
+    with_empty_system = Chat(chat.tokenizer, "")
+    system = "<|im_start|>s\n<|im_end|>\n"
+    assert raw(with_empty_system.encode("1 < 2?")) == system + asked
+
+
+def test_the_tokens_are_those_that_transformers_would_make(chat):
+    expected = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "数 √2?"}], add_generation_prompt=True
+    )
+    assert chat.encode("数 √2?") == expected["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["x = 5 .", "don 't , we", "\n\n é 数 𝔸\t", ""])
+def test_a_completion_is_decoded_to_the_letter_without_its_stop_token(chat, text):
+    tokens = chat.tokenizer.encode(text, add_special_tokens=False)
+    assert chat.decode([*tokens, chat.tokenizer.eos_token_id]) == text
+
+
+def test_stop_tokens_are_the_models_own_and_those_asked_for(tmp_path):
+    make_tiny.tokenizer().save_pretrained(str(tmp_path))
+    end, start = 256, 257
+    assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (end,)
+    assert Chat(load_tokenizer(tmp_path)).stop_tokens(["<|im_start|>"]) == (end, start)
+    settings = tmp_path / "generation_config.json"
+    for own in (3, [3, end]):
+        settings.write_text(json.dumps({"eos_token_id": own}))
+        assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (3, end)
+    settings.write_text("{")
+    with pytest.raises(BadInput, match="generation_config.json: not JSON"):
+        Chat(load_tokenizer(tmp_path)).stop_tokens()
+
+
+def test_a_stop_word_must_be_one_known_token(chat):
+    with pytest.raises(BadInput, match="'' is 0 tokens"):
+        chat.stop_tokens([""])
+    of_words = Chat(words(unk_token="<unk>", chat_template=make_tiny.TEMPLATE))
+    assert of_words.stop_tokens(["b"]) == (2,)
+    with pytest.raises(BadInput, match="'<|im_end|>' is unknown to the tokenizer"):
+        of_words.stop_tokens(["<|im_end|>"])
+    with pytest.raises(BadInput, match="no end-of-sequence token"):
+        of_words.example("a", "b")
+
+
+def test_a_template_that_refuses_a_system_prompt_is_told_before_the_run():
+    tokenizer = make_tiny.tokenizer()
+    tokenizer.chat_template = NO_SYSTEM + make_tiny.TEMPLATE
+    assert Chat(tokenizer).encode("?")
+    with pytest.raises(BadInput, match="system_prompt='Think.': System role not supp"):
+        Chat(tokenizer, "Think.")
+
+
+def test_another_template_replaces_the_tokenizers_own(directory, tmp_path):
+    file = tmp_path / "plain.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
+    )
+    chat = Chat(load_tokenizer(directory), "Think.", file)
+    assert chat.decode(chat.encode("1?")) == "system: Think.;user: 1?;"
+    file.write_text("{% for")
+    with pytest.raises(BadInput, match="plain.jinja: the chat template with"):
+        Chat(load_tokenizer(directory), None, file)
+    with pytest.raises(BadInput, match="gone.jinja: no such file"):
+        Chat(load_tokenizer(directory), None, tmp_path / "gone.jinja")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer.json": "{"},
+        {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
+    ],
+)
+def test_a_directory_without_a_usable_tokenizer_is_named(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=f"{tmp_path}: no usable tokenizer: ") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
