@@ -11,11 +11,9 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from oreal_jax import losses, rollout
 from oreal_jax.data.difficulty import PUBLISHED_BANDS, Bands
@@ -75,9 +73,12 @@ class TrainConfig:
     file of `question, gold_answer, pass_rate` rows, or a Hugging Face data set name.
     `system_prompt` and `chat_template` (a Jinja file) replace the checkpoint's own.
     Each of `steps` steps draws `samples_per_prompt` completions of `prompts_per_step`
-    prompts; `advantage` judges them within their prompt, `keep` chooses those to learn
-    from. `token_reward` None trains no token reward model. `stop_words` are added to
-    the model's own stop tokens; `decode_rows` completions are drawn at a time.
+    prompts; `loss.advantage` judges them within their prompt, `keep` chooses those to
+    learn from. `log_probs` "full" trains on the probabilities of the whole vocabulary,
+    as released; "sampled" on those of the policy that acted, tempered and renormalised
+    over the tokens that `sampling` keeps (the reference model's stay full).
+    `token_reward` None trains no token reward model. `stop_words` are added to the
+    model's own stop tokens; `decode_rows` completions are drawn at a time.
     `compute` "auto" is bfloat16, on CPU float32.
     """
 
@@ -95,9 +96,9 @@ class TrainConfig:
     max_prompt_tokens: int = 2_384
     decode_rows: int = 256
     verification: Verification = Verification()
-    advantage: Callable[[np.ndarray], np.ndarray] = losses.rloo
     keep: rollout.Keep = rollout.one_pair
     loss: PolicyLoss = losses.Oreal()
+    log_probs: Literal["full", "sampled"] = "full"
     policy: Optimizer = Optimizer(learning_rate=5e-7, final_learning_rate=1e-7)
     token_reward: Optimizer | None = Optimizer(
         learning_rate=2e-6, final_learning_rate=4e-7
@@ -130,6 +131,11 @@ class TrainConfig:
                 f"max_prompt_tokens={self.max_prompt_tokens} + sampling.max_tokens="
                 f"{self.sampling.max_tokens} must not exceed packing.row_length="
                 f"{self.packing.row_length}"
+            )
+        if self.log_probs == "sampled" and not self.sampling.temperature:
+            raise BadInput(
+                f"log_probs='sampled' with sampling.temperature="
+                f"{self.sampling.temperature}: greedy choice has no probabilities"
             )
         if self.freeze_steps and not self.token_reward:
             raise BadInput(

@@ -6,9 +6,10 @@ samples of a prompt, and only then is anything left out.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from oreal_jax.data.packing import Example
 from oreal_jax.data.prompts import Prompt
@@ -16,19 +17,35 @@ from oreal_jax.sampling import Completion
 from oreal_jax.verify import Pool, Verdict
 
 
+class TokenScores(NamedTuple):
+    """What the models said of a completion's T tokens when it was learned from."""
+
+    log_probs: Float[np.ndarray, "T"]
+    reference_log_probs: Float[np.ndarray, "T"]
+    entropy: Float[np.ndarray, "T"]
+    token_scores: Float[np.ndarray, "T"]
+
+
 @dataclasses.dataclass(kw_only=True)
 class Trajectory:
-    """One completion of a prompt, judged. `kept` marks those that are learned from."""
+    """One completion of a prompt, judged.
+
+    `group` numbers the prompts of a step: advantages are taken within a group. `kept`
+    marks what is learned from, `scores` then are the models'. `old_log_probs` are the
+    sampler's, of the distribution that the loss is about.
+    """
 
     prompt: Prompt
+    group: int
     sample: int
     prompt_tokens: Sequence[int]
     completion: Completion
+    old_log_probs: Float[np.ndarray, "T"]
     text: str
     verdict: Verdict
     advantage: float
     kept: bool = False
-    token_scores: np.ndarray | None = None
+    scores: TokenScores | None = None
 
     @property
     def correct(self) -> bool:
@@ -38,15 +55,25 @@ class Trajectory:
     def example(self) -> Example:
         """What the train step needs of it."""
         return Example(
-            self.prompt_tokens, self.completion.tokens, self.correct, self.advantage
+            self.prompt_tokens,
+            self.completion.tokens,
+            self.correct,
+            self.advantage,
+            self.old_log_probs,
         )
 
-    def as_json(self, step: int) -> dict[str, Any]:
-        """One line of a trajectories file."""
-        mean = lambda x: None if x is None else float(np.mean(x))
-        return {
+    def as_json(
+        self, step: int, pieces: Callable[[Sequence[int]], list[str]]
+    ) -> dict[str, Any]:
+        """One line of a trajectories file; `pieces` gives the text of each token.
+
+        What was learned from has lists with one entry a token: `oreal losses` reads
+        them.
+        """
+        row = {
             "step": step,
             "id": self.prompt.id,
+            "group": self.group,
             "sample": self.sample,
             "question": self.prompt.question,
             "gold_answer": self.prompt.gold_answer,
@@ -58,9 +85,19 @@ class Trajectory:
             "by": self.verdict.by,
             "advantage": self.advantage,
             "kept": self.kept,
-            "mean_log_prob": mean(self.completion.log_probs),
-            "mean_token_score": mean(self.token_scores),
+            "mean_log_prob": float(self.completion.log_probs.mean()),
         }
+        if self.scores:
+            row["mean_token_score"] = float(self.scores.token_scores.mean())
+            row["pieces"] = pieces(self.completion.tokens)
+            per_token = {"old_log_probs": self.old_log_probs} | self.scores._asdict()
+            row |= {name: _rounded(values) for name, values in per_token.items()}
+        return row
+
+
+def _rounded(values: Float[np.ndarray, "T"]) -> list[float]:
+    """Six decimals: more would double the file and say nothing."""
+    return np.round(values.astype(np.float64), 6).tolist()
 
 
 Group = list[Trajectory]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from oreal_jax import metrics
+from oreal_jax import laboratory, losses, metrics
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.laboratory.recorded import LISTS
 
 ROOT = Path(__file__).parents[1]
 ALONE = os.environ | {
@@ -65,7 +67,9 @@ def tiny(tmp_path_factory) -> Path:
     return home
 
 
-def train(tiny: Path, run: Path, *settings: str) -> subprocess.Popen:
+def train(
+    tiny: Path, run: Path, *settings: str, config: Path = ROOT / "configs/tiny.py"
+) -> subprocess.Popen:
     given = [
         f"model={tiny / 'sft'}",
         f"prompts={tiny / 'start' / 'prompts.jsonl'}",
@@ -74,7 +78,7 @@ def train(tiny: Path, run: Path, *settings: str) -> subprocess.Popen:
         *settings,
     ]
     flags = [word for setting in given for word in ("--set", setting)]
-    return oreal("train", ROOT / "configs/tiny.py", *flags, "--run", run)
+    return oreal("train", config, *flags, "--run", run)
 
 
 def arrays(run: Path, step: int) -> list[np.ndarray]:
@@ -171,6 +175,49 @@ def test_what_a_run_directory_holds(whole):
     for trajectory in kept:
         assert trajectory["mean_token_score"] == 0  # the head starts at zero
         assert trajectory["advantage"] != 0
+        assert trajectory["pieces"][-1] == "<|im_end|>"
+        assert "".join(trajectory["pieces"][:-1]) == trajectory["completion"]
+        for name in LISTS:
+            assert len(trajectory[name]) == trajectory["tokens"]
+
+
+def test_the_laboratory_finds_the_loss_that_the_run_had(whole):
+    """The metrics of a step, from its trajectories alone."""
+    for row in metrics.read(whole / "metrics.jsonl"):
+        if row["oreal/kept"]:
+            file = whole / "trajectories" / f"step_{row['step']:06d}.jsonl"
+            found = laboratory.examine(losses.Oreal(), laboratory.read([file]))
+            assert found.terms["loss"] == pytest.approx(row["actor/loss"], abs=1e-5)
+            for name in ("actor/positive_loss", "actor/kl_loss"):
+                assert found.terms[name] == pytest.approx(row[name], abs=1e-5)
+
+
+def test_a_loss_of_ones_own_trains_from_its_config_file_alone(tiny, tmp_path):
+    config = tmp_path / "own.py"
+    own = (ROOT / "configs" / "my_loss.py").read_text()
+    config.write_text(own.replace("smollm2_arithmetic", "tiny"))
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
+    run = tmp_path / "run"
+    finish(train(tiny, run, "loss.weight=0.25", "steps=2", config=config))
+    recorded = json.loads((run / "config.json").read_text())["loss"]
+    assert recorded["class"] == "own.RareCloning" and recorded["weight"] == 0.25
+    assert metrics.read(run / "metrics.jsonl")[-1]["actor/pg_loss"] > 0
+
+
+def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
+    settings = ["sampling.top_p=0.6", "sampling.temperature=0.8", "steps=1"]
+    differences = []
+    for kind in ("sampled", "full"):
+        run = tiny / f"log-probs-{kind}"
+        finish(train(tiny, run, *settings, f"log_probs={kind}"))
+        row = metrics.read(run / "metrics.jsonl")[0]
+        differences.append(row["training/rollout_probs_diff_max"])
+        lines = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+        kept = [row for row in map(json.loads, lines) if row["kept"]]
+        mean = np.mean([np.mean(row["old_log_probs"]) for row in kept])
+        differences.append(mean)
+    assert differences[0] < 1e-3 and differences[2] < 1e-3
+    assert differences[1] > differences[3]  # what is cut off makes the rest likelier
 
 
 def test_kept_completions_are_one_right_and_one_wrong_of_a_prompt(whole):
@@ -271,6 +318,10 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["polcy.learning_rate=1"], "has no field 'polcy'; it has"),
         (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
         (lambda d: ["loss=1"], "which only a config file can give"),
+        (
+            lambda d: ["log_probs=sampled", "sampling.temperature=0.0"],
+            "greedy choice has no probabilities",
+        ),
         (lambda d: ["steps"], "expected name=value"),
         (lambda d: ["steps=0"], "steps=0 must be at least 1"),
         (lambda d: ["samples_per_prompt=1"], "samples_per_prompt=1 must be at least 2"),

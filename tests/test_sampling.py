@@ -13,7 +13,7 @@ from oreal_jax import model, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
-from oreal_jax.sampling import Engine, Request, Sampling
+from oreal_jax.sampling import Engine, Request, Sampling, sampled_from
 from oreal_jax.sampling.choice import choose, nucleus, truncated
 
 CONFIG = ModelConfig(
@@ -231,14 +231,68 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_the_log_prob_returned_is_the_untruncated_untempered_one():
-    logits = jax.random.normal(jax.random.key(0), (4, 50))
-    keys = jax.random.key_data(jax.random.split(jax.random.key(1), 4))
-    sampling = Sampling(max_tokens=1, temperature=0.3, top_k=3, top_p=0.5)
-    token, log_prob = choose(logits, keys, sampling)
+def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities of one row: tempered, cut to top-k, then to the nucleus."""
+    probabilities = np.exp(logits / sampling.temperature)
+    order = np.argsort(-probabilities)[: sampling.top_k or None]
+    mass = np.cumsum(probabilities[order]) / probabilities[order].sum()
+    order = order[: int((mass < sampling.top_p).sum()) + 1]
+    kept = np.zeros_like(probabilities)
+    kept[order] = probabilities[order] / probabilities[order].sum()
+    return kept
+
+
+def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
+    logits = jax.random.normal(jax.random.key(0), (40, 50))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), 40))
+    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8)
+    token, log_prob, sampled = choose(logits, keys, sampling)
     full = jax.nn.log_softmax(logits)
     expected = jnp.take_along_axis(full, token[:, None], -1)[:, 0]
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
+    for row, chosen in enumerate(np.asarray(token)):
+        kept = kept_by_sorting(np.asarray(logits[row], np.float64), sampling)
+        np.testing.assert_allclose(sampled[row], np.log(kept[chosen]), rtol=1e-4)
+
+
+def test_the_trainers_scores_are_those_of_the_distribution_drawn_from():
+    logits = jax.random.normal(jax.random.key(0), (3, 4, 50))
+    targets = jnp.argmax(logits, axis=-1)
+    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8)
+    scores = sampled_from(sampling)(logits, targets)
+    ours = jax.nn.softmax(scores).reshape(12, 50)
+    for row, values in zip(ours, logits.reshape(12, 50), strict=True):
+        kept = kept_by_sorting(np.asarray(values, np.float64), sampling)
+        np.testing.assert_allclose(row, kept, rtol=1e-4, atol=1e-7)
+
+
+def test_a_target_that_the_trainer_would_cut_off_still_has_a_finite_log_prob():
+    logits = jnp.asarray([[[4.0, 3.0, -2.0]]])
+    scores = sampled_from(Sampling(max_tokens=1, top_k=1))(logits, jnp.asarray([[2]]))
+    expected = np.exp(-2) / (np.exp(4) + np.exp(-2))
+    np.testing.assert_allclose(jax.nn.softmax(scores)[0, 0, 2], expected, rtol=1e-5)
+    assert jax.nn.softmax(scores)[0, 0, 1] == 0
+
+
+def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requests):
+    sampling = Sampling(max_tokens=20, temperature=0.8, top_p=0.7)
+    how = dataclasses.asdict(sampling)
+    ((completion,),) = draw(params, requests[:1], 1, seed=3, **how)
+    tokens = jnp.asarray([[*requests[0].prompt, *completion.tokens]])
+    positions = jnp.arange(tokens.shape[1])[None]
+    states = model.hidden(CONFIG, params, tokens, positions, jnp.ones_like(tokens))
+    start = len(requests[0].prompt)
+    log_probs, entropy = model.log_probs(
+        CONFIG,
+        params,
+        states[:, start - 1 : -1],
+        tokens[:, start:],
+        sampled_from(sampling),
+    )
+    np.testing.assert_allclose(
+        completion.sampled_log_probs, log_probs[0], rtol=1e-3, atol=1e-4
+    )
+    assert jnp.all(entropy >= 0) and jnp.all(entropy < jnp.log(CONFIG.vocab))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ class Chat:
         """The text of a completion, without special tokens."""
         return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token by itself, special tokens included."""
+        return [self.tokenizer.decode([int(token)]) for token in tokens]
+
     def stop_tokens(self, words: Sequence[str] = ()) -> tuple[int, ...]:
         """The tokens that end a completion: the model's own, and one for each word.
 

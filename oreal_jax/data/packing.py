@@ -19,12 +19,17 @@ from oreal_jax.errors import BadInput
 
 
 class Example(NamedTuple):
-    """A prompt, a completion, and what the verdict made of it."""
+    """A prompt, a completion, and what the verdict made of it.
+
+    `old_log_probs` are those of the policy that drew the completion, one a token; None
+    where nobody drew it (they then count as 0).
+    """
 
     prompt: Sequence[int]
     completion: Sequence[int]
     correct: bool = True
     advantage: float = 1.0
+    old_log_probs: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
@@ -45,6 +50,7 @@ class Batch(NamedTuple):
     length: Int[Any, "M N"]
     correct: Bool[Any, "M N"]
     advantage: Float[Any, "M N"]
+    old_log_probs: Float[Any, "M N T"]
     reference_log_probs: Float[Any, "M N T"]
 
     def completion(self) -> Bool[Array, "M N T"]:
@@ -116,6 +122,7 @@ def pack(
         length=whole(M, N),
         correct=np.zeros((M, N), bool),
         advantage=np.zeros((M, N), np.float32),
+        old_log_probs=np.zeros((M, N, T), np.float32),
         reference_log_probs=np.zeros((M, N, T), np.float32),
     )
     slots = [Slot(0, 0)] * len(examples)
@@ -139,6 +146,8 @@ def pack(
                 batch.length[micro, place] = answer
                 batch.correct[micro, place] = example.correct
                 batch.advantage[micro, place] = example.advantage
+                if example.old_log_probs is not None:
+                    batch.old_log_probs[micro, place, :answer] = example.old_log_probs
                 slots[index] = Slot(micro, place)
                 column, listed, place = column + size, listed + answer, place + 1
     return batch, slots

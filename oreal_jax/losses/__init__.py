@@ -1,24 +1,65 @@
-"""The objectives: pure functions of per-token arrays, never of a model.
+"""Losses: pure functions of per-token arrays. A loss never sees a model.
 
 A loss is a frozen dataclass whose fields are its hyper-parameters and whose call is
-its formula: `loss(scored, counts) -> (scalar, metrics)`. Sums are divided by `Counts`
-of the WHOLE batch, so the losses, gradients and metrics of micro-batches add up to
-those of the batch. Your own loss is a class in your own config file; nothing is
-registered.
+its formula: `loss(scored, counts) -> (scalar, metrics)`. Its `advantage` says what it
+wants to know of a prompt's rewards. Sums are divided by `Counts` of the WHOLE batch, so
+the losses, gradients and metrics of micro-batches add up to those of the batch. Your
+own loss is a class in your own config file; nothing is registered.
 """
 
-from oreal_jax.losses import terms
-from oreal_jax.losses.advantages import group_normalised, rloo
-from oreal_jax.losses.baselines import BestOfNCloning, Reinforce
-from oreal_jax.losses.oreal import Oreal, TokenReward
-from oreal_jax.losses.scored import Counts, Metrics, PolicyLoss, Scalar, Scored
-from oreal_jax.losses.weights import ThresholdWeights, TopKWeights, unweighted
+from oreal_jax.losses import presets, terms
+from oreal_jax.losses.advantages import (
+    ZeroOne,
+    group_centred,
+    group_normalised,
+    outcome,
+    reshaped,
+    rloo,
+)
+from oreal_jax.losses.aggregation import (
+    FixedLength,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+)
+from oreal_jax.losses.baselines import (
+    BestOfNCloning,
+    Dapo,
+    DrGrpo,
+    Grpo,
+    Reinforce,
+    XtunerOreal,
+)
+from oreal_jax.losses.oreal import Oreal, OrealPaper, TokenReward
+from oreal_jax.losses.scored import (
+    Advantage,
+    Count,
+    Counts,
+    Metrics,
+    PolicyLoss,
+    Scalar,
+    Scored,
+)
+from oreal_jax.losses.weights import (
+    ThresholdWeights,
+    TopKWeights,
+    running_credit,
+    token_credit,
+    unweighted,
+)
 
 __all__ = [
+    "Advantage",
     "BestOfNCloning",
+    "Count",
     "Counts",
+    "Dapo",
+    "DrGrpo",
+    "FixedLength",
+    "Grpo",
     "Metrics",
     "Oreal",
+    "OrealPaper",
     "PolicyLoss",
     "Reinforce",
     "Scalar",
@@ -26,8 +67,19 @@ __all__ = [
     "ThresholdWeights",
     "TokenReward",
     "TopKWeights",
+    "XtunerOreal",
+    "ZeroOne",
+    "group_centred",
     "group_normalised",
+    "outcome",
+    "presets",
+    "reshaped",
     "rloo",
+    "running_credit",
+    "sequence_mean",
+    "sequence_sum",
     "terms",
+    "token_credit",
+    "token_mean",
     "unweighted",
 ]

@@ -1,24 +1,70 @@
 """Advantages over the K samples of each prompt, before anything is filtered.
 
-Host-side NumPy: rewards arrive from the verifier, a few thousand numbers a step.
+Rewards are +1 and -1; `ZeroOne` gives a function rewards of 1 and 0 instead. Host-side
+NumPy: verdicts arrive from the verifier, a few thousand numbers a step. Below, p is the
+prompt's pass rate and K the number of its samples.
+
+| advantage            | right              | wrong           |
+|----------------------|--------------------|-----------------|
+| `outcome`            | 1                  | -1              |
+| `reshaped`           | 1                  | -(1-p)          |
+| `rloo`               | 2 K/(K-1) (1-p)    | -2 K/(K-1) p    |
+| `group_centred`      | 2 (1-p)            | -2 p            |
+| `group_normalised`   | sqrt((1-p)/p) c    | -sqrt(p/(1-p)) c|
+
+with c = sqrt((K-1)/K). With rewards of 1 and 0, `rloo` and `group_centred` halve,
+`group_normalised` stays, `outcome` and `reshaped` leave wrong samples 0.
 """
+
+import dataclasses
 
 import numpy as np
 from jaxtyping import Float
 
+from oreal_jax.losses.scored import Advantage
+
+
+def outcome(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+    """The rewards themselves: REINFORCE without a baseline."""
+    return rewards
+
+
+def reshaped(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+    """R for right samples, (1 - p) R for wrong ones (OREAL, section 2.3).
+
+    Best-of-N draws right samples in proportion to (1-p)^(n-1) and wrong ones to
+    (1-p)^n: the factor makes the gradients of the two consistent.
+    """
+    right = rewards > 0
+    return np.where(right, rewards, (1 - right.mean(axis=1, keepdims=True)) * rewards)
+
 
 def rloo(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """Each reward minus the mean of the other K - 1 (arXiv:2402.14740).
-
-    With rewards +1 / -1 and pass rate p this is OREAL's reshaped reward:
-    2 K/(K-1) (1-p) for right samples, -2 K/(K-1) p for wrong ones.
-    """
+    """Each reward minus the mean of the other K - 1 (arXiv:2402.14740)."""
     K = rewards.shape[1]
     others = (rewards.sum(axis=1, keepdims=True) - rewards) / max(1, K - 1)
     return rewards - others
 
 
+def group_centred(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+    """Each reward minus the mean of all K (Dr. GRPO, arXiv:2503.20783): RLOO times
+    (K-1)/K, and GRPO without dividing by the spread, which favours easy and hard
+    prompts."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
 def group_normalised(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
     """(reward - mean) / (standard deviation + 1e-8), unbiased (arXiv:2402.03300)."""
     spread = rewards.std(axis=1, ddof=1, keepdims=True)
-    return (rewards - rewards.mean(axis=1, keepdims=True)) / (spread + 1e-8)
+    return group_centred(rewards) / (spread + 1e-8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroOne:
+    """Another advantage, of rewards 1 (right) and 0 (wrong) instead of +1 and -1."""
+
+    advantage: Advantage
+
+    def __call__(self, rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+        """The advantages of the same samples."""
+        return self.advantage((rewards + 1) / 2)

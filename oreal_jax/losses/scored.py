@@ -1,69 +1,107 @@
 """What a loss may look at, and the denominators it divides by."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 Scalar = Float[Array, ""]
 Metrics = dict[str, Float[Array, ""]]
+# Advantages of K samples for each of N prompts, from their rewards (+1 or -1).
+Advantage = Callable[[Float[np.ndarray, "N K"]], Float[np.ndarray, "N K"]]
 
 
 class Scored(NamedTuple):
     """B completions of at most T tokens, one entry per completion token.
 
-    Entry t belongs to completion token t: its log-probability, the reference model's,
-    and the raw score that the token reward model gives the state that predicts it.
-    `completion` is False behind a completion's end; a row without any is padding.
+    Entry t belongs to completion token t: its log-probability under the policy, under
+    the policy that drew it (the sampler's word) and under the reference model; the raw
+    score that the token reward model gives the state that predicts it; and the entropy
+    of the policy's distribution there. `completion` is False behind a completion's end;
+    a row without any is padding.
     """
 
     log_probs: Float[Array, "B T"]
+    old_log_probs: Float[Array, "B T"]
     reference_log_probs: Float[Array, "B T"]
     token_scores: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
     completion: Bool[Array, "B T"]
     correct: Bool[Array, "B"]
     advantage: Float[Array, "B"]
 
     def masked(self) -> "Scored":
-        """Zeros behind every completion's end.
+        """Zeros behind every completion's end, and float32 at least.
 
         A mask on a sum alone would let NaN or infinity there into the gradient, as
-        zero times NaN.
+        zero times NaN; sums of bfloat16 numbers would lose tokens.
         """
-        inside = lambda values: jnp.where(self.completion, values, 0)
+        precise = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        inside = lambda x: precise(jnp.where(self.completion, x, 0))
         return self._replace(
             log_probs=inside(self.log_probs),
+            old_log_probs=inside(self.old_log_probs),
             reference_log_probs=inside(self.reference_log_probs),
             token_scores=inside(self.token_scores),
+            entropy=inside(self.entropy),
+            advantage=precise(self.advantage),
         )
+
+    @property
+    def right(self) -> Bool[Array, "B T"]:
+        """The tokens of right completions."""
+        return self.completion & self.correct[:, None]
+
+    @property
+    def wrong(self) -> Bool[Array, "B T"]:
+        """The tokens of wrong completions."""
+        return self.completion & ~self.correct[:, None]
+
+
+class Count(NamedTuple):
+    """How many tokens and completions there are of a kind; at least 1 each, so that an
+    absent kind adds 0."""
+
+    tokens: Scalar
+    sequences: Scalar
+
+    @classmethod
+    def of(cls, where: Bool[Array, "*batch T"]) -> "Count":
+        """Counts what a mask over completion tokens leaves."""
+        size = lambda mask: jnp.maximum(1, jnp.sum(mask)).astype(jnp.float32)
+        return cls(size(where), size(jnp.any(where, axis=-1)))
 
 
 class Counts(NamedTuple):
-    """Denominators of the whole batch; at least 1 each, so an absent kind adds 0."""
+    """Denominators of the whole batch, whatever part of it a loss is given."""
 
-    positive: Scalar
-    negative: Scalar
-    completion: Scalar
-    sequences: Scalar
+    right: Count
+    wrong: Count
+    all: Count
 
     @classmethod
     def of(
         cls, completion: Bool[Array, "*batch T"], correct: Bool[Array, "*batch"]
     ) -> "Counts":
-        """Counts tokens of right, of wrong and of all completions, and completions."""
-        size = lambda mask: jnp.maximum(1, jnp.sum(mask)).astype(jnp.float32)
+        """Counts right, wrong and all completions and their tokens."""
         right = correct[..., None]
         return cls(
-            positive=size(completion & right),
-            negative=size(completion & ~right),
-            completion=size(completion),
-            sequences=size(jnp.any(completion, axis=-1)),
+            Count.of(completion & right),
+            Count.of(completion & ~right),
+            Count.of(completion),
         )
 
 
 @runtime_checkable
 class PolicyLoss(Protocol):
-    """Any callable of this form is a loss."""
+    """Any object of this form is a loss: a frozen dataclass, as a rule."""
+
+    @property
+    def advantage(self) -> Advantage:
+        """What the loss wants in `Scored.advantage`, from the rewards of a group."""
+        ...
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """The loss of these completions, and what to report about it."""

@@ -1,13 +1,37 @@
 """Token weights: how much of a verdict each token carries, in [0, 1].
 
-A weighting turns the probability that a token lies on the path to the outcome into a
-weight. OREAL gives `probability` = q for right completions and 1 - q for wrong ones.
+Two choices make a weight. A *credit* turns raw token scores into the probability q
+that a token lies on the path to a right answer: `running_credit` or `token_credit`. A
+*weighting* turns that probability into a weight; it is given q for right completions
+and 1 - q for wrong ones: `ThresholdWeights`, `TopKWeights` or `unweighted`.
 """
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from oreal_jax.losses.terms import running_mean
+
+Credit = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
+Weighting = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
+
+
+def running_credit(
+    token_scores: Float[Array, "B T"], where: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Sigmoid of the mean score so far: what the completion up to here is worth (as
+    released)."""
+    return jax.nn.sigmoid(running_mean(token_scores, where))
+
+
+def token_credit(
+    token_scores: Float[Array, "B T"], where: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Sigmoid of each token's own score (OREAL eq. 10 as printed)."""
+    return jax.nn.sigmoid(token_scores)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ The only room that knows Flax. Outside, a model is its `ModelConfig` and its `Pa
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,12 +20,14 @@ from oreal_jax.model.decoder import Decoder
 
 __all__ = [
     "Cache",
+    "Distribution",
     "ModelConfig",
     "Params",
     "Rope",
     "abstract",
     "axes",
     "cast",
+    "full",
     "hidden",
     "hidden_cached",
     "init",
@@ -36,6 +39,10 @@ __all__ = [
 ]
 
 Params = Any  # nested dict of arrays
+
+# [B, C, V] logits and [B, C] targets to scores of the same shape.
+Distribution = Callable[[Array, Array], Array]
+full: Distribution = lambda logits, targets: logits
 
 # Rows of logits alive at a time when log-probabilities are taken.
 HEAD_CHUNK = 1024
@@ -134,11 +141,13 @@ def log_probs(
     params: Params,
     states: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
+    distribution: Distribution = full,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Log-probability of each target, and the entropy of its distribution.
 
-    The vocabulary is visited in chunks of tokens that are computed again in the
-    backward pass, so no [B, C, V] array exists at any time.
+    `distribution(logits, targets)` gives the scores whose softmax is meant; the model's
+    own unless another is asked for. The vocabulary is visited in chunks of tokens that
+    are computed again in the backward pass, so no [B, C, V] array exists at any time.
     """
     B, C = targets.shape
     chunk = min(C, max(1, HEAD_CHUNK // B))
@@ -155,7 +164,7 @@ def log_probs(
     @jax.checkpoint
     def one(_, part):
         states, targets = part
-        scores = logits(config, params, states)
+        scores = distribution(logits(config, params, states), targets)
         total = jax.nn.logsumexp(scores, axis=-1)
         chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         expected = jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from oreal_jax.errors import BadInput
+from oreal_jax.model import Distribution
 
 CANDIDATES = 64  # tokens looked at before the nucleus is searched by bisection
 BLOCK = 256  # tokens per block of the two-level cumulative sum
@@ -43,16 +44,41 @@ class Sampling:
 
 def choose(
     logits: Float[Array, "B V"], keys: UInt32[Array, "B 2"], sampling: Sampling
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """One token a row, and its log-probability under the full, untempered model."""
+) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    """One token a row, and its log-probability twice: under the full, untempered model,
+    and under the distribution that it was drawn from (0 where greedy)."""
+    pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
     if sampling.temperature == 0:
         token = jnp.argmax(logits, axis=-1)
+        sampled = jnp.zeros_like(logits[:, 0])
     else:
         kept = truncated(logits, sampling)
         uniform = jax.vmap(jax.random.uniform)(jax.random.wrap_key_data(keys))
         token = invert(kept, uniform)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+        sampled = jnp.log(pick(kept)) - jnp.log(jnp.sum(kept, axis=-1))
+    return token, pick(logits) - jax.nn.logsumexp(logits, axis=-1), sampled
+
+
+def sampled_from(sampling: Sampling) -> Distribution:
+    """Scores of the distribution that `sampling` draws from, for a trainer that wants
+    the probabilities of the policy that acts: tempered, and renormalised over the kept
+    tokens.
+
+    The kept set is a constant to gradients. The target is always in it: rounding may
+    tell the trainer's last kept token from the sampler's.
+    """
+
+    def scores(
+        logits: Float[Array, "B C V"], targets: Int[Array, "B C"]
+    ) -> Float[Array, "B C V"]:
+        flat = jax.lax.stop_gradient(logits).reshape(-1, logits.shape[-1])
+        kept = (truncated(flat, sampling) > 0).reshape(logits.shape)
+        kept |= jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+        # Finite, so that the entropy has no 0 times infinity.
+        lowest = jnp.finfo(logits.dtype).min
+        return jnp.where(kept, logits / sampling.temperature, lowest)
+
+    return scores
 
 
 def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

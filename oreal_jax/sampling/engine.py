@@ -41,12 +41,13 @@ class Request(NamedTuple):
 class Completion(NamedTuple):
     """Tokens drawn, the stop token included; "length" if none came in time.
 
-    `log_probs` are those of the full distribution at temperature 1: what the trainer
-    computes for the same tokens.
+    `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
+    those of the distribution that the tokens were drawn from.
     """
 
     tokens: list[int]
     log_probs: np.ndarray
+    sampled_log_probs: np.ndarray
     finish_reason: str
 
 
@@ -61,6 +62,7 @@ class Decoding(NamedTuple):
     keys: UInt32[Array, "B 2"]
     tokens: Int[Array, "B N"]
     log_probs: Float[Array, "B N"]
+    sampled_log_probs: Float[Array, "B N"]
     lengths: Int[Array, "B"]
 
 
@@ -173,12 +175,15 @@ class Engine:
             until = min(limit, int(count) + DISPATCH)
             window = min(bucket(length + until, 64), state.cache.keys.shape[2])
             state = self._continue(params, state, until, window=window)
-        tokens, log_probs = jax.device_get((state.tokens, state.log_probs))
+        tokens, log_probs, sampled = jax.device_get(
+            (state.tokens, state.log_probs, state.sampled_log_probs)
+        )
         stops = np.asarray(self.stop_tokens)
         rows = [
             Completion(
                 tokens[row, :size].tolist(),
                 log_probs[row, :size],
+                sampled[row, :size],
                 "stop" if tokens[row, size - 1] in stops else "length",
             )
             for row, size in enumerate(sizes[:real])
@@ -213,6 +218,7 @@ class Engine:
             keys=keys.reshape(B, 2),
             tokens=jnp.zeros((B, limit), jnp.int32),
             log_probs=jnp.zeros((B, limit)),
+            sampled_log_probs=jnp.zeros((B, limit)),
             lengths=jnp.zeros(B, jnp.int32),
         )
         return self._draw(state, each(logits))
@@ -241,7 +247,7 @@ class Engine:
     def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
         """Draws and records a token in every row that is not done."""
         keys = jax.vmap(_fold, in_axes=(0, None))(state.keys, state.drawn)
-        token, log_prob = choose(logits, keys, self.sampling)
+        token, log_prob, sampled = choose(logits, keys, self.sampling)
         going = ~state.done
         at = (jnp.arange(going.size), state.drawn)
         stopped = jnp.any(token[:, None] == self.stop_tokens[None], axis=-1)
@@ -253,6 +259,9 @@ class Engine:
             done=state.done | stopped | (drawn >= self.sampling.max_tokens),
             tokens=state.tokens.at[at].set(jnp.where(going, token, 0)),
             log_probs=state.log_probs.at[at].set(jnp.where(going, log_prob, 0)),
+            sampled_log_probs=state.sampled_log_probs.at[at].set(
+                jnp.where(going, sampled, 0)
+            ),
             lengths=state.lengths + going,
         )
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from oreal_jax import metrics, rollout, sharding
+from oreal_jax import metrics, model, rollout, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -30,9 +31,9 @@ from oreal_jax.data import (
 )
 from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
-from oreal_jax.model import Params
+from oreal_jax.model import Distribution, Params
 from oreal_jax.rollout import Group, Trajectory
-from oreal_jax.sampling import Engine, Request
+from oreal_jax.sampling import Completion, Engine, Request, sampled_from
 from oreal_jax.train import measures
 from oreal_jax.train.session import (
     Session,
@@ -89,6 +90,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             mesh,
             freeze_steps=config.freeze_steps,
             dtype=session.dtype,
+            distribution=distribution_of(config),
         )
         while session.step < config.steps:
             step = session.step
@@ -100,7 +102,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
                     values |= learn(session, kept, reference, add_reference, update)
                 else:
                     session.skip_step()
-                write_trajectories(run, step, groups)
+                write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
                 session.finish_step(values, rollout.token_count(groups), said)
 
@@ -124,7 +126,7 @@ def learn(
         batch = jax.block_until_ready(add_reference(reference, batch))
     with session.screen.phase("update_actor", label=label):
         measured, scores = session.learn(update, batch)
-    return measured | measures.agreement(kept, slots, scores)
+    return measured | measures.agreement(kept, slots, scores, batch)
 
 
 def usable_prompts(
@@ -184,14 +186,16 @@ def sample_and_judge(
     with session.screen.phase("verify", total=len(flat), label=label) as advance:
         verdicts = rollout.judged(pool, flat, pairs, advance)
     grouped = [verdicts[i : i + K] for i in range(0, len(verdicts), K)]
-    advantages = config.advantage(rollout.rewards(grouped))
+    advantages = config.loss.advantage(rollout.rewards(grouped))
     return [
         [
             Trajectory(
                 prompt=prompt,
+                group=n,
                 sample=requests[n].first_sample + k,
                 prompt_tokens=prompts[n],
                 completion=completions[n][k],
+                old_log_probs=old_log_probs(config, completions[n][k]),
                 text=texts[n * K + k],
                 verdict=grouped[n][k],
                 advantage=float(advantages[n, k]),
@@ -202,9 +206,26 @@ def sample_and_judge(
     ]
 
 
-def write_trajectories(run: Path, step: int, groups: Sequence[Group]) -> None:
+def distribution_of(config: TrainConfig) -> Distribution:
+    """The distribution whose probabilities the loss is about."""
+    if config.log_probs == "sampled":
+        return sampled_from(config.sampling)
+    return model.full
+
+
+def old_log_probs(config: TrainConfig, completion: Completion) -> np.ndarray:
+    """The sampler's word on the same distribution."""
+    if config.log_probs == "sampled":
+        return completion.sampled_log_probs
+    return completion.log_probs
+
+
+def write_trajectories(
+    run: Path, step: int, groups: Sequence[Group], chat: Chat
+) -> None:
     """All completions of a step as JSON lines, whole or not at all."""
-    lines = [json.dumps(t.as_json(step), ensure_ascii=False) for g in groups for t in g]
+    rows = [t.as_json(step, chat.pieces) for group in groups for t in group]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path = run / "trajectories" / f"step_{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
     metrics.replace_text(path, "".join(line + "\n" for line in lines))

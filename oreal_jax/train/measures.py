@@ -6,31 +6,38 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from oreal_jax.data.packing import Slot
-from oreal_jax.rollout import Trajectory
+from oreal_jax.data.packing import Batch, Slot
+from oreal_jax.rollout import TokenScores, Trajectory
 from oreal_jax.train.step import Scores
 
 
 def agreement(
-    kept: Sequence[Trajectory], slots: Sequence[Slot], scores: Scores
+    kept: Sequence[Trajectory], slots: Sequence[Slot], scores: Scores, batch: Batch
 ) -> dict[str, float]:
     """Difference of token probabilities between sampler and trainer, and the area under
-    the token reward model's ROC curve. Attaches token scores to the trajectories."""
-    log_probs, token_scores = jax.device_get(scores)
-    differences, mean_scores = [], []
+    the token reward model's ROC curve. Attaches the scores to the trajectories."""
+    arrays = jax.device_get(
+        (
+            scores.log_probs,
+            batch.reference_log_probs,
+            scores.entropy,
+            scores.token_scores,
+        )
+    )
+    differences, means = [], []
     for trajectory, (micro, place) in zip(kept, slots, strict=True):
         size = len(trajectory.completion.tokens)
-        trained = log_probs[micro, place, :size]
-        drawn = trajectory.completion.log_probs
-        differences.append(np.abs(np.exp(trained) - np.exp(drawn)))
-        trajectory.token_scores = token_scores[micro, place, :size]
-        mean_scores.append(token_scores[micro, place, :size].mean())
+        said = TokenScores(*(values[micro, place, :size] for values in arrays))
+        trajectory.scores = said
+        change = np.exp(said.log_probs) - np.exp(trajectory.old_log_probs)
+        differences.append(np.abs(change))
+        means.append(said.token_scores.mean())
     difference = np.concatenate(differences)
     correct = np.array([t.correct for t in kept])
     return {
         "training/rollout_probs_diff_mean": float(difference.mean()),
         "training/rollout_probs_diff_max": float(difference.max()),
-        "token_reward/auc": roc_area(np.array(mean_scores), correct),
+        "token_reward/auc": roc_area(np.array(means), correct),
     }
 
 

@@ -17,8 +17,14 @@ from jaxtyping import Array, Float
 
 from oreal_jax import model, sharding
 from oreal_jax.data.packing import Batch
-from oreal_jax.losses import Counts, Metrics, PolicyLoss, Scored, TokenReward
-from oreal_jax.losses.terms import masked_sum
+from oreal_jax.losses import (
+    Counts,
+    Metrics,
+    PolicyLoss,
+    Scored,
+    TokenReward,
+    token_mean,
+)
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.train.state import Learners, TrainState
 
@@ -27,6 +33,7 @@ class Scores(NamedTuple):
     """What the models said of every completion token in a step, for the record."""
 
     log_probs: Float[Array, "M N T"]
+    entropy: Float[Array, "M N T"]
     token_scores: Float[Array, "M N T"]
 
 
@@ -68,11 +75,16 @@ def unpack(values: Float[Array, "R C"], part: Batch) -> Float[Array, "N T"]:
 
 
 def completion_log_probs(
-    config: ModelConfig, params: Params, part: Batch
+    config: ModelConfig,
+    params: Params,
+    part: Batch,
+    distribution: model.Distribution = model.full,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """Log-probability of every completion token, and the entropy at each."""
     states = completion_states(config, params, part)
-    log_probs, entropy = model.log_probs(config, params, states, part.targets)
+    log_probs, entropy = model.log_probs(
+        config, params, states, part.targets, distribution
+    )
     return unpack(log_probs, part), unpack(entropy, part)
 
 
@@ -104,11 +116,13 @@ def train_step(
     *,
     freeze_steps: int = 0,
     dtype: Any = jnp.float32,
+    distribution: model.Distribution = model.full,
 ) -> TrainStep:
     """The jitted training step.
 
     During the first `freeze_steps` steps only the token reward model learns (its head
-    starts at zero, which weighs every token 0). The state is donated.
+    starts at zero, which weighs every token 0). `distribution` says which of the
+    policy's probabilities the loss is about. The state is donated.
     """
     policy, rewarder = learners
 
@@ -117,7 +131,7 @@ def train_step(
         if frozen:
             policy_params = jax.lax.stop_gradient(policy_params)
         log_probs, entropy = completion_log_probs(
-            policy.config, model.cast(policy_params, dtype), part
+            policy.config, model.cast(policy_params, dtype), part, distribution
         )
         token_scores = jnp.zeros_like(log_probs)
         if rewarder:
@@ -126,21 +140,24 @@ def train_step(
             token_scores = unpack(model.token_scores(weights, states), part)
         T = log_probs.shape[1]
         scored = Scored(
-            log_probs,
-            part.reference_log_probs,
-            token_scores,
-            jnp.arange(T)[None] < part.length[:, None],
-            part.correct,
-            part.advantage,
+            log_probs=log_probs,
+            old_log_probs=part.old_log_probs,
+            reference_log_probs=part.reference_log_probs,
+            token_scores=token_scores,
+            entropy=entropy,
+            completion=jnp.arange(T)[None] < part.length[:, None],
+            correct=part.correct,
+            advantage=part.advantage,
         )
         total, metrics = loss(scored, counts)
         metrics |= {
-            "actor/entropy": masked_sum(entropy, scored.completion) / counts.completion
+            "actor/loss": total,
+            "actor/entropy": token_mean(entropy, scored.completion, counts.all),
         }
         if rewarder:
             reward_loss, reward_metrics = TokenReward()(scored, counts)
             total, metrics = total + reward_loss, metrics | reward_metrics
-        return total, (metrics, Scores(log_probs, token_scores))
+        return total, (metrics, Scores(log_probs, entropy, token_scores))
 
     def accumulate(params, batch: Batch, frozen: bool):
         """Gradient and metrics summed over the filled micro-batches, scores of each."""
@@ -161,7 +178,7 @@ def train_step(
             put = lambda whole, part: whole.at[index].set(part)
             return sums, jax.tree.map(put, record, scores)
 
-        start = (empty((gradient, metrics)), Scores(blank, blank))
+        start = (empty((gradient, metrics)), Scores(blank, blank, blank))
         (gradient, metrics), scores = jax.lax.fori_loop(0, batch.filled, add, start)
         return gradient, metrics, scores
 

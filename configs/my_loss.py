@@ -1,0 +1,42 @@
+"""A loss of your own: ten lines in a config file, nothing registered.
+
+    oreal train configs/my_loss.py                       # after `make demo`
+    oreal losses runs/demo/run/trajectories --loss configs/my_loss.py --loss released
+
+This one clones right completions and leaves wrong ones alone, and weighs a completion
+by how rarely its prompt is solved. Not a recommendation: a thing to start from.
+"""
+
+import dataclasses
+
+import smollm2_arithmetic  # the config beside this one
+
+from oreal_jax.losses import (
+    Advantage,
+    Counts,
+    Metrics,
+    Scalar,
+    Scored,
+    rloo,
+    terms,
+    token_mean,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RareCloning:
+    """weight * mean over right tokens of A (-log p), with A = 2 K/(K-1) (1-p)."""
+
+    advantage: Advantage = rloo
+    weight: float = 0.5
+
+    def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
+        """The loss, and what to write into metrics.jsonl."""
+        clone = terms.clone(scored.log_probs) * scored.advantage[:, None]
+        loss = self.weight * token_mean(clone, scored.right, counts.right)
+        return loss, {"actor/pg_loss": loss}
+
+
+config = dataclasses.replace(
+    smollm2_arithmetic.config, loss=RareCloning(), token_reward=None, freeze_steps=0
+)

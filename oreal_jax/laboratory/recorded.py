@@ -1,0 +1,144 @@
+"""Trajectories as a run has written them, read back and checked line by line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from oreal_jax.data.prompts import read_rows
+from oreal_jax.errors import BadInput
+
+OUTCOMES = ("right", "wrong", "undecided")
+# Lists with one number a token, in the order of `Scored`.
+LISTS = (
+    "log_probs",
+    "old_log_probs",
+    "reference_log_probs",
+    "token_scores",
+    "entropy",
+)
+
+
+class Recorded(NamedTuple):
+    """A completion of T tokens that was learned from.
+
+    `rewards` are those (+1, -1) of all samples of its group, learned from or not; its
+    own is `rewards[place]`. `lists` has the rows of `LISTS`.
+    """
+
+    name: str
+    pieces: list[str]
+    rewards: Float[np.ndarray, "K"]
+    place: int
+    lists: Float[np.ndarray, "5 T"]
+
+    @property
+    def correct(self) -> bool:
+        """Whether it was judged right."""
+        return bool(self.rewards[self.place] > 0)
+
+
+def read(paths: Sequence[Path]) -> list[Recorded]:
+    """The completions learned from in files or folders of them, as one batch.
+
+    Lines without per-token lists count as samples of their group. A group is what has
+    the same file, `step` and `group` (where there is no `group`, the same `id`).
+
+    Raises:
+        BadInput: naming file, line, field and value; or nothing was learned from.
+    """
+    recorded: list[Recorded] = []
+    for path in paths:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise BadInput(f"{path}: no .jsonl files in this directory")
+        for file in files:
+            recorded += _read_file(file)
+    if not recorded:
+        raise BadInput(
+            f"{', '.join(map(str, paths))}: no completion with per-token lists "
+            f"({', '.join(LISTS)}); runs write them for what they learn from"
+        )
+    return recorded
+
+
+def choose(recorded: Sequence[Recorded], names: Sequence[str]) -> list[int]:
+    """Where the completions of these names are; without names, one right and one wrong.
+
+    Raises:
+        BadInput: there is none of a name.
+    """
+    places = {trajectory.name: i for i, trajectory in enumerate(recorded)}
+    for name in names:
+        if name not in places:
+            some = ", ".join(list(places)[:5])
+            raise BadInput(
+                f"--trajectory {name}: not among the {len(places)} completions "
+                f"learned from: {some}, ..."
+            )
+    if names:
+        return [places[name] for name in names]
+    right = [i for i, trajectory in enumerate(recorded) if trajectory.correct]
+    wrong = [i for i, trajectory in enumerate(recorded) if not trajectory.correct]
+    return right[:1] + wrong[:1]
+
+
+def _read_file(file: Path) -> list[Recorded]:
+    rewards: dict[tuple, list[float]] = {}
+    members = []
+    for where, row in read_rows(file):
+        verdict = row.get("verdict")
+        if verdict not in OUTCOMES:
+            raise BadInput(
+                f"{where}: field 'verdict' is {verdict!r}, expected one of "
+                f"{', '.join(OUTCOMES)}"
+            )
+        group = (row.get("step"), row.get("group", row.get("id")))
+        of_group = rewards.setdefault(group, [])
+        of_group.append(1.0 if verdict == "right" else -1.0)
+        if "log_probs" in row:
+            lists = _lists(where, row)
+            members.append((group, len(of_group) - 1, row, lists))
+    return [
+        Recorded(
+            name=f"{row.get('step', 0)}/{row.get('id', '')}/{row.get('sample', place)}",
+            pieces=_pieces(row, lists.shape[1]),
+            rewards=np.array(rewards[group]),
+            place=place,
+            lists=lists,
+        )
+        for group, place, row, lists in members
+    ]
+
+
+def _lists(where: str, row: dict[str, Any]) -> Float[np.ndarray, "5 T"]:
+    size = len(row["log_probs"]) if isinstance(row["log_probs"], list) else 0
+    if not size:
+        raise BadInput(f"{where}: field 'log_probs' is not a list of numbers")
+    for name in LISTS:
+        values = row.get(name)
+        if not isinstance(values, list):
+            raise BadInput(f"{where}: field {name!r} is {values!r}, expected a list")
+        if len(values) != size:
+            raise BadInput(
+                f"{where}: field {name!r} has {len(values)} numbers, "
+                f"'log_probs' has {size}"
+            )
+    try:
+        lists = np.array([row[name] for name in LISTS], np.float32)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where}: per-token lists are not numbers: {error}") from None
+    if not np.isfinite(lists).all():
+        name = LISTS[int(np.argmin(np.isfinite(lists).all(axis=1)))]
+        raise BadInput(f"{where}: field {name!r} holds numbers that are not finite")
+    return lists
+
+
+def _pieces(row: dict[str, Any], size: int) -> list[str]:
+    """The text of each token; its number where the file does not say."""
+    pieces = row.get("pieces")
+    if not isinstance(pieces, list) or len(pieces) != size:
+        return [str(i) for i in range(size)]
+    return [str(piece) for piece in pieces]

@@ -1,0 +1,187 @@
+"""The laboratory: coefficients by hand, shares, agreement, and files that are wrong."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oreal_jax import laboratory, losses
+from oreal_jax.cli import main
+from oreal_jax.errors import BadInput
+from oreal_jax.laboratory import examination
+from oreal_jax.laboratory.recorded import LISTS
+
+
+def row(verdict="right", tokens=4, seed=0, **fields) -> dict:
+    """A line as a run writes it."""
+    draw = np.random.default_rng(seed)
+    log_probs = draw.normal(-1, 0.3, tokens)
+    lists = {
+        "log_probs": log_probs,
+        "old_log_probs": log_probs + draw.normal(0, 0.01, tokens),
+        "reference_log_probs": log_probs + draw.normal(0, 0.2, tokens),
+        "token_scores": draw.normal(0, 1, tokens),
+        "entropy": draw.uniform(0, 2, tokens),
+    }
+    assert tuple(lists) == LISTS
+    line = {"step": 0, "id": "a", "group": 0, "sample": seed, "verdict": verdict}
+    line["pieces"] = [f"t{i}" for i in range(tokens)]
+    return line | {name: x.tolist() for name, x in lists.items()} | fields
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def two_groups(path: Path) -> Path:
+    """Two kept of four in one group, two of two in another."""
+    unseen = {"step": 0, "id": "a", "group": 0, "verdict": "wrong"}
+    rows = [row("right", 4, 0), unseen, row("wrong", 7, 1), unseen]
+    rows += [row("wrong", 2, 2, id="b", group=1), row("right", 5, 3, id="b", group=1)]
+    return write(path, rows)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    return laboratory.read([two_groups(tmp_path / "step_000000.jsonl")])
+
+
+def test_advantages_are_taken_over_all_samples_of_a_group(recorded):
+    assert [len(trajectory.rewards) for trajectory in recorded] == [4, 4, 2, 2]
+    assert [trajectory.correct for trajectory in recorded] == [True, False, False, True]
+    examined = laboratory.examine(losses.Reinforce(advantage=losses.rloo), recorded)
+    tokens = 4 + 7 + 2 + 5
+    # d/dlog p of -A p/stop(p), over all tokens; the KL adds its own.
+    plain = laboratory.examine(
+        losses.Reinforce(advantage=losses.rloo, kl_weight=0.0), recorded
+    )
+    for coefficient, advantage in zip(
+        plain.coefficients, [2.0, -2 / 3, -2.0, 2.0], strict=True
+    ):
+        np.testing.assert_allclose(coefficient, -advantage / tokens, rtol=1e-6)
+    assert examined.terms["actor/pg_loss"] == pytest.approx(plain.terms["loss"])
+
+
+def test_shares_say_where_the_coefficients_lie(recorded):
+    cloning = laboratory.examine(losses.BestOfNCloning(), recorded)
+    assert cloning.shares["right"] == 1 and cloning.shares["wrong"] == 0
+    assert cloning.shares["early"] == pytest.approx(0.5)
+    assert cloning.shares["untouched_tokens"] == pytest.approx(9 / 18)
+    assert cloning.shares["early"] + cloning.shares["late"] == pytest.approx(1)
+
+
+def test_losses_agree_with_themselves_and_with_their_multiples(recorded):
+    one = laboratory.examine(losses.Reinforce(kl_weight=0.0), recorded)
+    zero_one = losses.ZeroOne(losses.outcome)
+    other = losses.Reinforce(kl_weight=0.0, advantage=zero_one)
+    half = laboratory.examine(other, recorded)
+    assert laboratory.agreement(one, one) == {
+        "cosine": pytest.approx(1),
+        "same_sign": 1,
+    }
+    # Wrong completions are left alone: 9 tokens of 18 are treated alike.
+    assert laboratory.agreement(one, half)["same_sign"] == 0.5
+    assert laboratory.agreement(one, half)["cosine"] == pytest.approx(np.sqrt(0.5))
+
+
+@pytest.mark.parametrize("name", losses.presets.NAMED)
+def test_parts_of_bounded_size_change_nothing(recorded, monkeypatch, name):
+    loss = laboratory.load_loss(name)
+    whole = laboratory.examine(loss, recorded)
+    monkeypatch.setattr(examination, "ENTRIES", 14)  # two rows of seven
+    parts = laboratory.examine(loss, recorded)
+    for a, b in zip(whole.coefficients, parts.coefficients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+    for term, value in whole.terms.items():
+        assert parts.terms[term] == pytest.approx(value, rel=1e-5, abs=1e-7)
+
+
+def test_a_config_file_names_its_loss():
+    path = Path(__file__).parents[1] / "configs" / "my_loss.py"
+    assert type(laboratory.load_loss(str(path))).__name__ == "RareCloning"
+    with pytest.raises(BadInput, match="--loss grop: neither .* released, paper"):
+        laboratory.load_loss("grop")
+
+
+def test_one_right_and_one_wrong_are_drawn_unless_others_are_named(recorded):
+    assert laboratory.choose(recorded, []) == [0, 1]
+    assert laboratory.choose(recorded, ["0/b/3", "0/a/1"]) == [3, 1]
+    with pytest.raises(BadInput, match="--trajectory 9: not among the 4 completions"):
+        laboratory.choose(recorded, ["9"])
+
+
+def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsys):
+    two_groups(tmp_path / "step_000000.jsonl")
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
+    chosen = ["--loss", "released", "--loss", "grpo"]
+    written = ["--json", str(numbers), "--picture", str(picture)]
+    assert main(["losses", str(tmp_path), *chosen, *written]) == 0
+    said = capsys.readouterr().out
+    for word in ("released", "grpo", "actor/positive_loss", "early", "agreement"):
+        assert word in said
+    found = json.loads(numbers.read_text())
+    assert (found["completions"], found["tokens"]) == (4, 18)
+    released = found["losses"]["released"]
+    assert len(released["coefficients"]["0/a/1"]) == 7
+    assert set(released["agreement"]) == {"released", "grpo"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row(verdict="maybe")], "field 'verdict' is 'maybe', expected one of right"),
+        ([row(entropy=[1.0])], "field 'entropy' has 1 numbers, 'log_probs' has 4"),
+        ([row(entropy=None)], "field 'entropy' is None, expected a list"),
+        ([row(log_probs=3)], "field 'log_probs' is not a list of numbers"),
+        ([row(entropy=["a"] * 4)], "per-token lists are not numbers"),
+        ([row(entropy=[np.nan] * 4)], "field 'entropy' holds numbers that are not fin"),
+        ([{"verdict": "right"}], "no completion with per-token lists"),
+    ],
+)
+def test_a_wrong_line_is_named(rows, said, tmp_path, capsys):
+    path = write(tmp_path / "step.jsonl", rows)
+    assert main(["losses", str(path)]) == 2
+    complained = capsys.readouterr().err
+    assert said in complained and "step.jsonl" in complained
+    assert complained.count("\n") == 1
+
+
+def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
+    """From the start of the process to the end of its output; 2 cores."""
+    rows = [
+        row("right" if i % 3 else "wrong", 500, i, group=i // 4, id=str(i // 4))
+        for i in range(200)
+    ]
+    path = write(tmp_path / "step.jsonl", rows)
+    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "losses", str(path)]
+    seconds = []
+    for _ in range(2):  # the second finds files in the system's cache
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 5, seconds
+
+
+def test_what_the_laboratory_calls_right_is_what_a_loss_sees(recorded):
+    seen = []
+
+    class Spy:
+        advantage = staticmethod(losses.rloo)
+
+        def __call__(self, scored, counts):
+            seen.append((scored, counts))
+            loss = jnp.sum(scored.log_probs)
+            return loss, {}
+
+    laboratory.examine(Spy(), recorded)
+    _, counts = seen[0]
+    assert float(counts.right.tokens) == 9 and float(counts.right.sequences) == 2
+    assert float(counts.wrong.tokens) == 9 and float(counts.all.sequences) == 4

@@ -1,0 +1,308 @@
+"""Does the ladder of the paper's table 2 hold on a model that trains in seconds?
+
+    python tools/ablation.py runs/ablation --seeds 6
+
+Every rung starts from the same fine-tuned tiny model and has the same budget: prompts,
+samples, steps, learning rate. A rung differs from the one below in one thing, by its
+loss. Each is run with several seeds and measured on held-out problems; a step of the
+ladder is judged by the paired differences of its seeds. Results are files: what was
+interrupted goes on, and more seeds may be asked for later.
+
+The task is to sort four digits. Its model answers in five tokens, so that a token may
+deserve credit that another does not; its start has learned the form of an answer from
+solutions of which many are wrong.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import make_tiny
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from oreal_jax import losses, model, sharding
+from oreal_jax.checkpoints import hf
+from oreal_jax.checkpoints.source import open_model
+from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verification
+from oreal_jax.console import Screen
+from oreal_jax.data import Chat, load_tokenizer, read_prompts
+from oreal_jax.errors import BadInput
+from oreal_jax.evaluate import evaluate
+from oreal_jax.metrics import replace_text
+from oreal_jax.sampling import Engine, Sampling
+from oreal_jax.train.loop import train
+from oreal_jax.train.sft import sft
+from oreal_jax.train.state import Optimizer
+from oreal_jax.verify import Pool
+
+DIGITS, TRAINED, HELD_OUT = 4, 2048, 256
+SWAPPED = 0.5  # share of the start's solutions in which two digits change places
+STEPS, SAMPLES_TO_MEASURE = 36, 8
+ENOUGH = 0.95  # confidence of intervals and verdicts
+# "released" is not a rung: it has the factor A in its cloning, as all released configs.
+ROWS = (*losses.presets.LADDER, "released")
+WEIGHTED = ("token_weights", "released")  # those that need a token reward model
+
+
+class Result(NamedTuple):
+    """Mean accuracy on held-out problems of a row's runs, by seed."""
+
+    row: str
+    by_seed: dict[int, float]
+
+    def interval(self) -> tuple[float, float, float]:
+        """Mean over seeds and its t-interval."""
+        return interval(list(self.by_seed.values()))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and t-interval of few values."""
+    mean, spread = np.mean(values), stats.sem(values)
+    half = spread * stats.t.ppf((1 + ENOUGH) / 2, len(values) - 1)
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of differences says of a step up the ladder."""
+    if low > 0:
+        return "reproduced"
+    return "not reproduced" if high < 0 else "within noise"
+
+
+def problems(seed: int = 0) -> list[dict[str, str]]:
+    """Different strings of digits to sort, in a fixed random order."""
+    draw = random.Random(seed)
+    texts = (f"{n}" for n in range(10 ** (DIGITS - 1), 10**DIGITS))
+    usable = [text for text in texts if "0" not in text]
+    rows = draw.sample(usable, TRAINED + HELD_OUT)
+    return [
+        {"id": text, "question": f"sort {text}?", "gold_answer": "".join(sorted(text))}
+        for text in rows
+    ]
+
+
+def solutions(rows: Sequence[dict[str, str]], seed: int = 0) -> Iterator[dict]:
+    """Answers to learn the form from: in some, two digits have changed places."""
+    draw = random.Random(seed)
+    for row in rows:
+        for _ in range(2):
+            answer = list(row["gold_answer"])
+            if draw.random() < SWAPPED:
+                i, j = draw.sample(range(DIGITS), 2)
+                answer[i], answer[j] = answer[j], answer[i]
+            yield {"question": row["question"], "solution": "".join(answer)}
+
+
+def write_rows(path: Path, rows: Sequence[dict] | Iterator[dict]) -> None:
+    """Rows as JSON lines."""
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_start(home: Path, screen: Screen) -> Path:
+    """The fine-tuned model that every run starts from."""
+    rows = problems()
+    write_rows(home / "train.jsonl", rows[:TRAINED])
+    write_rows(home / "heldout.jsonl", rows[TRAINED:])
+    write_rows(home / "solutions.jsonl", solutions(rows[:TRAINED]))
+    if not (home / "hf").exists():
+        shape = dataclasses.replace(make_tiny.CONFIG, layers=3, embed=96, mlp=256)
+        made = home / ".hf.incomplete"
+        hf.save(model.init(shape, jax.random.key(0)), shape, made)
+        make_tiny.tokenizer().save_pretrained(str(made))
+        made.rename(home / "hf")
+    config = SftConfig(
+        model=str(home / "hf"),
+        examples=str(home / "solutions.jsonl"),
+        steps=400,
+        examples_per_step=64,
+        policy=Optimizer(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=20),
+        packing=Packing(rows=8, row_length=256),
+        saving=Saving(every=400, keep=1),
+    )
+    sft(config, home / "start", screen)
+    return home / "start"
+
+
+def config_of(home: Path, row: str, seed: int) -> TrainConfig:
+    """The run of a row: all alike but for the loss, and the model it needs."""
+    rate = Optimizer(learning_rate=3e-4, final_learning_rate=1e-4, warmup_steps=2)
+    weighted = row in WEIGHTED
+    return TrainConfig(
+        model=str(home / "start"),
+        prompts=str(home / "train.jsonl"),
+        seed=seed,
+        steps=STEPS,
+        prompts_per_step=16,
+        samples_per_prompt=8,
+        sampling=Sampling(max_tokens=8),
+        max_prompt_tokens=40,
+        decode_rows=128,
+        verification=Verification(workers=1),
+        loss=losses.presets.NAMED[row],
+        policy=rate,
+        token_reward=dataclasses.replace(rate, learning_rate=1e-3)
+        if weighted
+        else None,
+        freeze_steps=4 if weighted else 0,
+        packing=Packing(rows=4, row_length=256),
+        saving=Saving(every=STEPS, keep=1),
+    )
+
+
+def measure(run: Path, prompts: Path, pool: Pool) -> float:
+    """Mean accuracy of several samples of every held-out problem."""
+    source = open_model(run)
+    mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    chat = Chat(load_tokenizer(source.files))
+    engine = Engine(
+        source.config, mesh, Sampling(max_tokens=8), chat.stop_tokens(), rows=256
+    )
+    rows = read_prompts(prompts)
+    report = evaluate(
+        engine, source.load(mesh), chat, rows, pool, samples=SAMPLES_TO_MEASURE
+    )
+    return report.accuracy
+
+
+def run_all(home: Path, seeds: int, screen: Screen) -> tuple[float, list[Result]]:
+    """The start's accuracy and every row's, from files where they are there."""
+    home.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[int, float]] = {row: {} for row in ROWS}
+    quiet = Screen(Console(file=(home / "log.txt").open("a"), highlight=False))
+    with Pool(1) as pool:
+        start = make_start(home, quiet)
+        begin = kept(home / "start.json", lambda: measured(start, home, pool))
+        screen.say(f"start: {begin:.1%} right")
+        with screen.phase("runs", total=seeds * len(ROWS)) as advance:
+            for seed in range(seeds):
+                for row in ROWS:
+                    run = home / row / f"seed_{seed}"
+
+                    def accuracy(row=row, seed=seed, run=run) -> float:
+                        train(config_of(home, row, seed), run, quiet)
+                        return measured(run, home, pool)
+
+                    found = kept(home / row / f"seed_{seed}.json", accuracy)
+                    results[row][seed] = found
+                    screen.say(f"{row}, seed {seed}: {found:.1%}")
+                    advance()
+    return begin, [Result(row, by_seed) for row, by_seed in results.items()]
+
+
+def measured(run: Path, home: Path, pool: Pool) -> float:
+    """`measure` on this study's held-out problems."""
+    return measure(run, home / "heldout.jsonl", pool)
+
+
+def kept(path: Path, compute) -> float:
+    """A number from a file, or computed and kept there."""
+    if path.exists():
+        return json.loads(path.read_text())["accuracy"]
+    value = compute()
+    replace_text(path, json.dumps({"accuracy": value}) + "\n")
+    return value
+
+
+def steps_of(results: Sequence[Result]) -> list[tuple[str, str, tuple, str]]:
+    """Each step up the ladder: from, to, interval of paired differences, verdict."""
+    by_row = {result.row: result.by_seed for result in results}
+    judged = []
+    pairs = [
+        *zip(losses.presets.LADDER, losses.presets.LADDER[1:], strict=False),
+        ("behaviour_cloning", "released"),
+    ]
+    for below, above in pairs:
+        seeds = by_row[below].keys() & by_row[above].keys()
+        gains = [by_row[above][seed] - by_row[below][seed] for seed in sorted(seeds)]
+        mean, low, high = interval(gains)
+        judged.append((below, above, (mean, low, high), verdict(low, high)))
+    return judged
+
+
+def report(home: Path, begin: float, results: Sequence[Result], screen: Screen) -> None:
+    """Tables on screen, all numbers in results.json, a picture in ablation.png."""
+    rows = Table(title=f"{STEPS} steps from {begin:.1%}")
+    for name in ("row", "seeds", "right", "95% interval"):
+        rows.add_column(name, justify="left" if name == "row" else "right")
+    for result in results:
+        mean, low, high = result.interval()
+        span = f"{low:.1%} to {high:.1%}"
+        rows.add_row(result.row, str(len(result.by_seed)), f"{mean:.1%}", span)
+    steps = Table(title="steps of the ladder")
+    for name in ("from", "to", "gain, points", "95% interval", "verdict"):
+        steps.add_column(name)
+    for below, above, (mean, low, high), said in steps_of(results):
+        span = f"{100 * low:+.1f} to {100 * high:+.1f}"
+        steps.add_row(below, above, f"{100 * mean:+.1f}", span, said)
+    screen.console.print(rows)
+    screen.console.print(steps)
+    numbers = {
+        "start": begin,
+        "rows": {result.row: result.by_seed for result in results},
+        "steps": [
+            {"from": below, "to": above, "gain": gain, "verdict": said}
+            for below, above, gain, said in steps_of(results)
+        ],
+    }
+    replace_text(home / "results.json", json.dumps(numbers, indent=1) + "\n")
+    draw(home / "ablation.png", begin, results)
+
+
+def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
+    """Every run as a dot, every row's mean and interval."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panel = figure.subplots()
+    for place, result in enumerate(results):
+        mean, low, high = (100 * x for x in result.interval())
+        dots = [100 * x for x in result.by_seed.values()]
+        panel.plot([place] * len(dots), dots, "o", color="tab:gray", alpha=0.5)
+        panel.errorbar(
+            place + 0.15, mean, [[mean - low], [high - mean]], fmt="s", capsize=4
+        )
+    panel.axhline(100 * begin, color="black", linestyle=":", label="start")
+    panel.set_xticks(
+        range(len(results)), [result.row.replace("_", "\n") for result in results]
+    )
+    panel.set_ylabel("right on held-out problems, %")
+    panel.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def main() -> int:
+    """Runs the study."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seeds", type=int, default=6, help="runs of each row")
+    parsed = parser.parse_args()
+    screen = Screen()
+    try:
+        if parsed.seeds < 2:
+            raise BadInput(f"--seeds {parsed.seeds}: an interval needs at least 2")
+        cache = parsed.directory / "compiled"  # runs of a row share their programs
+        jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        begin, results = run_all(parsed.directory, parsed.seeds, screen)
+        report(parsed.directory, begin, results, screen)
+    except BadInput as error:
+        print(f"ablation: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ablation: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
