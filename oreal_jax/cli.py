@@ -24,6 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, False, [])
+        return action.help if plain else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     top = argparse.ArgumentParser(
@@ -40,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
             help=help,
             description=help,
             epilog=f"example: {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         made.set_defaults(call=call)
         return made

@@ -1,6 +1,6 @@
 """Does the ladder of the paper's table 2 hold on a model that trains in seconds?
 
-    python tools/ablation.py runs/ablation --seeds 6
+    python tools/ablation.py runs/ablation
 
 Every rung starts from the same fine-tuned tiny model and has the same budget: prompts,
 samples, steps, learning rate. A rung differs from the one below in one thing, by its
@@ -47,7 +47,7 @@ from oreal_jax.verify import Pool
 
 DIGITS, TRAINED, HELD_OUT = 4, 2048, 256
 SWAPPED = 0.5  # share of the start's solutions in which two digits change places
-STEPS, SAMPLES_TO_MEASURE = 36, 8
+SAMPLES_TO_MEASURE = 8
 ENOUGH = 0.95  # confidence of intervals and verdicts
 # "released" is not a rung: it has the factor A in its cloning, as all released configs.
 ROWS = (*losses.presets.LADDER, "released")
@@ -133,15 +133,16 @@ def make_start(home: Path, screen: Screen) -> Path:
     return home / "start"
 
 
-def config_of(home: Path, row: str, seed: int) -> TrainConfig:
-    """The run of a row: all alike but for the loss, and the model it needs."""
+def config_of(home: Path, row: str, seed: int, steps: int) -> TrainConfig:
+    """The run of a row: all alike but for the loss, and the model it needs. As
+    published, a ninth of the steps trains the token reward model alone."""
     rate = Optimizer(learning_rate=3e-4, final_learning_rate=1e-4, warmup_steps=2)
     weighted = row in WEIGHTED
     return TrainConfig(
         model=str(home / "start"),
         prompts=str(home / "train.jsonl"),
         seed=seed,
-        steps=STEPS,
+        steps=steps,
         prompts_per_step=16,
         samples_per_prompt=8,
         sampling=Sampling(max_tokens=8),
@@ -153,9 +154,9 @@ def config_of(home: Path, row: str, seed: int) -> TrainConfig:
         token_reward=dataclasses.replace(rate, learning_rate=1e-3)
         if weighted
         else None,
-        freeze_steps=4 if weighted else 0,
+        freeze_steps=steps // 9 if weighted else 0,
         packing=Packing(rows=4, row_length=256),
-        saving=Saving(every=STEPS, keep=1),
+        saving=Saving(every=steps, keep=1),
     )
 
 
@@ -174,7 +175,9 @@ def measure(run: Path, prompts: Path, pool: Pool) -> float:
     return report.accuracy
 
 
-def run_all(home: Path, seeds: int, screen: Screen) -> tuple[float, list[Result]]:
+def run_all(
+    home: Path, seeds: int, steps: int, screen: Screen
+) -> tuple[float, list[Result]]:
     """The start's accuracy and every row's, from files where they are there."""
     home.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[int, float]] = {row: {} for row in ROWS}
@@ -186,13 +189,13 @@ def run_all(home: Path, seeds: int, screen: Screen) -> tuple[float, list[Result]
         with screen.phase("runs", total=seeds * len(ROWS)) as advance:
             for seed in range(seeds):
                 for row in ROWS:
-                    run = home / row / f"seed_{seed}"
+                    run = home / f"{row}_{steps}_steps" / f"seed_{seed}"
 
                     def accuracy(row=row, seed=seed, run=run) -> float:
-                        train(config_of(home, row, seed), run, quiet)
+                        train(config_of(home, row, seed, steps), run, quiet)
                         return measured(run, home, pool)
 
-                    found = kept(home / row / f"seed_{seed}.json", accuracy)
+                    found = kept(run.with_suffix(".json"), accuracy)
                     results[row][seed] = found
                     screen.say(f"{row}, seed {seed}: {found:.1%}")
                     advance()
@@ -229,23 +232,25 @@ def steps_of(results: Sequence[Result]) -> list[tuple[str, str, tuple, str]]:
     return judged
 
 
-def report(home: Path, begin: float, results: Sequence[Result], screen: Screen) -> None:
-    """Tables on screen, all numbers in results.json, a picture in ablation.png."""
-    rows = Table(title=f"{STEPS} steps from {begin:.1%}")
+def report(
+    home: Path, begin: float, results: Sequence[Result], steps: int, screen: Screen
+) -> None:
+    """Tables on screen, all numbers in a JSON file, a picture beside it."""
+    rows = Table(title=f"{steps} steps from {begin:.1%}")
     for name in ("row", "seeds", "right", "95% interval"):
         rows.add_column(name, justify="left" if name == "row" else "right")
     for result in results:
         mean, low, high = result.interval()
         span = f"{low:.1%} to {high:.1%}"
         rows.add_row(result.row, str(len(result.by_seed)), f"{mean:.1%}", span)
-    steps = Table(title="steps of the ladder")
+    rungs = Table(title="steps of the ladder")
     for name in ("from", "to", "gain, points", "95% interval", "verdict"):
-        steps.add_column(name)
+        rungs.add_column(name)
     for below, above, (mean, low, high), said in steps_of(results):
         span = f"{100 * low:+.1f} to {100 * high:+.1f}"
-        steps.add_row(below, above, f"{100 * mean:+.1f}", span, said)
+        rungs.add_row(below, above, f"{100 * mean:+.1f}", span, said)
     screen.console.print(rows)
-    screen.console.print(steps)
+    screen.console.print(rungs)
     numbers = {
         "start": begin,
         "rows": {result.row: result.by_seed for result in results},
@@ -254,8 +259,10 @@ def report(home: Path, begin: float, results: Sequence[Result], screen: Screen) 
             for below, above, gain, said in steps_of(results)
         ],
     }
-    replace_text(home / "results.json", json.dumps(numbers, indent=1) + "\n")
-    draw(home / "ablation.png", begin, results)
+    replace_text(
+        home / f"results_{steps}_steps.json", json.dumps(numbers, indent=1) + "\n"
+    )
+    draw(home / f"ablation_{steps}_steps.png", begin, results)
 
 
 def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
@@ -284,17 +291,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--seeds", type=int, default=6, help="runs of each row")
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each row")
+    parser.add_argument("--steps", type=int, default=18, help="the budget of a run")
     parsed = parser.parse_args()
     screen = Screen()
     try:
         if parsed.seeds < 2:
             raise BadInput(f"--seeds {parsed.seeds}: an interval needs at least 2")
+        if parsed.steps < 9:
+            raise BadInput(f"--steps {parsed.steps}: must be at least 9")
         cache = parsed.directory / "compiled"  # runs of a row share their programs
         jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        begin, results = run_all(parsed.directory, parsed.seeds, screen)
-        report(parsed.directory, begin, results, screen)
+        begin, results = run_all(parsed.directory, parsed.seeds, parsed.steps, screen)
+        report(parsed.directory, begin, results, parsed.steps, screen)
     except BadInput as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
