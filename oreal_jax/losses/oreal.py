@@ -41,8 +41,8 @@ class Oreal:
     A in P is there where `clone_times_advantage` is set, as in all released configs;
     P then has the gradient of REINFORCE, and cloning differs from it by its denominator
     alone. Without it the gradient of P is that of plain cloning, as the paper derives.
-    `importance_cap` weighs tokens by min(p / p_old, cap) where sampler and trainer
-    differ (None, as released: not at all).
+    `importance_cap` weighs the tokens of P and N by min(p / p_old, cap) where sampler
+    and trainer differ (None, as released: not at all).
 
     Differs from `OrealPaper` in its KL to the fixed initial model, its advantages
     (RLOO on both signs), its means over tokens and its running credit; from
@@ -74,7 +74,7 @@ class Oreal:
             trust = terms.truncated_importance(
                 scored.log_probs, scored.old_log_probs, self.importance_cap
             )
-            clone, avoid, kl = clone * trust, avoid * trust, kl * trust
+            clone, avoid = clone * trust, avoid * trust
 
         positive = token_mean(clone, scored.right, counts.right)
         negative = token_mean(avoid, scored.wrong, counts.wrong)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from oreal_jax.losses.terms import running_mean
@@ -66,7 +67,9 @@ class TopKWeights:
     ) -> Float[Array, "B T"]:
         """The weight of every token."""
         length = jnp.sum(where, axis=-1, keepdims=True)
-        keep = jnp.maximum(1, jnp.floor(self.ratio * length)).astype(jnp.int32)
+        # In double precision, as Python computes it: 0.29 * 100 is below 29.
+        kept_of = np.maximum(1, np.floor(self.ratio * np.arange(where.shape[-1] + 1)))
+        keep = jnp.asarray(kept_of, jnp.int32)[length]
         order = jnp.argsort(jnp.where(where, -probability, jnp.inf), axis=-1)
         rank = jnp.argsort(order, axis=-1)
         kept = where & (rank < keep)
@@ -74,10 +77,10 @@ class TopKWeights:
         high = jnp.max(
             probability, where=kept, initial=-jnp.inf, axis=-1, keepdims=True
         )
-        spread = high > low
-        scaled = jnp.where(
-            spread, (probability - low) / jnp.where(spread, high - low, 1), 1
-        )
+        # Not high > low: a difference may be too small for a number of its own.
+        spread = high - low
+        wide = spread > 0
+        scaled = jnp.where(wide, (probability - low) / jnp.where(wide, spread, 1), 1)
         return jnp.where(kept, scaled, 0)
 
 

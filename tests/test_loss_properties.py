@@ -1,0 +1,412 @@
+"""What holds for every loss, whatever the batch: searched for counterexamples."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oreal_jax.data.packing import Example, pack
+from oreal_jax.losses import (
+    Counts,
+    Oreal,
+    Scored,
+    ThresholdWeights,
+    TokenReward,
+    TopKWeights,
+    outcome,
+    presets,
+    running_credit,
+    terms,
+    token_credit,
+    unweighted,
+)
+from oreal_jax.train.step import micro, unpack
+
+# The same examples on every run; each loss is compiled once for each shape.
+thorough = settings(deadline=None, max_examples=15, derandomize=True)
+
+# Two prompts of three samples, and the shape that all of them are padded to.
+N, K, T = 2, 3, 5
+B = N * K
+LARGE_B, LARGE_T = 8, 16
+
+POLICY_LOSSES: dict[str, Any] = presets.NAMED | {
+    "top_k_capped_k1": Oreal(
+        credit=token_credit,
+        weight_right=TopKWeights(ratio=0.5),
+        weight_wrong=TopKWeights(ratio=0.25),
+        kl=terms.kl_k1,
+        importance_cap=1.2,
+    ),
+}
+LOSSES = POLICY_LOSSES | {"token_reward": TokenReward()}
+FLOATS = (
+    "log_probs",
+    "old_log_probs",
+    "reference_log_probs",
+    "token_scores",
+    "entropy",
+)
+
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+every_policy_loss = pytest.mark.parametrize(
+    "loss", POLICY_LOSSES.values(), ids=POLICY_LOSSES.keys()
+)
+
+
+class Drawn(NamedTuple):
+    """Completions without their advantages, which each loss has its own of."""
+
+    values: dict[str, Any]
+    lengths: np.ndarray
+    rewards: np.ndarray
+
+    def scored(self, loss) -> Scored:
+        """What a loss sees, in float64; all numbers are float32 ones."""
+        advantage = getattr(loss, "advantage", outcome)(self.rewards).reshape(-1)
+        others: dict[str, Any] = {
+            "completion": np.arange(T)[None] < self.lengths[:, None],
+            "correct": self.rewards.reshape(-1) > 0,
+            "advantage": advantage.astype(np.float32).astype(np.float64),
+        }
+        return Scored(**self.values, **others)
+
+
+@st.composite
+def batches(draw, *, mixed: bool = False) -> Drawn:
+    """Random numbers from a seed, a length and a verdict for each completion; `mixed`
+    has right and wrong samples of every prompt."""
+    lengths = draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+    if mixed:
+        rights = [draw(st.integers(1, K - 1)) for _ in range(N)]
+        orders = [draw(st.permutations([k < n for k in range(K)])) for n in rights]
+        verdicts = np.array(orders)
+    else:
+        verdicts = np.array(draw(st.lists(st.booleans(), min_size=B, max_size=B)))
+    random = np.random.default_rng(draw(st.integers(0, 2**16)))
+    single = lambda x: x.astype(np.float32).astype(np.float64)
+    normal = lambda spread: single(random.normal(0, spread, (B, T)))
+    log_probs = -np.abs(normal(2))
+    values = {
+        "log_probs": log_probs,
+        "old_log_probs": single(log_probs + normal(0.6)),
+        "reference_log_probs": single(log_probs + normal(0.6)),
+        "token_scores": normal(2),
+        "entropy": np.abs(normal(1)),
+    }
+    rewards = np.where(verdicts.reshape(N, K), 1.0, -1.0)
+    return Drawn(values, np.array(lengths), rewards)
+
+
+class Outputs(NamedTuple):
+    """A loss, its metrics, and its gradients for what it may train."""
+
+    value: np.ndarray
+    metrics: dict[str, np.ndarray]
+    gradient: dict[str, np.ndarray]
+
+    def __add__(self, other: "Outputs") -> "Outputs":  # pyright: ignore
+        return jax.tree.map(np.add, self, other)
+
+
+@functools.cache
+def compiled(loss):
+    def value(trained, scored: Scored, counts: Counts):
+        return loss(scored._replace(**trained), counts)
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+
+count = jax.jit(Counts.of)
+
+
+def evaluate(loss, scored: Scored, counts: Counts | None = None) -> Outputs:
+    """Runs a loss in the precision of its inputs, with its own counts or a whole's."""
+    with jax.enable_x64(scored.log_probs.dtype == np.float64):
+        counts = counts or count(scored.completion, scored.correct)
+        names = ("log_probs", "token_scores", "entropy")
+        trained = {name: getattr(scored, name) for name in names}
+        (total, metrics), gradient = compiled(loss)(trained, scored, counts)
+        return jax.tree.map(np.asarray, Outputs(total, metrics, gradient))
+
+
+def close(ours, theirs):
+    """The same numbers up to the order of float64 sums."""
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+    jax.tree.map(compare, ours, theirs)
+
+
+def enlarged(scored: Scored, places, garbage: float) -> Scored:
+    """The same completions at some rows of a larger array, garbage all around."""
+
+    def widen(x) -> Any:
+        shape = (LARGE_B, LARGE_T)[: x.ndim]
+        whole = np.full(shape, False if x.dtype == bool else garbage, x.dtype)
+        if x.ndim == 1:
+            whole[places] = x
+        else:
+            whole[np.ix_(places, np.arange(T))] = x
+        return whole
+
+    return spoiled(Scored(*map(widen, scored)), garbage)
+
+
+def spoiled(scored: Scored, garbage: float) -> Scored:
+    """Garbage wherever there is no completion token, and for rows without any."""
+    inside, present = scored.completion, scored.completion.any(axis=-1)
+    behind = lambda x: np.where(inside, x, garbage)
+    dirty: dict[str, Any] = {name: behind(getattr(scored, name)) for name in FLOATS}
+    dirty["advantage"] = np.where(present, scored.advantage, garbage)
+    return scored._replace(**dirty)
+
+
+garbages = st.sampled_from([np.nan, np.inf, -np.inf, 1e30, 0.0])
+
+
+@every_loss
+@thorough
+@given(batches(), garbages)
+def test_what_lies_behind_a_completion_changes_nothing(loss, drawn, garbage):
+    scored = drawn.scored(loss)
+    clean, dirty = evaluate(loss, scored), evaluate(loss, spoiled(scored, garbage))
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    for gradient in dirty.gradient.values():
+        assert not np.any(gradient[~scored.completion])
+
+
+@every_loss
+@thorough
+@given(batches(), garbages, st.permutations(range(LARGE_B)))
+def test_padding_and_the_order_of_completions_change_nothing(
+    loss, drawn, garbage, order
+):
+    scored, places = drawn.scored(loss), np.array(order[:B])
+    plain = evaluate(loss, scored)
+    padded = evaluate(loss, enlarged(scored, places, garbage))
+    back = {name: x[places, :T] for name, x in padded.gradient.items()}
+    close(padded._replace(gradient=back), plain)
+    for gradient in padded.gradient.values():
+        assert np.count_nonzero(gradient) == np.count_nonzero(gradient[places, :T])
+
+
+@every_loss
+@thorough
+@given(batches(), st.lists(st.integers(0, 2), min_size=B, max_size=B))
+def test_micro_batches_add_up_to_their_batch(loss, drawn, assignment):
+    scored = drawn.scored(loss)
+    counts = count(scored.completion, scored.correct)
+    parts = []
+    for part in range(3):
+        chosen = np.flatnonzero(np.array(assignment) == part)
+        places = np.arange(len(chosen))
+        some = Scored(*(x[chosen] for x in scored))
+        outputs = evaluate(loss, enlarged(some, places, 0.0), counts)
+        gradient = {}
+        for name, values in outputs.gradient.items():
+            gradient[name] = np.zeros((B, T))
+            gradient[name][chosen] = values[places, :T]
+        parts.append(outputs._replace(gradient=gradient))
+    close(parts[0] + parts[1] + parts[2], evaluate(loss, scored))
+
+
+@every_loss
+@settings(thorough, max_examples=10)
+@given(
+    batches(),
+    st.lists(st.integers(1, 3), min_size=B, max_size=B),
+    st.integers(1, 2),
+    st.sampled_from([8, 16, 32]),
+)
+def test_packing_changes_nothing(loss, drawn, prompts, height, row_length):
+    scored, lengths = drawn.scored(loss), drawn.lengths
+    examples = [
+        Example(
+            prompt=[1] * prompts[b],
+            completion=[2] * lengths[b],
+            correct=bool(scored.correct[b]),
+            advantage=float(scored.advantage[b]),
+            old_log_probs=np.asarray(scored.old_log_probs[b, : lengths[b]]),
+        )
+        for b in range(B)
+    ]
+    packed, slots = pack(examples, rows=height, row_length=row_length)
+    plain, counts = evaluate(loss, scored), count(packed.completion(), packed.correct)
+    parts = []
+    for index in range(len(packed.row)):
+
+        def spread(values, fill, index=index):
+            """Tokens of completions at the columns that predict them."""
+            columns = np.full(packed.predicts[index].shape, fill)
+            for b, slot in enumerate(slots):
+                if slot.micro == index:
+                    first = packed.first[index, slot.place]
+                    there = slice(first, first + lengths[b])
+                    columns[packed.row[index, slot.place], there] = values[b][
+                        : lengths[b]
+                    ]
+            return columns
+
+        part, pulled = packed_outputs(loss, scored, packed, index, counts, spread)
+        parts.append(part)
+        for name, gradient in pulled.items():
+            close(gradient, spread(plain.gradient[name], 0.0))
+    close(sum(part.value for part in parts), plain.value)
+    for name, metric in plain.metrics.items():
+        close(sum(part.metrics[name] for part in parts), metric)
+
+
+def packed_outputs(loss, scored, packed, index, counts, spread):
+    """A micro-batch as the training step reads it, and its gradients for columns."""
+    with jax.enable_x64(True):
+        part = micro(packed, index)
+        columns = {name: spread(getattr(scored, name), np.nan) for name in FLOATS}
+        read, pull = jax.vjp(
+            lambda columns: {name: unpack(x, part) for name, x in columns.items()},
+            jax.tree.map(jnp.asarray, columns),
+        )
+        read["old_log_probs"] = part.old_log_probs.astype(jnp.float64)
+        inside = packed.completion()[index]
+        advantage = part.advantage.astype(jnp.float64)
+        outputs = evaluate(
+            loss,
+            Scored(
+                **read, completion=inside, correct=part.correct, advantage=advantage
+            ),
+            counts,
+        )
+        gradient = {name: jnp.zeros_like(x) for name, x in read.items()}
+        (pulled,) = pull(gradient | outputs.gradient)
+    return outputs, {name: pulled[name] for name in outputs.gradient}
+
+
+@every_policy_loss
+@thorough
+@given(batches())
+def test_a_policy_loss_never_trains_the_token_reward_model(loss, drawn):
+    assert not np.any(evaluate(loss, drawn.scored(loss)).gradient["token_scores"])
+
+
+@thorough
+@given(batches())
+def test_the_token_reward_loss_never_trains_the_policy(drawn):
+    gradient = evaluate(TokenReward(), drawn.scored(TokenReward())).gradient
+    assert not np.any(gradient["log_probs"]) and not np.any(gradient["entropy"])
+
+
+@every_policy_loss
+@thorough
+@given(batches(mixed=True))
+def test_on_policy_right_tokens_are_never_pushed_and_wrong_ones_never_pulled(
+    loss, drawn
+):
+    off = {"kl_weight", "beta", "entropy_weight"}
+    names = {field.name for field in dataclasses.fields(loss)} & off
+    loss = dataclasses.replace(loss, **dict.fromkeys(names, 0.0))
+    scored = drawn.scored(loss)
+    scored = scored._replace(old_log_probs=scored.log_probs)
+    gradient = evaluate(loss, scored).gradient["log_probs"]
+    right = scored.completion & scored.correct[:, None]
+    assert np.all(gradient[right] <= 0)
+    assert np.all(gradient[scored.completion & ~right] >= 0)
+
+
+some_log_probs = st.lists(st.floats(-1e4, 0, width=32), min_size=4, max_size=4).map(
+    lambda values: jnp.asarray([values])
+)
+
+
+@settings(thorough, max_examples=200)
+@given(some_log_probs, some_log_probs)
+def test_k3_is_never_negative(log_probs, other):
+    assert jnp.all(terms.kl_k3(log_probs, other) >= 0)
+
+
+@settings(thorough, max_examples=200)
+@given(some_log_probs, st.floats(-(2**-10), 2**-10, width=32))
+def test_k3_is_not_negative_next_to_zero(log_probs, distance):
+    other = log_probs * (1 + distance)
+    assert jnp.all(terms.kl_k3(log_probs, other) >= 0)
+
+
+@thorough
+@given(some_log_probs)
+def test_k3_and_its_gradient_are_zero_on_policy(log_probs):
+    total = lambda p: jnp.sum(terms.kl_k3(p, log_probs))
+    value, gradient = jax.value_and_grad(total)(log_probs)
+    assert value == 0 and not jnp.any(gradient)
+
+
+# Log-probabilities and scores far out. Sigmoids of the scores around -87 are the
+# smallest normal numbers of float32, and their differences are less than that.
+LOG_PROBS = [-1e4, -1e3, -88.0, -21.0, -1.0, -1e-6, 0.0]
+SCORES = [-1e4, -89.0, -87.3, -87.2, -87.1, -87.0, 0.0, 17.0, 1e4]
+
+cells = st.tuples(st.integers(0, B - 1), st.integers(0, T - 1))
+extremes = st.fixed_dictionaries(
+    {
+        name: st.dictionaries(
+            cells,
+            st.sampled_from(SCORES if name == "token_scores" else LOG_PROBS),
+            max_size=8,
+        )
+        for name in FLOATS[:4]
+    }
+)
+
+
+def with_extremes(scored: Scored, extreme, dtype) -> Scored:
+    changed: dict[str, Any] = {"advantage": scored.advantage.astype(dtype)}
+    for name in FLOATS:
+        values = np.array(getattr(scored, name))
+        for cell, value in extreme.get(name, {}).items():
+            values[cell] = value
+        changed[name] = values.astype(dtype)
+    return scored._replace(**changed)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@every_loss
+@thorough
+@given(batches(), extremes)
+def test_far_out_numbers_give_neither_infinity_nor_nan(loss, dtype, drawn, extreme):
+    outputs = evaluate(loss, with_extremes(drawn.scored(loss), extreme, dtype))
+    for x in jax.tree.leaves(outputs):
+        assert np.all(np.isfinite(x.astype(np.float32)))
+
+
+WEIGHTINGS = [ThresholdWeights(), ThresholdWeights(threshold=0.2), unweighted]
+WEIGHTINGS += [TopKWeights(ratio=ratio) for ratio in (0.1, 0.5, 1.0)]
+
+
+@functools.cache
+def weigh(credit, weighting):
+    def both(scores, where):
+        probability = credit(scores, where)
+        return weighting(probability, where), weighting(1 - probability, where)
+
+    return jax.jit(both)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+@pytest.mark.parametrize("credit", [running_credit, token_credit])
+@settings(thorough, max_examples=30)
+@given(batches(), extremes)
+def test_a_token_weight_lies_between_zero_and_one(credit, weighting, drawn, extreme):
+    scored = with_extremes(drawn.scored(TokenReward()), extreme, np.float32)
+    for weights in weigh(credit, weighting)(scored.token_scores, scored.completion):
+        inside = np.asarray(weights)[scored.completion]
+        assert np.all((inside >= 0) & (inside <= 1))
+
+
+@pytest.mark.parametrize("credit", [running_credit, token_credit])
+def test_top_k_weights_are_numbers_where_probabilities_all_but_vanish(credit):
+    scores = jnp.asarray([[-87.0, -87.1, -87.2, -87.3]])
+    where = jnp.ones(scores.shape, bool)
+    weights = TopKWeights(ratio=1.0)(credit(scores, where), where)
+    assert jnp.all((weights >= 0) & (weights <= 1))
