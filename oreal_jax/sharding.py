@@ -5,6 +5,7 @@ each lies. To try another layout, change this mapping and nothing else.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "rows": ("data", "fsdp"),
 }
+
+# Decoding: every data shard is an engine of its own with whole weights, split over
+# tensor alone. A token then costs no communication between engines.
+DECODING = RULES | {"embed": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,8 @@ def _check_splits(model: ModelConfig, *, fsdp: int, tensor: int) -> None:
             raise BadInput(f"mesh: {name}={size} does not divide by {axis}={ways}")
 
 
-def _on(mesh: Mesh, *names: str | None) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(*(n and RULES[n] for n in names)))
+def _on(mesh: Mesh, *names: str | None, rules=RULES) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(n and rules[n] for n in names)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -102,10 +107,34 @@ def row_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def of_params(axes: Any, mesh: Mesh) -> Any:
+def of_params(axes: Any, mesh: Mesh, rules=RULES) -> Any:
     """Shardings of a parameter tree from the axis names of its weights."""
     is_names = lambda x: isinstance(x, tuple)
-    return jax.tree.map(lambda names: _on(mesh, *names), axes, is_leaf=is_names)
+    place = lambda names: _on(mesh, *names, rules=rules)
+    return jax.tree.map(place, axes, is_leaf=is_names)
+
+
+def per_engine(work: Callable, mesh: Mesh, rows: Sequence[bool]) -> Callable:
+    """`work` on every data shard by itself, in one program.
+
+    `rows` says which arguments are split by their first axis (the others are whole
+    everywhere); what it returns is split so.
+    """
+    ways = row_ways(mesh)
+    if ways == 1:
+        return work
+    split = lambda x: x.reshape(ways, x.shape[0] // ways, *x.shape[1:])
+    join = lambda x: x.reshape(-1, *x.shape[2:])
+    each = jax.vmap(work, in_axes=[0 if is_rows else None for is_rows in rows])
+
+    def run(*arguments):
+        given = (
+            jax.tree.map(split, argument) if is_rows else argument
+            for argument, is_rows in zip(arguments, rows, strict=True)
+        )
+        return jax.tree.map(join, each(*given))
+
+    return run
 
 
 def of_optimizer(
@@ -125,5 +154,5 @@ def of_optimizer(
 
 
 def of_cache(mesh: Mesh) -> NamedSharding:
-    """Cache [L, B, W, G, K]: rows over the data axes, key-value heads over tensor."""
-    return _on(mesh, None, "rows", None, "kv_heads")
+    """Cache pages [N, size, G2, K]: each data shard has its own, heads over tensor."""
+    return _on(mesh, "rows", None, "kv_heads")

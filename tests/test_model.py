@@ -80,23 +80,37 @@ def test_logits_equal_transformers_with_packing(pair):
     close(ours, np.concatenate([their_logits(theirs, tokens) for tokens in rows]))
 
 
+SIZE = 4  # tokens a page
+
+
+def prefilled(config, params, tokens, lengths, pages: int = 5):
+    """A cache that holds these prompts, and each row's table of pages."""
+    rows = len(lengths)
+    numbers = np.random.default_rng(0).permutation(rows * pages) + 1
+    table = jnp.asarray(numbers.reshape(rows, pages))
+    cache = Cache.empty(config, rows * pages + 1, SIZE, jnp.float32)
+    S = -(-tokens.shape[1] // SIZE) * SIZE
+    tokens = jnp.pad(tokens, ((0, 0), (0, S - tokens.shape[1])))
+    filled = model.prompt_cache(config, params, tokens, jnp.asarray(lengths))
+    return cache.write_prompts(table[:, : S // SIZE], filled), table
+
+
 def test_logits_equal_transformers_through_the_cache(pair):
     theirs, config, params = pair
     rows = sequences(config.vocab)
     prompt = 6
-    cache = Cache.empty(config, len(rows), 32, jnp.float32)
     tokens, positions, _ = map(jnp.asarray, padded(rows))
-    states, cache = model.hidden_cached(
-        config, params, tokens[:, :prompt], positions[:, :prompt], cache
-    )
-    decode = jax.jit(lambda *x: model.hidden_cached(config, params, *x, window=24))
-    parts = [states]
+    lengths = [prompt] * len(rows)
+    cache, table = prefilled(config, params, tokens[:, :prompt], lengths)
+    decode = jax.jit(lambda *x: model.decode(config, params, *x, table, jnp.int32(5)))
+    parts = []
     for t in range(prompt, tokens.shape[1]):
-        states, cache = decode(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
+        states, cache = decode(tokens[:, t], positions[:, t], cache)
         parts.append(states)
-    ours = model.logits(config, params, jnp.concatenate(parts, axis=1))
+    ours = model.logits(config, params, jnp.stack(parts, axis=1))
     for row, sequence in enumerate(rows):
-        close(ours[row, : len(sequence)], their_logits(theirs, sequence))
+        size = len(sequence) - prompt
+        close(ours[row, :size], their_logits(theirs, sequence)[prompt:])
 
 
 def test_rope_frequencies_equal_transformers(pair):
@@ -116,14 +130,12 @@ def test_rows_of_a_decoding_batch_may_stand_at_different_positions():
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     whole = model.hidden(TINY, params, tokens, positions, jnp.ones_like(tokens))
-    cache = Cache.empty(TINY, 2, 16, jnp.float32)
-    _, cache = model.hidden_cached(TINY, params, tokens[:, :8], positions[:, :8], cache)
-    at = jnp.asarray([[8], [5]])  # the second row goes back to position 5
-    states, _ = model.hidden_cached(
-        TINY, params, jnp.take_along_axis(tokens, at, axis=1), at, cache
-    )
-    np.testing.assert_allclose(states[0, 0], whole[0, 8], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(states[1, 0], whole[1, 5], rtol=1e-4, atol=1e-5)
+    cache, table = prefilled(TINY, params, tokens[:, :8], [8, 8])
+    at = jnp.asarray([8, 5])  # the second row goes back to position 5
+    chosen = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
+    states, _ = model.decode(TINY, params, chosen, at, cache, table, jnp.int32(3))
+    np.testing.assert_allclose(states[0], whole[0, 8], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(states[1], whole[1, 5], rtol=1e-4, atol=1e-5)
 
 
 def test_log_probs_in_chunks_equal_those_of_whole_logits(monkeypatch):

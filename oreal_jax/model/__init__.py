@@ -1,8 +1,9 @@
 """The model room: a decoder as pure functions of a nested dict of parameters.
 
 The only room that knows Flax. Outside, a model is its `ModelConfig` and its `Params`:
-`init` or `abstract` make the tree, `axes` names the axes of every weight, `hidden` and
-`hidden_cached` run the layers, `log_probs`, `logits` and `token_scores` are the heads.
+`init` or `abstract` make the tree, `axes` names the axes of every weight, `hidden`,
+`prompt_cache` and `decode` run the layers, `log_probs`, `logits` and `token_scores` are
+the heads.
 """
 
 import functools
@@ -27,13 +28,14 @@ __all__ = [
     "abstract",
     "axes",
     "cast",
+    "decode",
     "full",
     "hidden",
-    "hidden_cached",
     "init",
     "log_probs",
     "logits",
     "parameter_count",
+    "prompt_cache",
     "token_reward_params",
     "token_scores",
 ]
@@ -111,17 +113,28 @@ def hidden(
     return _bound(config, params).packed(tokens, positions, segments)
 
 
-def hidden_cached(
+def prompt_cache(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
+    tokens: Int[Array, "R S"],
+    lengths: Int[Array, "R"],
+) -> Float[Array, "L R S G2 K"]:
+    """Keys and values of whole prompts, for `Cache.write_prompts`."""
+    return _bound(config, params).prompts(tokens, lengths)
+
+
+def decode(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B"],
+    positions: Int[Array, "B"],
     cache: Cache,
-    window: int | None = None,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Final hidden states of new tokens, reading `window` slots (default: all)."""
-    window = window or cache.keys.shape[2]
-    return _bound(config, params).cached(tokens, positions, cache, window)
+    table: Int[Array, "B M"],
+    count: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Final hidden states of one new token a row, at its position in its pages; `count`
+    is the number of pages that the longest row has in use."""
+    return _bound(config, params).decode(tokens, positions, cache, table, count)
 
 
 def logits(

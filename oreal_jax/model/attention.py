@@ -1,6 +1,6 @@
-"""Causal grouped-query attention: on packed rows, and on a window of the cache.
+"""Causal grouped-query attention on packed rows (on cached pages: cache.py).
 
-These XLA forms run everywhere and are the oracle of any kernel. Scores and softmax are
+This XLA form runs everywhere and is the oracle of any kernel. Scores and softmax are
 float32 whatever the inputs are. Long rows are worked off in blocks of queries, which
 are computed again in the backward pass: no [S, S] array of scores exists for them.
 """
@@ -42,20 +42,6 @@ def attend_packed(
         (firsts, blocks(query), blocks(segments)),
     )
     return jnp.moveaxis(parts, 0, 1).reshape(B, -1, *query.shape[2:])[:, :S]
-
-
-def attend_window(
-    query: Float[Array, "B T H K"],
-    keys: Float[Array, "B W G K"],
-    values: Float[Array, "B W G K"],
-    positions: Int[Array, "B T"],
-) -> Float[Array, "B T H K"]:
-    """Each new token attends to the slots up to its own position.
-
-    Slots behind it may hold leftovers; no token looks at them.
-    """
-    slots = jnp.arange(keys.shape[1])
-    return _attend(query, keys, values, slots[None, None] <= positions[:, :, None])
 
 
 def _attend(

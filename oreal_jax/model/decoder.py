@@ -5,7 +5,7 @@ mean on a mesh. The layers are one stacked module, applied by a scan whose body 
 rematerialised, so neither compile time nor activation memory grows with depth.
 
 Letters: B rows, S tokens, D embed, H heads, G key-value heads, K head size, F mlp,
-V vocabulary, L layers, W cache window.
+V vocabulary, L layers, M pages a row, R prompts.
 """
 
 import jax
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oreal_jax.model.attention import attend_packed, attend_window
-from oreal_jax.model.cache import Cache
+from oreal_jax.model.attention import attend_packed
+from oreal_jax.model.cache import Cache, attend_pages, interleave
 from oreal_jax.model.config import ModelConfig
 
 INITIAL_SCALE = 0.02
@@ -122,13 +122,21 @@ class Layer(nnx.Module):
         x = x + self.attention.merge(attend_packed(query, key, value, segments))
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
 
-    def cached(self, x, cosine, sine, positions, cache: Cache, layer, window: int):
-        """The layer on new tokens: writes their keys and values, reads the window."""
+    def prompt(self, x, cosine, sine, segments):
+        """The layer on prompts; also the keys and values to keep, interleaved."""
         normed = rms_norm(x, self.attention_norm[...], self.epsilon)
         query, key, value = self.attention.project(normed, cosine, sine)
-        cache = cache.write(layer, positions, key, value)
-        keys, values = cache.read(layer, window)
-        x = x + self.attention.merge(attend_window(query, keys, values, positions))
+        x = x + self.attention.merge(attend_packed(query, key, value, segments))
+        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
+        return x, interleave(key, value)
+
+    def decode(self, x, cosine, sine, positions, cache: Cache, first, table, count):
+        """The layer on one new token a row: writes it to its page, reads the row's."""
+        normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+        query, key, value = self.attention.project(normed, cosine, sine)
+        cache = cache.write(first, table, positions, key[:, 0], value[:, 0])
+        attended = attend_pages(query[:, 0], cache, first, table, positions + 1, count)
+        x = x + self.attention.merge(attended[:, None])
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon)), cache
 
 
@@ -169,25 +177,43 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
 
-    def cached(
-        self,
-        tokens: Int[Array, "B S"],
-        positions: Int[Array, "B S"],
-        cache: Cache,
-        window: int,
-    ) -> tuple[Float[Array, "B S D"], Cache]:
-        """Final hidden states of new tokens, and the cache that holds them."""
+    def prompts(
+        self, tokens: Int[Array, "R S"], lengths: Int[Array, "R"]
+    ) -> Float[Array, "L R S G2 K"]:
+        """What the cache holds of prompts of these lengths, padded at their ends."""
+        S = tokens.shape[1]
+        positions = jnp.broadcast_to(jnp.arange(S)[None], tokens.shape)
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
         cosine, sine = self.angles(positions)
 
+        def layer(x, weights: Layer):
+            return weights.prompt(x, cosine, sine, segments)
+
+        _, filled = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
+        return filled
+
+    def decode(
+        self,
+        tokens: Int[Array, "B"],
+        positions: Int[Array, "B"],
+        cache: Cache,
+        table: Int[Array, "B M"],
+        count: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Final hidden states of one new token a row, and the cache that holds it."""
+        cosine, sine = self.angles(positions[:, None])
+        per_layer = cache.pages.shape[0] // self.config.layers
+
         # The cache is carried, not scanned over: a carried buffer is updated in place.
-        def layer(carry, weights_and_index):
+        def layer(carry, weights_and_first):
             x, cache = carry
-            weights, index = weights_and_index
-            return weights.cached(
-                x, cosine, sine, positions, cache, index, window
+            weights, first = weights_and_first
+            return weights.decode(
+                x, cosine, sine, positions, cache, first, table, count
             ), None
 
-        x = self.embedding[...][tokens]
-        indices = jnp.arange(self.config.layers)
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), (self.layers, indices))
-        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon), cache
+        x = self.embedding[...][tokens][:, None]
+        firsts = per_layer * jnp.arange(self.config.layers)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (self.layers, firsts))
+        x = rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+        return x[:, 0], cache

@@ -1,21 +1,23 @@
-"""Choosing the next token: temperature, top-k, top-p, then one uniform number a row.
+"""Choosing the next token: temperature, top-k, top-p, then uniform numbers of the row.
 
-The vocabulary is never sorted. The smallest kept probability is found among the most
-likely tokens, or, for flat distributions, by bisection; the token by inverting the
-cumulative distribution in two levels.
+The vocabulary is never sorted. A token is found by inverting the cumulative
+distribution in two levels; whether it lies in the nucleus, by one sum over what is
+likelier.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution
 
-CANDIDATES = 64  # tokens looked at before the nucleus is searched by bisection
 BLOCK = 256  # tokens per block of the two-level cumulative sum
+# Each attempt misses with probability below 1 - top_p; then the likeliest token it is.
+MOST_ATTEMPTS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,21 +44,83 @@ class Sampling:
                 raise BadInput(f"sampling: {name}={value} must be {range_}")
 
 
+class Chosen(NamedTuple):
+    """A token a row. `log_prob` is that of the full, untempered model, `sampled` that
+    of the distribution it was drawn from (0 where greedy)."""
+
+    token: Int[Array, "B"]
+    log_prob: Float[Array, "B"]
+    sampled: Float[Array, "B"]
+
+
 def choose(
-    logits: Float[Array, "B V"], keys: UInt32[Array, "B 2"], sampling: Sampling
-) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
-    """One token a row, and its log-probability twice: under the full, untempered model,
-    and under the distribution that it was drawn from (0 where greedy)."""
-    pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
+    logits: Float[Array, "B V"],
+    keys: UInt32[Array, "B 2"],
+    sampling: Sampling,
+    *,
+    renormalise: bool = True,
+) -> Chosen:
+    """Draws a token of every row; row b's depends on its logits and key alone.
+
+    The nucleus is never searched for: a token is drawn of all, and drawn anew where
+    more than `top_p` of the mass is likelier than it is. Its log-probability within the
+    nucleus needs the nucleus; without `renormalise` it is not computed (but 0).
+    """
+    highest = jnp.max(logits, axis=-1, keepdims=True)
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1)
-        sampled = jnp.zeros_like(logits[:, 0])
-    else:
-        kept = truncated(logits, sampling)
-        uniform = jax.vmap(jax.random.uniform)(jax.random.wrap_key_data(keys))
-        token = invert(kept, uniform)
-        sampled = jnp.log(pick(kept)) - jnp.log(jnp.sum(kept, axis=-1))
-    return token, pick(logits) - jax.nn.logsumexp(logits, axis=-1), sampled
+        token = first_where(logits == highest)
+        total = jnp.sum(jnp.exp(logits - highest), axis=-1)
+        log_prob = jnp.log(1 / total)
+        return Chosen(token, log_prob, jnp.zeros_like(log_prob))
+    # A barrier, so that what follows reads these numbers and does not redo them.
+    weights = jax.lax.optimization_barrier(
+        jnp.exp((logits - highest) / sampling.temperature)
+    )
+    if sampling.top_k:
+        weights = only_top_k(weights, sampling.top_k)
+    token = draw(weights, keys, sampling.top_p)
+    pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
+    total = jnp.sum(jnp.exp(logits - highest), axis=-1)
+    log_prob = pick(logits) - highest[:, 0] - jnp.log(total)
+    if not renormalise:
+        return Chosen(token, log_prob, jnp.zeros_like(log_prob))
+    kept = only_nucleus(weights, sampling.top_p) if sampling.top_p < 1 else weights
+    sampled = jnp.log(pick(weights)) - jnp.log(jnp.sum(kept, axis=-1))
+    return Chosen(token, log_prob, sampled)
+
+
+def draw(
+    weights: Float[Array, "B V"], keys: UInt32[Array, "B 2"], top_p: float
+) -> Int[Array, "B"]:
+    """A token of every row, in proportion to its weight, of the nucleus alone.
+
+    Rows whose token lies outside draw again, each with numbers of its own; the nucleus
+    holds at least `top_p`, so few do.
+    """
+    sums = block_sums(weights)
+    total = jnp.sum(sums, axis=-1)
+
+    def attempt(state):
+        number, token, accepted = state
+        uniform = jax.vmap(lambda key: _uniform(key, number))(keys)
+        drawn = invert(weights, sums, uniform)
+        if top_p < 1:
+            weight = jnp.take_along_axis(weights, drawn[:, None], axis=-1)
+            above = jnp.sum(weights, axis=-1, where=weights > weight)
+            inside = above < top_p * total
+        else:
+            inside = jnp.ones_like(accepted)
+        return number + 1, jnp.where(accepted, token, drawn), accepted | inside
+
+    # The likeliest token is inside whatever rounding says: the loop ends.
+    start = (0, first_where(weights == jnp.max(weights, axis=-1, keepdims=True)))
+    none = jnp.zeros(weights.shape[0], bool)
+    going = lambda state: ~jnp.all(state[2]) & (state[0] < MOST_ATTEMPTS)
+    return jax.lax.while_loop(going, attempt, (*start, none))[1]
+
+
+def _uniform(key: UInt32[Array, "2"], number) -> Float[Array, ""]:
+    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), number))
 
 
 def sampled_from(sampling: Sampling) -> Distribution:
@@ -82,57 +146,82 @@ def sampled_from(sampling: Sampling) -> Distribution:
 
 
 def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Tempered probabilities, 0 outside the top-k and the nucleus (unnormalised)."""
-    kept = jax.nn.softmax(logits / sampling.temperature, axis=-1)
+    """Tempered weights, 0 outside the top-k and the nucleus (unnormalised)."""
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp((logits - highest) / sampling.temperature)
     if sampling.top_k:
-        size = min(sampling.top_k, logits.shape[-1])
-        smallest = jax.lax.top_k(kept, size)[0][:, -1]
-        kept = jnp.where(kept >= smallest[:, None], kept, 0)
-    if sampling.top_p < 1:
-        mass = sampling.top_p * jnp.sum(kept, axis=-1)
-        kept = jnp.where(kept >= nucleus(kept, mass)[:, None], kept, 0)
-    return kept
+        weights = only_top_k(weights, sampling.top_k)
+    return only_nucleus(weights, sampling.top_p) if sampling.top_p < 1 else weights
 
 
-def nucleus(
-    probabilities: Float[Array, "B V"], mass: Float[Array, "B"]
-) -> Float[Array, "B"]:
-    """The largest threshold whose upper set still holds `mass` (arXiv:1904.09751)."""
-    count = min(CANDIDATES, probabilities.shape[-1])
-    best = jax.lax.top_k(probabilities, count)[0]
-    short = jnp.cumsum(best, axis=-1) < mass[:, None]
-    index = jnp.minimum(jnp.sum(short, axis=-1), count - 1)
-    found = jnp.take_along_axis(best, index[:, None], axis=-1)[:, 0]
-    return jax.lax.cond(
-        jnp.all(~short[:, -1]), lambda: found, lambda: _bisect(probabilities, mass)
-    )
+def only_top_k(weights: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """The k largest weights (more where they tie), 0 elsewhere."""
+    smallest = jax.lax.top_k(weights, min(k, weights.shape[-1]))[0][:, -1:]
+    return jnp.where(weights >= smallest, weights, 0)
 
 
-def _bisect(
-    probabilities: Float[Array, "B V"], mass: Float[Array, "B"]
-) -> Float[Array, "B"]:
-    """`nucleus` exactly, over the bit patterns of non-negative floats, which are
-    ordered like the floats themselves."""
+def only_nucleus(weights: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
+    """The likeliest tokens that hold `top_p` of the mass (arXiv:1904.09751).
+
+    The smallest kept weight is found by bisection.
+    """
+    mass = top_p * jnp.sum(block_sums(weights), axis=-1)
+    return jnp.where(weights >= _bisect(weights, mass)[:, None], weights, 0)
+
+
+def _bisect(weights: Float[Array, "B V"], mass: Float[Array, "B"]) -> Float[Array, "B"]:
+    """The largest threshold whose upper set still holds `mass`.
+
+    Exact, over the bit patterns of non-negative floats, which are ordered like the
+    floats themselves. The largest weight is 1.
+    """
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
 
-    def halve(_, bounds):
+    def halve(bounds):
         low, high = bounds
         middle = (low + high) // 2
-        inside = probabilities >= as_float(middle)[:, None]
-        holds = jnp.sum(jnp.where(inside, probabilities, 0), axis=-1) >= mass
+        inside = weights >= as_float(middle)[:, None]
+        holds = jnp.sum(weights, axis=-1, where=inside) >= mass
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
     low = jnp.zeros(mass.shape, jnp.int32)
     high = jnp.full(mass.shape, 0x3F800001, jnp.int32)  # just above 1.0
-    return as_float(jax.lax.fori_loop(0, 31, halve, (low, high))[0])
+    apart = lambda bounds: jnp.any(bounds[1] - bounds[0] > 1)
+    return as_float(jax.lax.while_loop(apart, halve, (low, high))[0])
 
 
-def invert(weights: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The token at which the running sum of `weights` passes `uniform` of the total."""
-    B, V = weights.shape
-    weights = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    block, rest = _pass(jnp.sum(weights, axis=-1), uniform, None)
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+def block_sums(weights: Float[Array, "B V"]) -> Float[Array, "B C"]:
+    """Sums of blocks of `BLOCK` tokens."""
+    return jnp.sum(_blocks(weights), axis=-1)
+
+
+def _blocks(values: Shaped[Array, "B V"]) -> Shaped[Array, "B C block"]:
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK)))
+    return padded.reshape(values.shape[0], -1, BLOCK)
+
+
+def first_where(mask: Bool[Array, "B V"]) -> Int[Array, "B"]:
+    """The first token where the mask holds; looked for by block, as an argmax over the
+    whole vocabulary is slow on CPU."""
+    blocks = _blocks(mask)
+    block = jnp.argmax(jnp.any(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * BLOCK + jnp.argmax(inside, axis=-1)
+
+
+def invert(
+    weights: Float[Array, "B V"],
+    sums: Float[Array, "B C"],
+    uniform: Float[Array, "B"],
+) -> Int[Array, "B"]:
+    """The token at which the running sum of `weights` passes `uniform` of the total;
+    `sums` are the weights' `block_sums`."""
+    B, _ = weights.shape
+    block, rest = _pass(sums, uniform, None)
+    columns = block[:, None] * BLOCK + jnp.arange(BLOCK)[None]
+    inside = jnp.take_along_axis(
+        weights, columns, axis=1, mode="fill", fill_value=0
+    ).reshape(B, BLOCK)
     token, _ = _pass(inside, uniform, rest)
     return block * BLOCK + token
 

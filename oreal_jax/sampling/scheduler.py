@@ -1,0 +1,227 @@
+"""Who decodes where: the queue, the slots and the pages. Host-side, without JAX.
+
+A shard is one data-parallel engine: so many slots, each decoding one completion, and so
+many pages of cache. A prompt is prefilled once, on the shard that takes it; its samples
+share its full pages there and copy the one that is not full. A finished row's slot is
+free for the next sample at once. Rows get pages as they grow. Where pages run out, the
+row that came last goes back into the queue and is drawn again later: its random numbers
+depend on its name alone, so it will be the same.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Job(NamedTuple):
+    """A prompt and the samples still to be drawn of it.
+
+    `request` is its place in the caller's list, `length` its tokens; `longest` bounds
+    prompt and completion together.
+    """
+
+    request: int
+    length: int
+    longest: int
+    samples: tuple[int, ...]
+
+
+class Prefill(NamedTuple):
+    """A prompt to be run on a shard, all but its last token, into these pages."""
+
+    shard: int
+    request: int
+    pages: list[int]
+
+
+class Admission(NamedTuple):
+    """A sample that starts in a slot; `source` is a page to copy to `target`, or both
+    are 0."""
+
+    shard: int
+    slot: int
+    request: int
+    sample: int
+    source: int
+    target: int
+
+
+@dataclasses.dataclass(eq=False)
+class Shared:
+    """The pages of a prompt, in use by `users` rows and samples that wait."""
+
+    job: Job
+    pages: list[int]
+    waiting: list[int]
+    users: int
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A completion being decoded: `position` is where its next token is fed."""
+
+    prompt: Shared
+    sample: int
+    position: int
+    pages: list[int]
+    age: int
+
+
+class Shard:
+    """Slots and pages of one engine. Page 0 is never given out."""
+
+    def __init__(self, slots: int, pages: int):
+        self.rows: list[Row | None] = [None] * slots
+        self.free = list(range(pages - 1, 0, -1))
+        self.current: Shared | None = None
+
+    @property
+    def running(self) -> int:
+        """Slots in use."""
+        return sum(row is not None for row in self.rows)
+
+
+class Scheduler:
+    """Plans one round at a time: `place`, then `grow`, then decode, then `advance`."""
+
+    def __init__(
+        self, jobs: Sequence[Job], *, shards: int, slots: int, pages: int, size: int
+    ):
+        """`slots` and `pages` of each shard; `size` tokens a page."""
+        self._queue = collections.deque(jobs)
+        self._shards = [Shard(slots, pages) for _ in range(shards)]
+        self._size, self._slots = size, slots
+        self._age = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether samples wait for a slot."""
+        held = any(s.current and s.current.waiting for s in self._shards)
+        return bool(self._queue) or held
+
+    @property
+    def running(self) -> int:
+        """Slots in use, on all shards."""
+        return sum(shard.running for shard in self._shards)
+
+    def place(self) -> tuple[list[Prefill], list[Admission]]:
+        """Fills free slots: the prompts to run first, then the samples that start."""
+        prefills: list[Prefill] = []
+        admissions: list[Admission] = []
+        open_shards = list(range(len(self._shards)))
+        while open_shards:
+            # The emptiest shard takes next, so that the load is even.
+            number = min(open_shards, key=lambda i: self._shards[i].running)
+            admission = self._place_one(number, prefills)
+            if admission:
+                admissions.append(admission)
+            else:
+                open_shards.remove(number)
+        return prefills, admissions
+
+    def _place_one(self, number: int, prefills: list[Prefill]) -> Admission | None:
+        shard = self._shards[number]
+        if shard.running == len(shard.rows):
+            return None
+        if not (shard.current and shard.current.waiting):
+            if not self._queue:
+                return None
+            stored = self._queue[0].length - 1  # the last token is fed by decoding
+            need = -(-stored // self._size)
+            if not self._fits(shard, need + 1):
+                return None
+            job = self._queue.popleft()
+            pages = [shard.free.pop() for _ in range(need)]
+            shard.current = Shared(job, pages, list(job.samples), len(job.samples))
+            if pages:
+                prefills.append(Prefill(number, job.request, pages))
+        elif not self._fits(shard, 1):
+            return None
+        prompt = shard.current
+        sample = prompt.waiting.pop(0)
+        slot = shard.rows.index(None)
+        stored = prompt.job.length - 1
+        target = shard.free.pop()
+        source = prompt.pages[-1] if stored % self._size else 0
+        self._age += 1
+        shard.rows[slot] = Row(prompt, sample, stored, [target], self._age)
+        return Admission(
+            number, slot, prompt.job.request, sample, source, target if source else 0
+        )
+
+    def _fits(self, shard: Shard, pages: int) -> bool:
+        """Whether pages are free, with one to grow for each running row. A shard
+        without rows takes what there is: nobody else will free any."""
+        return len(shard.free) >= pages + shard.running
+
+    def grow(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Gives every row the pages for its next `tokens` tokens.
+
+        Returns which slots run, [shards * slots], and their tables of pages, as lists
+        of page numbers, in an object array.
+        """
+        for shard in self._shards:
+            for row in sorted(filter(None, shard.rows), key=lambda row: row.age):
+                if row in shard.rows:  # not withdrawn for an older one
+                    self._grow_row(shard, row, tokens)
+        slots = [row for shard in self._shards for row in shard.rows]
+        tables = np.empty(len(slots), object)
+        for i, row in enumerate(slots):
+            tables[i] = self._table(row) if row else []
+        return np.array([row is not None for row in slots]), tables
+
+    def _grow_row(self, shard: Shard, row: Row, tokens: int) -> None:
+        last = min(row.position + tokens, row.prompt.job.longest)
+        need = -(-last // self._size) - len(self._shared(row)) - len(row.pages)
+        while need > len(shard.free):
+            youngest = max(filter(None, shard.rows), key=lambda row: row.age)
+            self._withdraw(shard, youngest)
+            if youngest is row:
+                return
+        row.pages += [shard.free.pop() for _ in range(need)]
+
+    def _shared(self, row: Row) -> list[int]:
+        """The prompt's full pages."""
+        return row.prompt.pages[: (row.prompt.job.length - 1) // self._size]
+
+    def _table(self, row: Row) -> list[int]:
+        return self._shared(row) + row.pages
+
+    def _withdraw(self, shard: Shard, row: Row) -> None:
+        """Sends a row back into the queue, to be drawn anew."""
+        job = row.prompt.job
+        self._queue.appendleft(job._replace(samples=(row.sample,)))
+        self._release(shard, row)
+
+    def _release(self, shard: Shard, row: Row) -> None:
+        shard.rows[shard.rows.index(row)] = None
+        shard.free += row.pages
+        row.prompt.users -= 1
+        if not row.prompt.users:
+            shard.free += row.prompt.pages
+            if shard.current is row.prompt:
+                shard.current = None
+
+    def advance(
+        self, done: np.ndarray, drawn: np.ndarray
+    ) -> list[tuple[int, int, int, int]]:
+        """Takes note of what was decoded: `done` and tokens `drawn` of every slot.
+
+        Returns (place of the slot, request, sample, tokens) of finished rows, whose
+        slots are free from now on.
+        """
+        finished = []
+        for number, shard in enumerate(self._shards):
+            for slot, row in enumerate(shard.rows):
+                if row is None:
+                    continue
+                place = number * self._slots + slot
+                row.position = row.prompt.job.length - 1 + int(drawn[place])
+                if done[place]:
+                    name = (row.prompt.job.request, row.sample, int(drawn[place]))
+                    finished.append((place, *name))
+                    self._release(shard, row)
+        return finished
