@@ -25,6 +25,6 @@ config = TrainConfig(
         learning_rate=2e-5, final_learning_rate=1e-5, warmup_steps=0
     ),
     freeze_steps=1,
-    packing=Packing(rows=4, row_length=256),
+    packing=Packing(rows=2, row_length=256),
     saving=Saving(every=50, keep=1),
 )

@@ -18,7 +18,7 @@ def tables(examined: Mapping[str, Examination]) -> list[Table]:
     """The terms of each loss, where its coefficients lie, and how the losses agree."""
     terms = Table(title="terms")
     terms.add_column("")
-    names = list(dict.fromkeys(n for e in examined.values() for n in e.terms))
+    names = {name for examination in examined.values() for name in examination.terms}
     shares = Table(
         title="where |d loss / d log p| lies",
         caption="early: the first half of a completion's tokens",
@@ -29,7 +29,7 @@ def tables(examined: Mapping[str, Examination]) -> list[Table]:
     for loss, examination in examined.items():
         terms.add_column(loss, justify="right")
         shares.add_row(loss, *(f"{x:.1%}" for x in examination.shares.values()))
-    for name in names:
+    for name in ["loss", *sorted(names - {"loss"})]:
         values = (e.terms.get(name) for e in examined.values())
         terms.add_row(name, *("" if v is None else f"{v:+.5f}" for v in values))
     if len(examined) == 1:
@@ -116,7 +116,9 @@ def draw(
         if len(tokens) <= LABELLED:
             panel.set_xticks(tokens, map(_label, trajectory.pieces), rotation=90)
         panel.margins(x=0.01)
-    panels[0].legend(fontsize=8, ncols=4)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=6
+    )
     panels[-1].set_xlabel("token (below 0: pulled towards; above: pushed away)")
     try:
         figure.savefig(picture, dpi=120)
