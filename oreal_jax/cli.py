@@ -269,7 +269,7 @@ def sample(parsed: argparse.Namespace) -> None:
     """`oreal sample`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import read_questions
-    from oreal_jax.sampling import Request
+    from oreal_jax.sampling import Completion, Request
 
     screen = Screen.on_stderr()
     questions = [parsed.prompt] if parsed.file is None else read_questions(parsed.file)
@@ -277,25 +277,31 @@ def sample(parsed: argparse.Namespace) -> None:
     requests = [Request(opened.chat.encode(q), i) for i, q in enumerate(questions)]
     with screen.phase("load"):
         params = opened.load()
-    with screen.phase("gen", total=len(requests) * parsed.n) as advance:
-        drawn = opened.engine.sample(
-            params,
-            requests,
-            parsed.n,
-            seed=parsed.seed,
-            on_progress=lambda tokens, finished: advance(finished, tokens),
-        )
-    for question, completions in zip(questions, drawn, strict=True):
-        for completion in completions:
-            text = opened.chat.decode(completion.tokens)
-            row = {
-                "question": question,
-                "completion": text,
-                "tokens": len(completion.tokens),
-                "finish_reason": completion.finish_reason,
-                "log_prob": float(completion.log_probs.sum()),
-            }
-            print(json.dumps(row, ensure_ascii=False) if parsed.json else text)
+    rows: dict[tuple[int, int], dict] = {}
+
+    def finished(request: int, sample: int, completion: Completion) -> None:
+        rows[request, sample] = {
+            "question": questions[request],
+            "completion": opened.chat.decode(completion.tokens),
+            "tokens": len(completion.tokens),
+            "finish_reason": completion.finish_reason,
+            "log_prob": float(completion.log_probs.sum()),
+        }
+
+    try:
+        with screen.phase("gen", total=len(requests) * parsed.n) as advance:
+            opened.engine.sample(
+                params,
+                requests,
+                parsed.n,
+                seed=parsed.seed,
+                on_progress=lambda tokens, finished: advance(finished, tokens),
+                on_finished=finished,
+            )
+    finally:  # interrupted or not: what is finished is said, in order
+        for _, row in sorted(rows.items()):
+            text = json.dumps(row, ensure_ascii=False)
+            print(text if parsed.json else row["completion"])
 
 
 def evaluate(parsed: argparse.Namespace) -> None:

@@ -78,7 +78,8 @@ class TrainConfig:
     as released; "sampled" on those of the policy that acted, tempered and renormalised
     over the tokens that `sampling` keeps (the reference model's stay full).
     `token_reward` None trains no token reward model. `stop_words` are added to the
-    model's own stop tokens; `decode_rows` completions are drawn at a time.
+    model's own stop tokens; `decode_rows` completions are decoded at a time, with
+    room for `cache_tokens` tokens on each data shard (0: for the longest in each row).
     `compute` "auto" is bfloat16, on CPU float32.
     """
 
@@ -95,6 +96,7 @@ class TrainConfig:
     sampling: Sampling = Sampling(max_tokens=14_000, top_p=0.9)
     max_prompt_tokens: int = 2_384
     decode_rows: int = 256
+    cache_tokens: int = 0
     verification: Verification = Verification()
     keep: rollout.Keep = rollout.one_pair
     loss: PolicyLoss = losses.Oreal()
@@ -124,7 +126,12 @@ class TrainConfig:
             decode_rows=self.decode_rows,
         )
         _at_least(2, samples_per_prompt=self.samples_per_prompt)
-        _at_least(0, freeze_steps=self.freeze_steps, seed=self.seed)
+        _at_least(
+            0,
+            freeze_steps=self.freeze_steps,
+            seed=self.seed,
+            cache_tokens=self.cache_tokens,
+        )
         longest = self.max_prompt_tokens + self.sampling.max_tokens
         if longest > self.packing.row_length:
             raise BadInput(

@@ -83,7 +83,7 @@ def test_logits_equal_transformers_with_packing(pair):
 SIZE = 4  # tokens a page
 
 
-def prefilled(config, params, tokens, lengths, pages: int = 5):
+def prefilled(config, params, tokens, lengths, pages: int = 8):
     """A cache that holds these prompts, and each row's table of pages."""
     rows = len(lengths)
     numbers = np.random.default_rng(0).permutation(rows * pages) + 1
@@ -102,7 +102,11 @@ def test_logits_equal_transformers_through_the_cache(pair):
     tokens, positions, _ = map(jnp.asarray, padded(rows))
     lengths = [prompt] * len(rows)
     cache, table = prefilled(config, params, tokens[:, :prompt], lengths)
-    decode = jax.jit(lambda *x: model.decode(config, params, *x, table, jnp.int32(5)))
+    decode = jax.jit(
+        lambda tokens, positions, cache: model.decode(
+            config, params, tokens, positions, cache, table, jnp.int32(8)
+        )
+    )
     parts = []
     for t in range(prompt, tokens.shape[1]):
         states, cache = decode(tokens[:, t], positions[:, t], cache)

@@ -50,11 +50,22 @@ def mesh_of(shape=None):
     return sharding.make_mesh(shape, CONFIG)
 
 
-def draw(params, requests, samples=3, *, mesh=None, rows=64, seed=1, step=0, **options):
-    mesh = mesh or mesh_of()
-    placed = jax.device_put(params, sharding.of_params(model.axes(CONFIG), mesh))
+def engine_of(mesh=None, rows=64, cache_tokens=0, **options) -> Engine:
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
-    engine = Engine(CONFIG, mesh, sampling, [STOP], rows=rows)
+    return Engine(
+        CONFIG,
+        mesh or mesh_of(),
+        sampling,
+        [STOP],
+        rows=rows,
+        cache_tokens=cache_tokens,
+    )
+
+
+def draw(params, requests, samples=3, *, seed=1, step=0, **options):
+    engine = engine_of(**options)
+    axes = model.axes(CONFIG)
+    placed = jax.device_put(params, sharding.of_params(axes, engine.mesh))
     return engine.sample(placed, requests, samples, seed=seed, step=step)
 
 
@@ -114,6 +125,49 @@ def test_batch_size_order_and_neighbours_do_not_change_a_completion(
     order = [3, 0, 4]
     again = draw(params, [requests[i] for i in order], rows=4)
     assert tokens_of(again) == [tokens_of(drawn)[i] for i in order]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_slots_do_not_change_a_completion(params, requests, drawn, rows):
+    assert tokens_of(draw(params, requests, rows=rows)) == tokens_of(drawn)
+
+
+def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(
+    params, requests, drawn
+):
+    """Rows that find no page are drawn again later, and are the same."""
+    tight = draw(params, requests, rows=8, cache_tokens=256)
+    assert tokens_of(tight) == tokens_of(drawn)
+
+
+def test_a_completion_that_can_never_fit_the_cache_is_refused(params, requests):
+    with pytest.raises(BadInput, match="max_tokens=90 does not fit cache_tokens=128"):
+        draw(params, requests, cache_tokens=128)
+
+
+def test_finished_completions_are_heard_of_one_by_one(params, requests, drawn):
+    heard = {}
+    engine = engine_of(rows=4)
+    engine.sample(
+        params,
+        requests,
+        3,
+        seed=1,
+        on_finished=lambda n, k, completion: heard.setdefault((n, k), completion),
+    )
+    assert sorted(heard) == [(n, k) for n in range(len(requests)) for k in range(3)]
+    for (n, k), completion in heard.items():
+        assert completion.tokens == drawn[n][k].tokens
+
+
+def test_statistics_count_every_prompt_once_and_every_token(params, requests):
+    engine = engine_of(rows=4)
+    drawn = engine.sample(params, requests, 3, seed=1)
+    found = engine.statistics
+    assert found.prompt_tokens == sum(len(r.prompt) - 1 for r in requests)
+    assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
+    assert 0.8 < found.occupancy <= 1
+    assert found.metrics()["perf/decode_throughput"] > 0
 
 
 def test_samples_seeds_steps_and_copies_of_a_prompt_differ(params, requests, drawn):

@@ -34,7 +34,7 @@ def simulate(
         runs, tables = scheduler.grow(dispatch)
         check_pages(runs, tables, shards, slots)
         waiting = scheduler.waiting
-        places = np.flatnonzero(runs)
+        places = np.flatnonzero(runs).tolist()
         left = np.array([remaining[owner[p]] - drawn[p] for p in places])
         # The device hands back when a 32nd of the slots is done, or after `dispatch`.
         enough = max(1, slots * shards // 32) if waiting else len(left)

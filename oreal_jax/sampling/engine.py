@@ -82,6 +82,15 @@ class Statistics(NamedTuple):
     decode_seconds: float
     occupancy: float
 
+    def metrics(self) -> dict[str, float]:
+        """For the record of a run; rates in tokens a second."""
+        rate = lambda tokens, seconds: tokens / seconds if seconds else 0.0
+        return {
+            "perf/prefill_throughput": rate(self.prompt_tokens, self.prefill_seconds),
+            "perf/decode_throughput": rate(self.new_tokens, self.decode_seconds),
+            "rollout/occupancy": self.occupancy,
+        }
+
 
 class Engine:
     """Draws completions; compiled once per (prompt bucket, table bucket)."""
@@ -307,7 +316,10 @@ class _Run:
 
     def _empty(self, pages: int) -> Decoding:
         engine, ways = self.engine, self.engine.ways
-        rows = sharding.of_rows(engine.mesh)
+        rows, pages_over = (
+            sharding.of_rows(engine.mesh),
+            sharding.of_cache(engine.mesh),
+        )
         B, N = ways * self.slots, self.limit
 
         def make() -> Decoding:
@@ -325,7 +337,7 @@ class _Run:
             )
 
         where = jax.tree.map(lambda _: rows, jax.eval_shape(make))
-        where = where._replace(cache=Cache(sharding.of_cache(engine.mesh)))
+        where = where._replace(cache=jax.tree.map(lambda _: pages_over, where.cache))
         return jax.jit(make, out_shardings=where)()
 
     def fill(self) -> None:

@@ -66,6 +66,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         config.sampling,
         stop_tokens,
         rows=config.decode_rows,
+        cache_tokens=config.cache_tokens,
         dtype=compute_dtype(config.compute),
     )
     session = Session(
@@ -96,7 +97,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             step = session.step
             groups = sample_and_judge(session, config, order, engine, pool)
             kept = rollout.keep_some(groups, config.keep, config.seed, step)
-            values = rollout.metrics(groups, kept)
+            values = rollout.metrics(groups, kept) | engine.statistics.metrics()
             with uninterrupted():
                 if kept:
                     values |= learn(session, kept, reference, add_reference, update)
