@@ -181,11 +181,20 @@ def _model(made: argparse.ArgumentParser) -> None:
 
 
 def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
-    made.add_argument("--temperature", type=float, default=1.0)
-    made.add_argument("--top-p", type=float, default=0.9)
-    made.add_argument("--top-k", type=int, default=0, help="0: off")
-    made.add_argument("--max-tokens", type=int, default=512)
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the likeliest"
+    )
+    made.add_argument(
+        "--top-p", type=float, default=0.9, help="likeliest tokens of this mass; 1: off"
+    )
+    made.add_argument("--top-k", type=int, default=0, help="likeliest tokens; 0: off")
+    made.add_argument(
+        "--min-p", type=float, default=0.0, help="share of the likeliest; 0: off"
+    )
+    made.add_argument(
+        "--max-tokens", type=int, default=512, help="tokens of a completion at most"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of all random numbers")
     if greedy:
         made.add_argument("--greedy", action="store_true", help="always the likeliest")
 
@@ -262,6 +271,7 @@ def _how(parsed: argparse.Namespace, greedy: bool):
         temperature=0.0 if greedy else parsed.temperature,
         top_p=parsed.top_p,
         top_k=parsed.top_k,
+        min_p=parsed.min_p,
     )
 
 

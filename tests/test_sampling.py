@@ -50,7 +50,9 @@ def mesh_of(shape=None):
     return sharding.make_mesh(shape, CONFIG)
 
 
-def engine_of(mesh=None, rows=64, cache_tokens=0, **options) -> Engine:
+def engine_of(
+    mesh=None, rows=64, cache_tokens=0, renormalise=False, **options
+) -> Engine:
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
     return Engine(
         CONFIG,
@@ -59,6 +61,7 @@ def engine_of(mesh=None, rows=64, cache_tokens=0, **options) -> Engine:
         [STOP],
         rows=rows,
         cache_tokens=cache_tokens,
+        renormalise=renormalise,
     )
 
 
@@ -257,7 +260,8 @@ OPTIONS = [
     {"temperature": 0.5},
     {"top_p": 0.8},
     {"top_k": 5},
-    {"temperature": 1.5, "top_k": 20, "top_p": 0.7},
+    {"min_p": 0.2},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.7, "min_p": 0.1},
 ]
 
 
@@ -289,6 +293,8 @@ def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     order = np.argsort(-probabilities)[: sampling.top_k or None]
     mass = np.cumsum(probabilities[order]) / probabilities[order].sum()
     order = order[: int((mass < sampling.top_p).sum()) + 1]
+    likely = probabilities[order] >= sampling.min_p * probabilities.max()
+    order = order[likely]
     kept = np.zeros_like(probabilities)
     kept[order] = probabilities[order] / probabilities[order].sum()
     return kept
@@ -297,7 +303,7 @@ def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
     logits = jax.random.normal(jax.random.key(0), (40, 50))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), 40))
-    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8)
+    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
     token, log_prob, sampled = choose(logits, keys, sampling)
     full = jax.nn.log_softmax(logits)
     expected = jnp.take_along_axis(full, token[:, None], -1)[:, 0]
@@ -310,7 +316,7 @@ def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
 def test_the_trainers_scores_are_those_of_the_distribution_drawn_from():
     logits = jax.random.normal(jax.random.key(0), (3, 4, 50))
     targets = jnp.argmax(logits, axis=-1)
-    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8)
+    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
     scores = sampled_from(sampling)(logits, targets)
     ours = jax.nn.softmax(scores).reshape(12, 50)
     for row, values in zip(ours, logits.reshape(12, 50), strict=True):
@@ -329,7 +335,7 @@ def test_a_target_that_the_trainer_would_cut_off_still_has_a_finite_log_prob():
 def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requests):
     sampling = Sampling(max_tokens=20, temperature=0.8, top_p=0.7)
     how = dataclasses.asdict(sampling)
-    ((completion,),) = draw(params, requests[:1], 1, seed=3, **how)
+    ((completion,),) = draw(params, requests[:1], 1, seed=3, renormalise=True, **how)
     tokens = jnp.asarray([[*requests[0].prompt, *completion.tokens]])
     positions = jnp.arange(tokens.shape[1])[None]
     states = model.hidden(CONFIG, params, tokens, positions, jnp.ones_like(tokens))
@@ -341,9 +347,11 @@ def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requ
         tokens[:, start:],
         sampled_from(sampling),
     )
+    assert completion.sampled_log_probs is not None
     np.testing.assert_allclose(
         completion.sampled_log_probs, log_probs[0], rtol=1e-3, atol=1e-4
     )
+    assert draw(params, requests[:1], 1, **how)[0][0].sampled_log_probs is None
     assert jnp.all(entropy >= 0) and jnp.all(entropy < jnp.log(CONFIG.vocab))
 
 
@@ -355,6 +363,7 @@ def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requ
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("min_p", 1.1),
     ],
 )
 def test_an_option_outside_its_range_is_named(field, value):

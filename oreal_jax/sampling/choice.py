@@ -1,4 +1,4 @@
-"""Choosing the next token: temperature, top-k, top-p, then uniform numbers of the row.
+"""Choosing the next token: temperature, top-k, top-p, min-p, then uniform numbers.
 
 The vocabulary is never sorted. A token is found by inverting the cumulative
 distribution in two levels; whether it lies in the nucleus, by one sum over what is
@@ -22,7 +22,10 @@ MOST_ATTEMPTS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+    """How completions are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0
+    are off. Each leaves fewer tokens than the one before: top_k the likeliest k, top_p
+    the likeliest that hold so much of what is left, min_p (arXiv:2407.01082) those at
+    least so likely as that share of the likeliest.
 
     Raises:
         BadInput: a value outside its range.
@@ -32,6 +35,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self):
         for name, value, fits, range_ in [
@@ -39,6 +43,7 @@ class Sampling:
             ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: off)"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
         ]:
             if not fits:
                 raise BadInput(f"sampling: {name}={value} must be {range_}")
@@ -78,38 +83,43 @@ def choose(
     )
     if sampling.top_k:
         weights = only_top_k(weights, sampling.top_k)
-    token = draw(weights, keys, sampling.top_p)
+    sums = block_sums(weights)
+    mass = sampling.top_p * jnp.sum(sums, axis=-1)
+    if sampling.min_p:
+        weights = jnp.where(weights >= sampling.min_p, weights, 0)
+        sums = block_sums(weights)
+    token = draw(weights, sums, keys, mass if sampling.top_p < 1 else None)
     pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
     total = jnp.sum(jnp.exp(logits - highest), axis=-1)
     log_prob = pick(logits) - highest[:, 0] - jnp.log(total)
     if not renormalise:
         return Chosen(token, log_prob, jnp.zeros_like(log_prob))
-    kept = only_nucleus(weights, sampling.top_p) if sampling.top_p < 1 else weights
+    kept = only_nucleus(weights, mass) if sampling.top_p < 1 else weights
     sampled = jnp.log(pick(weights)) - jnp.log(jnp.sum(kept, axis=-1))
     return Chosen(token, log_prob, sampled)
 
 
 def draw(
-    weights: Float[Array, "B V"], keys: UInt32[Array, "B 2"], top_p: float
+    weights: Float[Array, "B V"],
+    sums: Float[Array, "B C"],
+    keys: UInt32[Array, "B 2"],
+    mass: Float[Array, "B"] | None,
 ) -> Int[Array, "B"]:
-    """A token of every row, in proportion to its weight, of the nucleus alone.
+    """A token of every row, in proportion to its weight; of the nucleus of this `mass`
+    alone, where one is given. `sums` are the weights' `block_sums`.
 
     Rows whose token lies outside draw again, each with numbers of its own; the nucleus
-    holds at least `top_p`, so few do.
+    holds most of the mass, so few do.
     """
-    sums = block_sums(weights)
-    total = jnp.sum(sums, axis=-1)
 
     def attempt(state):
         number, token, accepted = state
         uniform = jax.vmap(lambda key: _uniform(key, number))(keys)
         drawn = invert(weights, sums, uniform)
-        if top_p < 1:
+        inside = jnp.ones_like(accepted)
+        if mass is not None:
             weight = jnp.take_along_axis(weights, drawn[:, None], axis=-1)
-            above = jnp.sum(weights, axis=-1, where=weights > weight)
-            inside = above < top_p * total
-        else:
-            inside = jnp.ones_like(accepted)
+            inside = jnp.sum(weights, axis=-1, where=weights > weight) < mass
         return number + 1, jnp.where(accepted, token, drawn), accepted | inside
 
     # The likeliest token is inside whatever rounding says: the loop ends.
@@ -146,12 +156,15 @@ def sampled_from(sampling: Sampling) -> Distribution:
 
 
 def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Tempered weights, 0 outside the top-k and the nucleus (unnormalised)."""
+    """Tempered weights, 0 for what is not drawn (unnormalised)."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp((logits - highest) / sampling.temperature)
     if sampling.top_k:
         weights = only_top_k(weights, sampling.top_k)
-    return only_nucleus(weights, sampling.top_p) if sampling.top_p < 1 else weights
+    if sampling.top_p < 1:
+        mass = sampling.top_p * jnp.sum(block_sums(weights), axis=-1)
+        weights = only_nucleus(weights, mass)
+    return jnp.where(weights >= sampling.min_p, weights, 0)
 
 
 def only_top_k(weights: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
@@ -160,12 +173,11 @@ def only_top_k(weights: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     return jnp.where(weights >= smallest, weights, 0)
 
 
-def only_nucleus(weights: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
-    """The likeliest tokens that hold `top_p` of the mass (arXiv:1904.09751).
-
-    The smallest kept weight is found by bisection.
-    """
-    mass = top_p * jnp.sum(block_sums(weights), axis=-1)
+def only_nucleus(
+    weights: Float[Array, "B V"], mass: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """The likeliest tokens that hold `mass` (arXiv:1904.09751), 0 elsewhere; all where
+    there is less. The smallest kept weight is found by bisection."""
     return jnp.where(weights >= _bisect(weights, mass)[:, None], weights, 0)
 
 

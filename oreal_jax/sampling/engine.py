@@ -46,12 +46,13 @@ class Completion(NamedTuple):
     """Tokens drawn, the stop token included; "length" if none came in time.
 
     `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
-    those of the distribution that the tokens were drawn from.
+    those of the distribution that the tokens were drawn from (None where the engine was
+    not asked for them).
     """
 
     tokens: list[int]
     log_probs: np.ndarray
-    sampled_log_probs: np.ndarray
+    sampled_log_probs: np.ndarray | None
     finish_reason: str
 
 
@@ -104,10 +105,13 @@ class Engine:
         *,
         rows: int = 64,
         cache_tokens: int = 0,
+        renormalise: bool = False,
         dtype=jnp.float32,
     ):
         """`rows` slots in all, decoded in `dtype`; `cache_tokens` of cache on each data
-        shard (0: enough for the longest completion in every slot)."""
+        shard (0: enough for the longest completion in every slot). `renormalise` asks
+        for `Completion.sampled_log_probs` too: finding all of the nucleus costs some
+        passes over the vocabulary that drawing from it does without."""
         if not stop_tokens:
             raise BadInput("no stop token: completions would never end")
         self.config, self.mesh, self.sampling = config, mesh, sampling
@@ -115,6 +119,7 @@ class Engine:
         self.ways = sharding.row_ways(mesh)
         self.slots = -(-rows // self.ways)
         self.cache_tokens, self.dtype = cache_tokens, dtype
+        self.renormalise = renormalise
         self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
         weights = sharding.of_params(model.axes(config), mesh, sharding.DECODING)
         self._cast = jax.jit(
@@ -271,7 +276,7 @@ class Engine:
     def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
         """Draws and records a token in every row that is not done."""
         keys = jax.vmap(_fold)(state.keys, state.drawn)
-        chosen = choose(logits, keys, self.sampling)
+        chosen = choose(logits, keys, self.sampling, renormalise=self.renormalise)
         going = ~state.done
         limit = self.sampling.max_tokens
         at = (jnp.arange(going.size), jnp.where(going, state.drawn, limit))
@@ -444,7 +449,10 @@ class _Run:
             tokens, log_probs, sampled = (array[row, :size] for array in arrays)
             reason = "stop" if tokens[-1] in stops else "length"
             completion = Completion(
-                tokens.tolist(), log_probs.copy(), sampled.copy(), reason
+                tokens.tolist(),
+                log_probs.copy(),
+                sampled.copy() if self.engine.renormalise else None,
+                reason,
             )
             completions.append((request, sample, completion))
         return completions

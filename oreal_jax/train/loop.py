@@ -67,6 +67,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         stop_tokens,
         rows=config.decode_rows,
         cache_tokens=config.cache_tokens,
+        renormalise=config.log_probs == "sampled",
         dtype=compute_dtype(config.compute),
     )
     session = Session(
@@ -196,7 +197,7 @@ def sample_and_judge(
                 sample=requests[n].first_sample + k,
                 prompt_tokens=prompts[n],
                 completion=completions[n][k],
-                old_log_probs=old_log_probs(config, completions[n][k]),
+                old_log_probs=old_log_probs(completions[n][k]),
                 text=texts[n * K + k],
                 verdict=grouped[n][k],
                 advantage=float(advantages[n, k]),
@@ -214,11 +215,10 @@ def distribution_of(config: TrainConfig) -> Distribution:
     return model.full
 
 
-def old_log_probs(config: TrainConfig, completion: Completion) -> np.ndarray:
+def old_log_probs(completion: Completion) -> np.ndarray:
     """The sampler's word on the same distribution."""
-    if config.log_probs == "sampled":
-        return completion.sampled_log_probs
-    return completion.log_probs
+    sampled = completion.sampled_log_probs  # drawn only where the config asks for them
+    return completion.log_probs if sampled is None else sampled
 
 
 def write_trajectories(
