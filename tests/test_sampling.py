@@ -259,6 +259,7 @@ OPTIONS = [
     {},
     {"temperature": 0.5},
     {"top_p": 0.8},
+    {"top_p": 0.3},
     {"top_k": 5},
     {"min_p": 0.2},
     {"temperature": 1.5, "top_k": 20, "top_p": 0.7, "min_p": 0.1},

@@ -16,8 +16,9 @@ from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution
 
 BLOCK = 256  # tokens per block of the two-level cumulative sum
-# Each attempt misses with probability below 1 - top_p; then the likeliest token it is.
-MOST_ATTEMPTS = 1000
+# Drawing anew until a token is inside is for nuclei that hold at least this much; after
+# so many misses (2^-100) it is the likeliest token.
+WIDE, MOST_ATTEMPTS = 0.5, 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def choose(
 ) -> Chosen:
     """Draws a token of every row; row b's depends on its logits and key alone.
 
-    The nucleus is never searched for: a token is drawn of all, and drawn anew where
+    A wide nucleus is not searched for: a token is drawn of all, and drawn anew where
     more than `top_p` of the mass is likelier than it is. Its log-probability within the
     nucleus needs the nucleus; without `renormalise` it is not computed (but 0).
     """
@@ -88,7 +89,10 @@ def choose(
     if sampling.min_p:
         weights = jnp.where(weights >= sampling.min_p, weights, 0)
         sums = block_sums(weights)
-    token = draw(weights, sums, keys, mass if sampling.top_p < 1 else None)
+    if sampling.top_p < WIDE:
+        weights = only_nucleus(weights, mass)
+        sums = block_sums(weights)
+    token = draw(weights, sums, keys, mass if WIDE <= sampling.top_p < 1 else None)
     pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
     total = jnp.sum(jnp.exp(logits - highest), axis=-1)
     log_prob = pick(logits) - highest[:, 0] - jnp.log(total)
@@ -120,13 +124,14 @@ def draw(
         if mass is not None:
             weight = jnp.take_along_axis(weights, drawn[:, None], axis=-1)
             inside = jnp.sum(weights, axis=-1, where=weights > weight) < mass
-        return number + 1, jnp.where(accepted, token, drawn), accepted | inside
+        token = jnp.where(inside & ~accepted, drawn, token)
+        return number + 1, token, accepted | inside
 
-    # The likeliest token is inside whatever rounding says: the loop ends.
-    start = (0, first_where(weights == jnp.max(weights, axis=-1, keepdims=True)))
+    # The likeliest token is inside whatever rounding says.
+    likeliest = first_where(weights == jnp.max(weights, axis=-1, keepdims=True))
     none = jnp.zeros(weights.shape[0], bool)
     going = lambda state: ~jnp.all(state[2]) & (state[0] < MOST_ATTEMPTS)
-    return jax.lax.while_loop(going, attempt, (*start, none))[1]
+    return jax.lax.while_loop(going, attempt, (0, likeliest, none))[1]
 
 
 def _uniform(key: UInt32[Array, "2"], number) -> Float[Array, ""]:
