@@ -20,6 +20,7 @@ from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.laboratory.recorded import LISTS
+from oreal_jax.sampling import Engine
 
 ROOT = Path(__file__).parents[1]
 ALONE = os.environ | {
@@ -294,6 +295,23 @@ def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_pa
     exported = str(tmp_path / "exported")
     assert main(["convert", "to-hf", str(whole), exported, "--dtype", "bfloat16"]) == 0
     assert main(["sample", "--model", exported, *question[2:], "--prompt", "max"]) == 0
+
+
+def test_what_is_finished_is_said_when_sampling_is_interrupted(
+    tiny, capsys, monkeypatch
+):
+    draw = Engine.sample
+
+    def broken_off(*arguments, on_finished, **options):
+        draw(*arguments, on_finished=on_finished, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "sample", broken_off)
+    asked = ["--model", str(tiny / "sft"), "--prompt", "max 3 4?", "--max-tokens", "6"]
+    assert main(["sample", *asked, "--n", "2", "--json", "--rows", "8"]) == 130
+    said = capsys.readouterr()
+    assert len([json.loads(line) for line in said.out.splitlines()]) == 2
+    assert said.err.endswith("oreal: interrupted\n")
 
 
 @pytest.fixture
