@@ -12,6 +12,7 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from oreal_jax import model
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
 
@@ -24,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "rows": ("data", "fsdp"),
+    "pages": None,
 }
 
 # Decoding: every data shard is an engine of its own with whole weights, split over
@@ -44,7 +46,7 @@ class MeshShape:
     tensor: int = 1
 
 
-def make_mesh(shape: MeshShape, model: ModelConfig, devices=None) -> Mesh:
+def make_mesh(shape: MeshShape, config: ModelConfig, devices=None) -> Mesh:
     """The device mesh of a run.
 
     Raises:
@@ -64,7 +66,7 @@ def make_mesh(shape: MeshShape, model: ModelConfig, devices=None) -> Mesh:
             f"devices, this process sees {len(devices)}"
         )
     sizes = tuple(rest if size == -1 else size for size in sizes)
-    _check_splits(model, fsdp=sizes[1], tensor=sizes[2])
+    _check_splits(config, fsdp=sizes[1], tensor=sizes[2])
     # make_mesh's default axes are Explicit, under which an embedding lookup fails.
     return jax.make_mesh(
         sizes,
@@ -74,15 +76,19 @@ def make_mesh(shape: MeshShape, model: ModelConfig, devices=None) -> Mesh:
     )
 
 
-def _check_splits(model: ModelConfig, *, fsdp: int, tensor: int) -> None:
+def _check_splits(config: ModelConfig, *, fsdp: int, tensor: int) -> None:
+    if max(tensor, config.kv_heads) % min(tensor, config.kv_heads):
+        raise BadInput(
+            f"mesh: kv_heads={config.kv_heads} and tensor={tensor}: neither divides the "
+            "other"
+        )
     for name, ways in [
-        ("kv_heads", tensor),
         ("heads", tensor),
         ("mlp", tensor),
         ("vocab", tensor),
         ("embed", fsdp),
     ]:
-        size = getattr(model, name)
+        size = getattr(config, name)
         if size % ways:
             axis = RULES[name]
             raise BadInput(f"mesh: {name}={size} does not divide by {axis}={ways}")
@@ -107,32 +113,67 @@ def row_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def of_params(axes: Any, mesh: Mesh, rules=RULES) -> Any:
-    """Shardings of a parameter tree from the axis names of its weights."""
-    is_names = lambda x: isinstance(x, tuple)
+def of_params(config: ModelConfig, mesh: Mesh) -> Any:
+    """Shardings of a parameter tree. Key-value heads that are fewer than the devices
+    of a tensor axis are whole on each of them."""
+    few = config.kv_heads % mesh.shape["tensor"]
+    rules = RULES | {"kv_heads": None} if few else RULES
+    return _of_names(model.axes(config), mesh, rules)
+
+
+def of_weights(axes: Any, mesh: Mesh) -> Any:
+    """Shardings of decoding's weights, from the names of their axes."""
+    return _of_names(axes, mesh, DECODING)
+
+
+def _of_names(axes: Any, mesh: Mesh, rules) -> Any:
+    is_names = lambda x: isinstance(x, tuple) and not any(
+        isinstance(name, tuple | dict) for name in x
+    )
     place = lambda names: _on(mesh, *names, rules=rules)
     return jax.tree.map(place, axes, is_leaf=is_names)
 
 
-def per_engine(work: Callable, mesh: Mesh, rows: Sequence[bool]) -> Callable:
+def per_engine(work: Callable, mesh: Mesh, engines: Sequence[bool]) -> Callable:
     """`work` on every data shard by itself, in one program.
 
-    `rows` says which arguments are split by their first axis (the others are whole
-    everywhere); what it returns is split so.
+    `engines` says which arguments have a leading axis of engines, of which `work` does
+    not know (the others are whole everywhere); what it returns has one too.
     """
-    ways = row_ways(mesh)
-    if ways == 1:
-        return work
-    split = lambda x: x.reshape(ways, x.shape[0] // ways, *x.shape[1:])
-    join = lambda x: x.reshape(-1, *x.shape[2:])
-    each = jax.vmap(work, in_axes=[0 if is_rows else None for is_rows in rows])
+    if row_ways(mesh) > 1:
+        axes = [0 if is_split else None for is_split in engines]
+        return jax.vmap(work, in_axes=axes, spmd_axis_name=RULES["rows"])
 
-    def run(*arguments):
+    def alone(*arguments):
         given = (
-            jax.tree.map(split, argument) if is_rows else argument
-            for argument, is_rows in zip(arguments, rows, strict=True)
+            jax.tree.map(lambda x: x[0], argument) if is_split else argument
+            for argument, is_split in zip(arguments, engines, strict=True)
         )
-        return jax.tree.map(join, each(*given))
+        return jax.tree.map(lambda x: x[None], work(*given))
+
+    return alone
+
+
+def per_head(attend: Callable, mesh: Mesh) -> Callable:
+    """Attention to pages, each device on the heads that it has and nothing else.
+
+    For `Cached.attend`. The compiler does not see into kernels, so that it cannot split
+    them itself.
+    """
+    if mesh.size == 1:
+        return attend
+    spec = lambda *names: _on(mesh, *names).spec
+
+    def run(pages, query, table, lengths, count):
+        lie = type(pages)(*(spec(*names) for names in pages.axes))
+        heads = spec(None, "heads")
+        return jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(lie, heads, spec(), spec(), spec()),
+            out_specs=heads,
+            check_vma=False,
+        )(pages, query, table, lengths, count)
 
     return run
 
@@ -153,6 +194,6 @@ def of_optimizer(
     )
 
 
-def of_cache(mesh: Mesh) -> NamedSharding:
-    """Cache pages [N, size, G2, K]: each data shard has its own, heads over tensor."""
-    return _on(mesh, "rows", None, "kv_heads")
+def of_pages(form: Any, mesh: Mesh) -> Any:
+    """Shardings of a layer's pages behind the axis of engines; heads over tensor."""
+    return form(*(_on(mesh, "rows", *names) for names in form.axes))

@@ -93,7 +93,7 @@ def test_weights_go_straight_into_their_sharding(shape, tmp_path):
     directory = written(tmp_path)
     config = hf.read_config(directory)
     mesh = sharding.make_mesh(shape, config)
-    wanted = sharding.of_params(model.axes(config), mesh)
+    wanted = sharding.of_params(config, mesh)
     sharded = hf.load(directory, jnp.float32, wanted)
     whole = hf.load(directory)
     same = lambda a, b, s: a.sharding == s and bool((np.asarray(a) == b).all())

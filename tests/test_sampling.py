@@ -67,8 +67,7 @@ def engine_of(
 
 def draw(params, requests, samples=3, *, seed=1, step=0, **options):
     engine = engine_of(**options)
-    axes = model.axes(CONFIG)
-    placed = jax.device_put(params, sharding.of_params(axes, engine.mesh))
+    placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
     return engine.sample(placed, requests, samples, seed=seed, step=step)
 
 

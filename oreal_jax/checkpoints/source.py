@@ -31,7 +31,7 @@ class ModelSource(NamedTuple):
         self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = ignore
     ) -> Params:
         """The weights, each tensor straight into its place on the mesh."""
-        shardings = sharding.of_params(model.axes(self.config), mesh)
+        shardings = sharding.of_params(self.config, mesh)
         if self.files == self.path:
             return hf.load(self.path, dtype, shardings, on_tensor=on_tensor)
         target = run.with_shardings(model.abstract(self.config, dtype), shardings)

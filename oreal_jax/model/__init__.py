@@ -1,9 +1,9 @@
 """The model room: a decoder as pure functions of a nested dict of parameters.
 
 The only room that knows Flax. Outside, a model is its `ModelConfig` and its `Params`:
-`init` or `abstract` make the tree, `axes` names the axes of every weight, `hidden`,
-`prompt_cache` and `decode` run the layers, `log_probs`, `logits` and `token_scores` are
-the heads.
+`init` or `abstract` make the tree, `axes` names the axes of every weight, `hidden` runs
+the layers, `log_probs`, `logits` and `token_scores` are the heads. `decoding` is the
+same model one token at a time.
 """
 
 import functools
@@ -15,12 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oreal_jax.model.cache import Cache
 from oreal_jax.model.config import ModelConfig, Rope
 from oreal_jax.model.decoder import Decoder
 
 __all__ = [
-    "Cache",
     "Distribution",
     "ModelConfig",
     "Params",
@@ -28,14 +26,12 @@ __all__ = [
     "abstract",
     "axes",
     "cast",
-    "decode",
     "full",
     "hidden",
     "init",
     "log_probs",
     "logits",
     "parameter_count",
-    "prompt_cache",
     "token_reward_params",
     "token_scores",
 ]
@@ -111,30 +107,6 @@ def hidden(
 ) -> Float[Array, "B S D"]:
     """Final hidden states of packed rows; a token sees its own segment's past only."""
     return _bound(config, params).packed(tokens, positions, segments)
-
-
-def prompt_cache(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "R S"],
-    lengths: Int[Array, "R"],
-) -> Float[Array, "L R S G2 K"]:
-    """Keys and values of whole prompts, for `Cache.write_prompts`."""
-    return _bound(config, params).prompts(tokens, lengths)
-
-
-def decode(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B"],
-    positions: Int[Array, "B"],
-    cache: Cache,
-    table: Int[Array, "B M"],
-    count: Int[Array, ""],
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Final hidden states of one new token a row, at its position in its pages; `count`
-    is the number of pages that the longest row has in use."""
-    return _bound(config, params).decode(tokens, positions, cache, table, count)
 
 
 def logits(

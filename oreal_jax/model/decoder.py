@@ -5,7 +5,7 @@ mean on a mesh. The layers are one stacked module, applied by a scan whose body 
 rematerialised, so neither compile time nor activation memory grows with depth.
 
 Letters: B rows, S tokens, D embed, H heads, G key-value heads, K head size, F mlp,
-V vocabulary, L layers, M pages a row, R prompts.
+V vocabulary, M pages a row.
 """
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from oreal_jax.model.attention import attend_packed
-from oreal_jax.model.cache import Cache, attend_pages, interleave
+from oreal_jax.model.cache import Cached
 from oreal_jax.model.config import ModelConfig
 
 INITIAL_SCALE = 0.02
@@ -50,6 +50,13 @@ def rotate(
     first, second = jnp.split(y, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (y * cosine[:, :, None] + turned * sine[:, :, None]).astype(x.dtype)
+
+
+def angles(config: ModelConfig, positions: Int[Array, "B S"]):
+    """Cosine and sine of every plane at every position, [B, S, K]."""
+    frequencies, factor = config.rope.frequencies(config.head_dim)
+    angle = positions[..., None] * jnp.asarray(frequencies * 2)[None, None]
+    return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
 
 class Attention(nnx.Module):
@@ -122,22 +129,21 @@ class Layer(nnx.Module):
         x = x + self.attention.merge(attend_packed(query, key, value, segments))
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
 
-    def prompt(self, x, cosine, sine, segments):
-        """The layer on prompts; also the keys and values to keep, interleaved."""
+    def prompt(self, x, cosine, sine, segments, table, pages: Cached):
+        """The layer on prompts; keys and values go to the pages of `table`."""
         normed = rms_norm(x, self.attention_norm[...], self.epsilon)
         query, key, value = self.attention.project(normed, cosine, sine)
         x = x + self.attention.merge(attend_packed(query, key, value, segments))
         x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
-        return x, interleave(key, value)
+        return x, pages.write_prompts(table, key, value)
 
-    def decode(self, x, cosine, sine, positions, cache: Cache, first, table, count):
+    def decode(self, x, cosine, sine, positions, table, pages: Cached, attend):
         """The layer on one new token a row: writes it to its page, reads the row's."""
         normed = rms_norm(x, self.attention_norm[...], self.epsilon)
         query, key, value = self.attention.project(normed, cosine, sine)
-        cache = cache.write(first, table, positions, key[:, 0], value[:, 0])
-        attended = attend_pages(query[:, 0], cache, first, table, positions + 1, count)
-        x = x + self.attention.merge(attended[:, None])
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon)), cache
+        pages = pages.write(table, positions, key[:, 0], value[:, 0])
+        x = x + self.attention.merge(attend(pages, query[:, 0])[:, None])
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon)), pages
 
 
 class Decoder(nnx.Module):
@@ -155,12 +161,6 @@ class Decoder(nnx.Module):
         elif not config.tied:
             self.head = weight(rngs, (D, V), ("embed", "vocab"))
 
-    def angles(self, positions: Int[Array, "B S"]):
-        """Cosine and sine of every plane at every position, [B, S, K]."""
-        frequencies, factor = self.config.rope.frequencies(self.config.head_dim)
-        angle = positions[..., None] * jnp.asarray(frequencies * 2)[None, None]
-        return factor * jnp.cos(angle), factor * jnp.sin(angle)
-
     def packed(
         self,
         tokens: Int[Array, "B S"],
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Final hidden states of packed rows."""
-        cosine, sine = self.angles(positions)
+        cosine, sine = angles(self.config, positions)
 
         @jax.checkpoint
         def layer(x, weights: Layer):
@@ -176,44 +176,3 @@ class Decoder(nnx.Module):
 
         x, _ = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
-
-    def prompts(
-        self, tokens: Int[Array, "R S"], lengths: Int[Array, "R"]
-    ) -> Float[Array, "L R S G2 K"]:
-        """What the cache holds of prompts of these lengths, padded at their ends."""
-        S = tokens.shape[1]
-        positions = jnp.broadcast_to(jnp.arange(S)[None], tokens.shape)
-        segments = (positions < lengths[:, None]).astype(jnp.int32)
-        cosine, sine = self.angles(positions)
-
-        def layer(x, weights: Layer):
-            return weights.prompt(x, cosine, sine, segments)
-
-        _, filled = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
-        return filled
-
-    def decode(
-        self,
-        tokens: Int[Array, "B"],
-        positions: Int[Array, "B"],
-        cache: Cache,
-        table: Int[Array, "B M"],
-        count: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        """Final hidden states of one new token a row, and the cache that holds it."""
-        cosine, sine = self.angles(positions[:, None])
-        per_layer = cache.pages.shape[0] // self.config.layers
-
-        # The cache is carried, not scanned over: a carried buffer is updated in place.
-        def layer(carry, weights_and_first):
-            x, cache = carry
-            weights, first = weights_and_first
-            return weights.decode(
-                x, cosine, sine, positions, cache, first, table, count
-            ), None
-
-        x = self.embedding[...][tokens][:, None]
-        firsts = per_layer * jnp.arange(self.config.layers)
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), (self.layers, firsts))
-        x = rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
-        return x[:, 0], cache

@@ -195,7 +195,7 @@ class Session:
 
     def load_reference(self) -> Params:
         """The initial policy, in the compute dtype."""
-        shardings = sharding.of_params(model.axes(self.model), self.mesh)
+        shardings = sharding.of_params(self.model, self.mesh)
         shapes = model.abstract(self.model, self.dtype)
         return checkpoints.load_params(
             self.run / "reference", checkpoints.with_shardings(shapes, shardings)

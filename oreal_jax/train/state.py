@@ -77,7 +77,7 @@ class Trained(NamedTuple):
     ) -> "Trained":
         """Binds a model and its optimizer to a mesh."""
         transformation = optimizer.transformation()
-        params = sharding.of_params(model.axes(config), mesh)
+        params = sharding.of_params(config, mesh)
         moments = sharding.of_optimizer(
             transformation, model.abstract(config), params, mesh
         )

@@ -1,0 +1,216 @@
+"""What runs on the devices: prompts into pages, samples into slots, tokens into rows.
+
+Every data shard of the mesh is an engine of its own; arrays have a leading axis of
+engines, which the programs of one engine do not see.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from oreal_jax import sharding
+from oreal_jax.model import ModelConfig, Params, decoding
+from oreal_jax.model.decoding import Cache, Store, Weights
+from oreal_jax.model.kernels import pages_for
+from oreal_jax.sampling.choice import Sampling, choose
+
+
+class Decoding(NamedTuple):
+    """The slots of an engine: B rows, at most N new tokens each."""
+
+    cache: Cache
+    token: Int[Array, "B"]  # not yet fed to the model
+    position: Int[Array, "B"]  # where that token stands
+    drawn: Int[Array, "B"]  # tokens drawn so far
+    done: Bool[Array, "B"]  # finished, or idle
+    keys: UInt32[Array, "B 2"]
+    tokens: Int[Array, "B N"]
+    log_probs: Float[Array, "B N"]
+    sampled_log_probs: Float[Array, "B N"]
+
+
+class Programs:
+    """The jitted programs of a sampler; each compiled once per shape."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+        *,
+        page: int,
+        renormalise: bool,
+        store: Store,
+        cache_dtype,
+    ):
+        """`page` tokens a page; the others as in `Engine`."""
+        self.mesh, self.sampling, self.page = mesh, sampling, page
+        self.config = decoding.split_heads(config, mesh.shape["tensor"])
+        self.stop_tokens = jnp.asarray(sorted(stop_tokens))
+        self.renormalise, self.cache_dtype = renormalise, cache_dtype
+        self.form = pages_for(jax.default_backend(), config.head_dim)
+        self.attend = sharding.per_head(self.form.attend, mesh)
+        axes = decoding.axes(self.config, store)
+        each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
+        self.weights: Callable[[Params], Weights] = jax.jit(
+            lambda params: decoding.weights(self.config, params, store),
+            out_shardings=sharding.of_weights(axes, mesh),
+        )
+        self.prefill = jax.jit(
+            each(self._prefill, False, True, True, True, True), donate_argnums=1
+        )
+        self.admit = jax.jit(
+            each(self._admit, True, True, False, False), donate_argnums=0
+        )
+        self.decode = jax.jit(self._decode, donate_argnums=1)
+        self.take = jax.jit(each(self._take, True, True))
+
+    def empty(self, engines: int, slots: int, pages: int) -> Decoding:
+        """Idle slots and an empty cache on every engine."""
+        B, N, config = slots, self.sampling.max_tokens, self.config
+
+        def make() -> Decoding:
+            page = self.form.empty(
+                pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
+            )
+            one = Decoding(
+                cache=(page,) * config.layers,
+                token=jnp.zeros(B, jnp.int32),
+                position=jnp.zeros(B, jnp.int32),
+                drawn=jnp.zeros(B, jnp.int32),
+                done=jnp.ones(B, bool),
+                keys=jnp.zeros((B, 2), jnp.uint32),
+                tokens=jnp.zeros((B, N), jnp.int32),
+                log_probs=jnp.zeros((B, N)),
+                sampled_log_probs=jnp.zeros((B, N)),
+            )
+            alike = lambda x: jnp.broadcast_to(x[None], (engines, *x.shape))
+            return jax.tree.map(alike, one)
+
+        rows = sharding.of_rows(self.mesh)
+        where = jax.tree.map(lambda _: rows, jax.eval_shape(make))
+        lie = sharding.of_pages(self.form, self.mesh)
+        where = where._replace(cache=(lie,) * config.layers)
+        return jax.jit(make, out_shardings=where)()
+
+    def _prefill(
+        self,
+        weights: Weights,
+        state: Decoding,
+        prompts: Int[Array, "R S"],
+        lengths: Int[Array, "R"],
+        table: Int[Array, "R M"],
+    ) -> Decoding:
+        """Runs prompts and stores their keys and values in the pages of `table`."""
+        cache = decoding.prefill(
+            self.config, weights, prompts, lengths, state.cache, table
+        )
+        return state._replace(cache=cache)
+
+    def _admit(
+        self, state: Decoding, starts: Int[Array, "A 7"], seed, step
+    ) -> Decoding:
+        """Starts samples in slots. A start is (slot, last prompt token, its position,
+        prompt key, sample, page to copy, page to copy to); slot -1 is none."""
+        slot, token, position, prompt, sample, source, target = starts.T
+        there = jnp.where(slot < 0, state.token.size, slot)  # out of range: dropped
+        keys = jax.vmap(functools.partial(_row_key, seed, step))(prompt, sample)
+        put = lambda array, values: array.at[there].set(values, mode="drop")
+        return state._replace(
+            cache=tuple(pages.copy(source, target) for pages in state.cache),
+            token=put(state.token, token),
+            position=put(state.position, position),
+            drawn=put(state.drawn, 0),
+            done=put(state.done, False),
+            keys=put(state.keys, keys),
+        )
+
+    def _decode(
+        self,
+        weights: Weights,
+        state: Decoding,
+        table: Int[Array, "E B M"],
+        runs: Bool[Array, "E B"],
+        most,
+        enough,
+    ) -> tuple[Decoding, Int[Array, ""]]:
+        """Decodes until `most` tokens are drawn in each slot or, `enough` above 0, so
+        many rows have finished. Slots not in `runs` are idle. Also the steps taken."""
+        state = state._replace(done=state.done | ~runs)
+        wanted = jnp.sum(state.done) + enough
+        wanted = jnp.where(enough > 0, wanted, state.done.size)
+        wanted = jnp.minimum(wanted, state.done.size)
+        advance = sharding.per_engine(
+            self._advance, self.mesh, (False, True, True, False)
+        )
+
+        def go_on(carry):
+            state, steps = carry
+            return (steps < most) & (jnp.sum(state.done) < wanted)
+
+        def one(carry):
+            state, steps = carry
+            longest = jnp.max(jnp.where(state.done, 0, state.position)) + 1
+            count = -(-longest // self.page)
+            return advance(weights, state, table, count), steps + 1
+
+        return jax.lax.while_loop(go_on, one, (state, jnp.int32(0)))
+
+    def _advance(
+        self, weights: Weights, state: Decoding, table: Int[Array, "B M"], count
+    ) -> Decoding:
+        """One token in every slot; idle slots write to the page that is nobody's."""
+        logits, cache = decoding.decode(
+            self.config,
+            weights,
+            state.token,
+            jnp.where(state.done, 0, state.position),
+            state.cache,
+            jnp.where(state.done[:, None], 0, table),
+            count,
+            self.attend,
+        )
+        return self._draw(state._replace(cache=cache), logits)
+
+    def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
+        """Draws and records a token in every row that is not done."""
+        keys = jax.vmap(_fold)(state.keys, state.drawn)
+        chosen = choose(logits, keys, self.sampling, renormalise=self.renormalise)
+        going = ~state.done
+        limit = self.sampling.max_tokens
+        at = (jnp.arange(going.size), jnp.where(going, state.drawn, limit))
+        put = lambda array, values: array.at[at].set(values, mode="drop")
+        stopped = jnp.any(chosen.token[:, None] == self.stop_tokens[None], axis=-1)
+        drawn = state.drawn + going
+        return state._replace(
+            token=jnp.where(going, chosen.token, state.token),
+            position=state.position + going,
+            drawn=drawn,
+            done=state.done | stopped | (drawn >= limit),
+            tokens=put(state.tokens, chosen.token),
+            log_probs=put(state.log_probs, chosen.log_prob),
+            sampled_log_probs=put(state.sampled_log_probs, chosen.sampled),
+        )
+
+    def _take(self, state: Decoding, slots: Int[Array, "A"]):
+        """What has been drawn in these slots."""
+        drawn = (state.tokens, state.log_probs, state.sampled_log_probs)
+        return tuple(values[slots] for values in drawn)
+
+
+def _fold(key: UInt32[Array, "2"], number) -> UInt32[Array, "2"]:
+    folded = jax.random.fold_in(jax.random.wrap_key_data(key), number)
+    return jax.random.key_data(folded)
+
+
+def _row_key(seed, step, prompt, sample) -> UInt32[Array, "2"]:
+    """The key of a sample: seed, then step, prompt and sample folded in."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(jax.random.fold_in(key, prompt.astype(jnp.uint32)), sample)
+    return jax.random.key_data(key)
