@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import BadInput, Failure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Runs a verb. Exit codes: 0 done, 1 it cannot go on, 2 bad input,
+    130 interrupted."""
     parsed = parser().parse_args(arguments)
     try:
         parsed.call(parsed)
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("oreal: interrupted", file=sys.stderr)
         return 130
+    except Failure as error:
+        print(f"oreal: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -86,7 +90,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--file", type=Path, help="JSON lines with a `question` each")
     made.add_argument("--n", type=int, default=1, help="completions per prompt")
     _sampling(made)
-    made.add_argument("--stop", action="append", default=[], help="extra stop token")
+    made.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a completion before this text (or at this special token); may be "
+        "repeated",
+    )
     made.add_argument("--json", action="store_true", help="JSON lines")
 
     made = verb(
@@ -178,6 +189,18 @@ def _model(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--rows", type=int, default=64, help="completions drawn at a time"
     )
+    made.add_argument(
+        "--weights",
+        choices=["full", "int8"],
+        default="full",
+        help="int8: weights in eight bits while decoding",
+    )
+    made.add_argument(
+        "--cache",
+        choices=["full", "float8"],
+        default="full",
+        help="float8: keys and values in eight bits",
+    )
 
 
 def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
@@ -192,11 +215,46 @@ def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
         "--min-p", type=float, default=0.0, help="share of the likeliest; 0: off"
     )
     made.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="divides the logits of tokens that prompt or completion have; 1: off",
+    )
+    made.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        help="taken from the logits of tokens that the completion has",
+    )
+    made.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        help="taken from a token's logit each time the completion has it",
+    )
+    made.add_argument(
+        "--logit-bias",
+        type=bias,
+        action="append",
+        default=[],
+        metavar="TOKEN=VALUE",
+        help="added to the logit of a token, given by its number; may be repeated",
+    )
+    made.add_argument(
         "--max-tokens", type=int, default=512, help="tokens of a completion at most"
     )
     made.add_argument("--seed", type=int, default=0, help="of all random numbers")
     if greedy:
         made.add_argument("--greedy", action="store_true", help="always the likeliest")
+
+
+def bias(text: str) -> tuple[int, float]:
+    """A token and what is added to its logit, from "1234=-5"."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 1234=-5") from None
 
 
 def size(text: str) -> int:
@@ -240,13 +298,13 @@ def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
 
 
 class _Open:
-    """A model ready to draw completions."""
+    """A model ready to draw completions; `stops` are texts that end them."""
 
-    def __init__(self, parsed: argparse.Namespace, sampling, stop_words=()):
+    def __init__(self, parsed: argparse.Namespace, sampling, stops=()):
         from oreal_jax import sharding
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
-        from oreal_jax.sampling import Engine
+        from oreal_jax.sampling import Engine, cut, token_table
         from oreal_jax.train.session import compute_dtype
 
         source = open_model(parsed.model)
@@ -256,9 +314,19 @@ class _Open:
         if system_prompt is None:
             system_prompt = source.system_prompt
         self.chat = Chat(load_tokenizer(source.files), system_prompt)
-        stop_tokens = self.chat.stop_tokens(stop_words)
+        words = [text for text in stops if self.chat.is_special(text)]
+        strings = [text for text in stops if text not in words]
+        self.decode = lambda tokens: cut(self.chat.decode(tokens), strings)
         self.engine = Engine(
-            source.config, mesh, sampling, stop_tokens, rows=parsed.rows, dtype=dtype
+            source.config,
+            mesh,
+            sampling,
+            self.chat.stop_tokens(words),
+            stop_table=token_table(strings, self.chat.token_bytes, source.config.vocab),
+            rows=parsed.rows,
+            dtype=dtype,
+            weights=parsed.weights,
+            cache=parsed.cache,
         )
         self.load = lambda: source.load(mesh, dtype)
 
@@ -272,6 +340,10 @@ def _how(parsed: argparse.Namespace, greedy: bool):
         top_p=parsed.top_p,
         top_k=parsed.top_k,
         min_p=parsed.min_p,
+        repetition_penalty=parsed.repetition_penalty,
+        presence_penalty=parsed.presence_penalty,
+        frequency_penalty=parsed.frequency_penalty,
+        logit_bias=tuple(parsed.logit_bias),
     )
 
 
@@ -292,7 +364,7 @@ def sample(parsed: argparse.Namespace) -> None:
     def finished(request: int, sample: int, completion: Completion) -> None:
         rows[request, sample] = {
             "question": questions[request],
-            "completion": opened.chat.decode(completion.tokens),
+            "completion": opened.decode(completion.tokens),
             "tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason,
             "log_prob": float(completion.log_probs.sum()),

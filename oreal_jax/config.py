@@ -78,9 +78,12 @@ class TrainConfig:
     as released; "sampled" on those of the policy that acted, tempered and renormalised
     over the tokens that `sampling` keeps (the reference model's stay full).
     `token_reward` None trains no token reward model. `stop_words` are added to the
-    model's own stop tokens; `decode_rows` completions are decoded at a time, with
-    room for `cache_tokens` tokens on each data shard (0: for the longest in each row).
-    `compute` "auto" is bfloat16, on CPU float32.
+    model's own stop tokens, `stop_strings` end a completion wherever its text has one.
+    `decode_rows` completions are decoded at a time, with
+    room for `cache_tokens` tokens on each data shard (0: for the longest in each row);
+    `decode_weights` "int8" and `decode_cache` "float8" halve what a token reads there.
+    A step whose mean difference between sampler's and trainer's token probabilities is
+    above `max_disagreement` ends the run. `compute` "auto" is bfloat16, on CPU float32.
     """
 
     model: str
@@ -88,6 +91,7 @@ class TrainConfig:
     system_prompt: str | None = None
     chat_template: str | None = None
     stop_words: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     seed: int = 0
     steps: int = 90
     prompts_per_step: int = 64
@@ -97,6 +101,9 @@ class TrainConfig:
     max_prompt_tokens: int = 2_384
     decode_rows: int = 256
     cache_tokens: int = 0
+    decode_weights: Literal["full", "int8"] = "full"
+    decode_cache: Literal["full", "float8"] = "full"
+    max_disagreement: float = 0.1
     verification: Verification = Verification()
     keep: rollout.Keep = rollout.one_pair
     loss: PolicyLoss = losses.Oreal()
@@ -143,6 +150,15 @@ class TrainConfig:
             raise BadInput(
                 f"log_probs='sampled' with sampling.temperature="
                 f"{self.sampling.temperature}: greedy choice has no probabilities"
+            )
+        if self.log_probs == "sampled" and self.sampling.penalises:
+            raise BadInput(
+                "log_probs='sampled' with a penalty in sampling: the trainer does not "
+                "know what a penalised token would have been drawn from"
+            )
+        if self.max_disagreement <= 0:
+            raise BadInput(
+                f"config: max_disagreement={self.max_disagreement} must be above 0"
             )
         if self.freeze_steps and not self.token_reward:
             raise BadInput(

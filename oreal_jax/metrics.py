@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -68,6 +68,13 @@ def read(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def write_rows(path: Path, rows: Sequence[Mapping]) -> None:
+    """Writes JSON lines, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    replace_text(path, "".join(lines))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -79,8 +79,8 @@ def make_mesh(shape: MeshShape, config: ModelConfig, devices=None) -> Mesh:
 def _check_splits(config: ModelConfig, *, fsdp: int, tensor: int) -> None:
     if max(tensor, config.kv_heads) % min(tensor, config.kv_heads):
         raise BadInput(
-            f"mesh: kv_heads={config.kv_heads} and tensor={tensor}: neither divides the "
-            "other"
+            f"mesh: kv_heads={config.kv_heads} and tensor={tensor}: neither divides "
+            "the other"
         )
     for name, ways in [
         ("heads", tensor),
@@ -127,8 +127,8 @@ def of_weights(axes: Any, mesh: Mesh) -> Any:
 
 
 def _of_names(axes: Any, mesh: Mesh, rules) -> Any:
-    is_names = lambda x: isinstance(x, tuple) and not any(
-        isinstance(name, tuple | dict) for name in x
+    is_names = lambda x: (
+        isinstance(x, tuple) and not any(isinstance(name, tuple | dict) for name in x)
     )
     place = lambda names: _on(mesh, *names, rules=rules)
     return jax.tree.map(place, axes, is_leaf=is_names)

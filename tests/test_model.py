@@ -13,7 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from oreal_jax import model
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
-from oreal_jax.model import Cache, ModelConfig, attention
+from oreal_jax.model import ModelConfig, attention
+from oreal_jax.model.decoder import angles
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
 
 TINY = ModelConfig(
@@ -80,43 +81,6 @@ def test_logits_equal_transformers_with_packing(pair):
     close(ours, np.concatenate([their_logits(theirs, tokens) for tokens in rows]))
 
 
-SIZE = 4  # tokens a page
-
-
-def prefilled(config, params, tokens, lengths, pages: int = 8):
-    """A cache that holds these prompts, and each row's table of pages."""
-    rows = len(lengths)
-    numbers = np.random.default_rng(0).permutation(rows * pages) + 1
-    table = jnp.asarray(numbers.reshape(rows, pages))
-    cache = Cache.empty(config, rows * pages + 1, SIZE, jnp.float32)
-    S = -(-tokens.shape[1] // SIZE) * SIZE
-    tokens = jnp.pad(tokens, ((0, 0), (0, S - tokens.shape[1])))
-    filled = model.prompt_cache(config, params, tokens, jnp.asarray(lengths))
-    return cache.write_prompts(table[:, : S // SIZE], filled), table
-
-
-def test_logits_equal_transformers_through_the_cache(pair):
-    theirs, config, params = pair
-    rows = sequences(config.vocab)
-    prompt = 6
-    tokens, positions, _ = map(jnp.asarray, padded(rows))
-    lengths = [prompt] * len(rows)
-    cache, table = prefilled(config, params, tokens[:, :prompt], lengths)
-    decode = jax.jit(
-        lambda tokens, positions, cache: model.decode(
-            config, params, tokens, positions, cache, table, jnp.int32(8)
-        )
-    )
-    parts = []
-    for t in range(prompt, tokens.shape[1]):
-        states, cache = decode(tokens[:, t], positions[:, t], cache)
-        parts.append(states)
-    ours = model.logits(config, params, jnp.stack(parts, axis=1))
-    for row, sequence in enumerate(rows):
-        size = len(sequence) - prompt
-        close(ours[row, :size], their_logits(theirs, sequence)[prompt:])
-
-
 def test_rope_frequencies_equal_transformers(pair):
     theirs, config, _ = pair
     kind = config.rope.kind
@@ -127,19 +91,6 @@ def test_rope_frequencies_equal_transformers(pair):
         expected, their_factor = ROPE_INIT_FUNCTIONS[kind](theirs.config, "cpu")
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
     assert factor == pytest.approx(their_factor)
-
-
-def test_rows_of_a_decoding_batch_may_stand_at_different_positions():
-    params = model.init(TINY, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
-    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    whole = model.hidden(TINY, params, tokens, positions, jnp.ones_like(tokens))
-    cache, table = prefilled(TINY, params, tokens[:, :8], [8, 8])
-    at = jnp.asarray([8, 5])  # the second row goes back to position 5
-    chosen = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
-    states, _ = model.decode(TINY, params, chosen, at, cache, table, jnp.int32(3))
-    np.testing.assert_allclose(states[0], whole[0, 8], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(states[1], whole[1, 5], rtol=1e-4, atol=1e-5)
 
 
 def test_log_probs_in_chunks_equal_those_of_whole_logits(monkeypatch):
@@ -198,7 +149,7 @@ def test_the_scan_over_layers_equals_a_loop():
         # The stream before the final norm: a huge epsilon would hide it, so take the
         # layer's own function through a one-layer model without embedding.
         decoder = model._bound(one, params | {"layers": weights})
-        cosine, sine = decoder.angles(tokens)
+        cosine, sine = angles(one, tokens)
         only = jax.tree.map(lambda w: w[0], decoder.layers)
         x = only.packed(x, cosine, sine, ones)
     gain = params["final_norm"]

@@ -75,6 +75,32 @@ class Chat:
         """The text of each token by itself, special tokens included."""
         return [self.tokenizer.decode([int(token)]) for token in tokens]
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token adds to a completion's text; none for special
+        tokens, which leave none.
+
+        Byte-level vocabularies spell a byte as a printable letter, others write a space
+        as U+2581 and lone bytes as <0x0A>.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        size = max([*self.tokenizer.get_vocab().values(), -1]) + 1
+        names = self.tokenizer.convert_ids_to_tokens(range(size))
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise BadInput(
+                f"{self.tokenizer.name_or_path}: stop strings need a fast tokenizer"
+            )
+        decoder = str(backend.decoder)
+        spell = _byte_level if "ByteLevel" in decoder else _plain
+        pieces = [spell(name) if name else b"" for name in names]
+        for token, entry in added.items():
+            pieces[token] = b"" if entry.special else entry.content.encode()
+        return pieces
+
+    def is_special(self, word: str) -> bool:
+        """Whether a word is one of the tokenizer's special tokens."""
+        return word in self.tokenizer.all_special_tokens
+
     def stop_tokens(self, words: Sequence[str] = ()) -> tuple[int, ...]:
         """The tokens that end a completion: the model's own, and one for each word.
 
@@ -114,3 +140,25 @@ class Chat:
             raise BadInput(f"{self.tokenizer.name_or_path}: no end-of-sequence token")
         completion = self.tokenizer.encode(solution, add_special_tokens=False)
         return self.encode(question), [*completion, end]
+
+
+def _byte_level(token: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in token if letter in _BYTES)
+
+
+def _plain(token: str) -> bytes:
+    if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others, in order, as
+    the letters from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()

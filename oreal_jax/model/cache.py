@@ -82,23 +82,23 @@ class Pages(NamedTuple):
         """See `Cached`."""
         page, offset = place(table, positions, self.values.shape[2])
         dtype = self.keys.dtype
-        return Pages(
-            self.keys.at[page, :, :, offset].set(key.astype(dtype)),
-            self.values.at[page, :, offset].set(value.astype(dtype)),
+        return self._replace(
+            keys=self.keys.at[page, :, :, offset].set(key.astype(dtype)),
+            values=self.values.at[page, :, offset].set(value.astype(dtype)),
         )
 
     def write_prompts(self, table, key, value) -> "Pages":
         """See `Cached`."""
         dtype = self.keys.dtype
         key, value = (in_pages(x, table.shape[1]).astype(dtype) for x in (key, value))
-        return Pages(
-            self.keys.at[table].set(jnp.einsum("rmsgk->rmgks", key)),
-            self.values.at[table].set(jnp.einsum("rmsgk->rmgsk", value)),
+        return self._replace(
+            keys=self.keys.at[table].set(jnp.einsum("rmsgk->rmgks", key)),
+            values=self.values.at[table].set(jnp.einsum("rmsgk->rmgsk", value)),
         )
 
     def copy(self, source, target) -> "Pages":
         """See `Cached`."""
-        return Pages(*(x.at[target].set(x[source]) for x in self))
+        return self._make(x.at[target].set(x[source]) for x in self)
 
     def attend(self, query, table, lengths, count) -> Float[Array, "B H K"]:
         """See `Cached`. Page by page with a running softmax: one program for all

@@ -24,7 +24,9 @@ from oreal_jax.model.decoder import Layer, angles, rms_norm
 
 Cache = tuple[Cached, ...]  # one a layer
 Weights = Any  # a parameter tree whose "layers" are a tuple; leaves may be `Quantized`
-Attend = Callable[..., Array]  # (pages, query, table, lengths, count) as `Cached.attend`
+Attend = Callable[
+    ..., Array
+]  # (pages, query, table, lengths, count) as `Cached.attend`
 Store = Callable[[tuple[int, ...], Array], Any]  # (axes it is summed over, weight)
 
 
@@ -85,13 +87,12 @@ def weights(config: ModelConfig, params: model.Params, store: Store) -> Weights:
 def axes(config: ModelConfig, store: Store) -> Any:
     """The axis names of every array of `weights`."""
 
-    def named(axes, shape):
-        sizes = (shape,) if not isinstance(shape, Quantized) else shape
-        names = [
-            tuple(n if size > 1 else None for n, size in zip(axes, x.shape, strict=True))
-            for x in sizes
-        ]
-        return Quantized(*names) if isinstance(shape, Quantized) else names[0]
+    def named(axes, kept):
+        # The scale of a quantized weight has size 1 where the weight was summed over.
+        name = lambda x: tuple(
+            name if size > 1 else None for name, size in zip(axes, x.shape, strict=True)
+        )
+        return jax.tree.map(name, kept)
 
     shapes = jax.eval_shape(
         lambda params: weights(config, params, store), model.abstract(config)

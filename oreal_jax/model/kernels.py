@@ -1,14 +1,16 @@
-"""Pages in the forms that JAX's attention kernels for TPU and GPU read.
+"""Pages as attention kernels for TPU (JAX's own) and GPU (ours) read them.
 
 The kernels stream a row's pages through fast memory once, whatever the lengths of the
 other rows are. `cache.py` has the XLA form, which is their oracle.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
     ragged_paged_attention,
 )
@@ -16,7 +18,11 @@ from jaxtyping import Array, Float
 
 from oreal_jax.model.cache import Cached, Pages, in_pages, place
 
-GPU_SPLITS = 16  # parts of a row's pages that a GPU works on at once
+# What a TPU holds in fast memory at a time: tokens of a row, and rows. The kernel's own
+# table asks the device, which a compilation ahead of time does not have.
+TPU_TOKENS, TPU_ROWS = 512, 16
+GPU_SPLITS = 16  # stretches of a row's pages that a GPU works on at once
+LOWEST = -1e30  # finite, so that a stretch without tokens gives 0 and no NaN
 
 
 class TpuPages(NamedTuple):
@@ -50,7 +56,7 @@ class TpuPages(NamedTuple):
 
     def attend(self, query, table, lengths, count) -> Float[Array, "B H K"]:
         """See `Cached`; the kernel itself stops at each row's length."""
-        rows = query.shape[0]
+        rows, size = query.shape[0], self.pages.shape[1]
         narrow = self.pages.dtype.itemsize == 1  # the kernel reads float8 with a scale
         return ragged_paged_attention(
             query,
@@ -62,57 +68,98 @@ class TpuPages(NamedTuple):
             sm_scale=query.shape[-1] ** -0.5,
             k_scale=1.0 if narrow else None,
             v_scale=1.0 if narrow else None,
+            num_kv_pages_per_block=min(table.shape[1], max(1, TPU_TOKENS // size)),
+            num_queries_per_block=min(rows, TPU_ROWS),
         )
 
 
-class GpuPages(NamedTuple):
-    """Heads first (paged attention, Pallas on Triton)."""
+class GpuPages(Pages):
+    """Pages as XLA reads them, read by a kernel of our own (Pallas on Triton)."""
 
-    keys: Float[Array, "G N size K"]
-    values: Float[Array, "G N size K"]
-
-    axes = (("kv_heads", "pages", None, None),) * 2
-
-    @classmethod
-    def empty(
-        cls, pages: int, size: int, heads: int, head_dim: int, dtype
-    ) -> "GpuPages":
-        """See `Cached`."""
-        return cls(*(jnp.zeros((heads, pages, size, head_dim), dtype),) * 2)
-
-    def write(self, table, positions, key, value) -> "GpuPages":
-        """See `Cached`."""
-        page, offset = place(table, positions, self.keys.shape[2])
-        put = lambda pages, new: pages.at[:, page, offset].set(
-            jnp.swapaxes(new, 0, 1).astype(pages.dtype)
-        )
-        return GpuPages(put(self.keys, key), put(self.values, value))
-
-    def write_prompts(self, table, key, value) -> "GpuPages":
-        """See `Cached`."""
-        put = lambda pages, new: pages.at[:, table].set(
-            jnp.moveaxis(in_pages(new, table.shape[1]), 3, 0).astype(pages.dtype)
-        )
-        return GpuPages(put(self.keys, key), put(self.values, value))
-
-    def copy(self, source, target) -> "GpuPages":
-        """See `Cached`."""
-        return GpuPages(*(x.at[:, target].set(x[:, source]) for x in self))
+    __slots__ = ()
 
     def attend(
         self, query, table, lengths, count, *, interpret: bool = False
     ) -> Float[Array, "B H K"]:
-        """See `Cached`; scores are float32, products in the query's dtype."""
-        splits = min(GPU_SPLITS, table.shape[1])
-        return paged_attention(
-            query * query.shape[-1] ** -0.5,
-            self.keys,
-            self.values,
-            table,
-            lengths,
-            k_splits=splits,
-            interpret=interpret,
+        """See `Cached`. Each program takes one row, one key-value head and one stretch
+        of the row's pages; the stretches' running softmaxes are then joined."""
+        B, H, K = query.shape
+        G, M = self.keys.shape[1], table.shape[1]
+        splits = min(GPU_SPLITS, M)
+        heads = max(16, pl.next_power_of_2(H // G))  # the least a matrix unit takes
+        grouped = query.reshape(B, G, H // G, K)
+        grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, heads - H // G), (0, 0)))
+        whole = lambda array: pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+        here = lambda *block: pl.BlockSpec(
+            (None, None, None, *block), lambda b, g, s: (b, g, s) + (0,) * len(block)
         )
+        shape = (B, G, splits, heads)
+        highest, total, mixed = pl.pallas_call(
+            functools.partial(_attend_stretch, pages=-(-M // splits)),
+            grid=(B, G, splits),
+            in_specs=[
+                pl.BlockSpec((None, None, heads, K), lambda b, g, s: (b, g, 0, 0)),
+                pl.BlockSpec((None, M), lambda b, g, s: (b, 0)),
+                pl.BlockSpec((None,), lambda b, g, s: (b,)),
+                whole(self.keys),
+                whole(self.values),
+            ],
+            out_specs=[here(heads), here(heads), here(heads, K)],
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, jnp.float32),
+                jax.ShapeDtypeStruct(shape, jnp.float32),
+                jax.ShapeDtypeStruct((*shape, K), jnp.float32),
+            ],
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            interpret=interpret,
+            name="attend_pages",
+        )(grouped, table, lengths, self.keys, self.values)
+        share = jnp.exp(highest - jnp.max(highest, axis=2, keepdims=True))
+        mixed = jnp.sum(mixed * share[..., None], axis=2)
+        mixed = mixed / jnp.sum(total * share, axis=2)[..., None]
+        return mixed[:, :, : H // G].reshape(B, H, K).astype(query.dtype)
+
+
+def _attend_stretch(
+    query, table, length, keys, values, highest_out, total_out, mixed_out, *, pages: int
+):
+    """Attention of one row's `heads` queries to its pages [split * pages, ...)."""
+    head, split = pl.program_id(1), pl.program_id(2)
+    heads, K = query.shape
+    size = keys.shape[3]
+    used = pl.cdiv(length[...], size)
+    asked = query[...]
+
+    def add(index, running):
+        highest, total, mixed = running
+        page = table[index]
+        scores = jnp.dot(
+            asked,
+            keys[page, head].astype(asked.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        token = index * size + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(token < length[...], scores * K**-0.5, LOWEST)
+        now = jnp.maximum(highest, jnp.max(scores, axis=1))
+        fade = jnp.exp(highest - now)
+        weights = jnp.exp(scores - now[:, None])
+        more = jnp.dot(
+            weights.astype(asked.dtype),
+            values[page, head].astype(asked.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        total = total * fade + jnp.sum(weights, axis=1)
+        return now, total, mixed * fade[:, None] + more
+
+    start = (
+        jnp.full(heads, LOWEST, jnp.float32),
+        jnp.zeros(heads, jnp.float32),
+        jnp.zeros((heads, K), jnp.float32),
+    )
+    first = split * pages
+    last = jnp.minimum(first + pages, used)
+    highest, total, mixed = jax.lax.fori_loop(first, last, add, start)
+    highest_out[...], total_out[...], mixed_out[...] = highest, total, mixed
 
 
 def pages_for(backend: str, head_dim: int) -> type[Cached]:

@@ -1,4 +1,5 @@
-"""Choosing the next token: temperature, top-k, top-p, min-p, then uniform numbers.
+"""Choosing the next token: bias, penalties, temperature, top-k, top-p, min-p, then
+uniform numbers.
 
 The vocabulary is never sorted. A token is found by inverting the cumulative
 distribution in two levels; whether it lies in the nucleus, by one sum over what is
@@ -28,6 +29,12 @@ class Sampling:
     the likeliest that hold so much of what is left, min_p (arXiv:2407.01082) those at
     least so likely as that share of the likeliest.
 
+    `logit_bias` is added to the logits of these tokens: (token, bias) pairs. Penalties
+    come next: `repetition_penalty` (arXiv:1909.05858) divides positive logits of tokens
+    that prompt or completion have, and multiplies negative ones; `presence_penalty` is
+    taken from the logits of tokens that the completion has, `frequency_penalty` once
+    for each time it has them (OpenAI's definitions).
+
     Raises:
         BadInput: a value outside its range.
     """
@@ -37,6 +44,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
         for name, value, fits, range_ in [
@@ -45,9 +56,34 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: off)"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty > 0,
+                "above 0 (1: off)",
+            ),
         ]:
             if not fits:
                 raise BadInput(f"sampling: {name}={value} must be {range_}")
+        for token, _ in self.logit_bias:
+            if token < 0:
+                raise BadInput(f"sampling: logit_bias: no token {token}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's chance depends on those before it, beyond the model."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+
+class Seen(NamedTuple):
+    """What penalties look at: tokens of the prompt, and how often each was drawn."""
+
+    prompt: Bool[Array, "B V"]
+    drawn: Int[Array, "B V"]
 
 
 class Chosen(NamedTuple):
@@ -63,24 +99,25 @@ def choose(
     logits: Float[Array, "B V"],
     keys: UInt32[Array, "B 2"],
     sampling: Sampling,
+    seen: Seen | None = None,
     *,
     renormalise: bool = True,
 ) -> Chosen:
-    """Draws a token of every row; row b's depends on its logits and key alone.
+    """Draws a token of every row; row b's depends on its logits, key and `seen` alone.
 
     A wide nucleus is not searched for: a token is drawn of all, and drawn anew where
     more than `top_p` of the mass is likelier than it is. Its log-probability within the
     nucleus needs the nucleus; without `renormalise` it is not computed (but 0).
     """
-    highest = jnp.max(logits, axis=-1, keepdims=True)
+    scores = penalised(biased(logits, sampling), sampling, seen)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
     if sampling.temperature == 0:
-        token = first_where(logits == highest)
-        total = jnp.sum(jnp.exp(logits - highest), axis=-1)
-        log_prob = jnp.log(1 / total)
+        token = first_where(scores == highest)
+        log_prob = _log_prob(logits, token)
         return Chosen(token, log_prob, jnp.zeros_like(log_prob))
     # A barrier, so that what follows reads these numbers and does not redo them.
     weights = jax.lax.optimization_barrier(
-        jnp.exp((logits - highest) / sampling.temperature)
+        jnp.exp((scores - highest) / sampling.temperature)
     )
     if sampling.top_k:
         weights = only_top_k(weights, sampling.top_k)
@@ -94,13 +131,44 @@ def choose(
         sums = block_sums(weights)
     token = draw(weights, sums, keys, mass if WIDE <= sampling.top_p < 1 else None)
     pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
-    total = jnp.sum(jnp.exp(logits - highest), axis=-1)
-    log_prob = pick(logits) - highest[:, 0] - jnp.log(total)
+    log_prob = _log_prob(logits, token)
     if not renormalise:
         return Chosen(token, log_prob, jnp.zeros_like(log_prob))
     kept = only_nucleus(weights, mass) if sampling.top_p < 1 else weights
     sampled = jnp.log(pick(weights)) - jnp.log(jnp.sum(kept, axis=-1))
     return Chosen(token, log_prob, sampled)
+
+
+def _log_prob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp(logits - highest), axis=-1)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return (chosen - highest)[:, 0] - jnp.log(total)
+
+
+def biased(
+    logits: Float[Array, "*batch V"], sampling: Sampling
+) -> Float[Array, "*batch V"]:
+    """Logits with `logit_bias` added."""
+    if not sampling.logit_bias:
+        return logits
+    tokens, values = zip(*sampling.logit_bias, strict=True)
+    return logits.at[..., jnp.array(tokens)].add(jnp.array(values))
+
+
+def penalised(
+    logits: Float[Array, "B V"], sampling: Sampling, seen: Seen | None
+) -> Float[Array, "B V"]:
+    """Logits after the penalties."""
+    if seen is None or not sampling.penalises:
+        return logits
+    if sampling.repetition_penalty != 1:
+        factor = jnp.where(
+            logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty
+        )
+        logits = jnp.where(seen.prompt | (seen.drawn > 0), logits * factor, logits)
+    presence = sampling.presence_penalty * (seen.drawn > 0)
+    return logits - presence - sampling.frequency_penalty * seen.drawn
 
 
 def draw(
@@ -140,8 +208,8 @@ def _uniform(key: UInt32[Array, "2"], number) -> Float[Array, ""]:
 
 def sampled_from(sampling: Sampling) -> Distribution:
     """Scores of the distribution that `sampling` draws from, for a trainer that wants
-    the probabilities of the policy that acts: tempered, and renormalised over the kept
-    tokens.
+    the probabilities of the policy that acts: biased, tempered, and renormalised over
+    the kept tokens. Penalties are not in it: they depend on what came before.
 
     The kept set is a constant to gradients. The target is always in it: rounding may
     tell the trainer's last kept token from the sampler's.
@@ -150,6 +218,7 @@ def sampled_from(sampling: Sampling) -> Distribution:
     def scores(
         logits: Float[Array, "B C V"], targets: Int[Array, "B C"]
     ) -> Float[Array, "B C V"]:
+        logits = biased(logits, sampling)
         flat = jax.lax.stop_gradient(logits).reshape(-1, logits.shape[-1])
         kept = (truncated(flat, sampling) > 0).reshape(logits.shape)
         kept |= jnp.arange(logits.shape[-1])[None, None] == targets[..., None]

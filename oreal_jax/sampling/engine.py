@@ -12,12 +12,13 @@ meet.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
@@ -45,7 +46,8 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Tokens drawn, the stop token included; "length" if none came in time.
+    """Tokens drawn, with the stop token or those that end in a stop string; "length" if
+    neither came in time.
 
     `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
     those of the distribution that the tokens were drawn from (None where the engine was
@@ -91,15 +93,21 @@ class Engine:
         sampling: Sampling,
         stop_tokens: Sequence[int],
         *,
+        stop_table: Int[np.ndarray, "V S"] | None = None,
         rows: int = 64,
         cache_tokens: int = 0,
         renormalise: bool = False,
         dtype=jnp.float32,
+        weights: Literal["full", "int8"] = "full",
+        cache: Literal["full", "float8"] = "full",
     ):
         """`rows` slots in all, decoded in `dtype`; `cache_tokens` of cache on each data
-        shard (0: enough for the longest completion in every slot). `renormalise` asks
-        for `Completion.sampled_log_probs` too: finding all of the nucleus costs some
-        passes over the vocabulary that drawing from it does without."""
+        shard (0: enough for the longest completion in every slot). `stop_table` is
+        `stops.token_table` of stop strings. `renormalise` asks for
+        `Completion.sampled_log_probs` too: finding all of the nucleus costs some passes
+        over the vocabulary that drawing from it does without. `weights` "int8" and
+        `cache` "float8" (e4m3) take half the memory of bfloat16, and of what decoding a
+        token reads; prompts are then run in these numbers too."""
         if not stop_tokens:
             raise BadInput("no stop token: completions would never end")
         self.config, self.mesh, self.sampling = config, mesh, sampling
@@ -111,10 +119,11 @@ class Engine:
             mesh,
             sampling,
             stop_tokens,
+            stop_table=stop_table,
             page=PAGE,
             renormalise=renormalise,
-            store=decoding.in_dtype(dtype),
-            cache_dtype=dtype,
+            store=(decoding.in_int8 if weights == "int8" else decoding.in_dtype)(dtype),
+            cache_dtype=jnp.float8_e4m3fn if cache == "float8" else dtype,
         )
         self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
 
@@ -191,6 +200,7 @@ class _Work:
         total = sum(len(job.samples) for job in jobs)
         self.slots = min(engine.slots, bucket(-(-total // engine.engines)))
         # Static shapes come in powers of two: few programs.
+        self.longest_prompt = bucket(max(job.length for job in jobs))
         self.table_pages = bucket(-(-max(job.longest for job in jobs) // PAGE))
         pages = self.slots * (self.table_pages + 1) + self.table_pages + 1
         if engine.cache_tokens:
@@ -262,6 +272,8 @@ class _Work:
         most = max(np.bincount([a.shard for a in admissions]))
         starts = np.zeros((len(count), bucket(int(most)), 7), np.int32)
         starts[:, :, 0] = -1
+        longest = self.longest_prompt if self.engine.sampling.penalises else 0
+        prompts = np.full((*starts.shape[:2], longest), self.engine.config.vocab)
         for a in admissions:
             request = self.requests[a.request]
             starts[a.shard, count[a.shard]] = (
@@ -273,10 +285,11 @@ class _Work:
                 a.source,
                 a.target,
             )
+            if longest:
+                prompts[a.shard, count[a.shard], : len(request.prompt)] = request.prompt
             count[a.shard] += 1
-        self.state = self.programs.admit(
-            self.state, self._place(starts), *self.seed_and_step
-        )
+        arrays = self._place(starts), self._place(prompts.astype(np.int32))
+        self.state = self.programs.admit(self.state, *arrays, *self.seed_and_step)
 
     def _decode(self) -> list[tuple[int, int, Completion]]:
         """Decodes for a while; what has finished."""
@@ -309,18 +322,19 @@ class _Work:
         slots = np.zeros((len(taken), bucket(max(map(len, taken)))), np.int32)
         for shard, rows in enumerate(taken):
             slots[shard, : len(rows)] = [slot for slot, *_ in rows]
-        arrays = jax.device_get(self.programs.take(self.state, self._place(slots)))
+        taken_out = self.programs.take(self.state, self._place(slots))
+        *arrays, found = jax.device_get(taken_out)
         stops = np.asarray(self.programs.stop_tokens)
         completions = []
         for shard, rows in enumerate(taken):
             for row, (_, request, sample, size) in enumerate(rows):
                 tokens, log_probs, sampled = (x[shard, row, :size] for x in arrays)
-                reason = "stop" if tokens[-1] in stops else "length"
+                ended = tokens[-1] in stops or found[shard, row]
                 completion = Completion(
                     tokens.tolist(),
                     log_probs.copy(),
                     sampled.copy() if self.engine.renormalise else None,
-                    reason,
+                    "stop" if ended else "length",
                 )
                 completions.append((request, sample, completion))
         return completions

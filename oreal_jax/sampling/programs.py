@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -17,7 +18,8 @@ from oreal_jax import sharding
 from oreal_jax.model import ModelConfig, Params, decoding
 from oreal_jax.model.decoding import Cache, Store, Weights
 from oreal_jax.model.kernels import pages_for
-from oreal_jax.sampling.choice import Sampling, choose
+from oreal_jax.sampling.choice import Sampling, Seen, choose
+from oreal_jax.sampling.stops import FOUND, START
 
 
 class Decoding(NamedTuple):
@@ -28,6 +30,8 @@ class Decoding(NamedTuple):
     position: Int[Array, "B"]  # where that token stands
     drawn: Int[Array, "B"]  # tokens drawn so far
     done: Bool[Array, "B"]  # finished, or idle
+    matched: Int[Array, "B"]  # how much of a stop string there is: a state of `stops`
+    seen: Seen | None  # where penalties ask for it
     keys: UInt32[Array, "B 2"]
     tokens: Int[Array, "B N"]
     log_probs: Float[Array, "B N"]
@@ -44,6 +48,7 @@ class Programs:
         sampling: Sampling,
         stop_tokens: Sequence[int],
         *,
+        stop_table: Int[np.ndarray, "V S"] | None,
         page: int,
         renormalise: bool,
         store: Store,
@@ -53,6 +58,7 @@ class Programs:
         self.mesh, self.sampling, self.page = mesh, sampling, page
         self.config = decoding.split_heads(config, mesh.shape["tensor"])
         self.stop_tokens = jnp.asarray(sorted(stop_tokens))
+        self.stop_table = None if stop_table is None else jnp.asarray(stop_table)
         self.renormalise, self.cache_dtype = renormalise, cache_dtype
         self.form = pages_for(jax.default_backend(), config.head_dim)
         self.attend = sharding.per_head(self.form.attend, mesh)
@@ -66,14 +72,15 @@ class Programs:
             each(self._prefill, False, True, True, True, True), donate_argnums=1
         )
         self.admit = jax.jit(
-            each(self._admit, True, True, False, False), donate_argnums=0
+            each(self._admit, True, True, True, False, False), donate_argnums=0
         )
         self.decode = jax.jit(self._decode, donate_argnums=1)
         self.take = jax.jit(each(self._take, True, True))
 
     def empty(self, engines: int, slots: int, pages: int) -> Decoding:
         """Idle slots and an empty cache on every engine."""
-        B, N, config = slots, self.sampling.max_tokens, self.config
+        config = self.config
+        B, N, V = slots, self.sampling.max_tokens, config.vocab
 
         def make() -> Decoding:
             page = self.form.empty(
@@ -85,6 +92,10 @@ class Programs:
                 position=jnp.zeros(B, jnp.int32),
                 drawn=jnp.zeros(B, jnp.int32),
                 done=jnp.ones(B, bool),
+                matched=jnp.full(B, START),
+                seen=Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
+                if self.sampling.penalises
+                else None,
                 keys=jnp.zeros((B, 2), jnp.uint32),
                 tokens=jnp.zeros((B, N), jnp.int32),
                 log_probs=jnp.zeros((B, N)),
@@ -114,10 +125,16 @@ class Programs:
         return state._replace(cache=cache)
 
     def _admit(
-        self, state: Decoding, starts: Int[Array, "A 7"], seed, step
+        self,
+        state: Decoding,
+        starts: Int[Array, "A 7"],
+        prompts: Int[Array, "A S"],
+        seed,
+        step,
     ) -> Decoding:
         """Starts samples in slots. A start is (slot, last prompt token, its position,
-        prompt key, sample, page to copy, page to copy to); slot -1 is none."""
+        prompt key, sample, page to copy, page to copy to); slot -1 is none. `prompts`
+        are the tokens that penalties look at; V is none."""
         slot, token, position, prompt, sample, source, target = starts.T
         there = jnp.where(slot < 0, state.token.size, slot)  # out of range: dropped
         keys = jax.vmap(functools.partial(_row_key, seed, step))(prompt, sample)
@@ -129,6 +146,14 @@ class Programs:
             drawn=put(state.drawn, 0),
             done=put(state.done, False),
             keys=put(state.keys, keys),
+            matched=put(state.matched, START),
+            seen=state.seen
+            and Seen(
+                put(state.seen.prompt, False)
+                .at[there[:, None], prompts]
+                .set(True, mode="drop"),
+                put(state.seen.drawn, 0),
+            ),
         )
 
     def _decode(
@@ -181,27 +206,39 @@ class Programs:
     def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
         """Draws and records a token in every row that is not done."""
         keys = jax.vmap(_fold)(state.keys, state.drawn)
-        chosen = choose(logits, keys, self.sampling, renormalise=self.renormalise)
+        chosen = choose(
+            logits, keys, self.sampling, state.seen, renormalise=self.renormalise
+        )
         going = ~state.done
         limit = self.sampling.max_tokens
         at = (jnp.arange(going.size), jnp.where(going, state.drawn, limit))
         put = lambda array, values: array.at[at].set(values, mode="drop")
         stopped = jnp.any(chosen.token[:, None] == self.stop_tokens[None], axis=-1)
+        matched, seen = state.matched, state.seen
+        if self.stop_table is not None:
+            matched = self.stop_table[chosen.token, matched]
+            stopped |= matched == FOUND
+        if seen:
+            rows = jnp.arange(going.size)
+            seen = seen._replace(drawn=seen.drawn.at[rows, chosen.token].add(going))
         drawn = state.drawn + going
         return state._replace(
             token=jnp.where(going, chosen.token, state.token),
             position=state.position + going,
             drawn=drawn,
             done=state.done | stopped | (drawn >= limit),
+            matched=jnp.where(going, matched, state.matched),
+            seen=seen,
             tokens=put(state.tokens, chosen.token),
             log_probs=put(state.log_probs, chosen.log_prob),
             sampled_log_probs=put(state.sampled_log_probs, chosen.sampled),
         )
 
     def _take(self, state: Decoding, slots: Int[Array, "A"]):
-        """What has been drawn in these slots."""
+        """What has been drawn in these slots, and whether a stop string ended it."""
         drawn = (state.tokens, state.log_probs, state.sampled_log_probs)
-        return tuple(values[slots] for values in drawn)
+        found = state.matched == FOUND
+        return tuple(values[slots] for values in (*drawn, found))
 
 
 def _fold(key: UInt32[Array, "2"], number) -> UInt32[Array, "2"]:

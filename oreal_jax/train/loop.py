@@ -11,7 +11,6 @@ Everything random is a function of (seed, step), so a run that was stopped goes 
 if it had not been.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,7 +32,14 @@ from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution, Params
 from oreal_jax.rollout import Group, Trajectory
-from oreal_jax.sampling import Completion, Engine, Request, sampled_from
+from oreal_jax.sampling import (
+    Completion,
+    Engine,
+    Request,
+    cut,
+    sampled_from,
+    token_table,
+)
 from oreal_jax.train import measures
 from oreal_jax.train.session import (
     Session,
@@ -56,6 +62,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     mesh = sharding.make_mesh(config.mesh, source.config)
     chat = chat_of(config, run, source)
     stop_tokens = chat.stop_tokens(config.stop_words)
+    stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     repeated = usable_prompts(config, prompts, chat, screen)
@@ -65,10 +72,13 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         mesh,
         config.sampling,
         stop_tokens,
+        stop_table=stop_table,
         rows=config.decode_rows,
         cache_tokens=config.cache_tokens,
         renormalise=config.log_probs == "sampled",
         dtype=compute_dtype(config.compute),
+        weights=config.decode_weights,
+        cache=config.decode_cache,
     )
     session = Session(
         config,
@@ -102,6 +112,8 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             with uninterrupted():
                 if kept:
                     values |= learn(session, kept, reference, add_reference, update)
+                    most = config.max_disagreement
+                    measures.require_agreement(values, most, session.step)
                 else:
                     session.skip_step()
                 write_trajectories(run, step, groups, chat)
@@ -170,19 +182,12 @@ def sample_and_judge(
         Request(tokens, prompt.key, occurrence * K)
         for tokens, (prompt, occurrence) in zip(prompts, drawn, strict=True)
     ]
-    with session.screen.phase("gen", total=len(requests) * K, label=label) as advance:
-        completions = engine.sample(
-            session.state.policy.params,
-            requests,
-            K,
-            seed=config.seed,
-            step=step,
-            on_progress=lambda tokens, finished: advance(finished, tokens),
-        )
+    completions = sample(session, config, drawn, requests, engine)
+    decode = lambda tokens: cut(session.chat.decode(tokens), config.stop_strings)
     pairs, texts = [], []
     for (prompt, _), group in zip(drawn, completions, strict=True):
         for completion in group:
-            texts.append(session.chat.decode(completion.tokens))
+            texts.append(decode(completion.tokens))
             pairs.append((texts[-1], prompt.gold_answer))
     flat = [completion for group in completions for completion in group]
     with session.screen.phase("verify", total=len(flat), label=label) as advance:
@@ -208,6 +213,54 @@ def sample_and_judge(
     ]
 
 
+def sample(
+    session: Session,
+    config: TrainConfig,
+    drawn: Sequence[tuple[Prompt, int]],
+    requests: Sequence[Request],
+    engine: Engine,
+) -> list[list[Completion]]:
+    """K completions of each request. Interrupted, it leaves those that are finished in
+    `RUN/interrupted/`; the step will be done anew, and draw the same."""
+    step, K = session.step, config.samples_per_prompt
+    path = interrupted_path(session.run, step)
+    finished: dict[tuple[int, int], dict] = {}
+
+    def note(n: int, k: int, completion: Completion) -> None:
+        prompt, _ = drawn[n]
+        text = session.chat.decode(completion.tokens)
+        finished[n, k] = {
+            "step": step,
+            "id": prompt.id,
+            "group": n,
+            "sample": requests[n].first_sample + k,
+            "question": prompt.question,
+            "gold_answer": prompt.gold_answer,
+            "completion": cut(text, config.stop_strings),
+            "tokens": len(completion.tokens),
+            "finish_reason": completion.finish_reason,
+            "mean_log_prob": float(completion.log_probs.mean()),
+        }
+
+    label = f"step {step + 1}: "
+    total = len(requests) * K
+    try:
+        with session.screen.phase("gen", total=total, label=label) as advance:
+            return engine.sample(
+                session.state.policy.params,
+                requests,
+                K,
+                seed=config.seed,
+                step=step,
+                on_progress=lambda tokens, finished: advance(finished, tokens),
+                on_finished=note,
+            )
+    except KeyboardInterrupt:
+        metrics.write_rows(path, [row for _, row in sorted(finished.items())])
+        session.screen.say(f"{len(finished)} of {total} completions are in {path}")
+        raise
+
+
 def distribution_of(config: TrainConfig) -> Distribution:
     """The distribution whose probabilities the loss is about."""
     if config.log_probs == "sampled":
@@ -226,10 +279,13 @@ def write_trajectories(
 ) -> None:
     """All completions of a step as JSON lines, whole or not at all."""
     rows = [t.as_json(step, chat.pieces) for group in groups for t in group]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path = run / "trajectories" / f"step_{step:06d}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    metrics.replace_text(path, "".join(line + "\n" for line in lines))
+    metrics.write_rows(run / "trajectories" / f"step_{step:06d}.jsonl", rows)
+    interrupted_path(run, step).unlink(missing_ok=True)
+
+
+def interrupted_path(run: Path, step: int) -> Path:
+    """Where completions of a step that was interrupted lie until it is whole."""
+    return run / "interrupted" / f"step_{step:06d}.jsonl"
 
 
 def line(step: int, steps: int, values: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from oreal_jax.data.packing import Batch, Slot
+from oreal_jax.errors import Failure
 from oreal_jax.rollout import TokenScores, Trajectory
 from oreal_jax.train.step import Scores
 
@@ -14,8 +15,9 @@ from oreal_jax.train.step import Scores
 def agreement(
     kept: Sequence[Trajectory], slots: Sequence[Slot], scores: Scores, batch: Batch
 ) -> dict[str, float]:
-    """Difference of token probabilities between sampler and trainer, and the area under
-    the token reward model's ROC curve. Attaches the scores to the trajectories."""
+    """Difference and correlation of token probabilities between sampler and trainer,
+    and the area under the token reward model's ROC curve. Attaches the scores to the
+    trajectories."""
     arrays = jax.device_get(
         (
             scores.log_probs,
@@ -24,21 +26,35 @@ def agreement(
             scores.token_scores,
         )
     )
-    differences, means = [], []
+    pairs, means = [], []
     for trajectory, (micro, place) in zip(kept, slots, strict=True):
         size = len(trajectory.completion.tokens)
         said = TokenScores(*(values[micro, place, :size] for values in arrays))
         trajectory.scores = said
-        change = np.exp(said.log_probs) - np.exp(trajectory.old_log_probs)
-        differences.append(np.abs(change))
+        pairs.append(np.exp([trajectory.old_log_probs, said.log_probs]))
         means.append(said.token_scores.mean())
-    difference = np.concatenate(differences)
+    sampler, trainer = np.concatenate(pairs, axis=1)
+    difference = np.abs(trainer - sampler)
+    varied = sampler.std() and trainer.std()
     correct = np.array([t.correct for t in kept])
     return {
         "training/rollout_probs_diff_mean": float(difference.mean()),
         "training/rollout_probs_diff_max": float(difference.max()),
+        "training/rollout_probs_correlation": float(
+            np.corrcoef(sampler, trainer)[0, 1] if varied else np.nan
+        ),
         "token_reward/auc": roc_area(np.array(means), correct),
     }
+
+
+def require_agreement(values: dict[str, float], most: float, step: int) -> None:
+    """Raises `Failure` where sampler and trainer are further apart than `most`."""
+    found = values["training/rollout_probs_diff_mean"]
+    if not found <= most:
+        raise Failure(
+            f"step {step}: the sampler's token probabilities differ from the trainer's "
+            f"by {found:.4g} on average, max_disagreement={most}; the step is not saved"
+        )
 
 
 def roc_area(scores: np.ndarray, correct: np.ndarray) -> float:

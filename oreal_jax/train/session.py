@@ -4,6 +4,7 @@
     RUN/model/             config.json, tokenizer, chat template
     RUN/metrics.jsonl      one object a step
     RUN/trajectories/      one file a step
+    RUN/interrupted/       what a step that was interrupted had drawn
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
     RUN/data/              the prompts as a TFDS data set

@@ -1,0 +1,216 @@
+"""Decoding through pages: against transformers, and all kernels against a loop."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
+    ref_ragged_paged_attention,
+)
+from test_model import LENGTHS, TINY, close, padded, pair, sequences, their_logits
+
+from oreal_jax import model
+from oreal_jax.model import decoding, kernels
+from oreal_jax.model.cache import Pages
+from oreal_jax.model.kernels import GpuPages, TpuPages, pages_for
+
+__all__ = ["pair"]
+
+SIZE = 4  # tokens a page
+FULL = decoding.in_dtype(jnp.float32)
+
+
+def prefilled(config, weights, tokens, lengths, pages: int = 8, dtype=jnp.float32):
+    """A cache that holds these prompts, and each row's table of pages."""
+    rows = len(lengths)
+    numbers = np.random.default_rng(0).permutation(rows * pages) + 1
+    table = jnp.asarray(numbers.reshape(rows, pages))
+    page = Pages.empty(rows * pages + 1, SIZE, config.kv_heads, config.head_dim, dtype)
+    S = -(-tokens.shape[1] // SIZE) * SIZE
+    tokens = jnp.pad(tokens, ((0, 0), (0, S - tokens.shape[1])))
+    cache = decoding.prefill(
+        config,
+        weights,
+        tokens,
+        jnp.asarray(lengths),
+        (page,) * config.layers,
+        table[:, : S // SIZE],
+    )
+    return cache, table
+
+
+def logits_after(config, weights, prompt: int = 6, dtype=jnp.float32):
+    """Logits of every token of `sequences` after its prompt, one token at a time."""
+    tokens, positions, _ = map(jnp.asarray, padded(sequences(config.vocab)))
+    lengths = [prompt] * len(LENGTHS)
+    cache, table = prefilled(config, weights, tokens[:, :prompt], lengths, dtype=dtype)
+    decode = jax.jit(
+        lambda tokens, positions, cache: decoding.decode(
+            config, weights, tokens, positions, cache, table, jnp.int32(8)
+        )
+    )
+    parts = []
+    for t in range(prompt, tokens.shape[1]):
+        logits, cache = decode(tokens[:, t], positions[:, t], cache)
+        parts.append(logits)
+    return jnp.stack(parts, axis=1)
+
+
+def test_logits_equal_transformers_through_the_cache(pair):
+    theirs, config, params = pair
+    ours = logits_after(config, decoding.weights(config, params, FULL))
+    for row, sequence in enumerate(sequences(config.vocab)):
+        size = len(sequence) - 6
+        close(ours[row, :size], their_logits(theirs, sequence)[6:])
+
+
+def test_repeated_key_value_heads_change_nothing(pair):
+    """More devices on the tensor axis than key-value heads: each has a copy of one."""
+    _, config, params = pair
+    repeated = decoding.split_heads(config, 4)
+    assert (config.kv_heads, repeated.kv_heads) == (2, 4)
+    assert decoding.split_heads(config, 2) == config
+    ours = logits_after(repeated, decoding.weights(repeated, params, FULL))
+    close(ours, logits_after(config, decoding.weights(config, params, FULL)))
+
+
+def test_rows_of_a_decoding_batch_may_stand_at_different_positions():
+    params = model.init(TINY, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    states = model.hidden(TINY, params, tokens, positions, jnp.ones_like(tokens))
+    whole = model.logits(TINY, params, states)
+    weights = decoding.weights(TINY, params, FULL)
+    cache, table = prefilled(TINY, weights, tokens[:, :8], [8, 8])
+    at = jnp.asarray([8, 5])  # the second row goes back to position 5
+    chosen = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
+    logits, _ = decoding.decode(TINY, weights, chosen, at, cache, table, jnp.int32(3))
+    np.testing.assert_allclose(logits[0], whole[0, 8], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[1], whole[1, 5], rtol=1e-4, atol=1e-5)
+
+
+def log_prob_error(ours, theirs) -> float:
+    """The mean difference of log-probabilities over the vocabulary."""
+    return float(jnp.abs(jax.nn.log_softmax(ours) - jax.nn.log_softmax(theirs)).mean())
+
+
+def test_int8_weights_are_near_and_quantize_every_matrix():
+    params = model.init(TINY, jax.random.key(0))
+    store = decoding.in_int8(jnp.float32)
+    small = decoding.weights(TINY, params, store)
+    dense = jax.tree.map(
+        lambda w: w.dense(jnp.float32) if isinstance(w, decoding.Quantized) else w,
+        small,
+        is_leaf=lambda w: isinstance(w, decoding.Quantized),
+    )
+    kept = decoding.weights(TINY, params, FULL)
+    for ours, weight in zip(jax.tree.leaves(dense), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_allclose(ours, weight, atol=np.abs(weight).max() / 127 / 1.9)
+    matrices = [w for w in jax.tree.leaves(small) if w.dtype == jnp.int8]
+    assert len(matrices) == 7 * TINY.layers + 2
+    error = log_prob_error(logits_after(TINY, small), logits_after(TINY, kept))
+    assert 0 < error < 0.01
+
+
+def test_scales_of_int8_weights_lie_like_their_outputs():
+    names = decoding.axes(TINY, decoding.in_int8(jnp.float32))
+    attention = names["layers"][0]["attention"]
+    assert attention["query"].values == ("embed", "heads", "head_dim")
+    assert attention["query"].scale == (None, "heads", "head_dim")
+    assert attention["output"].scale == (None, None, "embed")
+    assert names["layers"][0]["mlp"]["down"].scale == (None, "embed")
+    assert names["embedding"].scale == ("vocab", None)
+
+
+def test_a_float8_cache_is_near():
+    config = dataclasses.replace(TINY, head_dim=16)
+    params = model.init(config, jax.random.key(0))
+    weights = decoding.weights(config, params, FULL)
+    small = logits_after(config, weights, dtype=jnp.float8_e4m3fn)
+    error = log_prob_error(small, logits_after(config, weights))
+    assert 0 < error < 0.01
+
+
+def dense_attention(query, keys, values, lengths) -> np.ndarray:
+    """Row by row and head by head, in float64."""
+    B, H, K = query.shape
+    out = np.zeros((B, H, K))
+    for b in range(B):
+        for h in range(H):
+            g = h * keys.shape[2] // H
+            scores = keys[b, : lengths[b], g] @ query[b, h] * K**-0.5
+            weights = np.exp(scores - scores.max())
+            out[b, h] = weights @ values[b, : lengths[b], g] / weights.sum()
+    return out
+
+
+def in_interpreter(form, pages):
+    """`attend` of a form, on this machine."""
+    if form is GpuPages:
+        return functools.partial(pages.attend, interpret=True)
+    return pages.attend
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("form", [Pages, TpuPages, GpuPages])
+def test_all_kernels_attend_alike(monkeypatch, form, dtype):
+    """Prompts, then single tokens, then a page copied: all forms against a loop. For
+    the TPU kernel, which no interpreter runs, its authors' restatement stands in."""
+    monkeypatch.setattr(kernels, "ragged_paged_attention", restated)
+    B, H, G, K, M, size = 3, 8, 4, 128, 4, 16
+    draw = np.random.default_rng(0)
+    rounded = lambda *shape: np.asarray(
+        jnp.asarray(draw.normal(size=shape), dtype).astype(jnp.float32)
+    )
+    lengths = np.array([37, 1, 64])
+    keys, values = rounded(B, M * size, G, K), rounded(B, M * size, G, K)
+    query = draw.normal(size=(B, H, K)).astype(np.float32)
+    table = jnp.asarray(1 + draw.permutation(B * M).reshape(B, M), jnp.int32)
+    pages = form.empty(B * M + 2, size, G, K, dtype)
+    start = 2 * size
+    pages = pages.write_prompts(
+        table[:, :2], jnp.asarray(keys[:, :start]), jnp.asarray(values[:, :start])
+    )
+    for t in range(start, M * size):
+        new = jnp.asarray(keys[:, t]), jnp.asarray(values[:, t])
+        pages = pages.write(table, jnp.full(B, t), *new)
+    spare = jnp.asarray([B * M + 1])  # row 0's second page moves there
+    pages = pages.copy(table[0, 1][None], spare)
+    table = table.at[0, 1].set(spare[0])
+    attend = in_interpreter(form, pages)
+    found = attend(
+        jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32), jnp.int32(M)
+    )
+    expected = dense_attention(query, keys, values, lengths)
+    rounding = 1e-2 if found.dtype == jnp.bfloat16 or dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+
+
+def restated(query, pages, lengths, table, starts, rows, **options):
+    sizes = ("num_kv_pages_per_block", "num_queries_per_block")
+    options = {name: x for name, x in options.items() if name not in sizes}
+    return ref_ragged_paged_attention(
+        query, pages, lengths, table, starts, rows, **options
+    )
+
+
+def test_the_gpu_kernel_lowers_to_triton():
+    page = GpuPages.empty(9, 64, 4, 128, jnp.bfloat16)
+    arguments = (
+        jnp.zeros((2, 28, 128), jnp.bfloat16),
+        jnp.ones((2, 4), jnp.int32),
+        jnp.ones(2, jnp.int32),
+        jnp.int32(4),
+    )
+    traced = jax.jit(GpuPages.attend).trace(page, *arguments)
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_backend_decodes_with_its_kernel():
+    assert pages_for("tpu", 128) is TpuPages
+    assert pages_for("tpu", 64) is Pages
+    assert pages_for("gpu", 128) is GpuPages
+    assert pages_for("cpu", 128) is Pages
