@@ -1,6 +1,7 @@
 """The engine: what it draws, what it returns, and on what it does not depend."""
 
 import dataclasses
+import functools
 
 import families
 import jax
@@ -8,13 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from oreal_jax import model, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
-from oreal_jax.sampling import Engine, Request, Sampling, sampled_from
-from oreal_jax.sampling.choice import choose, truncated
+from oreal_jax.sampling import (
+    Engine,
+    Request,
+    Sampling,
+    cut,
+    sampled_from,
+    token_table,
+)
+from oreal_jax.sampling.choice import Seen, biased, choose, penalised, truncated
+from oreal_jax.sampling.stops import FOUND, START
 
 CONFIG = ModelConfig(
     vocab=64,
@@ -50,23 +62,21 @@ def mesh_of(shape=None):
     return sharding.make_mesh(shape, CONFIG)
 
 
-def engine_of(
-    mesh=None, rows=64, cache_tokens=0, renormalise=False, **options
-) -> Engine:
+def engine_of(mesh=None, rows=64, stop_table=None, **options) -> Engine:
+    """An engine for 90 tokens and a nucleus of 0.9, unless the options say otherwise."""
+    of_engine = ("cache_tokens", "renormalise", "weights", "cache")
+    given = {name: options.pop(name) for name in of_engine if name in options}
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
-    return Engine(
-        CONFIG,
-        mesh or mesh_of(),
-        sampling,
-        [STOP],
-        rows=rows,
-        cache_tokens=cache_tokens,
-        renormalise=renormalise,
-    )
+    make = functools.partial(Engine, CONFIG, mesh or mesh_of(), sampling, [STOP])
+    return make(rows=rows, stop_table=stop_table, **given)
+
+
+kept_engine = functools.cache(engine_of)  # tests that ask for the same share programs
 
 
 def draw(params, requests, samples=3, *, seed=1, step=0, **options):
-    engine = engine_of(**options)
+    unhashable = "stop_table" in options
+    engine = engine_of(**options) if unhashable else kept_engine(**options)
     placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
     return engine.sample(placed, requests, samples, seed=seed, step=step)
 
@@ -213,13 +223,16 @@ def test_progress_counts_every_token_and_row_once(params, requests, drawn):
     assert seen.tolist() == [total, 15]
 
 
-def test_greedy_equals_transformers(tmp_path):
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_equals_transformers_on_64_prompts(tmp_path, penalty):
     theirs = families.write("qwen2.5-untied", tmp_path)
     config = hf.read_config(tmp_path)
     mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
-    engine = Engine(config, mesh, Sampling(max_tokens=20, temperature=0.0), [2])
-    prompts = [[5, 9, 40], [7] * 11, [60, 61, 62, 63, 11, 12]]
-    requests = [Request(p, i) for i, p in enumerate(prompts)]
+    sampling = Sampling(max_tokens=20, temperature=0.0, repetition_penalty=penalty)
+    engine = Engine(config, mesh, sampling, [2], rows=16)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(3, 96, 1 + n % 13).tolist() for n in range(64)]
+    requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
     ours = engine.sample(hf.load(tmp_path), requests, 1, seed=0)
     for prompt, (completion,) in zip(prompts, ours, strict=True):
         with torch.no_grad():
@@ -228,10 +241,170 @@ def test_greedy_equals_transformers(tmp_path):
                 attention_mask=torch.ones(1, len(prompt)),
                 max_new_tokens=20,
                 do_sample=False,
+                repetition_penalty=penalty,
                 eos_token_id=2,
                 pad_token_id=0,
             )[0, len(prompt) :]
         assert completion.tokens == expected.tolist()
+
+
+HISTORY = [[5, 5, 9], [1, 2, 3], [9, 9, 9]]  # drawn so far, after prompts of token 7
+
+
+def seen_of(vocabulary: int) -> Seen:
+    prompt = np.zeros((3, vocabulary), bool)
+    prompt[:, 7] = True
+    drawn = np.stack([np.bincount(row, minlength=vocabulary) for row in HISTORY])
+    return Seen(jnp.asarray(prompt), jnp.asarray(drawn, jnp.int32))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.5])
+def test_the_repetition_penalty_is_transformers(penalty):
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    sampling = Sampling(max_tokens=1, repetition_penalty=penalty)
+    ours = penalised(jnp.asarray(logits), sampling, seen_of(20))
+    history = torch.tensor([[7, *row] for row in HISTORY])
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(history, torch.tensor(logits))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_the_logit_bias_is_transformers():
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    bias = ((4, 2.5), (11, -100.0))
+    ours = biased(jnp.asarray(logits), Sampling(max_tokens=1, logit_bias=bias))
+    theirs = SequenceBiasLogitsProcessor({(token,): value for token, value in bias})
+    expected = theirs(
+        torch.tensor([[7, *row] for row in HISTORY]), torch.tensor(logits)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_presence_is_punished_once_and_frequency_each_time():
+    """OpenAI's formula: logit - presence * (count > 0) - frequency * count, over the
+    completion alone."""
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    sampling = Sampling(max_tokens=1, presence_penalty=0.5, frequency_penalty=0.25)
+    ours = np.asarray(penalised(jnp.asarray(logits), sampling, seen_of(20)))
+    for row, history in enumerate(HISTORY):
+        for token in range(20):
+            count = history.count(token)
+            less = 0.5 * (count > 0) + 0.25 * count
+            assert ours[row, token] == pytest.approx(logits[row, token] - less)
+
+
+PENALTIES = {
+    "repetition_penalty": 1.4,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.2,
+}
+
+
+@jax.jit
+def logits_of(params, tokens):
+    positions = jnp.arange(tokens.shape[1])[None]
+    states = model.hidden(CONFIG, params, tokens, positions, jnp.ones_like(tokens))
+    return model.logits(CONFIG, params, states)
+
+
+def test_penalties_follow_what_each_row_has_drawn(params, requests):
+    """Token by token against the full forward pass: slots are used again and again, so
+    what one row has seen must not reach the next."""
+    sampling = dict(temperature=0.0, top_p=1.0, max_tokens=12, **PENALTIES)
+    drawn = draw(params, requests, 1, rows=2, **sampling)
+    for request, (completion,) in zip(requests, drawn, strict=True):
+        sequence = list(request.prompt)
+        for token in completion.tokens:
+            padded = sequence + [0] * (48 - len(sequence))
+            logits = logits_of(params, jnp.asarray([padded]))[0, len(sequence) - 1]
+            prompt = np.isin(np.arange(64), request.prompt)
+            counts = np.bincount(sequence[len(request.prompt) :], minlength=64)
+            factor = np.where(logits > 0, 1 / 1.4, 1.4)
+            logits = np.where(prompt | (counts > 0), logits * factor, logits)
+            logits = logits - 0.3 * (counts > 0) - 0.2 * counts
+            assert token == logits.argmax()
+            sequence.append(token)
+
+
+def test_penalties_do_not_depend_on_slots(params, requests):
+    few, many = (draw(params, requests, rows=rows, **PENALTIES) for rows in (2, 64))
+    assert tokens_of(few) == tokens_of(many)
+
+
+def test_a_banned_token_is_never_drawn(params, requests, drawn):
+    usual = {t for group in drawn for c in group for t in c.tokens}
+    banned = max(usual - {STOP})
+    again = draw(params, requests, logit_bias=((banned, -1e9),))
+    assert banned not in {t for group in again for c in group for t in c.tokens}
+    without = draw(params, requests, logit_bias=((banned, 0.0),))
+    assert tokens_of(without) == tokens_of(drawn)
+
+
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
+    params, requests, drawn
+):
+    """Tokens spell two letters each, so that strings straddle them."""
+    pieces = [bytes([97 + t % 5, 97 + t // 13]) for t in range(64)]
+    spell = lambda tokens: b"".join(pieces[t] for t in tokens).decode()
+    strings = ["cab", "dd"]
+    table = token_table(strings, lambda: pieces, 64)
+    again = draw(params, requests, stop_table=table, rows=4)
+    ended = 0
+    for before, after in zip(drawn, again, strict=True):
+        for whole, short in zip(before, after, strict=True):
+            assert whole.tokens[: len(short.tokens)] == short.tokens
+            found = [s in spell(short.tokens) for s in strings]
+            assert not any(s in spell(short.tokens[:-1]) for s in strings)
+            if any(found):
+                ended += 1
+                assert short.finish_reason == "stop"
+                assert cut(spell(short.tokens), strings) == min(
+                    (spell(short.tokens).split(s)[0] for s in strings), key=len
+                )
+            else:
+                assert short.tokens == whole.tokens
+    assert ended > 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    strings=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    pieces=st.lists(st.text("abc", max_size=3), min_size=6, max_size=6),
+    tokens=st.lists(st.integers(0, 6), max_size=10),
+)
+def test_the_table_finds_stop_strings_where_the_text_has_them(strings, pieces, tokens):
+    table = token_table(strings, lambda: [p.encode() for p in pieces], 7)
+    state, text = START, ""
+    for token in tokens:
+        state = table[token, state]
+        text += pieces[token] if token < 6 else ""  # token 6 is beyond the tokenizer
+        assert (state == FOUND) == any(string in text for string in strings)
+
+
+def test_stop_strings_that_cannot_be_are_refused():
+    assert token_table([], lambda: [], 5) is None
+    with pytest.raises(BadInput, match="empty"):
+        token_table(["x", ""], lambda: [b"x"], 1)
+
+
+@pytest.mark.parametrize("option", [{"weights": "int8"}, {"cache": "float8"}])
+def test_eight_bits_change_little_and_depend_on_nothing_else(params, requests, option):
+    small = draw(params, requests, max_tokens=5, **option)
+    assert tokens_of(
+        draw(params, requests, max_tokens=5, rows=4, **option)
+    ) == tokens_of(small)
+    full = draw(params, requests, max_tokens=1)
+    first = lambda drawn: np.array([c.log_probs[0] for g in drawn for c in g])
+    tokens = lambda drawn: np.array([c.tokens[0] for g in drawn for c in g])
+    same = tokens(small) == tokens(full)
+    difference = np.abs(first(small) - first(full))[same]
+    assert same.mean() > 0.6 and 0 < difference.max() < 0.5
+
+
+def test_more_tensor_devices_than_key_value_heads_change_nothing(
+    params, requests, drawn
+):
+    shape = sharding.MeshShape(fsdp=2, tensor=4)  # the model has two such heads
+    assert tokens_of(draw(params, requests, mesh=mesh_of(shape))) == tokens_of(drawn)
 
 
 def sorted_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
@@ -256,6 +429,8 @@ def test_the_nucleus_is_that_of_sorting(scale, top_p):
 
 OPTIONS = [
     {},
+    {"logit_bias": ((3, 2.0), (200, -1.5))},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3},
     {"temperature": 0.5},
     {"top_p": 0.8},
     {"top_p": 0.3},
@@ -271,11 +446,13 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
     sampling = Sampling(**({"max_tokens": 1} | options))
     logits = 2 * jax.random.normal(jax.random.key(0), (V,))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
-    one = lambda key: choose(logits[None], key[None], sampling)[0][0]
+    seen = Seen(jnp.arange(V)[None] % 3 == 0, jnp.arange(V)[None] % 5)
+    one = lambda key: choose(logits[None], key[None], sampling, seen)[0][0]
     tokens = np.asarray(
         jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
     )
-    kept = np.asarray(truncated(logits[None], sampling)[0], np.float64)
+    scores = penalised(biased(logits[None], sampling), sampling, seen)
+    kept = np.asarray(truncated(scores, sampling)[0], np.float64)
     expected = draws * kept / kept.sum()
     counts = np.bincount(tokens, minlength=V)
     assert not counts[expected == 0].any()
@@ -364,6 +541,7 @@ def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requ
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
     ],
 )
 def test_an_option_outside_its_range_is_named(field, value):
