@@ -1,0 +1,203 @@
+"""How right and how fast the verifier is, on real problems and on bombs.
+
+    python tools/bench_verify.py ../shared/data/math500.jsonl ...
+
+Every file has `gold_answer` rows. Each gold answer is written anew in every way of
+`WAYS` that changes it, and judged against itself; then come answers a second over
+completions with working, and a batch of which a twentieth are bombs.
+"""
+
+import argparse
+import collections
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from pathlib import Path
+
+from oreal_jax.verify import Pool
+
+FRACTION = re.compile(r"\\frac\{(-?\d+)\}\{(\d+)\}")
+SYMBOLS = {
+    r"\pi": "π",
+    r"\infty": "∞",
+    r"\leq": "≤",
+    r"\geq": "≥",
+    r"\cup": "∪",
+    r"^\circ": "°",
+    r"^{\circ}": "°",
+    r"\cdot": "·",
+    r"\times": "×",
+    r"\pm": "±",
+    "-": "−",
+}
+
+
+def boxed(text: str) -> str:
+    """A sentence that ends in the box."""
+    return f"Adding both sides, we find that the answer is $\\boxed{{{text}}}$."
+
+
+def unicode(text: str) -> str:
+    """Signs instead of commands."""
+    for command, sign in SYMBOLS.items():
+        text = re.sub(re.escape(command) + r"(?![a-zA-Z])", sign, text)
+    return re.sub(r"\\sqrt\{(\w+)\}", r"√(\1)", text)
+
+
+def decimal(text: str) -> str:
+    """0.5 for 1/2, where the decimal ends and the answer is that fraction alone."""
+    match = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", text)
+    if not match or not int(match[3]) or 10**6 % int(match[3]):
+        return text
+    return match[1] + format(int(match[2]) / int(match[3]), ".10g")
+
+
+def fraction(text: str) -> str:
+    """1/2 for 0.5."""
+    if not re.fullmatch(r"-?\d*\.\d+", text):
+        return text
+    value = Fraction(text)
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def thousands(text: str, comma: str) -> str:
+    """Commas in a large whole number."""
+    if not re.fullmatch(r"-?\d{4,}", text):
+        return text
+    return f"{int(text):,}".replace(",", comma)
+
+
+def aired(text: str) -> str:
+    """Spaces around signs."""
+    return re.sub(r"(?<=[\w})])\s*([-+=,])\s*(?=[\w\\({])", r" \1 ", text)
+
+
+def dense(text: str) -> str:
+    """No spaces but those that end a command."""
+    if r"\text" in text or r"\mbox" in text:
+        return text
+    return re.sub(r"(\\[a-zA-Z]+ )(?=[a-zA-Z])|\s+", r"\1", text).replace("\\ ", "")
+
+
+def unbraced(text: str) -> str:
+    r"""x^2 for x^{2}, \sqrt2 for \sqrt{2}, \frac12 for \frac{1}{2}."""
+    text = re.sub(r"([\^_])\{(\w)\}(?!\d)", r"\1\2", text)
+    text = re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", text)
+    return re.sub(r"\\frac\{(\d)\}\{(\d)\}(?!\d)", r"\\frac\1\2", text)
+
+
+def braced(text: str) -> str:
+    """The other way round."""
+    text = re.sub(r"([\^_])(\w)", r"\1{\2}", text)
+    text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
+    return re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+
+
+def slashed(text: str) -> str:
+    """a/b for a fraction of whole numbers that stands alone."""
+    match = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}", text)
+    return f"{match[1]}{match[2]}/{match[3]}" if match else text
+
+
+def wordy(text: str) -> str:
+    """Words bare or in another font."""
+    return re.sub(r"\\(?:text|mbox)\{([^{}]*)\}", r"\\textbf{\1}", text)
+
+
+def turned(text: str) -> str:
+    """The roots of a list in another order."""
+    parts = re.split(r",\s*", text)
+    return ",".join(reversed(parts)) if not re.search(r"[()\[\]{}\\]", text) else text
+
+
+WAYS: dict[str, Callable[[str], str]] = {
+    "boxed in a sentence": boxed,
+    "in a display": lambda g: f"Hence\n\\[\n\\boxed{{{g}}}\n\\]",
+    "after a heading": lambda g: f"**Final Answer**\n\n$\\boxed{{{g}}}$",
+    "after thinking": lambda g: f"<think>Maybe \\boxed{{0}}?</think>\n$\\boxed{{{g}}}$",
+    "spaces in the box": lambda g: f"$\\boxed{{ {g} }}$",
+    "dollars in the box": lambda g: f"\\boxed{{${g}$}}",
+    "a period in the box": lambda g: f"\\boxed{{{g}.}}",
+    "without a box": lambda g: f"So the answer is ${g}$.",
+    r"\dfrac": lambda g: boxed(g.replace(r"\frac", r"\dfrac")),
+    r"\tfrac": lambda g: boxed(g.replace(r"\frac", r"\tfrac")),
+    r"\displaystyle": lambda g: boxed(r"\displaystyle " + g),
+    r"\left and \right": lambda g: boxed(
+        re.sub(r"(?<!\\left)\(", r"\\left(", re.sub(r"(?<!\\right)\)", r"\\right)", g))
+    ),
+    r"no \left and \right": lambda g: boxed(re.sub(r"\\(left|right)\b", "", g)),
+    "spaces": lambda g: boxed(aired(g)),
+    "no spaces": lambda g: boxed(dense(g)),
+    "fewer braces": lambda g: boxed(unbraced(g)),
+    "more braces": lambda g: boxed(braced(g)),
+    "all in braces": lambda g: boxed("{" + g + "}"),
+    "unicode": lambda g: boxed(unicode(g)),
+    "a decimal": lambda g: boxed(decimal(g)),
+    "a fraction": lambda g: boxed(fraction(g)),
+    "a slash": lambda g: boxed(slashed(g)),
+    "1,000": lambda g: boxed(thousands(g, ",")),
+    "1{,}000": lambda g: boxed(thousands(g, "{,}")),
+    r"1,\!000": lambda g: boxed(thousands(g, r",\!")),
+    r"\% as %": lambda g: boxed(g.replace(r"\%", "%")),
+    r"\textbf": lambda g: boxed(wordy(g)),
+    "words bare": lambda g: boxed(re.sub(r"^\\text\{(\w+)\}$", r"\1", g)),
+    "all as text": lambda g: boxed(re.sub(r"^([A-Za-z]{2,}|\d+)$", r"\\text{\1}", g)),
+    "named": lambda g: boxed(re.sub(r"^(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})$", r"x = \1", g)),
+    "another order": lambda g: boxed(turned(g)),
+    r"\times for \cdot": lambda g: boxed(g.replace(r"\cdot", r"\times")),
+    r"\leq as \le": lambda g: boxed(re.sub(r"\\(leq|geq|neq)\b", lambda m: m[0][:-1], g)),
+    r"\circ braced": lambda g: boxed(g.replace(r"^\circ", r"^{\circ}")),
+    "no degree sign": lambda g: boxed(re.sub(r"^(\d+)\^\{?\\circ\}?$", r"\1", g)),
+    "thin spaces": lambda g: boxed(re.sub(r",\s*", r",\\,", g)),
+}
+
+
+def rewritten(golds: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(way, completion, gold) where the way changes what is judged."""
+    cases = []
+    for gold in golds:
+        bare = gold.strip().strip("$")
+        seen = set()
+        for way, write in WAYS.items():
+            completion = write(bare)
+            if completion not in seen:
+                cases.append((way, completion, gold))
+            seen.add(completion)
+    return cases
+
+
+def main() -> None:
+    """Measures and prints."""
+    parsed = argparse.ArgumentParser(description=__doc__)
+    parsed.add_argument("files", type=Path, nargs="+")
+    parsed.add_argument("--show", action="store_true", help="print what is missed")
+    options = parsed.parse_args()
+    with Pool(2) as pool:
+        pool.verdicts([("1", "1"), ("2", "2")])
+        for file in options.files:
+            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+            cases = rewritten(row["gold_answer"] for row in rows)
+            start = time.perf_counter()
+            verdicts = pool.verdicts([(c, g) for _, c, g in cases])
+            seconds = time.perf_counter() - start
+            missed = collections.Counter(
+                way
+                for (way, _, _), v in zip(cases, verdicts, strict=True)
+                if v.outcome != "right"
+            )
+            right = 1 - sum(missed.values()) / len(cases)
+            print(f"{file.stem}: {len(cases)} cases, {right:.2%} right, {len(cases)/seconds:.0f}/s")
+            total = collections.Counter(way for way, _, _ in cases)
+            for way, count in missed.most_common():
+                print(f"   {way}: {count} of {total[way]}")
+            if options.show:
+                for (way, c, g), v in zip(cases, verdicts, strict=True):
+                    if v.outcome != "right":
+                        print(f"   [{way}] {g!r}\n      {c!r}\n      {v}")
+
+
+if __name__ == "__main__":
+    main()
