@@ -14,9 +14,9 @@ from typing import Any
 # It warns that it has no time limit of its own; the pool has one.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-DIGITS = 30
-RELATIVE = "1e-12"
-EQUAL = "1e-25"  # relative: two constants that agree so far are one
+DIGITS = 60
+ROUNDED = "1e-12"  # of their size: how far decimals may differ
+EXACT = "1e-50"  # and numbers without a decimal point
 POINTS = (0.37, 1.93, -2.71)  # where formulas with variables are compared
 RELATION = re.compile(r"(<|>|\\le\b|\\ge\b|\\ne\b)")
 INTERVAL = re.compile(r"^([(\[])([^,]+),([^,]+)([)\]])$")
@@ -44,7 +44,7 @@ def read(text: str) -> tuple | None:
 def same(ours: str, golds: str) -> bool | None:
     """Whether two formulas are equal; None where one is not understood."""
     gold, mine = read(golds), read(ours)
-    if not gold or not mine:
+    if not gold or not mine or drops(ours, mine) or drops(golds, gold):
         return None
     from math_verify import verify
 
@@ -56,18 +56,27 @@ def same(ours: str, golds: str) -> bool | None:
     return same_constant(gold[0], mine[0])
 
 
+def drops(text: str, found: tuple) -> bool:
+    """Whether the reader took a letter behind a number for a unit and left it out."""
+    match = re.search(r"\d\s*([a-zA-Z]{1,2})$", text)
+    named = {str(symbol) for symbol in getattr(found[0], "free_symbols", ())}
+    return match is not None and not set(match[1]) - set("ei") <= named
+
+
 def differ(gold: Any, mine: Any) -> bool:
     """Whether what was called equal is not: rounded together, or solved alike."""
     import sympy
 
     if isinstance(gold, sympy.Expr) and isinstance(mine, sympy.Expr):
-        return any(apart(a, b, RELATIVE) for a, b in at_points(gold, mine))
+        rounded = gold.has(sympy.Float) or mine.has(sympy.Float)
+        near = ROUNDED if rounded else EXACT
+        return any(apart(a, b, near) for a, b in at_points(gold, mine))
     if isinstance(gold, sympy.Eq) and isinstance(mine, sympy.Eq):
         if gold.lhs == mine.lhs and isinstance(gold.lhs, sympy.Symbol):
             return differ(gold.rhs, mine.rhs)
         sides = (gold.lhs - gold.rhs, mine.lhs - mine.rhs)
         ratios = [b / a for a, b in at_points(*sides) if a != 0]
-        return not ratios or any(apart(ratios[0], r, RELATIVE) for r in ratios)
+        return not ratios or any(apart(ratios[0], r, ROUNDED) for r in ratios)
     if isinstance(gold, sympy.MatrixBase) and isinstance(mine, sympy.MatrixBase):
         both = gold.shape == mine.shape
         return both and any(map(differ, gold.flat(), mine.flat()))
@@ -105,16 +114,26 @@ def at_points(gold: Any, mine: Any) -> list[tuple[Any, Any]]:
             symbol: sympy.Rational(str(point)) + sympy.Rational(place, 7)
             for place, symbol in enumerate(symbols)
         }
-        pair = [sympy.N(side.subs(values), DIGITS) for side in (gold, mine)]
+        pair = [exact(side.subs(values)) for side in (gold, mine)]
         if all(side.is_number and side.is_finite for side in pair):
             found.append((pair[0], pair[1]))
     return found
+
+
+def exact(constant: Any) -> Any:
+    """A rational number as it is, another to sixty digits."""
+    import sympy
+
+    done = constant.doit()
+    return done if done.is_Rational else sympy.N(constant, DIGITS)
 
 
 def apart(one: Any, other: Any, relative: str) -> bool:
     """Whether two numbers differ by more than a part of their size."""
     import sympy
 
+    if one.is_Rational and other.is_Rational and relative == EXACT:
+        return bool(one != other)
     largest = max(abs(one), abs(other))
     return bool(abs(one - other) > largest * sympy.Float(relative))
 
@@ -133,7 +152,7 @@ def same_constant(gold: Any, mine: Any) -> bool:
     if mine.has(sympy.Float):
         return False
     pairs = at_points(gold, mine)
-    return bool(pairs) and not apart(*pairs[0], EQUAL)
+    return bool(pairs) and not apart(*pairs[0], EXACT)
 
 
 def same_set(ours: str, golds: str) -> bool | None:

@@ -180,7 +180,7 @@ def split_unit(text: str) -> tuple[str, str]:
     else:
         return text, ""
     value = value.rstrip("\\ ")  # of a space before the unit
-    parts = re.sub(r"[.]", " ", unit.lower()).replace("/", " per ").split()
+    parts = re.sub(r"[^\w€£]", " ", unit.lower().replace("/", " per ")).split()
     powers = [RAISED[word] for word in parts if word in RAISED]
     parts = [singular(word) for word in parts if word not in RAISED]
     things = parts and len(parts) <= 4 and not QUALIFIERS & set(parts)

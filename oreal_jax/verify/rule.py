@@ -39,8 +39,8 @@ JOINTS = re.compile(
 LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 
 
-class Costly(ValueError):
-    """A formula that is not read for what it holds."""
+class Unsure(ValueError):
+    """Why it is better to decide nothing."""
 
 
 def judge(completion: str, gold: str) -> Verdict:
@@ -59,8 +59,8 @@ def judge(completion: str, gold: str) -> Verdict:
         return Verdict("wrong", f"nothing is left of the answer {shortened(found)}")
     try:
         equal = same(ours, golds)
-    except Costly as danger:
-        return Verdict("undecided", str(danger))
+    except Unsure as why_not:
+        return Verdict("undecided", str(why_not))
     except Exception:  # sympy raises anything on formulas without a meaning
         equal = None
     if equal is None:
@@ -88,7 +88,7 @@ def same(ours: str, golds: str) -> bool | None:
     """Whether two normalised answers are equal: the first rule that knows.
 
     Raises:
-        Costly: one of them is better not read.
+        Unsure: one of them is better not read, or may be meant otherwise.
     """
     if bare(ours) == bare(golds):
         return True
@@ -99,7 +99,7 @@ def same(ours: str, golds: str) -> bool | None:
     for text, whose in ((ours, "answer"), (golds, "gold answer")):
         danger = dangerous(flat(text))
         if danger:
-            raise Costly(f"the {whose} holds {danger}")
+            raise Unsure(f"the {whose} holds {danger}")
     for rule in DEEP:
         equal = rule(ours, golds)
         if equal is not None:
@@ -166,11 +166,16 @@ def by_clock(ours: str, golds: str) -> bool | None:
     scaled = len(mine) == len(theirs) and all(
         a * theirs[0] == b * mine[0] for a, b in zip(mine, theirs, strict=True)
     )
-    return None if scaled else False
+    if scaled:
+        raise Unsure(
+            f"{shortened(ours)} against {shortened(golds)}: a ratio or a time?"
+        )
+    return False
 
 
 def by_words(ours: str, golds: str) -> bool | None:
     """Words, names and multiple choice, one or a list."""
+    worded = r"\text" in ours + golds
     ours, golds = flat(ours), flat(golds)
     one, other = CHOICE.match(ours), CHOICE.match(golds)
     if one and other and (len(ours) > 1 or len(golds) > 1):
@@ -185,6 +190,8 @@ def by_words(ours: str, golds: str) -> bool | None:
         return [c.upper() for c in mine] == [c.upper() for c in theirs]
     if len(golds) == 1 or len(ours) == 1:
         return None  # a variable, perhaps
+    if not worded and len(ours) <= 3 and len(golds) <= 3:
+        return None  # or a product of them
     return [c.lower() for c in mine] == [c.lower() for c in theirs]
 
 
@@ -220,9 +227,18 @@ def by_unit(ours: str, golds: str) -> bool | None:
     return same(mine, theirs)
 
 
+def by_exact(ours: str, golds: str) -> bool | None:
+    """What is said exactly before a sign of approximation."""
+    if r"\approx" not in ours or r"\approx" in golds:
+        return None
+    if not same(ours.split(r"\approx", 1)[0].strip(), golds):
+        raise Unsure(f"{shortened(ours)} says so only approximately")
+    return True
+
+
 def by_chain(ours: str, golds: str) -> bool | None:
     """A computation such as 1+1=2, all of whose sides must agree."""
-    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=|\\approx\b", ours)]
+    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", ours)]
     if (
         len(sides) < 2
         or "=" in golds
@@ -231,7 +247,7 @@ def by_chain(ours: str, golds: str) -> bool | None:
         return None
     agree = [same(side, sides[0]) for side in sides[1:]]
     if not all(agree) or any(side == "" for side in sides):
-        raise Costly("an answer that contradicts itself")
+        raise Unsure("an answer that contradicts itself")
     return same(sides[-1], golds)
 
 
@@ -316,5 +332,5 @@ def has_base(text: str) -> bool:
 Rule = Callable[[str, str], bool | None]
 CHEAP: tuple[Rule, ...] = (by_base, by_number, by_residue, by_clock, by_words)
 DEEP: tuple[Rule, ...] = (
-    by_unit, by_name, by_chain, by_parts, algebra.same_set, by_algebra,
+    by_exact, by_unit, by_name, by_chain, by_parts, algebra.same_set, by_algebra,
 )  # fmt: skip

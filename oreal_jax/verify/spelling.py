@@ -50,7 +50,7 @@ def normalised(text: str) -> str:
     if "begin{" not in text:  # where a matrix ends its rows with two
         text = re.sub(r"\\\\(?=[a-zA-Z({\[)}\]])", lambda m: "\\", text)
     text = text.replace("\\$", "").replace("\\%", "%").replace("\\#", "#")
-    text = re.sub(r"\{,\}|,\\!\s*", ",", text)
+    text = re.sub(r"\{([,:])\}|(,)\\!\s*", lambda m: m[1] or m[2], text)
     text = re.sub(r"(?<!\\)\\!", "", text)
     text = re.sub(r"(?<!\\)\\[,;:> ]|~", " ", text)
     text = COMMAND.sub(command, text)
