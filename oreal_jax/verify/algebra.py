@@ -51,8 +51,10 @@ def same(ours: str, golds: str) -> bool | None:
     equal = verify(
         list(gold), list(mine), float_rounding=12, timeout_seconds=None, strict=True
     )
+    if equal and differ(gold[0], mine[0]):
+        return None if getattr(gold[0], "is_Relational", False) else False
     if equal:
-        return None if differ(gold[0], mine[0]) else True
+        return True
     return same_constant(gold[0], mine[0])
 
 

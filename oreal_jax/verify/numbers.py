@@ -67,7 +67,7 @@ QUALIFIERS = frozenset(
 )
 WORDED = re.compile(r"^(.+?)\s*\\text\{([^{}]*)\}\s*(?:\^\{?(\d)\}?)?$", re.DOTALL)
 SPOKEN = re.compile(
-    r"^(.*?(?:[\d)}]|\\pi))\s*((?:[a-zA-Z€£]+[\s./]*)+)(?:\^\{?(\d)\}?)?$", re.DOTALL
+    r"^(.*?(?:[\d)}]|\\pi))\s*([a-zA-Z€£][a-zA-Z€£\s./]*)(?:\^\{?(\d)\}?)?$", re.DOTALL
 )
 RAISED = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
