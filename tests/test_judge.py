@@ -1,6 +1,7 @@
 """The judge: whatever a host does, no verdict is wrong because of it."""
 
 import time
+from typing import Any
 
 import pytest
 from judge_stub import MISBEHAVIOURS, honest, says, serving, slow
@@ -12,7 +13,7 @@ from oreal_jax.verify.judge import Case, Judge, prompt, verdict_in
 WRONG = Verdict("wrong", "by rule")
 UNDECIDED = Verdict("undecided", "by rule")
 RIGHT = Verdict("right", "by rule")
-QUICK = {"timeout": 0.4, "tries": 2, "backoff": 0.02, "patience": 0.3}
+QUICK: dict[str, Any] = {"timeout": 0.4, "tries": 2, "backoff": 0.02, "patience": 0.3}
 
 
 def case(answer: str, rule: Verdict = WRONG, number: int = 0) -> Case:
@@ -75,9 +76,8 @@ def test_counts_add_up_over_all_misbehaviours_in_turn():
             verdicts = judge.verdicts(cases)
             metrics = judge.take_metrics()
     for asked, verdict in zip(cases, verdicts, strict=True):
-        if verdict.outcome != "undecided" and "Compared" in verdict.reason:
-            truth = "right" if "right" in asked.completion else "wrong"
-            assert verdict.outcome == truth
+        truth = "right" if "right" in asked.completion else "wrong"
+        assert verdict.outcome in (truth, "undecided")
     outcomes = sum(metrics[f"judge/{o}"] for o in ("right", "wrong", "undecided"))
     failed = sum(n for name, n in metrics.items() if "/failed_" in name)
     assert outcomes == metrics["judge/asked"] == len(cases)

@@ -145,10 +145,14 @@ WAYS: dict[str, Callable[[str], str]] = {
     r"\textbf": lambda g: boxed(wordy(g)),
     "words bare": lambda g: boxed(re.sub(r"^\\text\{(\w+)\}$", r"\1", g)),
     "all as text": lambda g: boxed(re.sub(r"^([A-Za-z]{2,}|\d+)$", r"\\text{\1}", g)),
-    "named": lambda g: boxed(re.sub(r"^(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})$", r"x = \1", g)),
+    "named": lambda g: boxed(
+        re.sub(r"^(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})$", r"x = \1", g)
+    ),
     "another order": lambda g: boxed(turned(g)),
     r"\times for \cdot": lambda g: boxed(g.replace(r"\cdot", r"\times")),
-    r"\leq as \le": lambda g: boxed(re.sub(r"\\(leq|geq|neq)\b", lambda m: m[0][:-1], g)),
+    r"\leq as \le": lambda g: boxed(
+        re.sub(r"\\(leq|geq|neq)\b", lambda m: m[0][:-1], g)
+    ),
     r"\circ braced": lambda g: boxed(g.replace(r"^\circ", r"^{\circ}")),
     "no degree sign": lambda g: boxed(re.sub(r"^(\d+)\^\{?\\circ\}?$", r"\1", g)),
     "thin spaces": lambda g: boxed(re.sub(r",\s*", r",\\,", g)),
@@ -189,7 +193,9 @@ def main() -> None:
                 if v.outcome != "right"
             )
             right = 1 - sum(missed.values()) / len(cases)
-            print(f"{file.stem}: {len(cases)} cases, {right:.2%} right, {len(cases)/seconds:.0f}/s")
+            print(
+                f"{file.stem}: {len(cases)} cases, {right:.2%} right, {len(cases) / seconds:.0f}/s"
+            )
             total = collections.Counter(way for way, _, _ in cases)
             for way, count in missed.most_common():
                 print(f"   {way}: {count} of {total[way]}")

@@ -102,8 +102,10 @@ class Judge:
         verdicts stand.
 
         Raises:
-            BadInput: a host is no web address.
+            BadInput: a host is no web address, or no model is named.
         """
+        if not model:
+            raise BadInput(f"judge: {', '.join(hosts)}: which model is to be asked?")
         for url in hosts:
             if not re.match(r"https?://[^/\s]+", url):
                 raise BadInput(f"judge: {url!r} is not an address like http://host/v1")
