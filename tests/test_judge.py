@@ -16,6 +16,10 @@ RIGHT = Verdict("right", "by rule")
 QUICK: dict[str, Any] = {"timeout": 0.4, "tries": 2, "backoff": 0.02, "patience": 0.3}
 
 
+def quick(**changes: Any) -> dict[str, Any]:
+    return QUICK | changes
+
+
 def case(answer: str, rule: Verdict = WRONG, number: int = 0) -> Case:
     return Case(f"question {number}", "7", f"The answer is {answer}", rule)
 
@@ -71,7 +75,7 @@ def test_counts_add_up_over_all_misbehaviours_in_turn():
 
     cases = [case(word, number=n) for n in range(12) for word in ("right", "no")]
     with serving(moody) as stub:
-        how = QUICK | {"patience": 30.0, "concurrency": 2}
+        how = quick(patience=30.0, concurrency=2)
         with Judge([stub.url], "m", **how) as judge:
             verdicts = judge.verdicts(cases)
             metrics = judge.take_metrics()
@@ -88,7 +92,7 @@ def test_counts_add_up_over_all_misbehaviours_in_turn():
 def test_a_try_that_fails_is_made_again():
     turns = iter([MISBEHAVIOURS["500"][0], MISBEHAVIOURS["disconnects"][0], honest])
     behave = lambda handler, question: next(turns)(handler, question)
-    with serving(behave) as stub, Judge([stub.url], "m", **QUICK | {"tries": 3}) as j:
+    with serving(behave) as stub, Judge([stub.url], "m", **quick(tries=3)) as j:
         assert j.verdicts([case("right")])[0].outcome == "right"
         assert j.take_metrics()["judge/retries"] == 2
 
@@ -97,7 +101,7 @@ def test_a_failing_host_is_taken_out_and_comes_back():
     broken = MISBEHAVIOURS["500"][0]
     with serving(broken) as bad, serving(honest) as good:
         bad.healthy = False
-        how = QUICK | {"tries": 5, "concurrency": 1}
+        how = quick(tries=5, concurrency=1)
         with Judge([bad.url, good.url], "m", **how) as judge:
             cases = [case("right", number=n) for n in range(20)]
             assert {v.outcome for v in judge.verdicts(cases)} == {"right"}
@@ -119,7 +123,7 @@ def test_a_host_has_at_most_so_many_requests():
         time.sleep(0.02)
         honest(handler, question)
 
-    how = QUICK | {"concurrency": 3}
+    how = quick(concurrency=3)
     with serving(busy) as stub, Judge([stub.url], "m", **how) as judge:
         judge.verdicts([case("right", number=n) for n in range(20)])
     assert 2 <= stub.busiest <= 3
@@ -148,7 +152,7 @@ def test_without_hosts_the_run_pauses_says_so_and_goes_on_when_one_is_back():
     said = []
     with serving(MISBEHAVIOURS["500"][0]) as stub:
         stub.healthy = False
-        how = QUICK | {"patience": 0.1, "tries": 4}
+        how = quick(patience=0.1, tries=4)
         with Judge([stub.url], "m", say=said.append, **how) as judge:
             future = judge.submit(case("right"))
             until = time.monotonic() + 5
@@ -167,7 +171,7 @@ def test_without_hosts_the_run_pauses_says_so_and_goes_on_when_one_is_back():
 def test_closing_does_not_wait_for_a_paused_judge():
     with serving(MISBEHAVIOURS["500"][0]) as stub:
         stub.healthy = False
-        judge = Judge([stub.url], "m", **QUICK | {"tries": 9})
+        judge = Judge([stub.url], "m", **quick(tries=9))
         future = judge.submit(case("right"))
         time.sleep(0.3)
         start = time.monotonic()

@@ -199,8 +199,8 @@ def test_stuck_answers_wait_side_by_side():
         pool.verdicts([("a", "a"), ("b", "b")])  # ready
         start = time.monotonic()
         pool.verdicts([("hang", str(n)) for n in range(4)])
-        # 4 x 1 s / 2 workers, and one restart of each in between
-        assert time.monotonic() - start < 2 + 6
+        # 4 x 1 s / 2 workers, and a fifth more: a worker's next child is there at once
+        assert time.monotonic() - start < 2 * 1.2
 
 
 def test_a_pair_is_judged_once():
@@ -241,8 +241,8 @@ def test_a_pool_without_workers_says_so():
 @pytest.mark.parametrize(
     "name, prediction, gold, least",
     [
-        ("triples", "prediction_boxed", "gold_bare", 0.96),
-        ("adversarial", "prediction", "gold", 0.90),
+        ("triples", "prediction_boxed", "gold_bare", 0.98),
+        ("adversarial", "prediction", "gold", 0.98),
     ],
 )
 def test_shared_cases(pool, name, prediction, gold, least):

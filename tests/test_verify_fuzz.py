@@ -43,7 +43,7 @@ def any_text(examples: int):
     @settings(
         max_examples=examples,
         deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         database=None,
     )
     @given(st.lists(COMPLETIONS, min_size=BATCH, max_size=BATCH, unique=True))

@@ -10,14 +10,13 @@ completions with working, and a batch of which a twentieth are bombs.
 import argparse
 import collections
 import json
-import random
 import re
 import time
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from oreal_jax.verify import Pool
+from oreal_jax.verify import Pool, Verdict
 
 FRACTION = re.compile(r"\\frac\{(-?\d+)\}\{(\d+)\}")
 SYMBOLS = {
@@ -113,6 +112,12 @@ def turned(text: str) -> str:
     return ",".join(reversed(parts)) if not re.search(r"[()\[\]{}\\]", text) else text
 
 
+def stuck(completion: str, gold: str) -> Verdict:
+    """A judge that hangs where it is told to."""
+    time.sleep(60 if completion.startswith("hang") else 0)
+    return Verdict("wrong", "")
+
+
 WAYS: dict[str, Callable[[str], str]] = {
     "boxed in a sentence": boxed,
     "in a display": lambda g: f"Hence\n\\[\n\\boxed{{{g}}}\n\\]",
@@ -173,36 +178,91 @@ def rewritten(golds: Iterable[str]) -> list[tuple[str, str, str]]:
     return cases
 
 
+BOMBS = (
+    "9^{9^{9^{9}}}",
+    "9**9**9**9",
+    "(10^9)!",
+    "((100!)!)!",
+    "(" * 400 + "1" + ")" * 400,
+    r"\sqrt{" * 300 + "2" + "}" * 300,
+    "(x+y+z+w)^{4000}",
+    "{" * 2000 + "7" + "}" * 2000,
+    "7" * 1_000_000,
+    r"\int_0^1 x^{x^{x^{x}}} dx",
+    r"\sum_{k=1}^{10^{9}} k^{k}",
+    r"\prod_{k=1}^{99999} (x-k)",
+)
+
+
+def with_working(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
+    """Completions with a real solution's text as working, half of them wrong."""
+    solved = read(solutions)
+    pairs = []
+    for n, row in enumerate(solved):
+        gold = row["gold_answer"] if n % 2 else solved[n - 1]["gold_answer"]
+        pairs.append((f"{row['solution']}\n#### {row['gold_answer']}", gold))
+    for file in files:
+        golds = [row["gold_answer"] for row in read(file)]
+        for n, (_, completion, gold) in enumerate(rewritten(golds)):
+            if n % 7 == 0:
+                working = solved[n % len(solved)]["solution"]
+                other = golds[n % len(golds)] if n % 2 else gold
+                pairs.append((f"{working}\n{completion}", other))
+    return pairs
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a JSON lines file."""
+    return [json.loads(line) for line in file.open(encoding="utf-8")]
+
+
+def reformatted(pool: Pool, file: Path, show: bool) -> None:
+    """Gold answers against themselves, written anew."""
+    cases = rewritten(row["gold_answer"] for row in read(file))
+    verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
+    judged = list(zip(cases, verdicts, strict=True))
+    missed = [(case, v) for case, v in judged if v.outcome != "right"]
+    ways = collections.Counter(case[0] for case, _ in missed)
+    share = 1 - len(missed) / len(cases)
+    print(f"{file.stem}: {share:.2%} of {len(cases)} right; missed {dict(ways)}")
+    for (way, completion, gold), verdict in missed if show else ():
+        print(f"   [{way}] {gold!r}: {completion!r}: {verdict.reason}")
+
+
 def main() -> None:
     """Measures and prints."""
     parsed = argparse.ArgumentParser(description=__doc__)
     parsed.add_argument("files", type=Path, nargs="+")
+    parsed.add_argument(
+        "--solutions", type=Path, help="rows with `solution`: measure answers a second"
+    )
     parsed.add_argument("--show", action="store_true", help="print what is missed")
     options = parsed.parse_args()
-    with Pool(2) as pool:
+    for file in options.files:
+        with Pool(2) as pool:
+            reformatted(pool, file, options.show)
+    if not options.solutions:
+        return
+    pairs = with_working(options.files, options.solutions)
+    seconds = timed(pairs, deadline=5.0)
+    print(f"{len(pairs)} completions in {seconds:.1f} s: {len(pairs) / seconds:.0f}/s")
+    bombs = [(boxed(BOMBS[n % len(BOMBS)]), str(n)) for n in range(len(pairs) // 20)]
+    seconds = timed(pairs + bombs, deadline=1.0)
+    print(f"with {len(bombs)} bombs: {seconds:.1f} s; deadline 1 s, 2 workers")
+    from bench_verify import stuck  # by the name under which workers find it
+
+    hangs = [(f"hang {n}", "") for n in range(20)]
+    seconds = timed(hangs, deadline=1.0, judge=stuck)
+    print(f"20 answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
+
+
+def timed(pairs: list[tuple[str, str]], **how) -> float:
+    """Seconds that a pool of two, which is ready, takes for pairs it never saw."""
+    with Pool(2, **how) as pool:
         pool.verdicts([("1", "1"), ("2", "2")])
-        for file in options.files:
-            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-            cases = rewritten(row["gold_answer"] for row in rows)
-            start = time.perf_counter()
-            verdicts = pool.verdicts([(c, g) for _, c, g in cases])
-            seconds = time.perf_counter() - start
-            missed = collections.Counter(
-                way
-                for (way, _, _), v in zip(cases, verdicts, strict=True)
-                if v.outcome != "right"
-            )
-            right = 1 - sum(missed.values()) / len(cases)
-            print(
-                f"{file.stem}: {len(cases)} cases, {right:.2%} right, {len(cases) / seconds:.0f}/s"
-            )
-            total = collections.Counter(way for way, _, _ in cases)
-            for way, count in missed.most_common():
-                print(f"   {way}: {count} of {total[way]}")
-            if options.show:
-                for (way, c, g), v in zip(cases, verdicts, strict=True):
-                    if v.outcome != "right":
-                        print(f"   [{way}] {g!r}\n      {c!r}\n      {v}")
+        start = time.perf_counter()
+        pool.verdicts(pairs)
+        return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def differ(gold: Any, mine: Any) -> bool:
     if isinstance(gold, sympy.Eq) and isinstance(mine, sympy.Eq):
         if gold.lhs == mine.lhs and isinstance(gold.lhs, sympy.Symbol):
             return differ(gold.rhs, mine.rhs)
-        sides = (gold.lhs - gold.rhs, mine.lhs - mine.rhs)
+        sides = gap(gold), gap(mine)
         ratios = [b / a for a, b in at_points(*sides) if a != 0]
         return not ratios or any(apart(ratios[0], r, ROUNDED) for r in ratios)
     if isinstance(gold, sympy.MatrixBase) and isinstance(mine, sympy.MatrixBase):
@@ -93,6 +93,11 @@ def differ(gold: Any, mine: Any) -> bool:
     if isinstance(gold, sympy.Tuple) and isinstance(mine, sympy.Tuple):
         return len(gold) == len(mine) and any(map(differ, gold, mine))
     return False
+
+
+def gap(equation: Any) -> Any:
+    """What an equation says is 0."""
+    return equation.lhs - equation.rhs
 
 
 def comparable(one: Any, other: Any) -> bool:
