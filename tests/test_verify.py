@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import verify_cases
+from bench_verify import read, rewritten
 from verify_judges import absent, troubled
 
 from oreal_jax.verify import Pool, Verdict, judge
@@ -151,6 +152,8 @@ ATTACKS = [
     "(lambda:open('x','w'))()",
     r"x.__class__.__bases__",
     r"\sqrt[\text{open('x','w')}]{2}",
+    "x>open('x','w')",
+    "[open('x','w'),3]",
 ]
 AUDIT = """
 import json, re, sys
@@ -333,3 +336,14 @@ def test_shared_cases(pool, name, prediction, gold, least):
     assert agreed / len(rows) >= least
     assert false_right == 0
     assert not [verdict for verdict in verdicts if verdict.by == "timeout"]
+
+
+@pytest.mark.parametrize("name", ["math500", "olympiadbench"])
+def test_a_gold_answer_written_anew_is_right(pool, name):
+    file = CASES.parent / "data" / f"{name}.jsonl"
+    if not file.exists():
+        pytest.skip("the shared problems are not here")
+    cases = rewritten(row["gold_answer"] for row in read(file))
+    verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
+    right = sum(verdict.outcome == "right" for verdict in verdicts)
+    assert len(cases) > 4000 and right / len(cases) >= 0.995
