@@ -291,7 +291,7 @@ def test_a_broken_off_batch_leaves_nothing_behind():
         if count:
             raise KeyboardInterrupt
 
-    with Pool(2, judge=troubled) as pool:
+    with Pool(2, deadline=1.0, judge=troubled) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.verdicts([("a", "a"), ("hang", "b"), ("hang", "c")], interrupt)
         assert pool.verdicts([("d", "d")])[0].outcome == "right"

@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import queue
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Literal
 
 import httpx
@@ -123,9 +124,12 @@ class Judge:
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
         )
-        self._threads = ThreadPoolExecutor(max(1, len(hosts) * concurrency))
-        self._checker = threading.Thread(target=self._check_hosts, daemon=True)
-        self._checker.start()
+        self._cases: queue.SimpleQueue = queue.SimpleQueue()
+        # Daemons: a reply that is under way holds up neither Ctrl-C nor the end.
+        work = [self._serve] * len(hosts) * concurrency + [self._check_hosts]
+        self._threads = [threading.Thread(target=w, daemon=True) for w in work]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> "Judge":
         return self
@@ -134,13 +138,13 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Ends what is under way; its cases stay undecided."""
+        """Ends the judge; what it has not decided stays undecided."""
         self._closed.set()
+        for _ in self._threads:
+            self._cases.put(None)
         with self._state:
             self._state.notify_all()
-        self._threads.shutdown(cancel_futures=True)
         self._client.close()
-        self._checker.join()
 
     def submit(self, case: Case) -> Future[Verdict]:
         """The verdict to come: the rule's own where the judge need not be asked."""
@@ -148,7 +152,10 @@ class Judge:
             settled: Future[Verdict] = Future()
             settled.set_result(case.rule)
             return settled
-        return self._threads.submit(self._judge, case)
+        future: Future[Verdict] = Future()
+        future.set_running_or_notify_cancel()
+        self._cases.put((case, future))
+        return future
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
         """A verdict for each case, in order."""
@@ -166,6 +173,15 @@ class Judge:
         return {f"judge/{name}": n for name, n in counts.items()} | {
             "judge/hosts_up": float(up)
         }
+
+    def _serve(self) -> None:
+        """Judges one case after the other until the judge is closed."""
+        while (task := self._cases.get()) is not None:
+            case, future = task
+            try:
+                future.set_result(self._judge(case))
+            except Exception as error:  # whoever waits must hear of it
+                future.set_exception(error)
 
     def _judge(self, case: Case) -> Verdict:
         self._count(asked=1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from oreal_jax.verify import algebra, extract
 from oreal_jax.verify.guard import dangerous
 from oreal_jax.verify.numbers import number, same_number, same_unit, split_unit
+from oreal_jax.verify.regions import same_region
 from oreal_jax.verify.spelling import flat, normalised
 from oreal_jax.verify.verdict import Verdict
 
@@ -332,5 +333,5 @@ def has_base(text: str) -> bool:
 Rule = Callable[[str, str], bool | None]
 CHEAP: tuple[Rule, ...] = (by_base, by_number, by_residue, by_clock, by_words)
 DEEP: tuple[Rule, ...] = (
-    by_exact, by_unit, by_name, by_chain, by_parts, algebra.same_set, by_algebra,
+    by_exact, by_unit, by_name, by_chain, by_parts, same_region, by_algebra,
 )  # fmt: skip
