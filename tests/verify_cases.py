@@ -2,6 +2,8 @@
 
 # the same
 RIGHT = [
+    ("W(x)=1", "W(n)=1"),
+    ("f(x)=x+1", "f(x)=1+x"),
     ("1011_{2}", "1011_2"),
     ("(1011)_2", "1011_2"),
     (r"1011_{\text{two}}", "1011_2"),
@@ -311,6 +313,7 @@ WRONG = [
 
 # different, or not safely the same: wrong or undecided
 NOT_RIGHT = [
+    ("f(y)=2x", "f(x)=2x"),
     (r"36\pi \text{ cm}^3", r"36\pi\text{ cm}^2"),
     (r"12\text{ apples}", r"12\text{ oranges}"),
     (r"7\text{ or more}", "7"),

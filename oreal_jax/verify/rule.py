@@ -6,6 +6,7 @@ math-verify's LaTeX reader in `algebra`. A false "right" is worse than a false "
 so what cannot be read, would cost too much or could be meant otherwise is undecided.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 
@@ -76,7 +77,8 @@ def judge(completion: str, gold: str) -> Verdict:
 
 def warm_up() -> None:
     """Loads what is otherwise loaded at the first formula."""
-    judge("\\boxed{\\frac{x}{2}}", "\\frac{y}{2}")
+    importlib.import_module("sympy.physics.units")  # simplifying does, late
+    judge("\\boxed{\\frac{x}{2}+\\frac{y}{2}}", "\\frac{x+y}{2}")
 
 
 def shortened(text: str) -> str:
@@ -202,8 +204,9 @@ def by_name(ours: str, golds: str) -> bool | None:
     if one == ours and other == golds:
         return None
     if one != ours and other != golds:
-        function = r"^(\w+)\s*\(\s*[a-z]\s*\)\s*=\s*([-\d].*)$"
-        one, other = re.match(function, ours), re.match(function, golds)
+        # W(n) = 1 and W(x) = 1 are one; with letters behind they need not be.
+        constant = r"^(\w+)\s*\(\s*[a-z]\s*\)\s*=\s*((?:\\[a-z]+|[^a-z])+)$"
+        one, other = re.match(constant, ours), re.match(constant, golds)
         return same(one[2], other[2]) if one and other and one[1] == other[1] else None
     if not one or not other or "=" in (one + other):
         return None
