@@ -41,6 +41,24 @@ JOINTS = re.compile(
 LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 
 
+FAMILIAR = (
+    r"\frac{x}{2}+\frac{y}{2}",
+    r"-\frac{3\sqrt{2}+1}{4}",
+    r"2^{n-1}\left(n+1\right)",
+    r"x=\frac{\pi}{4}+2\pi k",
+    r"\left(\frac{1}{2},\log_{10} 2\right)",
+    r"(-\infty,-1]\cup[2,\infty)",
+    r"\begin{pmatrix}1&-2\\0&x\end{pmatrix}",
+    r"\{1\pm\sqrt{5},-2\}",
+    r"f(x)=x^{3}-3x+\cos 2x",
+    r"-2\le x<\frac{7}{3}",
+    r"36\pi-18\sqrt{3}",
+    r"\binom{n}{k}\cdot k!",
+    r"(2,3),(3,2)",
+    r"e^{2\pi i/3}",
+)
+
+
 class Unsure(ValueError):
     """Why it is better to decide nothing."""
 
@@ -78,7 +96,8 @@ def judge(completion: str, gold: str) -> Verdict:
 def warm_up() -> None:
     """Loads what is otherwise loaded at the first formula."""
     importlib.import_module("sympy.physics.units")  # simplifying does, late
-    judge("\\boxed{\\frac{x}{2}+\\frac{y}{2}}", "\\frac{x+y}{2}")
+    for formula in FAMILIAR:  # the reader learns its grammar as it goes
+        judge(f"\\boxed{{{formula}}}", "\\frac{x+y}{2}")
 
 
 def shortened(text: str) -> str:
@@ -258,7 +277,13 @@ def by_chain(ours: str, golds: str) -> bool | None:
 def by_parts(ours: str, golds: str) -> bool | None:
     """Lists in any order and tuples in theirs, where every part has its equal."""
     mine, theirs = parts(ours), parts(golds)
-    if mine is None or theirs is None or len(mine[1]) != len(theirs[1]):
+    if mine is None and theirs is None:
+        return None
+    if mine is None or theirs is None:
+        several, one = (mine, golds) if mine else (theirs, ours)
+        numbers = several and all(number(part) is not None for part in several[1])
+        return False if numbers and number(one) is not None else None
+    if len(mine[1]) != len(theirs[1]) or len(mine[1]) > MOST_PARTS:
         return None
     if mine[0] != theirs[0]:
         return None
@@ -296,7 +321,7 @@ def parts(text: str) -> tuple[str, list[str]] | None:
             found.append(text[start:place].strip())
             start = place + 1
     found = [part for part in (*found, text[start:].strip()) if part]
-    if not 2 <= len(found) <= MOST_PARTS or number(text) is not None:
+    if len(found) < 2 or number(text) is not None:
         return None
     return kind, found
 
