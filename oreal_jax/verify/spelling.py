@@ -49,7 +49,9 @@ def normalised(text: str) -> str:
     text = ascii_signs(text)
     if "begin{" not in text:  # where a matrix ends its rows with two
         text = re.sub(r"\\\\(?=[a-zA-Z({\[)}\]])", lambda m: "\\", text)
-    text = re.sub(r"^\s*\$?\s*\\\$\s*([\d,]*\.?\d+)[\s.]*\$?\s*$", r"\1\\text{dollars}", text)
+    text = re.sub(
+        r"^\s*\$?\s*\\\$\s*([\d,]*\.?\d+)[\s.]*\$?\s*$", r"\1\\text{dollars}", text
+    )
     text = text.replace("\\$", "").replace("\\%", "%").replace("\\#", "#")
     text = re.sub(r"(?<![a-zA-Z])\{([,:])\}|(,)\\!\s*", lambda m: m[1] or m[2], text)
     text = re.sub(r"(?<!\\)\\!", "", text)
