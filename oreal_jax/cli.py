@@ -145,6 +145,15 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     made.add_argument("--deadline", type=float, default=5.0, help="seconds an answer")
+    made.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an OpenAI-compatible API (.../v1), asked where the rule does not say "
+        "right; may be repeated",
+    )
+    made.add_argument("--judge-model", default="", help="the model to ask there")
     made.add_argument("--json", action="store_true", help="JSON lines")
     made = verb(
         "losses",
@@ -478,10 +487,27 @@ def verify(parsed: argparse.Namespace) -> None:
         screen.phase("verify", total=len(pairs)) as advance,
     ):
         verdicts = pool.verdicts(pairs, advance)
+    if parsed.judge:
+        verdicts = _second_opinions(parsed, screen, pairs, verdicts)
     for verdict in verdicts:
         row = {"verdict": verdict.outcome, "reason": verdict.reason, "by": verdict.by}
         text = f"{verdict.outcome}: {verdict.reason} (by {verdict.by})"
         print(json.dumps(row, ensure_ascii=False) if parsed.json else text)
+
+
+def _second_opinions(parsed: argparse.Namespace, screen, pairs, verdicts) -> list:
+    from oreal_jax.verify.judge import Case, Judge
+
+    # Without the question, which `verify` is not given.
+    cases = [
+        Case("(not given)", g, c, v) for (c, g), v in zip(pairs, verdicts, strict=True)
+    ]
+    with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
+        judged = judge.verdicts(cases)
+        counts = judge.take_metrics()
+    told = {name: n for name, n in counts.items() if n}
+    screen.say("  ".join(f"{name} {n:g}" for name, n in told.items()))
+    return judged
 
 
 def losses(parsed: argparse.Namespace) -> None:

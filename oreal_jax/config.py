@@ -43,15 +43,38 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Processes that judge answers, and the seconds each answer may take."""
+    """Processes that judge answers by rule, and the language model asked after it.
+
+    `workers` take `deadline` seconds an answer. `judge_hosts` are addresses of
+    OpenAI-compatible APIs (".../v1") that serve `judge_model`; none: the rule alone
+    judges. Each gets `judge_concurrency` requests at a time, of `judge_timeout` seconds
+    and `judge_tries` tries. Where all hosts are lost the run waits ("pause") or goes
+    on by rule ("rule"). Undecided completions count as wrong or are dropped: out of
+    the advantages of their prompt and never learned from.
+    """
 
     workers: int = 8
     deadline: float = 5.0
+    judge_hosts: tuple[str, ...] = ()
+    judge_model: str = ""
+    judge_concurrency: int = 16
+    judge_timeout: float = 60.0
+    judge_tries: int = 3
+    judge_lost: Literal["pause", "rule"] = "pause"
+    undecided: Literal["wrong", "drop"] = "wrong"
 
     def __post_init__(self):
-        _at_least(1, workers=self.workers)
-        if self.deadline <= 0:
-            raise BadInput(f"verification: deadline={self.deadline} must be above 0")
+        _at_least(
+            1,
+            workers=self.workers,
+            judge_concurrency=self.judge_concurrency,
+            judge_tries=self.judge_tries,
+        )
+        for name in ("deadline", "judge_timeout"):
+            if getattr(self, name) <= 0:
+                raise BadInput(
+                    f"verification: {name}={getattr(self, name)} must be above 0"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -141,6 +141,30 @@ def judged(
     return verdicts
 
 
+def advantages(
+    groups: Sequence[Sequence[Verdict]], of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Advantages of rewards, undecided counting as wrong: [N, K]."""
+    return of(rewards(groups))
+
+
+def advantages_of_decided(
+    groups: Sequence[Sequence[Verdict]], of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Advantages within the decided completions of a prompt, others 0: [N, K]."""
+    found = np.zeros((len(groups), len(groups[0])))
+    for row, group in zip(found, groups, strict=True):
+        decided = [k for k, v in enumerate(group) if v.outcome != "undecided"]
+        if len(decided) > 1:
+            row[decided] = of(rewards([[group[k] for k in decided]]))[0]
+    return found
+
+
+def decided(group: Group) -> Group:
+    """A group without what no judge could decide."""
+    return [t for t in group if t.verdict.outcome != "undecided"]
+
+
 def rewards(groups: Sequence[Sequence[Verdict]]) -> np.ndarray:
     """+1 for right, -1 for wrong and undecided: [N, K]."""
     sign = lambda verdict: 1.0 if verdict.outcome == "right" else -1.0
@@ -156,6 +180,8 @@ def keep_some(
     """
     kept = []
     for index, group in enumerate(groups):
+        if not group:
+            continue
         name = (seed, step, group[0].prompt.key, index)
         kept += keep(group, np.random.default_rng(name))
     for trajectory in kept:

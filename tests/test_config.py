@@ -1,16 +1,21 @@
 """Configs: the published recipe, settings from the command line, your own loss."""
 
+import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from oreal_jax import config as configuration
 from oreal_jax import losses, rollout
 from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.console import Screen
 from oreal_jax.data.difficulty import PUBLISHED_BANDS
 from oreal_jax.errors import BadInput
 from oreal_jax.losses import Oreal, ThresholdWeights
+from oreal_jax.train import loop
+from oreal_jax.verify import Verdict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -90,6 +95,7 @@ def test_without_token_rewards_filtering_and_freezing_are_off_too():
         ("tensorboard=True", lambda c: c.tensorboard is True),
         ("compute=float32", lambda c: c.compute == "float32"),
         ("stop_words=('a','b')", lambda c: c.stop_words == ("a", "b")),
+        ("verification.judge_tries=5", lambda c: c.verification.judge_tries == 5),
         ("difficulty=((0.0,0.5,3),)", lambda c: c.difficulty == ((0.0, 0.5, 3),)),
     ],
 )
@@ -114,6 +120,52 @@ def test_a_setting_reaches_its_field(setting, read):
 def test_a_wrong_setting_is_named(setting, said):
     with pytest.raises(BadInput, match=said):
         loaded("oreal_7b", setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("verification.judge_tries=0", "judge_tries=0 must be at least 1"),
+        ("verification.judge_timeout=0", "judge_timeout=0.0 must be above 0"),
+        ("verification.judge_lost=stop", "judge_lost must be"),
+        ("verification.undecided=right", "undecided must be"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused(setting, said):
+    with pytest.raises(BadInput, match=said):
+        loaded("oreal_7b", setting)
+
+
+def test_every_judge_setting_reaches_the_judge(monkeypatch):
+    given = {}
+
+    def judge(*hosts_and_model, **settings):
+        given.update(settings, a=hosts_and_model)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(loop, "Judge", judge)
+    asked = ("judge_hosts=('http://a/v1',)", "judge_concurrency=3", "judge_tries=5")
+    asked += ("judge_timeout=2.5", "judge_lost=rule")
+    named = [f"verification.{a}" for a in ("judge_model=m", *asked)]
+    assert loop.judge_of(loaded("oreal_7b"), Screen()).__enter__() is None
+    loop.judge_of(loaded("oreal_7b", *named), Screen())
+    del given["say"]
+    assert given == {
+        "a": (("http://a/v1",), "m"),
+        "concurrency": 3,
+        "tries": 5,
+        "timeout": 2.5,
+        "lost": "rule",
+    }
+
+
+def test_advantages_of_decided_completions_know_no_others():
+    right, wrong, unsure = (Verdict(o, "") for o in ("right", "wrong", "undecided"))
+    groups = [[right, unsure, wrong, wrong], [unsure, unsure, unsure, right]]
+    found = rollout.advantages_of_decided(groups, losses.rloo)
+    alone = losses.rloo(np.array([[1.0, -1.0, -1.0]]))[0]
+    np.testing.assert_array_equal(found[0], [alone[0], 0, alone[1], alone[2]])
+    np.testing.assert_array_equal(found[1], np.zeros(4))  # one alone tells nothing
 
 
 def test_a_config_file_without_a_config_is_refused(tmp_path):

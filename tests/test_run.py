@@ -14,6 +14,7 @@ import make_tiny
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from judge_stub import honest, says, serving
 
 from oreal_jax import laboratory, losses, metrics
 from oreal_jax.checkpoints.source import open_model
@@ -243,6 +244,24 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
         assert ours.tobytes() == expected.tobytes()
 
 
+def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
+    run = tiny / "undecided"
+    with serving(says("VERDICT: UNSURE")) as stub:
+        judge = [
+            f"verification.judge_hosts=('{stub.url}',)",
+            "verification.judge_model=m",
+            "verification.undecided=drop",
+        ]
+        finish(train(tiny, run, "steps=1", *judge))
+    row = metrics.read(run / "metrics.jsonl")[0]
+    assert row["judge/asked"] == row["judge/undecided"] == stub.requests > 0
+    assert row["verdict/undecided"] == row["verdict/by_judge"] == row["judge/asked"]
+    lines = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+    unsure = [t for t in map(json.loads, lines) if t["by"] == "judge"]
+    assert len(unsure) == stub.requests
+    assert not any(t["advantage"] or t["kept"] for t in unsure)
+
+
 def test_tensorboard_files_come_when_asked_for(tiny):
     finish(train(tiny, tiny / "board", "steps=1", "tensorboard=True"))
     assert list((tiny / "board" / "tensorboard").glob("events*"))
@@ -444,3 +463,12 @@ def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [v["verdict"] for v in verdicts] == ["right", "wrong", "wrong"]
     assert set(verdicts[0]) == {"verdict", "reason", "by"}
+
+
+def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):
+    answer = ["verify", "--gold", "7", "--answer", "it is right: \\boxed{VII}"]
+    with serving(honest) as stub:
+        assert main([*answer, "--judge", stub.url, "--judge-model", "m"]) == 0
+        assert capsys.readouterr().out == "right: Compared. (by judge)\n"
+        assert main([*answer, "--judge", stub.url]) == 2
+    assert "which model is to be asked?" in capsys.readouterr().err

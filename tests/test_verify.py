@@ -1,5 +1,6 @@
 """The verifier: right, wrong and undecided; nothing hangs it and nothing runs in it."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from verify_judges import troubled
+import verify_cases
+from bench_verify import read, rewritten
+from verify_judges import absent, troubled
 
 from oreal_jax.verify import Pool, Verdict, judge
 from oreal_jax.verify.extract import answer
@@ -69,6 +72,30 @@ def test_wrong(completion, gold):
     assert judge(completion, gold).outcome == "wrong"
 
 
+@pytest.mark.parametrize(("given", "gold"), verify_cases.RIGHT)
+def test_the_same_in_other_words(given, gold):
+    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "right"
+
+
+@pytest.mark.parametrize(("given", "gold"), verify_cases.WRONG)
+def test_a_known_difference(given, gold):
+    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "wrong"
+
+
+@pytest.mark.parametrize(("given", "gold"), verify_cases.NOT_RIGHT)
+def test_never_right_by_accident(given, gold):
+    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome != "right"
+
+
+def test_a_final_statement_after_the_box_is_what_is_meant():
+    text = (
+        "half is \\boxed{255}. Final Answer: The final answer is $10,455$. I hope so."
+    )
+    assert judge(text, "10455").outcome == "right"
+    assert judge(text, "255").outcome == "wrong"
+    assert judge("\\boxed{10} of 12. That is 83 percent.", "10").outcome == "right"
+
+
 def test_reasons_are_for_people():
     assert judge(r"\boxed{7}", "7") == Verdict("right", "equal: 7", "rule")
     assert judge(r"\boxed{3}", "7").reason == "3 is not 7"
@@ -125,6 +152,8 @@ ATTACKS = [
     "(lambda:open('x','w'))()",
     r"x.__class__.__bases__",
     r"\sqrt[\text{open('x','w')}]{2}",
+    "x>open('x','w')",
+    "[open('x','w'),3]",
 ]
 AUDIT = """
 import json, re, sys
@@ -140,7 +169,7 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 rule.dangerous = lambda text: None  # the reader alone must be safe
 for attack in json.loads(sys.argv[1]):
-    for gold in ("7", "x^2", r"\\{1,2\\}", r"\\text{a}=3"):
+    for gold in ("7", "x^2", "x>3", r"\\{1,2\\}", r"\\text{a}=3"):
         assert judge(f"\\\\boxed{{{attack}}}", gold).outcome != "right"
 assert judge(r"\\boxed{x^2 + 40404}", "x^2").outcome == "wrong"
 known = r"from sympy import \\*|(Integer|Float) \\(['0-9. ]+\\)|def monomial_.*"
@@ -199,8 +228,56 @@ def test_stuck_answers_wait_side_by_side():
         pool.verdicts([("a", "a"), ("b", "b")])  # ready
         start = time.monotonic()
         pool.verdicts([("hang", str(n)) for n in range(4)])
-        # 4 x 1 s / 2 workers, and one restart of each in between
-        assert time.monotonic() - start < 2 + 6
+        # 4 x 1 s / 2 workers, and a fifth more: a worker's next child is there at once
+        assert time.monotonic() - start < 2 * 1.2
+
+
+def test_pairs_are_taken_one_at_a_time():
+    with Pool(2, deadline=0.5, judge=troubled) as pool:
+        futures = [pool.submit(word, "a") for word in ("hang", "a", "die", "b")]
+        assert futures[1].result().outcome == "right"  # while another hangs
+        assert [f.result().by for f in futures] == ["timeout", "rule", "crash", "rule"]
+
+
+def test_verdicts_can_be_awaited():
+    async def judged():
+        answers = [pool.submit(word, "a") for word in ("a", "b", "a")]
+        return await asyncio.gather(*map(asyncio.wrap_future, answers))
+
+    with Pool(2, judge=troubled) as pool:
+        verdicts = asyncio.run(judged())
+    assert [v.outcome for v in verdicts] == ["right", "wrong", "right"]
+
+
+def test_a_greedy_answer_meets_the_memory_limit():
+    with Pool(1, judge=troubled, memory_bytes=2**30) as pool:
+        greedy, next_one = pool.verdicts([("eat", "a"), ("a", "a")])
+    assert (greedy.outcome, greedy.by) == ("undecided", "crash")
+    assert next_one.outcome == "right"
+
+
+def test_a_closed_pool_leaves_nobody_waiting():
+    pool = Pool(1, deadline=60.0, judge=troubled)
+    futures = [pool.submit("hang", "a"), pool.submit("b", "a")]
+    pool.close()
+    for future in futures:
+        with pytest.raises(RuntimeError, match="closed"):
+            future.result(1)
+    with pytest.raises(RuntimeError):
+        pool.submit("a", "a")
+
+
+def test_a_judge_that_cannot_be_loaded_is_said():
+    with (
+        Pool(1, judge=absent) as pool,
+        pytest.raises(RuntimeError, match="never ready"),
+    ):
+        pool.verdicts([("a", "a")])
+
+
+def test_workers_see_no_accelerator():
+    with Pool(1, judge=troubled) as pool:
+        assert pool.verdicts([("devices", "a")])[0].reason == "'' cpu"
 
 
 def test_a_pair_is_judged_once():
@@ -214,7 +291,7 @@ def test_a_broken_off_batch_leaves_nothing_behind():
         if count:
             raise KeyboardInterrupt
 
-    with Pool(2, judge=troubled) as pool:
+    with Pool(2, deadline=1.0, judge=troubled) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.verdicts([("a", "a"), ("hang", "b"), ("hang", "c")], interrupt)
         assert pool.verdicts([("d", "d")])[0].outcome == "right"
@@ -241,8 +318,8 @@ def test_a_pool_without_workers_says_so():
 @pytest.mark.parametrize(
     "name, prediction, gold, least",
     [
-        ("triples", "prediction_boxed", "gold_bare", 0.96),
-        ("adversarial", "prediction", "gold", 0.90),
+        ("triples", "prediction_boxed", "gold_bare", 0.98),
+        ("adversarial", "prediction", "gold", 0.98),
     ],
 )
 def test_shared_cases(pool, name, prediction, gold, least):
@@ -259,3 +336,14 @@ def test_shared_cases(pool, name, prediction, gold, least):
     assert agreed / len(rows) >= least
     assert false_right == 0
     assert not [verdict for verdict in verdicts if verdict.by == "timeout"]
+
+
+@pytest.mark.parametrize("name", ["math500", "olympiadbench"])
+def test_a_gold_answer_written_anew_is_right(pool, name):
+    file = CASES.parent / "data" / f"{name}.jsonl"
+    if not file.exists():
+        pytest.skip("the shared problems are not here")
+    cases = rewritten(row["gold_answer"] for row in read(file))
+    verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
+    right = sum(verdict.outcome == "right" for verdict in verdicts)
+    assert len(cases) > 4000 and right / len(cases) >= 0.995

@@ -11,6 +11,7 @@ Everything random is a function of (seed, step), so a run that was stopped goes 
 if it had not been.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from oreal_jax.train.session import (
 )
 from oreal_jax.train.step import TrainStep, place, reference_scorer, train_step
 from oreal_jax.verify import Pool
+from oreal_jax.verify.judge import Case, Judge
 
 
 def train(config: TrainConfig, run: Path, screen: Screen) -> None:
@@ -61,6 +63,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     source = source_of(config, run)
     mesh = sharding.make_mesh(config.mesh, source.config)
     chat = chat_of(config, run, source)
+    asked = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
     stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
     saved = run / "data"  # a run goes on with the prompts that it began with
@@ -92,8 +95,9 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     )
     if not saved.is_dir():
         build(prompts, saved)
-    pool = Pool(config.verification.workers, config.verification.deadline)
-    with session, pool:
+    verification = config.verification
+    pool = Pool(verification.workers, verification.deadline)
+    with session, pool, asked as judge:
         reference = session.load_reference()
         add_reference = reference_scorer(session.model, mesh, session.dtype)
         update = train_step(
@@ -106,9 +110,13 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         )
         while session.step < config.steps:
             step = session.step
-            groups = sample_and_judge(session, config, order, engine, pool)
-            kept = rollout.keep_some(groups, config.keep, config.seed, step)
+            groups = sample_and_judge(session, config, order, engine, pool, judge)
+            usable = groups
+            if verification.undecided == "drop":
+                usable = [rollout.decided(group) for group in groups]
+            kept = rollout.keep_some(usable, config.keep, config.seed, step)
             values = rollout.metrics(groups, kept) | engine.statistics.metrics()
+            values |= judge.take_metrics() if judge else {}
             with uninterrupted():
                 if kept:
                     values |= learn(session, kept, reference, add_reference, update)
@@ -119,6 +127,28 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
                 write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
                 session.finish_step(values, rollout.token_count(groups), said)
+
+
+def judge_of(
+    config: TrainConfig, screen: Screen
+) -> contextlib.AbstractContextManager[Judge | None]:
+    """The judge to ask after the rule, where the config names one.
+
+    Raises:
+        BadInput: its hosts or its model are not usable names.
+    """
+    chosen = config.verification
+    if not chosen.judge_hosts:
+        return contextlib.nullcontext()
+    return Judge(
+        chosen.judge_hosts,
+        chosen.judge_model,
+        concurrency=chosen.judge_concurrency,
+        timeout=chosen.judge_timeout,
+        tries=chosen.judge_tries,
+        lost=chosen.judge_lost,
+        say=screen.say,
+    )
 
 
 def learn(
@@ -172,6 +202,7 @@ def sample_and_judge(
     order: PromptOrder,
     engine: Engine,
     pool: Pool,
+    judge: Judge | None = None,
 ) -> list[Group]:
     """K judged completions of each of this step's prompts."""
     step, K = session.step, config.samples_per_prompt
@@ -192,8 +223,21 @@ def sample_and_judge(
     flat = [completion for group in completions for completion in group]
     with session.screen.phase("verify", total=len(flat), label=label) as advance:
         verdicts = rollout.judged(pool, flat, pairs, advance)
+        if judge:
+            questions = [prompt.question for prompt, _ in drawn for _ in range(K)]
+            verdicts = judge.verdicts(
+                [
+                    Case(question, gold, text, verdict)
+                    for question, (text, gold), verdict in zip(
+                        questions, pairs, verdicts, strict=True
+                    )
+                ]
+            )
     grouped = [verdicts[i : i + K] for i in range(0, len(verdicts), K)]
-    advantages = config.loss.advantage(rollout.rewards(grouped))
+    weigh = rollout.advantages
+    if config.verification.undecided == "drop":
+        weigh = rollout.advantages_of_decided
+    advantages = weigh(grouped, config.loss.advantage)
     return [
         [
             Trajectory(

@@ -1,4 +1,7 @@
-"""Verdicts on answers: right, wrong or undecided. Imports no JAX; usable alone."""
+"""Verdicts on answers: right, wrong or undecided. Imports no JAX; usable alone.
+
+The language model is in `oreal_jax.verify.judge`: workers need not load what it needs.
+"""
 
 from oreal_jax.verify.pool import Pool
 from oreal_jax.verify.rule import judge

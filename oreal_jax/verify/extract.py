@@ -9,6 +9,7 @@ import re
 
 MARKERS = ("<conclude>", "**Final Answer**", "</think>")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+FINAL = re.compile(r"final answer\s*(?:is|:)", re.IGNORECASE)
 SAID = re.compile(r"answer\s*(?:is|:|=)\s*:?", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 TAIL = 2000  # characters at the end that are searched where nothing is boxed
@@ -37,24 +38,33 @@ def answer(completion: str) -> tuple[str | None, str]:
         different = {"".join(box.split()) for box in boxes}
         if len(different) > MOST_BOXES:
             return None, f"{len(different)} different boxed answers"
+        last = text[text.rindex("}") :][-TAIL:]
+        if FINAL.search(last):  # a statement after the box is what is meant
+            return said(last)
         return (boxes[-1], "") if boxes[-1].strip() else (None, "the box is empty")
     if BOX.search(text):
         return None, "the box is not closed"
     tail = text[-TAIL:]
     if "####" in tail:
         return tail.rsplit("####", 1)[1].strip().split("\n")[0].strip(), ""
-    said = list(SAID.finditer(tail))
-    if said:
-        phrase = plain(tail[said[-1].end() :].strip().split("\n")[0])
-        return (phrase, "") if phrase else (None, "no answer found")
+    if SAID.search(tail):
+        return said(tail)
     numbers = NUMBER.findall(tail)
     return (numbers[-1].rstrip(","), "") if numbers else (None, "no answer found")
+
+
+def said(text: str) -> tuple[str | None, str]:
+    """What follows the last "answer is"."""
+    last = list(SAID.finditer(text))[-1]
+    phrase = plain(text[last.end() :].strip().split("\n")[0])
+    return (phrase, "") if phrase else (None, "no answer found")
 
 
 def gold_answer(gold: str) -> str:
     """The answer in a gold text, which may be a whole solution."""
     if BOX.search(gold) or SAID.search(gold) or "####" in gold:
-        return answer(gold)[0] or gold
+        found = answer(gold)[0]
+        return found if found is not None else BOX.split(gold)[-1]
     return gold
 
 

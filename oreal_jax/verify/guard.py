@@ -51,10 +51,12 @@ def tower(text: str) -> int:
     """How many exponents stand on one another."""
     opened: list[bool] = []
     highest = 0
-    for match in re.finditer(r"(\^\s*)?([{(])|[})]", text):
+    for match in re.finditer(r"(\^\s*)?([{(])|[})]|\^", text):
         if match.group(2):
             opened.append(match.group(1) is not None)
             highest = max(highest, sum(opened))
+        elif match.group() == "^":
+            highest = max(highest, sum(opened) + 1)
         elif opened:
             opened.pop()
     return highest

@@ -1,48 +1,66 @@
 """The rule: is the answer of a completion equal to the gold answer?
 
-Exact text and exact numbers first; what is left goes to math-verify's LaTeX reader.
-Text of a model is never evaluated: math-verify's reader for plain expressions, which
-would, is not used, and its LaTeX reader evaluates number literals alone. A false
-"right" is worse than a false "wrong", so what cannot be read or would cost too much is
-undecided.
+Exact text and exact numbers first, then the forms that people read and computer algebra
+does not (bases, units, lists of words, residues, inequalities); what is left goes to
+math-verify's LaTeX reader in `algebra`. A false "right" is worse than a false "wrong",
+so what cannot be read, would cost too much or could be meant otherwise is undecided.
 """
 
-import functools
-import logging
+import importlib
 import re
-from fractions import Fraction
+from collections.abc import Callable
 
-from oreal_jax.verify import extract
+from oreal_jax.verify import algebra, extract
 from oreal_jax.verify.guard import dangerous
+from oreal_jax.verify.numbers import number, same_number, same_unit, split_unit
+from oreal_jax.verify.regions import same_region
+from oreal_jax.verify.spelling import flat, normalised
 from oreal_jax.verify.verdict import Verdict
 
-# It warns that it has no time limit of its own; the pool has one.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
 LONGEST = 1000  # characters of an answer that is read at all
-PRECISE = 10  # digits from which a rounded decimal stands for its fraction
+MOST_PARTS = 8  # of a list that is compared part by part
 
-REPLACED = {
-    "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/",
-    "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ",
-    "°": "^\\circ ", "∪": "\\cup ", "\u00a0": " ",
-    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\left": "", "\\right": "",
-    ",\\! ": ",",
-    "\\!": "", "\\,": " ", "\\;": " ", "\\:": " ", "\\$": "", "\\%": "%", "{,}": ",",
-    "^{\\circ}": "^\\circ",
+BASE = re.compile(r"^\(?([0-9A-Za-z]+)\)?\s*_\s*(?:\{\s*)?(?:\\text\{)?(\w+)\}*$")
+BASES = {
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
+    "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
-TEXT = re.compile(
-    r"\\(?:text|textbf|mathrm|mathbf|textit|operatorname|mbox)\s*\{([^{}]*)\}"
+NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\s*\([^()=]*\))?"
+NAMED = re.compile(
+    rf"^(?:\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*\w+|{NAME}(?:\s*:\s*{NAME})?)\s*(?:=|\\in\b)(.*)$"
 )
-ROOT = re.compile(r"√\s*(\d+|\([^()]*\)|[a-zA-Z])")
-UNIT = re.compile(r"^(.*?\d[})]*)\s*([\\a-zA-Z](?:[\\a-zA-Z\s./]|\^\{?\d\}?)*)$")
-BASE = re.compile(r"^\(?([0-9A-Za-z]+)\)?_\{?(\d+)\}?$")
-WORDS = re.compile(r"^[A-Za-z][A-Za-z ,.'()-]*$")
-INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
-DECIMAL = re.compile(rf"^([-+]?)({INTEGER})?(?:\.(\d*))?$")
-FRACTION = re.compile(
-    r"^([-+]?)(\d*)\s*(?:\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))|(\d+)/(\d+))$"
+RESIDUE = re.compile(
+    r"^(?:[a-z]\s*\\equiv\s*)?(-?\d+)\s*(?:\(\s*)?\\?(?:pmod|bmod|mod)\s*\{?\s*(\d+)\s*\}?\)?$"
 )
+CLOCK = re.compile(r"^(\d+(?:\s*:\s*\d+)+)\s*([ap])?\.?\s*(?:m\.?)?$")
+WORDS = re.compile(r"^[A-Za-z][A-Za-z ,.'()&-]*$")
+CHOICE = re.compile(r"^(?:\\text\{)?\(?\s*([A-Za-z])\s*\)?[.:]?\}?$")
+JOINTS = re.compile(
+    r"\\text\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|(?<=[\d)}])(?:and|or)(?=[A-Za-z(\\])"
+)
+LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+
+
+FAMILIAR = (
+    r"\frac{x}{2}+\frac{y}{2}",
+    r"-\frac{3\sqrt{2}+1}{4}",
+    r"2^{n-1}\left(n+1\right)",
+    r"x=\frac{\pi}{4}+2\pi k",
+    r"\left(\frac{1}{2},\log_{10} 2\right)",
+    r"(-\infty,-1]\cup[2,\infty)",
+    r"\begin{pmatrix}1&-2\\0&x\end{pmatrix}",
+    r"\{1\pm\sqrt{5},-2\}",
+    r"f(x)=x^{3}-3x+\cos 2x",
+    r"-2\le x<\frac{7}{3}",
+    r"36\pi-18\sqrt{3}",
+    r"\binom{n}{k}\cdot k!",
+    r"(2,3),(3,2)",
+    r"e^{2\pi i/3}",
+)
+
+
+class Unsure(ValueError):
+    """Why it is better to decide nothing."""
 
 
 def judge(completion: str, gold: str) -> Verdict:
@@ -55,34 +73,31 @@ def judge(completion: str, gold: str) -> Verdict:
     gold = extract.gold_answer(gold)
     if len(gold) > LONGEST:
         return Verdict("undecided", "gold answer not understood")
+    shown = f"{shortened(found)} is not {shortened(gold)}"
     ours, golds = normalised(found), normalised(gold)
-    right = Verdict("right", f"equal: {shortened(found)}")
-    wrong = Verdict("wrong", f"{shortened(found)} is not {shortened(gold)}")
     if not ours:
         return Verdict("wrong", f"nothing is left of the answer {shortened(found)}")
-    if bare(ours) == bare(golds):
-        return right
-    for rule in (by_base, by_number, by_unit, by_words):
-        equal = rule(ours, golds)
-        if equal is not None:
-            return right if equal else wrong
-    for text, whose in ((ours, "answer"), (golds, "gold answer")):
-        danger = dangerous(text)
-        if danger:
-            return Verdict("undecided", f"the {whose} holds {danger}")
     try:
-        equal = by_algebra(ours, golds)
+        equal = same(ours, golds)
+    except Unsure as why_not:
+        return Verdict("undecided", str(why_not))
     except Exception:  # sympy raises anything on formulas without a meaning
         equal = None
     if equal is None:
         shown = f"{shortened(found)} against {shortened(gold)}"
         return Verdict("undecided", f"not understood: {shown}")
-    return right if equal else wrong
+    return (
+        Verdict("right", f"equal: {shortened(found)}")
+        if equal
+        else Verdict("wrong", shown)
+    )
 
 
 def warm_up() -> None:
     """Loads what is otherwise loaded at the first formula."""
-    judge("\\boxed{\\frac{x}{2}}", "\\frac{y}{2}")
+    importlib.import_module("sympy.physics.units")  # simplifying does, late
+    for formula in FAMILIAR:  # the reader learns its grammar as it goes
+        judge(f"\\boxed{{{formula}}}", "\\frac{x+y}{2}")
 
 
 def shortened(text: str) -> str:
@@ -91,119 +106,251 @@ def shortened(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def normalised(text: str) -> str:
-    """One spelling for what is only written differently."""
-    text = ROOT.sub(lambda m: f"\\sqrt{{{m.group(1)}}}", text.strip())
-    for old, new in REPLACED.items():
-        text = text.replace(old, new)
-    text = TEXT.sub(lambda m: " " + m.group(1) + " ", text).replace("$", "")
-    text = re.sub(r"\s+", " ", text).strip()
-    if text[:2] in ("\\(", "\\[") and text[-2:] in ("\\)", "\\]"):
-        text = text[2:-2].strip()
-    return text.rstrip(".").strip()
+def same(ours: str, golds: str) -> bool | None:
+    """Whether two normalised answers are equal: the first rule that knows.
+
+    Raises:
+        Unsure: one of them is better not read, or may be meant otherwise.
+    """
+    if bare(ours) == bare(golds):
+        return True
+    for rule in CHEAP:
+        equal = rule(ours, golds)
+        if equal is not None:
+            return equal
+    for text, whose in ((ours, "answer"), (golds, "gold answer")):
+        danger = dangerous(flat(text))
+        if danger:
+            raise Unsure(f"the {whose} holds {danger}")
+    for rule in DEEP:
+        equal = rule(ours, golds)
+        if equal is not None:
+            return equal
+    return None
 
 
 def bare(text: str) -> str:
     """Text without spaces; the case of single letters matters, of words not."""
-    joined = "".join(text.split())
+    text = flat(text)
+    joined = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 1 2 is not 12
+    joined = "".join(joined.split())
     return joined.lower() if WORDS.match(text) and len(joined) > 1 else joined
 
 
 def by_base(ours: str, golds: str) -> bool | None:
-    """numbers in a base"""
+    """Numbers in a base, of which ten may go unsaid."""
     one, other = BASE.match(ours), BASE.match(golds)
-    if not one or not other:
+    if not one and not other:
         return None
-    return one.groups() == other.groups()
+    if one and other:
+        base = lambda match: str(BASES.get(match[2].lower(), match[2]))
+        mine, theirs = one[1], other[1]
+        if re.search(r"\d", mine):
+            mine, theirs = mine.upper(), theirs.upper()
+        return (mine, base(one)) == (theirs, base(other))
+    told, plain = (one, golds) if one else (other, ours)
+    if told and re.search(r"\d", told[1]) and told[2] in ("10", "ten"):
+        return same_number(told[1], plain)
+    return None
 
 
 def by_number(ours: str, golds: str) -> bool | None:
-    """numbers"""
-    theirs = number(golds)
-    if theirs is None:
+    """Numbers; the gold answer's name, if it has one, is the answer's."""
+    ours, golds = flat(ours), flat(golds)
+    ours = re.sub(r"\s*(?:percent|pct)$", "%", ours)
+    golds = re.sub(r"\s*(?:percent|pct)$", "%", golds)
+    return same_number(ours, golds)
+
+
+def by_residue(ours: str, golds: str) -> bool | None:
+    """Residues with their modulus; a residue alone is written like a number."""
+    one, other = RESIDUE.match(flat(ours)), RESIDUE.match(flat(golds))
+    if not one and not other:
         return None
-    mine = number(assigned(ours)) if "=" not in golds else None
-    if mine is None:
+    if one and other:
+        modulus = int(other[2])
+        if int(one[2]) != modulus or not modulus:
+            return False
+        return (int(one[1]) - int(other[1])) % modulus == 0
+    told, plain = (one, golds) if one else (other, ours)
+    exact = number(plain)
+    return None if exact is None or not told else exact == int(told[1])
+
+
+def by_clock(ours: str, golds: str) -> bool | None:
+    """Times of day and ratios; 14:64 against 7:32 is for others to say."""
+    one, other = (CLOCK.match(flat(text).lower()) for text in (ours, golds))
+    if not one or not other:
         return None
-    # 28 for 28%, or 28% for 28, is a way of writing; so is 0.28 for 28%.
-    percent = ours.endswith("%") != golds.endswith("%")
-    scaled = mine / 100 if ours.endswith("%") else mine * 100
-    if percent and scaled == theirs:
-        return True
-    return mine == theirs or rounds(assigned(ours), mine, theirs)
-
-
-def rounds(text: str, mine: Fraction, theirs: Fraction) -> bool:
-    """Whether a long decimal is what a calculator prints for an endless one."""
-    digits = re.match(r"^-?0*\.?0*(\d*)\.?(\d*)$", text.replace(",", ""))
-    if not digits or "." not in text or len("".join(digits.groups())) < PRECISE:
-        return False
-    unit = Fraction(1, 10 ** len(text.split(".")[1]))
-    endless = 10**400 % theirs.denominator != 0
-    return endless and abs(mine - theirs) < unit
-
-
-def by_unit(ours: str, golds: str) -> bool | None:
-    """numbers with units"""
-    one, other = split_unit(ours), split_unit(golds)
-    if one is None or other is None or not (one[1] or other[1]):
-        return None
-    if not (one[1] and other[1]):
-        if len(one[1] + other[1]) == 1:
-            return None  # 3 x against 3: a variable rather than a unit
-        return one[0] == other[0]
-    return one == other
+    mine, theirs = ([int(n) for n in m[1].split(":")] for m in (one, other))
+    if mine == theirs:
+        return True if one[2] == other[2] else (False if one[2] and other[2] else None)
+    scaled = len(mine) == len(theirs) and all(
+        a * theirs[0] == b * mine[0] for a, b in zip(mine, theirs, strict=True)
+    )
+    if scaled:
+        raise Unsure(
+            f"{shortened(ours)} against {shortened(golds)}: a ratio or a time?"
+        )
+    return False
 
 
 def by_words(ours: str, golds: str) -> bool | None:
-    """words"""
+    """Words, names and multiple choice, one or a list."""
+    worded = r"\text" in ours + golds
+    ours, golds = flat(ours), flat(golds)
+    one, other = CHOICE.match(ours), CHOICE.match(golds)
+    if one and other and (len(ours) > 1 or len(golds) > 1):
+        return one[1].upper() == other[1].upper()
     if not WORDS.match(golds) or not WORDS.match(ours):
         return None
-    choices = lambda text: sorted(part.strip(" .()") for part in text.split(","))
-    if all(len(part) == 1 for part in choices(golds)):
-        return [c.upper() for c in choices(ours)] == choices(golds.upper())
+    choices = lambda text: sorted(
+        part.strip(" .()") for part in re.split(r",|&|\band\b", text)
+    )
+    mine, theirs = choices(ours), choices(golds)
+    if all(len(part) == 1 for part in theirs):
+        return [c.upper() for c in mine] == [c.upper() for c in theirs]
     if len(golds) == 1 or len(ours) == 1:
         return None  # a variable, perhaps
-    return choices(ours.lower()) == choices(golds.lower())
+    if not worded and len(ours) <= 3 and len(golds) <= 3:
+        return None  # or a product of them
+    return [c.lower() for c in mine] == [c.lower() for c in theirs]
+
+
+def by_name(ours: str, golds: str) -> bool | None:
+    """The value of what only one of them names, as in x = 5 against 5."""
+    one, other = value(ours), value(golds)
+    if one == ours and other == golds:
+        return None
+    if one != ours and other != golds:
+        # W(n) = 1 and W(x) = 1 are one; with letters behind they need not be.
+        constant = r"^(\w+)\s*\(\s*[a-z]\s*\)\s*=\s*((?:\\[a-z]+|[^a-z])+)$"
+        one, other = re.match(constant, ours), re.match(constant, golds)
+        return same(one[2], other[2]) if one and other and one[1] == other[1] else None
+    if not one or not other or "=" in (one + other):
+        return None
+    if re.search(r"[=<>]|\\le\b|\\ge\b|\\ne\b", ours if one == ours else golds):
+        return None
+    return same(one, other) or None
+
+
+def value(text: str) -> str:
+    """The right side of a named value; other text as it is."""
+    match = NAMED.match(text)
+    return match[1].strip() if match else text
+
+
+def by_unit(ours: str, golds: str) -> bool | None:
+    """Values with units; a unit may go unsaid."""
+    (mine, unit), (theirs, gold_unit) = split_unit(ours), split_unit(golds)
+    if not unit and not gold_unit:
+        return None
+    if unit and gold_unit and unit != gold_unit:
+        return same_unit(mine, theirs, unit, gold_unit)
+    return same(mine, theirs)
+
+
+def by_exact(ours: str, golds: str) -> bool | None:
+    """What is said exactly before a sign of approximation."""
+    if r"\approx" not in ours or r"\approx" in golds:
+        return None
+    if not same(ours.split(r"\approx", 1)[0].strip(), golds):
+        raise Unsure(f"{shortened(ours)} says so only approximately")
+    return True
+
+
+def by_chain(ours: str, golds: str) -> bool | None:
+    """A computation such as 1+1=2, all of whose sides must agree."""
+    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", ours)]
+    if (
+        len(sides) < 2
+        or "=" in golds
+        or re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", flat(sides[0])))
+    ):
+        return None
+    agree = [same(side, sides[0]) for side in sides[1:]]
+    if not all(agree) or any(side == "" for side in sides):
+        raise Unsure("an answer that contradicts itself")
+    return same(sides[-1], golds)
+
+
+def by_parts(ours: str, golds: str) -> bool | None:
+    """Lists in any order and tuples in theirs, where every part has its equal."""
+    mine, theirs = parts(ours), parts(golds)
+    if mine is None and theirs is None:
+        return None
+    if mine is None or theirs is None:
+        several, one = (mine, golds) if mine else (theirs, ours)
+        numbers = several and all(number(part) is not None for part in several[1])
+        return False if numbers and number(one) is not None else None
+    if len(mine[1]) != len(theirs[1]) or len(mine[1]) > MOST_PARTS:
+        return None
+    if mine[0] != theirs[0]:
+        return None
+    if mine[0] not in ("", r"\{\}"):
+        pairs = zip(mine[1], theirs[1], strict=True)
+        return True if all(same(a, b) for a, b in pairs) else None
+    left = list(mine[1])
+    for gold in theirs[1]:
+        match = next((part for part in left if same(part, gold)), None)
+        if match is None:
+            return None
+        left.remove(match)
+    return True
+
+
+def parts(text: str) -> tuple[str, list[str]] | None:
+    """The brackets around a list ("" for none), and what is between its commas."""
+    kind = ""
+    for opening, ending in (
+        (r"\{", r"\}"),
+        ("(", ")"),
+        ("(", "]"),
+        ("[", ")"),
+        ("[", "]"),
+    ):
+        inner = text[len(opening) : -len(ending)]
+        if text.startswith(opening) and text.endswith(ending) and balanced(inner):
+            text, kind = inner, opening + ending
+            break
+    text = JOINTS.sub(",", text)
+    found, depth, start = [], 0, 0
+    for place, sign in enumerate(text):
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign in ",;" and depth == 0:
+            found.append(text[start:place].strip())
+            start = place + 1
+    found = [part for part in (*found, text[start:].strip()) if part]
+    if len(found) < 2 or number(text) is not None:
+        return None
+    return kind, found
+
+
+def balanced(text: str) -> bool:
+    """Whether no bracket is closed before it is opened."""
+    depth = 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def by_algebra(ours: str, golds: str) -> bool | None:
-    """formulas"""
-    gold, mine = read(golds), read(ours)
-    if not gold or not mine:
-        return None
-    from math_verify import verify
-
-    equal = verify(
-        list(gold), list(mine), float_rounding=12, timeout_seconds=None, strict=True
-    )
-    if equal and has_base(ours) != has_base(golds):
-        return None
-    return equal and not tells_apart(gold[0], mine[0])
-
-
-@functools.lru_cache(maxsize=4096)
-def read(text: str) -> tuple | None:
-    """math-verify's reading of a LaTeX formula, or None."""
-    from math_verify import LatexExtractionConfig, parse
-
-    parsed = parse(
-        f"${text}$",
-        extraction_config=[LatexExtractionConfig()],
-        parsing_timeout=None,  # pyright: ignore[reportArgumentType]
-        fallback_mode="no_fallback",
-    )
-    return tuple(parsed) or None
-
-
-def tells_apart(gold, mine) -> bool:
-    """Whether two numbers that were rounded together differ after all."""
-    import sympy
-
-    if not all(isinstance(x, sympy.Expr) and x.is_number for x in (gold, mine)):
-        return False
-    difference = abs(sympy.N(gold - mine, 30))
-    return bool(difference > abs(sympy.N(gold, 30)) * sympy.Float("1e-12"))
+    """Formulas; words in them must be the same, for letters commute and words not."""
+    equal = algebra.same(flat(ours), flat(golds))
+    if equal:
+        mine, theirs = (sorted(LONG_WORD.findall(flat(t))) for t in (ours, golds))
+        if (
+            mine
+            and theirs
+            and mine != theirs
+            and sorted("".join(mine)) == sorted("".join(theirs))
+        ):
+            return None
+        if has_base(ours) != has_base(golds):
+            return None
+    return equal
 
 
 def has_base(text: str) -> bool:
@@ -211,42 +358,8 @@ def has_base(text: str) -> bool:
     return bool(re.search(r"\d\s*_", text))
 
 
-def assigned(text: str) -> str:
-    """The right side of `x = 5`; other text as it is."""
-    match = re.match(r"^[a-zA-Z](?:_\{?\w+\}?)?\s*=\s*([^=]+)$", text)
-    return match.group(1).strip() if match else text
-
-
-def split_unit(text: str) -> tuple[Fraction, str] | None:
-    """A number and the unit behind it (may be empty)."""
-    plain = number(text)
-    if plain is not None:
-        return plain, ""
-    match = UNIT.match(text.replace("^\\circ", " degrees"))
-    value = match and number(match.group(1).strip())
-    if not match or value is None:
-        return None
-    unit = match.group(2).replace(".", "").strip().lower()
-    words = [w.removesuffix("s") if len(w) > 2 else w for w in unit.split()]
-    return None if unit.startswith("\\") else (value, " ".join(words))
-
-
-def number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal, a fraction or a mixed number."""
-    text = text.removesuffix("%").strip()
-    if len(text) > 100:
-        return None
-    if match := DECIMAL.match(text):
-        sign, whole, decimals = match.groups()
-        if whole is None and not decimals:
-            return None
-        value = Fraction((whole or "0").replace(",", "") + "." + (decimals or "0"))
-        return -value if sign == "-" else value
-    if match := FRACTION.match(text):
-        sign, whole, *parts = match.groups()
-        top, bottom = [int(part) for part in parts if part is not None]
-        if bottom == 0 or (whole and parts[4] is not None):
-            return None  # 12/3 after a whole number is no mixed number
-        value = Fraction(top, bottom) + (int(whole) if whole else 0)
-        return -value if sign == "-" else value
-    return None
+Rule = Callable[[str, str], bool | None]
+CHEAP: tuple[Rule, ...] = (by_base, by_number, by_residue, by_clock, by_words)
+DEEP: tuple[Rule, ...] = (
+    by_exact, by_unit, by_name, by_chain, by_parts, same_region, by_algebra,
+)  # fmt: skip

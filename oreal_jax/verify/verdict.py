@@ -10,7 +10,8 @@ Outcome = Literal["right", "wrong", "undecided"]
 class Verdict:
     """An outcome, a short reason for a person, and who decided.
 
-    `by` is "rule", "truncated" (no stop token), "timeout" or "crash" (the worker died).
+    `by` is "rule", "judge", "truncated" (no stop token), "timeout" or "crash" (the
+    worker died).
     """
 
     outcome: Outcome

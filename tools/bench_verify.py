@@ -1,0 +1,269 @@
+"""How right and how fast the verifier is, on real problems and on bombs.
+
+    python tools/bench_verify.py ../shared/data/math500.jsonl ...
+
+Every file has `gold_answer` rows. Each gold answer is written anew in every way of
+`WAYS` that changes it, and judged against itself; then come answers a second over
+completions with working, and a batch of which a twentieth are bombs.
+"""
+
+import argparse
+import collections
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from pathlib import Path
+
+from oreal_jax.verify import Pool, Verdict
+
+FRACTION = re.compile(r"\\frac\{(-?\d+)\}\{(\d+)\}")
+SYMBOLS = {
+    r"\pi": "π",
+    r"\infty": "∞",
+    r"\leq": "≤",
+    r"\geq": "≥",
+    r"\cup": "∪",
+    r"^\circ": "°",
+    r"^{\circ}": "°",
+    r"\cdot": "·",
+    r"\times": "×",
+    r"\pm": "±",
+    "-": "−",
+}
+
+
+def boxed(text: str) -> str:
+    """A sentence that ends in the box."""
+    return f"Adding both sides, we find that the answer is $\\boxed{{{text}}}$."
+
+
+def unicode(text: str) -> str:
+    """Signs instead of commands."""
+    for command, sign in SYMBOLS.items():
+        text = re.sub(re.escape(command) + r"(?![a-zA-Z])", sign, text)
+    return re.sub(r"\\sqrt\{(\w+)\}", r"√(\1)", text)
+
+
+def decimal(text: str) -> str:
+    """0.5 for 1/2, where the decimal ends and the answer is that fraction alone."""
+    match = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", text)
+    if not match or not int(match[3]) or 10**6 % int(match[3]):
+        return text
+    return match[1] + format(int(match[2]) / int(match[3]), ".10g")
+
+
+def fraction(text: str) -> str:
+    """1/2 for 0.5."""
+    if not re.fullmatch(r"-?\d*\.\d+", text):
+        return text
+    value = Fraction(text)
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def thousands(text: str, comma: str) -> str:
+    """Commas in a large whole number."""
+    if not re.fullmatch(r"-?\d{4,}", text):
+        return text
+    return f"{int(text):,}".replace(",", comma)
+
+
+def aired(text: str) -> str:
+    """Spaces around signs."""
+    return re.sub(r"(?<=[\w})])\s*([-+=,])\s*(?=[\w\\({])", r" \1 ", text)
+
+
+def dense(text: str) -> str:
+    """No spaces but those that end a command."""
+    if r"\text" in text or r"\mbox" in text:
+        return text
+    return re.sub(r"(\\[a-zA-Z]+ )(?=[a-zA-Z])|\s+", r"\1", text).replace("\\ ", "")
+
+
+def unbraced(text: str) -> str:
+    r"""x^2 for x^{2}, \sqrt2 for \sqrt{2}, \frac12 for \frac{1}{2}."""
+    text = re.sub(r"([\^_])\{(\w)\}(?!\d)", r"\1\2", text)
+    text = re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", text)
+    return re.sub(r"\\frac\{(\d)\}\{(\d)\}(?!\d)", r"\\frac\1\2", text)
+
+
+def braced(text: str) -> str:
+    """The other way round."""
+    text = re.sub(r"([\^_])(\w)", r"\1{\2}", text)
+    text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
+    return re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+
+
+def slashed(text: str) -> str:
+    """a/b for a fraction of whole numbers that stands alone."""
+    match = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}", text)
+    return f"{match[1]}{match[2]}/{match[3]}" if match else text
+
+
+def wordy(text: str) -> str:
+    """Words bare or in another font."""
+    return re.sub(r"\\(?:text|mbox)\{([^{}]*)\}", r"\\textbf{\1}", text)
+
+
+def turned(text: str) -> str:
+    """The roots of a list in another order."""
+    parts = re.split(r",\s*", text)
+    return ",".join(reversed(parts)) if not re.search(r"[()\[\]{}\\]", text) else text
+
+
+def stuck(completion: str, gold: str) -> Verdict:
+    """A judge that hangs where it is told to."""
+    time.sleep(60 if completion.startswith("hang") else 0)
+    return Verdict("wrong", "")
+
+
+WAYS: dict[str, Callable[[str], str]] = {
+    "boxed in a sentence": boxed,
+    "in a display": lambda g: f"Hence\n\\[\n\\boxed{{{g}}}\n\\]",
+    "after a heading": lambda g: f"**Final Answer**\n\n$\\boxed{{{g}}}$",
+    "after thinking": lambda g: f"<think>Maybe \\boxed{{0}}?</think>\n$\\boxed{{{g}}}$",
+    "spaces in the box": lambda g: f"$\\boxed{{ {g} }}$",
+    "dollars in the box": lambda g: f"\\boxed{{${g}$}}",
+    "a period in the box": lambda g: f"\\boxed{{{g}.}}",
+    "without a box": lambda g: f"So the answer is ${g}$.",
+    r"\dfrac": lambda g: boxed(g.replace(r"\frac", r"\dfrac")),
+    r"\tfrac": lambda g: boxed(g.replace(r"\frac", r"\tfrac")),
+    r"\displaystyle": lambda g: boxed(r"\displaystyle " + g),
+    r"\left and \right": lambda g: boxed(
+        re.sub(r"(?<!\\left)\(", r"\\left(", re.sub(r"(?<!\\right)\)", r"\\right)", g))
+    ),
+    r"no \left and \right": lambda g: boxed(re.sub(r"\\(left|right)\b", "", g)),
+    "spaces": lambda g: boxed(aired(g)),
+    "no spaces": lambda g: boxed(dense(g)),
+    "fewer braces": lambda g: boxed(unbraced(g)),
+    "more braces": lambda g: boxed(braced(g)),
+    "all in braces": lambda g: boxed("{" + g + "}"),
+    "unicode": lambda g: boxed(unicode(g)),
+    "a decimal": lambda g: boxed(decimal(g)),
+    "a fraction": lambda g: boxed(fraction(g)),
+    "a slash": lambda g: boxed(slashed(g)),
+    "1,000": lambda g: boxed(thousands(g, ",")),
+    "1{,}000": lambda g: boxed(thousands(g, "{,}")),
+    r"1,\!000": lambda g: boxed(thousands(g, r",\!")),
+    r"\% as %": lambda g: boxed(g.replace(r"\%", "%")),
+    r"\textbf": lambda g: boxed(wordy(g)),
+    "words bare": lambda g: boxed(re.sub(r"^\\text\{(\w+)\}$", r"\1", g)),
+    "all as text": lambda g: boxed(re.sub(r"^([A-Za-z]{2,}|\d+)$", r"\\text{\1}", g)),
+    "named": lambda g: boxed(
+        re.sub(r"^(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})$", r"x = \1", g)
+    ),
+    "another order": lambda g: boxed(turned(g)),
+    r"\times for \cdot": lambda g: boxed(g.replace(r"\cdot", r"\times")),
+    r"\leq as \le": lambda g: boxed(
+        re.sub(r"\\(leq|geq|neq)\b", lambda m: m[0][:-1], g)
+    ),
+    r"\circ braced": lambda g: boxed(g.replace(r"^\circ", r"^{\circ}")),
+    "no degree sign": lambda g: boxed(re.sub(r"^(\d+)\^\{?\\circ\}?$", r"\1", g)),
+    "thin spaces": lambda g: boxed(re.sub(r",\s*", r",\\,", g)),
+}
+
+
+def rewritten(golds: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(way, completion, gold) where the way changes what is judged."""
+    cases = []
+    for gold in golds:
+        bare = gold.strip().strip("$")
+        seen = set()
+        for way, write in WAYS.items():
+            completion = write(bare)
+            if completion not in seen:
+                cases.append((way, completion, gold))
+            seen.add(completion)
+    return cases
+
+
+BOMBS = (
+    "9^{9^{9^{9}}}",
+    "9**9**9**9",
+    "(10^9)!",
+    "((100!)!)!",
+    "(" * 400 + "1" + ")" * 400,
+    r"\sqrt{" * 300 + "2" + "}" * 300,
+    "(x+y+z+w)^{4000}",
+    "{" * 2000 + "7" + "}" * 2000,
+    "7" * 1_000_000,
+    r"\int_0^1 x^{x^{x^{x}}} dx",
+    r"\sum_{k=1}^{10^{9}} k^{k}",
+    r"\prod_{k=1}^{99999} (x-k)",
+)
+
+
+def with_working(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
+    """Completions with a real solution's text as working, half of them wrong."""
+    solved = read(solutions)
+    pairs = []
+    for n, row in enumerate(solved):
+        gold = row["gold_answer"] if n % 2 else solved[n - 1]["gold_answer"]
+        pairs.append((f"{row['solution']}\n#### {row['gold_answer']}", gold))
+    for file in files:
+        golds = [row["gold_answer"] for row in read(file)]
+        for n, (_, completion, gold) in enumerate(rewritten(golds)):
+            if n % 7 == 0:
+                working = solved[n % len(solved)]["solution"]
+                other = golds[n % len(golds)] if n % 2 else gold
+                pairs.append((f"{working}\n{completion}", other))
+    return pairs
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a JSON lines file."""
+    return [json.loads(line) for line in file.open(encoding="utf-8")]
+
+
+def reformatted(pool: Pool, file: Path, show: bool) -> None:
+    """Gold answers against themselves, written anew."""
+    cases = rewritten(row["gold_answer"] for row in read(file))
+    verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
+    judged = list(zip(cases, verdicts, strict=True))
+    missed = [(case, v) for case, v in judged if v.outcome != "right"]
+    ways = collections.Counter(case[0] for case, _ in missed)
+    share = 1 - len(missed) / len(cases)
+    print(f"{file.stem}: {share:.2%} of {len(cases)} right; missed {dict(ways)}")
+    for (way, completion, gold), verdict in missed if show else ():
+        print(f"   [{way}] {gold!r}: {completion!r}: {verdict.reason}")
+
+
+def main() -> None:
+    """Measures and prints."""
+    parsed = argparse.ArgumentParser(description=__doc__)
+    parsed.add_argument("files", type=Path, nargs="+")
+    parsed.add_argument(
+        "--solutions", type=Path, help="rows with `solution`: measure answers a second"
+    )
+    parsed.add_argument("--show", action="store_true", help="print what is missed")
+    options = parsed.parse_args()
+    for file in options.files:
+        with Pool(2) as pool:
+            reformatted(pool, file, options.show)
+    if not options.solutions:
+        return
+    pairs = with_working(options.files, options.solutions)
+    seconds = timed(pairs, deadline=5.0)
+    print(f"{len(pairs)} completions in {seconds:.1f} s: {len(pairs) / seconds:.0f}/s")
+    bombs = [(boxed(BOMBS[n % len(BOMBS)]), str(n)) for n in range(len(pairs) // 20)]
+    seconds = timed(pairs + bombs, deadline=1.0)
+    print(f"with {len(bombs)} bombs: {seconds:.1f} s; deadline 1 s, 2 workers")
+    from bench_verify import stuck  # by the name under which workers find it
+
+    hangs = [(f"hang {n}", "") for n in range(20)]
+    seconds = timed(hangs, deadline=1.0, judge=stuck)
+    print(f"20 answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
+
+
+def timed(pairs: list[tuple[str, str]], **how) -> float:
+    """Seconds that a pool of two, which is ready, takes for pairs it never saw."""
+    with Pool(2, **how) as pool:
+        pool.verdicts([("1", "1"), ("2", "2")])
+        start = time.perf_counter()
+        pool.verdicts(pairs)
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
