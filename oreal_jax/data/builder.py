@@ -19,16 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from oreal_jax.data.prompts import Prompt, read_prompts
+from oreal_jax.data.prompts import Prompt, read_prompts, write_lines
 from oreal_jax.errors import BadInput
 
 SPLIT = "train"
 FILES = (".jsonl", ".json", ".parquet")
 
 
-def load_prompts(source: str) -> list[Prompt]:
+def load_prompts(
+    source: str, question: str = "question", gold_answer: str = "gold_answer"
+) -> list[Prompt]:
     """The prompts of a jsonl or parquet file, of a data set that `build` wrote, or of a
-    Hugging Face data set by name.
+    Hugging Face data set by name. `question` and `gold_answer` are the fields of a file
+    that hold them.
 
     Raises:
         BadInput: the source is not there or a row of it is wrong.
@@ -41,9 +44,31 @@ def load_prompts(source: str) -> list[Prompt]:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"{path}: not a data set of prompts: {reason}") from None
     # A hub name may hold a dot ("MATH-v1.5"), so only known endings make a file.
+    read = lambda file: read_prompts(file, question, gold_answer)
     if path.exists() or path.suffix in FILES or source.count("/") != 1:
-        return read_prompts(path)
-    return read_files(download(source), read_prompts)
+        return read(path)
+    return read_files(download(source), read)
+
+
+def load_all(
+    sources: Sequence[str], question: str = "question", gold_answer: str = "gold_answer"
+) -> list[Prompt]:
+    """The prompts of several sources; their ids begin with the source's name.
+
+    Raises:
+        BadInput: a source is not there, a row of it is wrong, or two have one name.
+    """
+    if len(sources) == 1:
+        return load_prompts(sources[0], question, gold_answer)
+    names = [Path(source).stem for source in sources]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise BadInput(f"{sources[place]}: a second source named {name!r}")
+    return [
+        dataclasses.replace(prompt, id=f"{name}/{prompt.id}")
+        for name, source in zip(names, sources, strict=True)
+        for prompt in load_prompts(source, question, gold_answer)
+    ]
 
 
 def build(
@@ -114,6 +139,22 @@ def build(
         raise BadInput(f"{directory}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_prompts(
+    prompts: Sequence[Prompt],
+    out: Path,
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a .jsonl file, or a TFDS data set where `out` is named otherwise.
+
+    Raises:
+        BadInput: `out` cannot be written.
+    """
+    if out.suffix == ".jsonl":
+        write_lines(out, [prompt.as_json() for prompt in prompts])
+    else:
+        build(prompts, out, statistics)
 
 
 def open_data_set(directory: Path) -> Any:

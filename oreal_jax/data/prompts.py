@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from oreal_jax.errors import BadInput
-
 
 Label = str | int | float | bool | list[str]
 
@@ -85,6 +85,34 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, row
     if empty:
         raise BadInput(f"{path}: the file has no rows")
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput where a file or directory could not be made: before hours of
+    work, not after."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"{path}: cannot be written: {above} is no folder to write in")
+    if path.suffix == ".jsonl" and path.is_dir():
+        raise BadInput(f"{path}: a directory, expected a file to write")
+    if path.suffix not in (".jsonl", ".json") and path.exists():
+        raise BadInput(f"{path}: exists; a data set is never written over")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as JSON lines, whole or not at all; folders on the way are made.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    scratch = path.with_name(f".{path.name}.incomplete")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_text(path: Path) -> str:
