@@ -59,7 +59,8 @@ def measure(
         if engine is None:
             return []
         total = count * len(of.problems)
-        with screen.phase("gen", total=total, label=f"{of.name}, {kind}: ") as advance:
+        label = f"{of.name}, {kind}: "
+        with screen.phase("testing", total=total, label=label) as advance:
             drawn = draw(
                 engine,
                 params,
@@ -71,7 +72,7 @@ def measure(
                 part=f"{of.name}, {kind}",
                 on_progress=lambda tokens, finished: advance(finished, tokens),
             )
-        with screen.phase("verify", total=total, label=f"{of.name}: ") as advance:
+        with screen.phase("testing", total=total, label=label) as advance:
             return judge(pool, of.problems, drawn, advance)
 
     def report_on(each: ProblemSet) -> Report:

@@ -35,6 +35,7 @@ from oreal_jax.model import Distribution, Params
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import Completion, Engine, Request, sampled_from
 from oreal_jax.train import measures
+from oreal_jax.train.examination import examination_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
@@ -70,6 +71,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         renormalise=config.log_probs == "sampled",
         dtype=compute_dtype(config.compute),
     )
+    examination = examination_of(config, chat, prompts, engine)
     session = Session(
         config,
         run,
@@ -95,6 +97,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             distribution=distribution_of(config),
         )
         while session.step < config.steps:
+            examination.take(session, pool)
             step = session.step
             groups = sample_and_judge(session, config, order, engine, pool)
             kept = rollout.keep_some(groups, config.keep, config.seed, step)
@@ -107,6 +110,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
                 write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
                 session.finish_step(values, rollout.token_count(groups), said)
+        examination.take(session, pool)
 
 
 def learn(

@@ -7,6 +7,8 @@
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
     RUN/data/              the prompts as a TFDS data set
+    RUN/evaluations.jsonl  one object an evaluation, and
+    RUN/best/              the best policy by them, where the config asks for it
 
 Opening a run that has checkpoints goes on from the newest one.
 """
@@ -205,6 +207,13 @@ class Session:
         """Takes one training step; what it measured, and its scores."""
         self.state, measured, scores = update(self.state, batch)
         return {name: float(value) for name, value in measured.items()}, scores
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What takes place here is not part of a step's time."""
+        start = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - start
 
     def skip_step(self) -> None:
         """Counts a step that had nothing to learn from."""
