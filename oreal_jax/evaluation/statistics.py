@@ -74,11 +74,9 @@ def mean(per_problem: Float[np.ndarray, "N"], seed: int = 0) -> Measure:
 def bootstrap(per_problem: Float[np.ndarray, "N"], seed: int) -> tuple[float, float]:
     """95% percentile bootstrap of the mean over problems."""
     random, count = np.random.default_rng(seed), len(per_problem)
+    draws = random.integers(count, size=(RESAMPLES, count))
     tails = (1 - LEVEL) / 2, (1 + LEVEL) / 2
-    means = [
-        per_problem[random.integers(count, size=count)].mean() for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(means, tails)
+    low, high = np.quantile(per_problem[draws].mean(axis=1), tails)
     return float(low), float(high)
 
 
