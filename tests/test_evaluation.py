@@ -12,6 +12,7 @@ import huggingface_hub
 import make_tiny
 import numpy as np
 import pytest
+from scripted import Script
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
@@ -22,7 +23,7 @@ from oreal_jax.evaluation.attempts import Attempt, Drawn, drawing, kept_beside
 from oreal_jax.evaluation.published import PASS_AT_1, SETS, published
 from oreal_jax.evaluation.report import report
 from oreal_jax.evaluation.tables import beside_the_paper
-from oreal_jax.sampling import Completion, Engine, Sampling
+from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.verify import Verdict
 
 ALONE = os.environ | {
@@ -66,42 +67,10 @@ def says(a: int, sample: int) -> str:
     return "It is 7" if (a + sample) % 4 == 0 else f"It is {a}"
 
 
-class Script:
-    """Stands for `Engine.sample`: notes what it is asked, may be interrupted."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.asked, self.seeds = tokenizer, [], []
-        self.patience = 10**9  # completions before an interruption
-
-    def __call__(
-        self, engine, params, requests, samples, *, seed, on_progress, on_finished
-    ):
-        for place, request in enumerate(requests):
-            question = self.tokenizer.decode(request.prompt)
-            a = int(question.split("max ")[1].split()[0])
-            for sample in range(samples):
-                if self.patience == 0:
-                    raise KeyboardInterrupt
-                self.patience -= 1
-                number = request.first_sample + sample
-                self.asked.append((a, number, engine.sampling))
-                self.seeds.append(seed)
-                tokens = self.tokenizer.encode(says(a, number))
-                cut = len(tokens) >= engine.sampling.max_tokens
-                done = Completion(
-                    tokens[: engine.sampling.max_tokens] if cut else [*tokens, 256],
-                    np.zeros(1),
-                    None,
-                    "length" if cut else "stop",
-                )
-                on_finished(place, sample, done)
-                on_progress(len(tokens), 1)
-
-
 @pytest.fixture
 def script(start, monkeypatch) -> Script:
-    script = Script(load_tokenizer(start / "hf"))
-    sample = lambda engine, *given, **named: script(engine, *given, **named)
+    script = Script(start / "hf", says)
+    sample = lambda engine, *given, **named: script.sample(engine, *given, **named)
     monkeypatch.setattr(Engine, "sample", sample)
     return script
 
@@ -321,12 +290,14 @@ def test_a_real_interruption_of_the_real_model(start, tmp_path):
     """SIGINT while the tiny model draws; the same command then ends as undisturbed."""
     words = ["data", "pass-rate", "--model", start / "hf", "--k", "8", "--rows", "8"]
     words += ["--data", start / "prompts.jsonl", "--max-tokens", "12", "--out"]
-    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
 
-    def begin(out: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", program, *map(str, words), f"{out}.jsonl"]
+    def begin(*outs: str) -> subprocess.Popen:
+        program = "import sys; from oreal_jax.cli import main; sys.exit(0"
+        for out in outs:
+            given = [*words, f"{out}.jsonl", "--completions", f"{out}.all.jsonl"]
+            program += f" or main({list(map(str, given))})"
         return subprocess.Popen(
-            [*command, "--completions", f"{out}.completions.jsonl"],
+            [sys.executable, "-c", program + ")"],
             cwd=tmp_path,
             env=ALONE | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
             stdout=subprocess.PIPE,
@@ -341,10 +312,9 @@ def test_a_real_interruption_of_the_real_model(start, tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "go on with the same command" in said
     assert not (tmp_path / "stopped.jsonl").exists()
-    said, _ = (process := begin("stopped")).communicate(timeout=120)
-    assert process.returncode == 0 and "going on after" in said
-    assert begin("whole").wait(timeout=120) == 0
-    for name in (".jsonl", ".completions.jsonl"):
+    said, _ = (process := begin("stopped", "whole")).communicate(timeout=120)
+    assert process.returncode == 0 and said.count("going on after") == 1
+    for name in (".jsonl", ".all.jsonl"):
         stopped, whole = (tmp_path / f"{n}{name}" for n in ("stopped", "whole"))
         assert stopped.read_text() == whole.read_text()
 
