@@ -18,6 +18,7 @@ class Script:
     def __init__(self, model: Path, says: Callable[[int, int], str]):
         self.tokenizer, self.says = load_tokenizer(model), says
         self.asked, self.seeds = [], []
+        self.slots, self.prompts = set(), []
         self.patience = 10**9  # completions before an interruption
 
     def sample(
@@ -36,6 +37,8 @@ class Script:
         drawn = []
         for place, request in enumerate(requests):
             question = self.tokenizer.decode(request.prompt)
+            self.slots.add(engine.slots * engine.ways)
+            self.prompts.append(question)
             a = int(question.split("max ")[1].split()[0])
             drawn.append([])
             for sample in range(samples):

@@ -167,6 +167,15 @@ def test_any_number_of_sets_in_one_go(home, script, oreal, capsys):
     assert "six: pass@1" in said and "other: pass@1 100.0%" in said
 
 
+def test_a_preset_by_name_comes_from_the_folder(home, script, oreal, capsys):
+    (home / "amc23.jsonl").write_text((home / "six.jsonl").read_text())
+    assert oreal("eval", "--data", "amc23", "--folder", home) == 0
+    assert "amc23: pass@1" in capsys.readouterr().out
+    words = ["--evaluation", "amc23", "--folder", home, "--out", "new"]
+    assert main([*map(str, ["data", "build", "--data", "six.jsonl", *words])]) == 2
+    assert "no prompt is left of 6" in capsys.readouterr().err
+
+
 def test_limit_takes_the_first_problems(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl", "--limit", 2) == 0
     assert [a for a, _, _ in script.asked] == [0, 1]
@@ -214,6 +223,15 @@ def test_an_interrupted_evaluation_goes_on(home, script, oreal, capsys):
     assert Path("i.jsonl").read_text() == whole
     assert len(script.asked) == calls == len(set(script.asked))  # none drawn twice
     assert {path.name for path in home.iterdir()} == {"six.jsonl", "i.jsonl"}
+
+
+def test_without_a_file_an_interruption_says_that_nothing_is_kept(
+    home, script, oreal, capsys
+):
+    script.patience = 2
+    assert oreal("eval", "--data", "six.jsonl") == 130
+    assert "nothing is kept where no file is named" in capsys.readouterr().err
+    assert [path.name for path in home.iterdir()] == ["six.jsonl"]
 
 
 def test_more_samples_begin_with_those_that_are_there(home, script, oreal):
@@ -508,6 +526,13 @@ def test_the_whole_way_from_raw_rows_to_an_rft_set(home, script, oreal, capsys):
     assert read_examples(home / "direct.jsonl") == examples
 
 
+def test_several_sources_make_one_set(home):
+    write_lines(home / "more.jsonl", [{"question": "1?", "gold_answer": "1"}])
+    words = ["--data", "six.jsonl", "--data", "more.jsonl", "--out", "o.jsonl"]
+    assert main(["data", "build", *words]) == 0
+    assert [p.id for p in load_prompts("o.jsonl")][-2:] == ["six/5", "more/0"]
+
+
 def test_the_number_of_words_of_an_overlap_is_heeded(home):
     write_lines(home / "exam.jsonl", [{"question": "a b c d", "gold_answer": "1"}])
     write_lines(home / "p.jsonl", [{"question": "a b c e", "gold_answer": "1"}])
@@ -570,6 +595,23 @@ def test_label_and_sampling_options_reach_the_engine(home, script, oreal):
         Sampling(max_tokens=11, temperature=0.5, top_p=0.8, top_k=3, min_p=0.1)
     }
     assert set(script.seeds) == {4}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval"],
+        ["data", "pass-rate", "--k", "1", "--out", "m.jsonl"],
+        ["data", "rft", "--k", "8", "--out", "m.jsonl"],
+        ["data", "label", "--skills", "skills.txt", "--out", "m.jsonl"],
+    ],
+)
+def test_slots_and_system_prompt_reach_the_engine(home, script, oreal, words):
+    Path("skills.txt").write_text("a\n")
+    data = ["--data", "six.jsonl", "--rows", 24, "--system-prompt", "Be brief."]
+    assert oreal(*words, *data) == 0
+    assert script.slots == {24}
+    assert all("Be brief." in prompt for prompt in script.prompts)
 
 
 # Bad input

@@ -134,7 +134,11 @@ def kept_beside(
     The file goes away when the block ends well. Without `out` they are in memory.
     """
     if out is None:
-        yield {}
+        try:
+            yield {}
+        except KeyboardInterrupt:
+            say("nothing is kept where no file is named for the results")
+            raise
         return
     journal = Journal(out.with_name(out.name + ".unfinished"), drawing)
     if journal:
