@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -301,3 +302,12 @@ def test_a_wrong_list_of_skills_is_named(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(BadInput, match=f"skills.txt: {said}"):
         read_skills(path)
+
+
+def test_a_hub_data_sets_fields_can_be_named(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"problem": "q", "solution": "1"}\n')
+    download = lambda name, **_: str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_all(["someone/maths"], "problem", "solution") == [
+        Prompt("train/0", "q", "1")
+    ]
