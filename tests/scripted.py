@@ -37,7 +37,7 @@ class Script:
         drawn = []
         for place, request in enumerate(requests):
             question = self.tokenizer.decode(request.prompt)
-            self.slots.add(engine.slots * engine.ways)
+            self.slots.add(engine.slots)
             self.prompts.append(question)
             a = int(question.split("max ")[1].split()[0])
             drawn.append([])

@@ -10,7 +10,7 @@ What a stopped run has measured is not measured again.
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import load_sets
 from oreal_jax.evaluation.run import Plan, measure
 from oreal_jax.evaluation.sets import ProblemSet
-from oreal_jax.sampling import Engine
+from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.session import Session, uninterrupted
 from oreal_jax.verify import Pool
 
@@ -94,10 +94,14 @@ def keep(session: Session, step: int) -> None:
 
 
 def examination_of(
-    config: TrainConfig, chat: Chat, prompts: Sequence[Prompt], engine: Engine
+    config: TrainConfig,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    engine_of: Callable[[Sampling], Engine],
 ) -> Examination:
-    """What a config asks for, checked. `engine` is the one that training samples with,
-    `prompts` what it trains on.
+    """What a config asks for, checked. `prompts` are trained on, `engine` is the one
+    that training samples with, `engine_of` makes its like with another sampling.
 
     Raises:
         BadInput: a set is unusable, or a problem of it is trained on or too long.
@@ -105,7 +109,7 @@ def examination_of(
     wanted = config.evaluation
     sets = load_sets(wanted.data, Path(wanted.folder), "evaluation.data")
     trained_on = {prompt.question for prompt in prompts}
-    room = engine.config.max_length - engine.sampling.max_tokens
+    room = engine.config.max_length - config.sampling.max_tokens
     for name, problems in sets:
         for problem in problems:
             where = f"evaluation.data: problem {problem.id!r} of {name}"
@@ -114,13 +118,5 @@ def examination_of(
             if (length := len(chat.encode(problem.question))) > room:
                 raise BadInput(f"{where} has {length} tokens, there is room for {room}")
     if wanted.samples == 1:
-        engine = Engine(
-            engine.config,
-            engine.mesh,
-            dataclasses.replace(engine.sampling, temperature=0.0),
-            engine.stop_tokens.tolist(),
-            rows=config.decode_rows,
-            cache_tokens=engine.cache_tokens,
-            dtype=engine.dtype,
-        )
+        engine = engine_of(dataclasses.replace(config.sampling, temperature=0.0))
     return Examination(wanted, sets, engine)

@@ -11,6 +11,7 @@ Everything random is a function of (seed, step), so a run that was stopped goes 
 if it had not been.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,17 +62,17 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     repeated = usable_prompts(config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
-    engine = Engine(
+    engine_of = functools.partial(
+        Engine,
         source.config,
         mesh,
-        config.sampling,
-        stop_tokens,
+        stop_tokens=stop_tokens,
         rows=config.decode_rows,
         cache_tokens=config.cache_tokens,
-        renormalise=config.log_probs == "sampled",
         dtype=compute_dtype(config.compute),
     )
-    examination = examination_of(config, chat, prompts, engine)
+    engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
+    examination = examination_of(config, chat, prompts, engine, engine_of)
     session = Session(
         config,
         run,
