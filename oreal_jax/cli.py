@@ -372,10 +372,9 @@ def sample(parsed: argparse.Namespace) -> None:
 def evaluate(parsed: argparse.Namespace) -> None:
     """`oreal eval`."""
     from oreal_jax.console import Screen
-    from oreal_jax.data.prompts import check_writable, write_lines
+    from oreal_jax.data.prompts import check_writable, write_lines, write_text
     from oreal_jax.evaluation import kept_beside, load_sets, run
     from oreal_jax.evaluation.attempts import drawing
-    from oreal_jax.metrics import replace_text
     from oreal_jax.verify import Pool
 
     screen = Screen.on_stderr()
@@ -420,22 +419,21 @@ def evaluate(parsed: argparse.Namespace) -> None:
         if parsed.json:
             whole = run.as_json(parsed.model, reports)
             text = json.dumps(whole, ensure_ascii=False, indent=1)
-            replace_text(parsed.json, text + "\n")
+            write_text(parsed.json, text + "\n")
     run.show(parsed.model, reports)
 
 
 def compare(parsed: argparse.Namespace) -> None:
     """`oreal compare`."""
-    from oreal_jax.data.prompts import check_writable
+    from oreal_jax.data.prompts import check_writable, write_text
     from oreal_jax.evaluation import compare, tables
-    from oreal_jax.metrics import replace_text
 
     if parsed.json:
         check_writable(parsed.json)
     found = compare(parsed.first, parsed.second, parsed.seed)
     if parsed.json:
         text = json.dumps([one.as_json() for one in found], indent=1)
-        replace_text(parsed.json, text + "\n")
+        write_text(parsed.json, text + "\n")
     tables.say(tables.compared(str(parsed.first), str(parsed.second), found))
 
 

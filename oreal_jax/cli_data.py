@@ -286,10 +286,12 @@ def _screen():
     return Screen()
 
 
-def _check_outputs(*paths: Path | None) -> None:
+def _check_outputs(prompts: Path, *others: Path | None) -> None:
+    from oreal_jax.data.builder import check_prompts_writable
     from oreal_jax.data.prompts import check_writable
 
-    for path in paths:
+    check_prompts_writable(prompts)
+    for path in others:
         if path is not None:
             check_writable(path)
 

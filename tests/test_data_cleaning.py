@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from oreal_jax.data import Prompt, load_prompts, read_prompts
-from oreal_jax.data.builder import load_all, write_prompts
+from oreal_jax.data.builder import (
+    check_prompts_writable,
+    load_all,
+    write_prompts,
+)
 from oreal_jax.data.cleaning import (
     clean,
     normalised_answer,
@@ -16,7 +20,6 @@ from oreal_jax.data.cleaning import (
     without_overlaps,
     words,
 )
-from oreal_jax.data.prompts import check_writable
 from oreal_jax.data.rft import harvest, read_completions
 from oreal_jax.data.skills import by_skill, labelled, needing, read_skills, request
 from oreal_jax.errors import BadInput
@@ -198,8 +201,9 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path, name, said):
     (tmp_path / "set").mkdir()
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(BadInput, match=said):
-        check_writable(tmp_path / name)
-    check_writable(tmp_path / "new" / "folder" / "out.jsonl")
+        check_prompts_writable(tmp_path / name)
+    check_prompts_writable(tmp_path / "new" / "folder" / "out.jsonl")
+    check_prompts_writable(tmp_path / "new" / "set")
     assert not (tmp_path / "new").exists()
 
 

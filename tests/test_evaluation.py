@@ -195,6 +195,14 @@ def test_a_completion_without_stop_token_is_wrong_and_counted(home, script, orea
     assert written["tokens_right"] is None and written["tokens_wrong"] == 7
 
 
+def test_folders_of_results_are_made(home, script, oreal):
+    words = ["--items", "a/b/i.jsonl", "--json", "c/d/r.json"]
+    assert oreal("eval", "--data", "six.jsonl", *words) == 0
+    words = ["compare", "a/b/i.jsonl", "c/d/r.json", "--json", "e/f/c.json"]
+    assert main(words) == 0
+    assert Path("e/f/c.json").is_file()
+
+
 def test_lengths_are_told_apart_by_verdict():
     attempt = lambda tokens, outcome: Attempt(
         Prompt("a", "q", "1"), 0, Drawn("1", tokens, "stop"), Verdict(outcome, "")
@@ -632,6 +640,7 @@ RFT = ["data", "rft", "--out", "new.jsonl"]
         ([*EVAL, "--data", "./six.jsonl"], "a second set named 'six'"),
         ([*EVAL, "--items", "six.jsonl/i.jsonl"], "i.jsonl: cannot be written"),
         ([*EVAL, "--json", "six.jsonl/r.json"], "r.json: cannot be written"),
+        ([*EVAL, "--json", "."], ".: a directory, expected a file"),
         ([*EVAL, "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
         ([*EVAL, "--max-tokens", "300"], "must lie within 1..256"),
         (["eval", "--data", "math5000"], "no preset; those are math500, aime2024"),

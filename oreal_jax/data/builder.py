@@ -19,7 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from oreal_jax.data.prompts import Prompt, read_prompts, write_lines
+from oreal_jax.data.prompts import (
+    Prompt,
+    check_writable,
+    read_prompts,
+    write_lines,
+)
 from oreal_jax.errors import BadInput
 
 SPLIT = "train"
@@ -139,6 +144,13 @@ def build(
         raise BadInput(f"{directory}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_prompts_writable(out: Path) -> None:
+    """Raises BadInput where `write_prompts` could not write, before the work."""
+    if out.suffix != ".jsonl" and out.exists():
+        raise BadInput(f"{out}: exists; a data set is never written over")
+    check_writable(out)
 
 
 def write_prompts(

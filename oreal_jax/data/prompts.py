@@ -93,19 +93,22 @@ def check_writable(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise BadInput(f"{path}: cannot be written: {above} is no folder to write in")
-    if path.suffix == ".jsonl" and path.is_dir():
+    if path.is_dir():
         raise BadInput(f"{path}: a directory, expected a file to write")
-    if path.suffix not in (".jsonl", ".json") and path.exists():
-        raise BadInput(f"{path}: exists; a data set is never written over")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as JSON lines, whole or not at all; folders on the way are made.
+    """Rows as JSON lines; like `write_text`."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; folders on the way are made.
 
     Raises:
         BadInput: the file cannot be written.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     scratch = path.with_name(f".{path.name}.incomplete")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
