@@ -1,6 +1,6 @@
 """RFT for SmolLM2-135M-Instruct on its own right sums and products: two minutes.
 
-    oreal sft configs/smollm2_rft.py
+    oreal sft configs/smollm2_sft.py
 
 docs/evaluation.md makes the examples that this names, and has what came out.
 """
