@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from oreal_jax.errors import BadInput
 
@@ -254,6 +255,21 @@ def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
         made.add_argument("--greedy", action="store_true", help="always the likeliest")
 
 
+def drawing_defaults() -> dict[str, Any]:
+    """The options that completions depend on, with their defaults."""
+    made = argparse.ArgumentParser()
+    _model(made, required=False)
+    _sampling(made, greedy=False)
+    found = vars(made.parse_args([]))
+    return {k: v for k, v in found.items() if k not in ("model", "rows")}
+
+
+def drawing_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that a verb has, as they were given."""
+    given = vars(parsed)
+    return {name: given[name] for name in drawing_defaults() if name in given}
+
+
 def size(text: str) -> int:
     """Bytes from "5GB", "200MB" or a plain number."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -397,7 +413,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     elif parsed.greedy:
         plan = plan._replace(greedy=_Open(parsed, _how(parsed, True)).engine)
     problems = [problem for each in sets for problem in each.problems]
-    work = drawing(opened.source, how, opened.chat, parsed.seed, problems)
+    work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
     out = parsed.items or parsed.json
     with kept_beside(out, work, screen.say) as finished:
         with screen.phase("load"):

@@ -8,11 +8,7 @@ from pathlib import Path
 from oreal_jax import cli
 from oreal_jax.errors import BadInput
 
-# What says how completions are drawn; without a word where they are there already.
-DRAWING = (
-    *("system_prompt", "rows", "k"),
-    *("temperature", "top_p", "top_k", "min_p", "max_tokens"),
-)
+K, ROWS = 16, 64  # completions of a prompt, and drawn at a time
 OUT = "a .jsonl file, or a directory for a TFDS data set"
 
 
@@ -79,7 +75,6 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="judged completions of `oreal data pass-rate`; may be repeated",
     )
     _drawing(made, required=False)
-    made.set_defaults(drawing={name: made.get_default(name) for name in DRAWING})
     _out(made, "a .jsonl file of `question, solution` rows")
     made.add_argument(
         "--keep", type=int, default=4, help="different solutions of a question at most"
@@ -130,7 +125,7 @@ def _out(made: argparse.ArgumentParser, what: str) -> None:
 def _drawing(made: argparse.ArgumentParser, *, required: bool) -> None:
     cli._model(made, required=required)
     made.add_argument("--data", required=required, metavar="SOURCE", help="prompts")
-    made.add_argument("--k", type=int, default=16, help="completions of a prompt")
+    made.add_argument("--k", type=int, default=K, help="completions of a prompt")
     cli._sampling(made, greedy=False)
 
 
@@ -188,8 +183,11 @@ def rft(parsed: argparse.Namespace) -> None:
     given = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
     if given not in ([True, False, False], [False, True, True]):
         raise BadInput("rft takes either --completions, or --model and --data")
-    for name, default in parsed.drawing.items():
-        if parsed.completions and getattr(parsed, name) != default:
+    # What says how completions are drawn has no say where they are there already;
+    # the seed also draws the solutions.
+    unused = cli.drawing_defaults() | {"k": K, "rows": ROWS}
+    for name, default in unused.items():
+        if parsed.completions and name != "seed" and getattr(parsed, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise BadInput(f"{option} with --completions: those are drawn already")
     if parsed.out.suffix != ".jsonl":
@@ -226,7 +224,8 @@ def label(parsed: argparse.Namespace) -> None:
     requests = [skills.request(prompt, names) for prompt in asked]
     sampling = Sampling(max_tokens=parsed.max_tokens, temperature=0.0)
     opened = cli._Open(parsed, sampling)
-    how = drawing(opened.source, sampling, opened.chat, 0, requests)
+    options = cli.drawing_options(parsed)
+    how = drawing(opened.source, opened.chat, requests, options)
     with (
         kept_beside(parsed.out, how, screen.say) as finished,
         screen.phase("gen", total=len(requests)) as advance,
@@ -306,7 +305,8 @@ def _attempts(parsed: argparse.Namespace, prompts: Sequence, screen):
     cli.at_least(1, "--k", parsed.k)
     sampling = cli._how(parsed, greedy=False)
     opened = cli._Open(parsed, sampling)
-    how = drawing(opened.source, sampling, opened.chat, parsed.seed, prompts)
+    options = cli.drawing_options(parsed)
+    how = drawing(opened.source, opened.chat, prompts, options)
 
     @contextlib.contextmanager
     def at_work():

@@ -297,20 +297,32 @@ def test_work_that_failed_keeps_what_it_has(tmp_path):
 def test_completions_of_other_weights_or_another_system_prompt_are_others(start):
     source = open_model(start / "hf")
     chats = [Chat(load_tokenizer(source.files), prompt) for prompt in (None, "Hi")]
-    sampling = [Sampling(max_tokens=n) for n in (1, 2)]
     prompts = [[Prompt("a", question, "1")] for question in ("q", "r")]
     seen = [
-        drawing(source, how, chat, seed, asked)
-        for how in sampling
+        drawing(source, chat, asked, {"top_k": top_k})
         for chat in chats
-        for seed in (0, 1)
         for asked in prompts
+        for top_k in (1, 2)
     ]
-    assert len({json.dumps(each) for each in seen}) == 16
+    assert len({json.dumps(each) for each in seen}) == 8
     weights = start / "hf" / "model.safetensors"
-    before = drawing(source, sampling[0], chats[0], 0, prompts[0])
     weights.touch()
-    assert drawing(source, sampling[0], chats[0], 0, prompts[0]) != before
+    assert drawing(source, chats[0], prompts[0], {"top_k": 1}) not in seen
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("seed", 7), ("temperature", 0.5), ("max_tokens", 9)]
+)
+def test_every_option_of_drawing_tells_unfinished_work_apart(
+    home, script, oreal, capsys, option, value
+):
+    words = ["data", "pass-rate", "--data", "six.jsonl", "--out", "m.jsonl"]
+    script.patience = 2
+    assert oreal(*words) == 130
+    script.patience = 10**9
+    assert oreal(*words, f"--{option.replace('_', '-')}", value) == 2
+    assert f"the unfinished work had {option}=" in capsys.readouterr().err
+    assert oreal(*words, "--rows", 8) == 0  # which changes no completion
 
 
 def test_a_real_interruption_of_the_real_model(start, tmp_path):

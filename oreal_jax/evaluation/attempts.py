@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.metrics import replace_text
 from oreal_jax.model import Params
 from oreal_jax.rollout import judged
-from oreal_jax.sampling import Completion, Engine, Request, Sampling
+from oreal_jax.sampling import Completion, Engine, Request
 from oreal_jax.verify import Pool, Verdict
 
 
@@ -162,21 +162,19 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 def drawing(
     source: ModelSource,
-    sampling: Sampling,
     chat: Chat,
-    seed: int,
     prompts: Sequence[Prompt],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that completions depend on, as plain JSON values."""
+    """All that completions depend on, as plain JSON values; `options` are those of the
+    command that say how they are drawn."""
     of_run = source.files != source.path
     weights = newest_policy(source.path) if of_run else source.path
     newest = max(p.stat().st_mtime for p in weights.rglob("*") if p.is_file())
-    return {
+    return dict(options) | {
         "model": str(weights),
         "model of": datetime.datetime.fromtimestamp(newest).isoformat(),
         "system_prompt": chat.system_prompt,
-        "sampling": dataclasses.asdict(sampling),
-        "seed": seed,
         "questions": fingerprint(prompts),
     }
 
