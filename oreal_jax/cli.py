@@ -223,6 +223,21 @@ def at_least(least: int, option: str, value: int) -> None:
         raise BadInput(f"{option} {value}: must be at least {least}")
 
 
+def drawing_defaults() -> dict[str, Any]:
+    """The options that completions depend on, with their defaults."""
+    made = argparse.ArgumentParser()
+    _model(made, required=False)
+    _sampling(made, greedy=False)
+    found = vars(made.parse_args([]))
+    return {k: v for k, v in found.items() if k not in ("model", "rows")}
+
+
+def drawing_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that a verb has, as they were given."""
+    given = vars(parsed)
+    return {name: given[name] for name in drawing_defaults() if name in given}
+
+
 def _model(made: argparse.ArgumentParser, *, required: bool = True) -> None:
     made.add_argument(
         "--model", required=required, help="a Hugging Face directory or a run directory"
@@ -253,21 +268,6 @@ def _sampling(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
     made.add_argument("--seed", type=int, default=0, help="of all random numbers")
     if greedy:
         made.add_argument("--greedy", action="store_true", help="always the likeliest")
-
-
-def drawing_defaults() -> dict[str, Any]:
-    """The options that completions depend on, with their defaults."""
-    made = argparse.ArgumentParser()
-    _model(made, required=False)
-    _sampling(made, greedy=False)
-    found = vars(made.parse_args([]))
-    return {k: v for k, v in found.items() if k not in ("model", "rows")}
-
-
-def drawing_options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Those of them that a verb has, as they were given."""
-    given = vars(parsed)
-    return {name: given[name] for name in drawing_defaults() if name in given}
 
 
 def size(text: str) -> int:
