@@ -1,11 +1,13 @@
 """`oreal <verb>`: parse, call, print. What a verb does lives in the room it calls."""
 
 import argparse
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from oreal_jax.errors import BadInput, Failure
 
@@ -38,6 +40,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
+    from oreal_jax import cli_data
+
     top = argparse.ArgumentParser(
         prog="oreal",
         description="Outcome-reward reinforcement learning for mathematical reasoning "
@@ -103,16 +107,52 @@ def parser() -> argparse.ArgumentParser:
     made = verb(
         "eval",
         evaluate,
-        "measure pass@1 on questions with gold answers",
-        "oreal eval --model runs/demo --data heldout.jsonl",
+        "measure pass@1, avg@k, pass@k and maj@k on questions with gold answers",
+        "oreal eval --model runs/demo --data heldout.jsonl --data math500 --k 8",
     )
     _model(made)
-    made.add_argument("--data", type=Path, required=True, help="jsonl or parquet file")
+    made.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SET",
+        help="a jsonl or parquet file, a data set, or a preset (another word lists "
+        "them); may be repeated",
+    )
+    folder(made)
     made.add_argument(
         "--k", type=int, default=1, help="samples a problem; 1 is greedy, more average"
     )
     _sampling(made, greedy=False)
+    made.add_argument(
+        "--greedy", action="store_true", help="measure greedy pass@1 too, beside k > 1"
+    )
+    made.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="break down by a field of the rows, as subject or level; may be repeated",
+    )
+    made.add_argument("--limit", type=int, help="only the first problems of each set")
+    made.add_argument("--items", type=Path, help="write every item here (.jsonl)")
     made.add_argument("--json", type=Path, help="write the report and every item here")
+
+    made = verb(
+        "compare",
+        compare,
+        "compare two evaluations of the same problems with a paired test",
+        "oreal compare before.jsonl after.jsonl",
+    )
+    for name in ("first", "second"):
+        made.add_argument(name, type=Path, help="what `oreal eval --items` wrote")
+    made.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    made.add_argument("--json", type=Path, help="write all numbers here")
+
+    data = verbs.add_parser(
+        "data", help="clean prompts, measure pass rates, collect RFT sets"
+    ).add_subparsers(required=True, metavar="VERB")
+    cli_data.add(functools.partial(verb, of=data))
 
     convert = verbs.add_parser(
         "convert", help="convert weights from and to Hugging Face format"
@@ -187,9 +227,40 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _model(made: argparse.ArgumentParser) -> None:
+def folder(made: argparse.ArgumentParser) -> None:
+    """Adds where presets are looked for."""
     made.add_argument(
-        "--model", required=True, help="a Hugging Face directory or a run directory"
+        "--folder",
+        type=Path,
+        default=Path("data"),
+        help="where a preset NAME is read from NAME.jsonl, before the hub is asked",
+    )
+
+
+def at_least(least: int, option: str, value: int) -> None:
+    """Raises BadInput where the value of an option is too small."""
+    if value < least:
+        raise BadInput(f"{option} {value}: must be at least {least}")
+
+
+def drawing_defaults() -> dict[str, Any]:
+    """The options that completions depend on, with their defaults."""
+    made = argparse.ArgumentParser()
+    _model(made, required=False)
+    _sampling(made, greedy=False)
+    found = vars(made.parse_args([]))
+    return {k: v for k, v in found.items() if k not in ("model", "rows")}
+
+
+def drawing_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that a verb has, as they were given."""
+    given = vars(parsed)
+    return {name: given[name] for name in drawing_defaults() if name in given}
+
+
+def _model(made: argparse.ArgumentParser, *, required: bool = True) -> None:
+    made.add_argument(
+        "--model", required=required, help="a Hugging Face directory or a run directory"
     )
     made.add_argument(
         "--system-prompt",
@@ -313,19 +384,19 @@ class _Open:
         from oreal_jax import sharding
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
-        from oreal_jax.sampling import Engine, cut, token_table
+        from oreal_jax.sampling import Engine, token_table
         from oreal_jax.train.session import compute_dtype
 
-        source = open_model(parsed.model)
+        source = self.source = open_model(parsed.model)
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
         dtype = compute_dtype("auto")
         system_prompt = parsed.system_prompt
         if system_prompt is None:
             system_prompt = source.system_prompt
-        self.chat = Chat(load_tokenizer(source.files), system_prompt)
-        words = [text for text in stops if self.chat.is_special(text)]
+        tokenizer = load_tokenizer(source.files)
+        words = [text for text in stops if text in tokenizer.all_special_tokens]
         strings = [text for text in stops if text not in words]
-        self.decode = lambda tokens: cut(self.chat.decode(tokens), strings)
+        self.chat = Chat(tokenizer, system_prompt, stop_strings=strings)
         self.engine = Engine(
             source.config,
             mesh,
@@ -373,7 +444,7 @@ def sample(parsed: argparse.Namespace) -> None:
     def finished(request: int, sample: int, completion: Completion) -> None:
         rows[request, sample] = {
             "question": questions[request],
-            "completion": opened.decode(completion.tokens),
+            "completion": opened.chat.decode(completion.tokens),
             "tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason,
             "log_prob": float(completion.log_probs.sum()),
@@ -398,34 +469,69 @@ def sample(parsed: argparse.Namespace) -> None:
 def evaluate(parsed: argparse.Namespace) -> None:
     """`oreal eval`."""
     from oreal_jax.console import Screen
-    from oreal_jax.data import read_prompts
-    from oreal_jax.evaluate import evaluate
-    from oreal_jax.metrics import replace_text
+    from oreal_jax.data.prompts import check_writable, write_lines, write_text
+    from oreal_jax.evaluation import kept_beside, load_sets, run
+    from oreal_jax.evaluation.attempts import drawing
     from oreal_jax.verify import Pool
 
     screen = Screen.on_stderr()
-    prompts = read_prompts(parsed.data)
-    opened = _Open(parsed, _how(parsed, parsed.k == 1))
-    with screen.phase("load"):
-        params = opened.load()
-    with (
-        Pool(os.cpu_count() or 1) as pool,
-        screen.phase("gen", total=len(prompts) * parsed.k) as advance,
-    ):
-        report = evaluate(
-            opened.engine,
-            params,
-            opened.chat,
-            prompts,
-            pool,
-            samples=parsed.k,
-            seed=parsed.seed,
-            on_progress=lambda tokens, finished: advance(finished, tokens),
-        )
+    at_least(1, "--k", parsed.k)
+    if parsed.greedy and parsed.k == 1:
+        raise BadInput("--greedy with --k 1: one sample is greedy already")
+    for path in (parsed.items, parsed.json):
+        if path:
+            check_writable(path)
+    sets = load_sets(parsed.data, parsed.folder)
+    if parsed.limit is not None:
+        at_least(1, "--limit", parsed.limit)
+        sets = [each._replace(problems=each.problems[: parsed.limit]) for each in sets]
+    run.check_fields(sets, parsed.by)
+    how = _how(parsed, parsed.k == 1)
+    opened = _Open(parsed, how)
+    plan = run.Plan(None, opened.engine, parsed.k)
+    if parsed.k == 1:
+        plan = run.Plan(opened.engine, None, 0)
+    elif parsed.greedy:
+        plan = plan._replace(greedy=_Open(parsed, _how(parsed, True)).engine)
+    problems = [problem for each in sets for problem in each.problems]
+    work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
+    out = parsed.items or parsed.json
+    with kept_beside(out, work, screen.say) as finished:
+        with screen.phase("load"):
+            params = opened.load()
+        with Pool(os.cpu_count() or 1) as pool:
+            reports = run.measure(
+                plan,
+                params,
+                opened.chat,
+                pool,
+                sets,
+                by=parsed.by,
+                seed=parsed.seed,
+                finished=finished,
+                screen=screen,
+            )
+        if parsed.items:
+            write_lines(parsed.items, run.items(reports))
+        if parsed.json:
+            whole = run.as_json(parsed.model, reports)
+            text = json.dumps(whole, ensure_ascii=False, indent=1)
+            write_text(parsed.json, text + "\n")
+    run.show(parsed.model, reports)
+
+
+def compare(parsed: argparse.Namespace) -> None:
+    """`oreal compare`."""
+    from oreal_jax.data.prompts import check_writable, write_text
+    from oreal_jax.evaluation import compare, tables
+
     if parsed.json:
-        text = json.dumps(report.as_json(), ensure_ascii=False, indent=1)
-        replace_text(parsed.json, text + "\n")
-    print(report)
+        check_writable(parsed.json)
+    found = compare(parsed.first, parsed.second, parsed.seed)
+    if parsed.json:
+        text = json.dumps([one.as_json() for one in found], indent=1)
+        write_text(parsed.json, text + "\n")
+    tables.say(tables.compared(str(parsed.first), str(parsed.second), found))
 
 
 def from_hf(parsed: argparse.Namespace) -> None:

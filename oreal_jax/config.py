@@ -89,6 +89,23 @@ class Saving:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measures the policy on the sets `data` (files, or presets in `folder`) before
+    training, every `every` steps and at the end, and keeps the best in RUN/best: that
+    of the highest mean over the sets. One sample a problem is drawn greedily, more of
+    `samples` as in training. No data: no evaluation.
+    """
+
+    data: tuple[str, ...] = ()
+    folder: str = "data"
+    every: int = 10
+    samples: int = 1
+
+    def __post_init__(self):
+        _at_least(1, every=self.every, samples=self.samples)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """An OREAL run. Defaults are the published 7B settings.
 
@@ -140,6 +157,7 @@ class TrainConfig:
     mesh: MeshShape = MeshShape()
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     saving: Saving = Saving()
+    evaluation: Evaluation = Evaluation()
     tensorboard: bool = False
 
     def __post_init__(self):

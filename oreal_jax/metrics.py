@@ -84,7 +84,7 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def _line(row: Mapping[str, float]) -> str:
+def _line(row: Mapping[str, int | float]) -> str:
     # JSON has no NaN: what is not a number is null.
     finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps({name: finite(value) for name, value in row.items()}) + "\n"

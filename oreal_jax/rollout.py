@@ -6,7 +6,7 @@ samples of a prompt, and only then is anything left out.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -121,9 +121,19 @@ def everything(group: Group, random: np.random.Generator) -> Group:
     return group
 
 
+@runtime_checkable
+class Ended(Protocol):
+    """Whatever ended: "stop" at a stop token, "length" for want of one."""
+
+    @property
+    def finish_reason(self) -> str:
+        """How it ended."""
+        ...
+
+
 def judged(
     pool: Pool,
-    completions: Sequence[Completion],
+    completions: Sequence[Ended],
     pairs: Sequence[tuple[str, str]],
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:

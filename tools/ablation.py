@@ -37,7 +37,7 @@ from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verificati
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import BadInput
-from oreal_jax.evaluate import evaluate
+from oreal_jax.evaluation import evaluate
 from oreal_jax.metrics import replace_text
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train

@@ -18,7 +18,7 @@ from plot_run import plot
 from rich.table import Table
 
 from oreal_jax import config as configuration
-from oreal_jax import evaluate, sharding
+from oreal_jax import evaluation, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
@@ -58,7 +58,9 @@ def weights() -> Path:
     return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
 
 
-def measure(model: Path, prompts: Path, screen: Screen, label: str) -> evaluate.Report:
+def measure(
+    model: Path, prompts: Path, screen: Screen, label: str
+) -> evaluation.Report:
     """Greedy pass@1 of a model on the held-out problems; kept in a file."""
     source = open_model(model)
     mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
@@ -75,7 +77,7 @@ def measure(model: Path, prompts: Path, screen: Screen, label: str) -> evaluate.
         Pool(1) as pool,
         screen.phase(f"pass@1 {label}", total=len(rows)) as advance,
     ):
-        return evaluate.evaluate(
+        return evaluation.evaluate(
             engine,
             source.load(mesh),
             chat,
@@ -138,7 +140,7 @@ def main() -> int:
 
 
 def summary(
-    before: evaluate.Report, after: evaluate.Report, minutes: float, home: Path
+    before: evaluation.Report, after: evaluation.Report, minutes: float, home: Path
 ) -> Table:
     """The table at the end."""
     table = Table(title=f"OREAL, {minutes:.1f} minutes on {platform.machine()}")

@@ -6,25 +6,37 @@ whatever becomes of the file they came from.
 """
 
 import contextlib
+import dataclasses
+import fnmatch
 import io
+import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oreal_jax.data.prompts import Prompt, read_prompts
+from oreal_jax.data.prompts import (
+    Prompt,
+    check_writable,
+    read_prompts,
+    write_lines,
+)
 from oreal_jax.errors import BadInput
 
 SPLIT = "train"
 FILES = (".jsonl", ".json", ".parquet")
 
 
-def load_prompts(source: str) -> list[Prompt]:
+def load_prompts(
+    source: str, question: str = "question", gold_answer: str = "gold_answer"
+) -> list[Prompt]:
     """The prompts of a jsonl or parquet file, of a data set that `build` wrote, or of a
-    Hugging Face data set by name.
+    Hugging Face data set by name. `question` and `gold_answer` are the fields of a file
+    that hold them.
 
     Raises:
         BadInput: the source is not there or a row of it is wrong.
@@ -37,13 +49,41 @@ def load_prompts(source: str) -> list[Prompt]:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"{path}: not a data set of prompts: {reason}") from None
     # A hub name may hold a dot ("MATH-v1.5"), so only known endings make a file.
+    read = lambda file: read_prompts(file, question, gold_answer)
     if path.exists() or path.suffix in FILES or source.count("/") != 1:
-        return read_prompts(path)
-    return _download(source)
+        return read(path)
+    return read_files(download(source), read)
 
 
-def build(prompts: Sequence[Prompt], directory: Path) -> None:
+def load_all(
+    sources: Sequence[str], question: str = "question", gold_answer: str = "gold_answer"
+) -> list[Prompt]:
+    """The prompts of several sources; their ids begin with the source's name.
+
+    Raises:
+        BadInput: a source is not there, a row of it is wrong, or two have one name.
+    """
+    if len(sources) == 1:
+        return load_prompts(sources[0], question, gold_answer)
+    names = [Path(source).stem for source in sources]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise BadInput(f"{sources[place]}: a second source named {name!r}")
+    return [
+        dataclasses.replace(prompt, id=f"{name}/{prompt.id}")
+        for name, source in zip(names, sources, strict=True)
+        for prompt in load_prompts(source, question, gold_answer)
+    ]
+
+
+def build(
+    prompts: Sequence[Prompt],
+    directory: Path,
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
     """Writes prompts as a TFDS data set; `directory` appears when it is whole.
+
+    `statistics` are plain JSON values, kept as the data set's `metadata.json`.
 
     Raises:
         BadInput: the directory cannot be written.
@@ -59,6 +99,7 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
                 builder=self,
+                metadata=tfds.core.MetadataDict(statistics or {}),
                 features=tfds.features.FeaturesDict(
                     {
                         "id": tfds.features.Text(),
@@ -71,6 +112,7 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
                             dtype=np.float64,
                             encoding=tfds.features.Encoding.BYTES,
                         ),
+                        "labels": tfds.features.Text(),  # as JSON
                     }
                 ),
                 disable_shuffling=True,
@@ -81,7 +123,8 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
 
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
             for index, prompt in enumerate(prompts):
-                row = vars(prompt).copy()
+                row = dataclasses.asdict(prompt)
+                row["labels"] = json.dumps(row["labels"])
                 if prompt.pass_rate is None:
                     row["pass_rate"] = math.nan
                 yield index, row
@@ -103,6 +146,29 @@ def build(prompts: Sequence[Prompt], directory: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_prompts_writable(out: Path) -> None:
+    """Raises BadInput where `write_prompts` could not write, before the work."""
+    if out.suffix != ".jsonl" and out.exists():
+        raise BadInput(f"{out}: exists; a data set is never written over")
+    check_writable(out)
+
+
+def write_prompts(
+    prompts: Sequence[Prompt],
+    out: Path,
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a .jsonl file, or a TFDS data set where `out` is named otherwise.
+
+    Raises:
+        BadInput: `out` cannot be written.
+    """
+    if out.suffix == ".jsonl":
+        write_lines(out, [prompt.as_json() for prompt in prompts])
+    else:
+        build(prompts, out, statistics)
+
+
 def open_data_set(directory: Path) -> Any:
     """A built data set: `len` and random access to rows, no TensorFlow involved."""
     import tensorflow_datasets as tfds
@@ -120,15 +186,24 @@ def _prompt(row: dict[str, Any]) -> Prompt:
         text("question"),
         text("gold_answer"),
         None if math.isnan(rate) else rate,
+        # Data sets of before there were labels have none.
+        json.loads(text("labels")) if "labels" in row else {},
     )
 
 
-def _download(source: str) -> list[Prompt]:
+def download(source: str, pattern: str = "*") -> list[Path]:
+    """The parquet and jsonl files of a Hugging Face data set that match a pattern.
+
+    Raises:
+        BadInput: the data set cannot be downloaded or has no such files.
+    """
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
-            source, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]
+            source,
+            repo_type="dataset",
+            allow_patterns=[pattern + ".parquet", pattern + ".jsonl"],
         )
     except Exception as error:  # the hub client raises its own and its HTTP client's
         raise BadInput(
@@ -136,14 +211,31 @@ def _download(source: str) -> list[Prompt]:
             f"({type(error).__name__})"
         ) from None
     files = sorted(
-        p for p in Path(folder).rglob("*") if p.suffix in (".parquet", ".jsonl")
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix in (".parquet", ".jsonl")
+        # The folder keeps what was downloaded earlier for another pattern.
+        and fnmatch.fnmatch(
+            path.relative_to(folder).with_suffix("").as_posix(), pattern
+        )
     )
-    # Subsets have files of the same name in folders of their own.
-    place = lambda file: file.relative_to(folder).with_suffix("").as_posix()
     if not files:
-        raise BadInput(f"{source}: the data set has no parquet or jsonl files")
+        wanted = "" if pattern == "*" else f" that match {pattern!r}"
+        raise BadInput(f"{source}: the data set has no parquet or jsonl files{wanted}")
+    return files
+
+
+def read_files(
+    files: Sequence[Path], read: Callable[[Path], list[Prompt]]
+) -> list[Prompt]:
+    """The prompts of several files; ids begin with what tells the files apart.
+
+    Subsets have files of the same name in folders of their own.
+    """
+    folder = os.path.commonpath([file.parent for file in files])
+    place = lambda file: file.relative_to(folder).with_suffix("").as_posix()
     return [
-        Prompt(f"{place(file)}/{p.id}", p.question, p.gold_answer, p.pass_rate)
+        dataclasses.replace(prompt, id=f"{place(file)}/{prompt.id}")
         for file in files
-        for p in read_prompts(file)
+        for prompt in read(file)
     ]

@@ -28,7 +28,8 @@ class Chat:
     """A tokenizer's chat template applied to one question.
 
     `system_prompt` None leaves the system message to the template. `template` is a
-    Jinja file that replaces the tokenizer's own.
+    Jinja file that replaces the tokenizer's own. Completions are read up to the first
+    of the `stop_strings`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Chat:
         tokenizer: Any,
         system_prompt: str | None = None,
         template: Path | None = None,
+        stop_strings: Sequence[str] = (),
     ):
         """Raises BadInput where there is no chat template, or one that cannot be read
         or refuses these messages (some know no system message)."""
@@ -48,6 +50,7 @@ class Chat:
                 f"{template or tokenizer.name_or_path}: no chat template in it"
             )
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
+        self.stop_strings = stop_strings
         try:
             self.encode("?")
         except TemplateError as error:
@@ -68,8 +71,11 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of a completion, without special tokens."""
-        return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+        """The text of a completion, without special tokens, up to a stop string."""
+        tokens = [int(token) for token in tokens]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        places = [text.find(string) for string in self.stop_strings]
+        return text[: min((p for p in places if p >= 0), default=len(text))]
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token by itself, special tokens included."""
@@ -96,10 +102,6 @@ class Chat:
         for token, entry in added.items():
             pieces[token] = b"" if entry.special else entry.content.encode()
         return pieces
-
-    def is_special(self, word: str) -> bool:
-        """Whether a word is one of the tokenizer's special tokens."""
-        return word in self.tokenizer.all_special_tokens
 
     def stop_tokens(self, words: Sequence[str] = ()) -> tuple[int, ...]:
         """The tokens that end a completion: the model's own, and one for each word.

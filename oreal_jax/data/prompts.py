@@ -3,27 +3,50 @@
 import dataclasses
 import json
 import math
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from oreal_jax.errors import BadInput
 
+Label = str | int | float | bool | list[str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question with its gold answer; `pass_rate` of some model on it, if measured."""
+    """A question with its gold answer; `pass_rate` of some model on it, if measured.
+
+    `labels` are the other fields of its row that hold text, a number or a list of
+    texts: subject, level, skills.
+    """
 
     id: str
     question: str
     gold_answer: str
     pass_rate: float | None = None
+    labels: Mapping[str, Label] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> int:
         """A number (32 bits) that names the prompt in random keys."""
         return zlib.crc32(self.id.encode())
+
+    def values(self, field: str) -> list[str]:
+        """What a label says, as texts: several where it is a list, none without it."""
+        value = self.labels.get(field, [])
+        return [str(each) for each in (value if isinstance(value, list) else [value])]
+
+    def as_json(self) -> dict[str, Any]:
+        """The row of a file that `read_prompts` reads back as this prompt."""
+        own = {
+            "id": self.id,
+            "question": self.question,
+            "gold_answer": self.gold_answer,
+        }
+        rate = {} if self.pass_rate is None else {"pass_rate": self.pass_rate}
+        return own | rate | dict(self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +85,37 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, row
     if empty:
         raise BadInput(f"{path}: the file has no rows")
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput where a file or directory could not be made: before hours of
+    work, not after."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"{path}: cannot be written: {above} is no folder to write in")
+    if path.is_dir():
+        raise BadInput(f"{path}: a directory, expected a file to write")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as JSON lines; like `write_text`."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; folders on the way are made.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.incomplete")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_text(path: Path) -> str:
@@ -104,20 +158,43 @@ def text_field(name: str, row: dict[str, Any], field: str) -> str:
         value = str(value) if abs(value) < math.inf else value
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{name}: field {field!r} is {value!r}, expected text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not is_text(value):
         raise BadInput(f"{name}: field {field!r} is {value!r}, not valid Unicode")
     return value
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def is_text(value: Any) -> bool:
+    """Whether a value is text that can be written: no half of a surrogate pair."""
+    surrogate = lambda letter: "\ud800" <= letter <= "\udfff"
+    return isinstance(value, str) and not any(map(surrogate, value))
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value of a row is kept as a label."""
+    if isinstance(value, list):
+        return all(map(is_text, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) or is_text(value)
+
+
+def read_prompts(
+    path: Path,
+    question: str = "question",
+    gold_answer: str = "gold_answer",
+    answer_of: Callable[[Any], Any] = lambda value: value,
+) -> list[Prompt]:
     """The prompts of a file of `question, gold_answer, pass_rate, id` rows.
 
-    A row without an id is named after its place in the file.
+    `question` and `gold_answer` name the fields that hold them, `answer_of` turns
+    what that field holds into the answer. A row without an id is named after its place
+    in the file.
 
     Raises:
         BadInput: naming file, line, field and value.
     """
     prompts, seen = [], {}
+    own = {"id", "pass_rate", question, gold_answer, "question", "gold_answer"}
     for place, (name, row) in enumerate(read_rows(path)):
         rate = row.get("pass_rate")
         number = isinstance(rate, int | float) and not isinstance(rate, bool)
@@ -127,12 +204,15 @@ def read_prompts(path: Path) -> list[Prompt]:
         if id in seen:
             raise BadInput(f"{name}: field 'id' is {id!r}, as in {seen[id]}")
         seen[id] = name
+        answer = {gold_answer: answer_of(row.get(gold_answer))}
+        labels = {k: v for k, v in row.items() if k not in own and is_label(v)}
         prompts.append(
             Prompt(
                 id,
-                text_field(name, row, "question"),
-                text_field(name, row, "gold_answer"),
+                text_field(name, row, question),
+                text_field(name, answer, gold_answer),
                 None if rate is None else float(rate),
+                labels,
             )
         )
     return prompts

@@ -2,14 +2,13 @@
 
 from oreal_jax.sampling.choice import Sampling, sampled_from
 from oreal_jax.sampling.engine import Completion, Engine, Request
-from oreal_jax.sampling.stops import cut, token_table
+from oreal_jax.sampling.stops import token_table
 
 __all__ = [
     "Completion",
     "Engine",
     "Request",
     "Sampling",
-    "cut",
     "sampled_from",
     "token_table",
 ]

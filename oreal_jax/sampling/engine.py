@@ -110,6 +110,12 @@ class Engine:
         token reads; prompts are then run in these numbers too."""
         if not stop_tokens:
             raise BadInput("no stop token: completions would never end")
+        for token, _ in sampling.logit_bias:
+            if token >= config.vocab:
+                raise BadInput(
+                    f"sampling: logit_bias: no token {token}, the model has "
+                    f"{config.vocab}"
+                )
         self.config, self.mesh, self.sampling = config, mesh, sampling
         self.engines = sharding.row_ways(mesh)
         self.slots = -(-rows // self.engines)

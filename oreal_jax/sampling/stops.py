@@ -76,9 +76,3 @@ def _byte_table(strings: Sequence[bytes]) -> Int[np.ndarray, "S 256"]:
             table[state, byte] = follows
             queue.append(follows)
     return table
-
-
-def cut(text: str, strings: Sequence[str]) -> str:
-    """`text` up to the first stop string in it."""
-    places = [text.find(string) for string in strings]
-    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -12,6 +12,7 @@ if it had not been.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,11 +38,11 @@ from oreal_jax.sampling import (
     Completion,
     Engine,
     Request,
-    cut,
     sampled_from,
     token_table,
 )
 from oreal_jax.train import measures
+from oreal_jax.train.examination import examination_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
@@ -62,7 +63,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     """
     source = source_of(config, run)
     mesh = sharding.make_mesh(config.mesh, source.config)
-    chat = chat_of(config, run, source)
+    chat = chat_of(config, run, source, config.stop_strings)
     asked = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
     stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
@@ -70,19 +71,20 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     repeated = usable_prompts(config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
-    engine = Engine(
+    engine_of = functools.partial(
+        Engine,
         source.config,
         mesh,
-        config.sampling,
-        stop_tokens,
+        stop_tokens=stop_tokens,
         stop_table=stop_table,
         rows=config.decode_rows,
         cache_tokens=config.cache_tokens,
-        renormalise=config.log_probs == "sampled",
         dtype=compute_dtype(config.compute),
         weights=config.decode_weights,
         cache=config.decode_cache,
     )
+    engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
+    examination = examination_of(config, chat, prompts, engine, engine_of)
     session = Session(
         config,
         run,
@@ -109,6 +111,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             distribution=distribution_of(config),
         )
         while session.step < config.steps:
+            examination.take(session, pool)
             step = session.step
             groups = sample_and_judge(session, config, order, engine, pool, judge)
             usable = groups
@@ -127,6 +130,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
                 write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
                 session.finish_step(values, rollout.token_count(groups), said)
+        examination.take(session, pool)
 
 
 def judge_of(
@@ -214,11 +218,10 @@ def sample_and_judge(
         for tokens, (prompt, occurrence) in zip(prompts, drawn, strict=True)
     ]
     completions = sample(session, config, drawn, requests, engine)
-    decode = lambda tokens: cut(session.chat.decode(tokens), config.stop_strings)
     pairs, texts = [], []
     for (prompt, _), group in zip(drawn, completions, strict=True):
         for completion in group:
-            texts.append(decode(completion.tokens))
+            texts.append(session.chat.decode(completion.tokens))
             pairs.append((texts[-1], prompt.gold_answer))
     flat = [completion for group in completions for completion in group]
     with session.screen.phase("verify", total=len(flat), label=label) as advance:
@@ -272,7 +275,6 @@ def sample(
 
     def note(n: int, k: int, completion: Completion) -> None:
         prompt, _ = drawn[n]
-        text = session.chat.decode(completion.tokens)
         finished[n, k] = {
             "step": step,
             "id": prompt.id,
@@ -280,7 +282,7 @@ def sample(
             "sample": requests[n].first_sample + k,
             "question": prompt.question,
             "gold_answer": prompt.gold_answer,
-            "completion": cut(text, config.stop_strings),
+            "completion": session.chat.decode(completion.tokens),
             "tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason,
             "mean_log_prob": float(completion.log_probs.mean()),

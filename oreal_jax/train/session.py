@@ -8,6 +8,8 @@
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
     RUN/data/              the prompts as a TFDS data set
+    RUN/evaluations.jsonl  one object an evaluation, and
+    RUN/best/              the best policy by them, where the config asks for it
 
 Opening a run that has checkpoints goes on from the newest one.
 """
@@ -18,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -60,7 +62,12 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     return open_model(run)
 
 
-def chat_of(config: TrainConfig | SftConfig, run: Path, source: ModelSource) -> Chat:
+def chat_of(
+    config: TrainConfig | SftConfig,
+    run: Path,
+    source: ModelSource,
+    stop_strings: Sequence[str] = (),
+) -> Chat:
     """The chat template of a run: its own once it has begun, else what the config says.
 
     Raises:
@@ -69,7 +76,10 @@ def chat_of(config: TrainConfig | SftConfig, run: Path, source: ModelSource) -> 
     begun = source.path == run
     template = Path(config.chat_template) if config.chat_template else None
     return Chat(
-        load_tokenizer(source.files), config.system_prompt, None if begun else template
+        load_tokenizer(source.files),
+        config.system_prompt,
+        None if begun else template,
+        stop_strings,
     )
 
 
@@ -206,6 +216,13 @@ class Session:
         """Takes one training step; what it measured, and its scores."""
         self.state, measured, scores = update(self.state, batch)
         return {name: float(value) for name, value in measured.items()}, scores
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What takes place here is not part of a step's time."""
+        start = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - start
 
     def skip_step(self) -> None:
         """Counts a step that had nothing to learn from."""

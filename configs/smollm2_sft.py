@@ -1,0 +1,19 @@
+"""RFT for SmolLM2-135M-Instruct on its own right sums and products: two minutes.
+
+    oreal sft configs/smollm2_sft.py
+
+docs/evaluation.md makes the examples that this names, and has what came out.
+"""
+
+from oreal_jax.config import Packing, Saving, SftConfig
+from oreal_jax.train.state import Optimizer
+
+config = SftConfig(
+    model="runs/demo/start",
+    examples="runs/pass/solutions.jsonl",
+    epochs=2,
+    examples_per_step=8,
+    policy=Optimizer(learning_rate=1e-5, final_learning_rate=5e-6, warmup_steps=1),
+    packing=Packing(rows=2, row_length=256),
+    saving=Saving(every=100),
+)

@@ -1,0 +1,122 @@
+"""Evaluation inside training: every N steps, and the best policy kept.
+
+    RUN/evaluations.jsonl    one object an evaluation, its step = training steps done
+    RUN/best/                the best policy so far, a model directory of its own
+
+An evaluation is of the policy as a step finds it, so the first is of the initial model.
+What a stopped run has measured is not measured again.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from oreal_jax import metrics
+from oreal_jax.checkpoints import run as checkpoints
+from oreal_jax.config import Evaluation, TrainConfig
+from oreal_jax.data import Chat, Prompt
+from oreal_jax.errors import BadInput
+from oreal_jax.evaluation import load_sets
+from oreal_jax.evaluation.run import Plan, measure
+from oreal_jax.evaluation.sets import ProblemSet
+from oreal_jax.sampling import Engine, Sampling
+from oreal_jax.train.session import Session, uninterrupted
+from oreal_jax.verify import Pool
+
+
+class Examination:
+    """Evaluates the policy of a session where its config says so."""
+
+    def __init__(self, config: Evaluation, sets: Sequence[ProblemSet], engine: Engine):
+        """`engine` draws as `config.samples` wants it: greedily, or as in training."""
+        self.config, self.sets = config, sets
+        alone = config.samples == 1
+        self.plan = (
+            Plan(engine, None, 0) if alone else Plan(None, engine, config.samples)
+        )
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the policy after `step` of `steps` training steps is evaluated."""
+        return bool(self.sets) and (step % self.config.every == 0 or step == steps)
+
+    def take(self, session: Session, pool: Pool) -> None:
+        """Evaluates the policy as it is, if that is due and not done."""
+        step, path = session.step, session.run / "evaluations.jsonl"
+        done = metrics.read(path) if path.exists() else []
+        rows = [row for row in done if row["step"] <= step]
+        if not self.due(step, session.steps) or step in [row["step"] for row in rows]:
+            return
+        with session.aside():
+            reports = measure(
+                self.plan,
+                session.state.policy.params,
+                session.chat,
+                pool,
+                self.sets,
+                seed=session.config.seed,
+                screen=session.screen,
+            )
+        values = {
+            f"val-core/{name}/{report.name}": report.accuracy
+            for name, report in reports.items()
+        }
+        score = float(np.mean(list(values.values())))
+        best = all(score > row["score"] for row in rows)
+        with uninterrupted():
+            if best:
+                keep(session, step)
+            rows.append({"step": step, "score": score, "best": best} | values)
+            lines = [json.dumps(row) + "\n" for row in rows]
+            metrics.replace_text(path, "".join(lines))
+        said = ", ".join(f"{name} {report}" for name, report in reports.items())
+        mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
+        session.screen.say(f"after step {step}: {said}{mark}")
+
+
+def keep(session: Session, step: int) -> None:
+    """Writes the policy as RUN/best, in place of the one that was there."""
+    best = session.run / "best"
+    new, old = (session.run / f".best.{word}" for word in ("incomplete", "old"))
+    for left in (new, old):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(session.run / "model", new / "model")
+    shutil.copy2(session.run / "config.json", new / "config.json")
+    directory = new / "checkpoints" / str(step) / "policy"
+    checkpoints.save_params(directory, session.state.policy.params)
+    if best.exists():
+        best.rename(old)
+    new.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def examination_of(
+    config: TrainConfig,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    engine: Engine,
+    engine_of: Callable[[Sampling], Engine],
+) -> Examination:
+    """What a config asks for, checked. `prompts` are trained on, `engine` is the one
+    that training samples with, `engine_of` makes its like with another sampling.
+
+    Raises:
+        BadInput: a set is unusable, or a problem of it is trained on or too long.
+    """
+    wanted = config.evaluation
+    sets = load_sets(wanted.data, Path(wanted.folder), "evaluation.data")
+    trained_on = {prompt.question for prompt in prompts}
+    room = engine.config.max_length - config.sampling.max_tokens
+    for name, problems in sets:
+        for problem in problems:
+            where = f"evaluation.data: problem {problem.id!r} of {name}"
+            if problem.question in trained_on:
+                raise BadInput(f"{where} is trained on")
+            if (length := len(chat.encode(problem.question))) > room:
+                raise BadInput(f"{where} has {length} tokens, there is room for {room}")
+    if wanted.samples == 1:
+        engine = engine_of(dataclasses.replace(config.sampling, temperature=0.0))
+    return Examination(wanted, sets, engine)

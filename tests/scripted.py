@@ -1,0 +1,62 @@
+"""A model that says what a test wants, instead of drawing completions."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from oreal_jax.data import load_tokenizer
+from oreal_jax.sampling import Completion
+
+
+class Script:
+    """Stands for `Engine.sample`: notes what it is asked, may be interrupted.
+
+    `says(a, sample)` is the answer to the tiny model's problem "max A B?".
+    """
+
+    def __init__(self, model: Path, says: Callable[[int, int], str]):
+        self.tokenizer, self.says = load_tokenizer(model), says
+        self.asked, self.seeds = [], []
+        self.slots, self.prompts = set(), []
+        self.patience = 10**9  # completions before an interruption
+
+    def sample(
+        self,
+        engine,
+        params,
+        requests,
+        samples,
+        *,
+        seed,
+        step=0,
+        on_progress=lambda tokens, finished: None,
+        on_finished=lambda *_: None,
+    ) -> list[list[Completion]]:
+        """As `Engine.sample`."""
+        drawn = []
+        for place, request in enumerate(requests):
+            question = self.tokenizer.decode(request.prompt)
+            self.slots.add(engine.slots)
+            self.prompts.append(question)
+            a = int(question.split("max ")[1].split()[0])
+            drawn.append([])
+            for sample in range(samples):
+                if self.patience == 0:
+                    raise KeyboardInterrupt
+                self.patience -= 1
+                number = request.first_sample + sample
+                self.asked.append((a, number, engine.sampling))
+                self.seeds.append(seed)
+                drawn[-1].append(self.completion(engine, self.says(a, number)))
+                on_finished(place, sample, drawn[-1][-1])
+                on_progress(1, 1)
+        return drawn
+
+    def completion(self, engine, text: str) -> Completion:
+        """The text, with a stop token if there is room for it."""
+        tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
+        limit = engine.sampling.max_tokens
+        reason = "stop" if len(tokens) <= limit else "length"
+        kept = tokens[:limit]
+        return Completion(kept, np.zeros(len(kept)), None, reason)

@@ -1,0 +1,317 @@
+"""What is fit to train on: answers, duplicates, overlaps, solutions, skills."""
+
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+from oreal_jax.data import Prompt, load_prompts, read_prompts
+from oreal_jax.data.builder import (
+    check_prompts_writable,
+    load_all,
+    write_prompts,
+)
+from oreal_jax.data.cleaning import (
+    clean,
+    normalised_answer,
+    statistics,
+    without_duplicates,
+    without_overlaps,
+    words,
+)
+from oreal_jax.data.rft import harvest, read_completions
+from oreal_jax.data.skills import by_skill, labelled, needing, read_skills, request
+from oreal_jax.errors import BadInput
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("18", "18"),
+        (" $\\frac{1}{2}$. ", "\\frac{1}{2}"),
+        ("\\(x\\)", "x"),
+        ("$$2$$", "2"),
+        ("$1$ and $2$", "$1$ and $2$"),
+        ("27.0", "27"),
+        ("-3.00", "-3"),
+        ("2.50", "2.50"),
+        ("So it is \\boxed{1}, no: $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{1", "\\boxed{1"),
+        ("She makes 9 * 2 = 18.\n#### 18", "18"),
+        (".", "."),
+    ],
+)
+def test_an_answer_is_bared_of_what_is_around_it(text, answer):
+    assert normalised_answer(text) == answer
+    assert normalised_answer(answer) == answer
+
+
+# Duplicates and overlaps
+
+
+def prompts(*rows: tuple[str, str]) -> list[Prompt]:
+    return [Prompt(str(i), q, a) for i, (q, a) in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is $2 + 3$?", "what is 2+3", True),
+        ("What is 2 + 3?", "What is 2 * 3?", False),
+        ("What is 1.5?", "What is 15?", False),
+        ("What is 1.5?", "What is 1 5?", False),
+        ("Find x^2.", "Find x_2.", False),
+    ],
+)
+def test_spelling_does_not_make_another_question_but_signs_do(one, other, same):
+    assert (words(one) == words(other)) == same
+
+
+def test_of_equal_questions_the_first_stays():
+    kept, removed = without_duplicates(
+        prompts(("a b", "1"), ("c", "2"), ("A  b?", "1"))
+    )
+    assert [p.id for p in kept] == ["0", "1"]
+    assert [(r.prompt.id, r.reason, r.like) for r in removed] == [
+        ("2", "duplicate", "0")
+    ]
+
+
+def test_of_equal_questions_with_different_answers_none_stays():
+    kept, removed = without_duplicates(prompts(("a", "1"), ("b", "2"), ("a", "3")))
+    assert [p.id for p in kept] == ["1"]
+    assert [r.prompt.id for r in removed] == ["0", "2"]
+    assert {r.reason for r in removed} == {"contradictory answers"}
+
+
+def overlaps(train: str, test: str, ngram: int) -> bool:
+    """By comparing every stretch of one with every stretch of the other."""
+    one, other = words(train), words(test)
+    if min(len(one), len(other)) < ngram:
+        return one == other
+    stretches = lambda of: [of[i : i + ngram] for i in range(len(of) - ngram + 1)]
+    return any(a == b for a in stretches(one) for b in stretches(other))
+
+
+def test_overlaps_are_those_of_an_exhaustive_comparison():
+    random = np.random.default_rng(0)
+    text = lambda: " ".join(random.choice(list("ab"), size=random.integers(1, 9)))
+    train = [Prompt(str(i), text(), "1") for i in range(60)]
+    test = [Prompt(str(i), text(), "1") for i in range(3)]
+    counts = set()
+    for ngram in (2, 4, 6):
+        kept, removed = without_overlaps(train, {"test": test}, ngram)
+        expected = [
+            p
+            for p in train
+            if any(overlaps(p.question, t.question, ngram) for t in test)
+        ]
+        assert [r.prompt for r in removed] == expected
+        assert kept == [p for p in train if p not in expected]
+        counts.add(len(removed))
+    assert len(counts) == 3  # the length matters
+
+
+def test_what_was_removed_names_what_it_is_like():
+    test = {"exam": [Prompt("seven", "is this the same?", "1")]}
+    _, removed = without_overlaps(prompts(("Is this the same", "1")), test, 13)
+    row = removed[0].as_json()
+    assert row["reason"] == "overlap with exam" and row["like"] == "exam: seven"
+    assert row["question"] == "Is this the same"
+
+
+def test_statistics_count_what_was_read_removed_and_left():
+    rows = [
+        Prompt("a", "one", "$1$", 0.25, {"level": 1, "topics": ["x", "y"]}),
+        Prompt("b", "seven", "2", 0.75, {"level": 2, "topics": ["x"]}),
+        Prompt("c", "seven", "2"),
+        Prompt("d", "test", "2"),
+    ]
+    cleaned = clean(rows, {"exam": [Prompt("t", "Test", "9")]})
+    assert [p.gold_answer for p in cleaned.prompts] == ["1", "2"]
+    assert cleaned.statistics() == {
+        "read": 4,
+        "removed": {"duplicate": 1, "overlap with exam": 1},
+        "answers_changed": 1,
+        "prompts": 2,
+        "question_characters": {"least": 3, "median": 4.0, "most": 5},
+        "pass_rate": {
+            "measured": 2,
+            "mean": 0.5,
+            "by_tenths": [0, 0, 1, 0, 0, 0, 0, 1, 0, 0],
+        },
+        "labels": {"level": {"1": 1, "2": 1}, "topics": {"x": 2, "y": 1}},
+    }
+    assert statistics([]) == {"prompts": 0, "labels": {}}
+
+
+# Labels, sources, writing
+
+
+def test_labels_come_back_from_lines_and_from_a_data_set(tmp_path):
+    labels = {"level": 2, "subject": "Ålgebra", "topics": ["x"], "hard": True}
+    given = [Prompt("a", "q", "1", 0.5, labels), Prompt("b", "r", "2")]
+    for name in ("p.jsonl", "set"):
+        write_prompts(given, tmp_path / name, {"read": 3})
+        assert load_prompts(str(tmp_path / name)) == given
+    assert json.loads((tmp_path / "set" / "metadata.json").read_text()) == {"read": 3}
+
+
+def test_a_field_that_is_no_label_is_left_out(tmp_path):
+    path = tmp_path / "p.jsonl"
+    row = '{"question": "q", "gold_answer": "1", "level": 1, '
+    row += '"nothing": null, "nested": {"a": 1}, "half": "\\ud800", "nan": NaN}'
+    path.write_text(row + "\n")
+    assert read_prompts(path)[0].labels == {"level": 1}
+
+
+def test_the_fields_of_question_and_answer_can_be_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "q", "answer": 1, "level": 2}\n')
+    assert read_prompts(path, "problem", "answer") == [
+        Prompt("0", "q", "1", labels={"level": 2})
+    ]
+    with pytest.raises(BadInput, match="p.jsonl:1: field 'Answer' is None, expected"):
+        read_prompts(path, "problem", "Answer")
+
+
+def test_prompts_of_several_sources_keep_their_ids_apart(tmp_path):
+    for name in ("one", "two"):
+        write_prompts(prompts((name, "1")), tmp_path / f"{name}.jsonl")
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    assert [p.id for p in load_all(paths)] == ["one/0", "two/0"]
+    with pytest.raises(BadInput, match="one.jsonl: a second source named 'one'"):
+        load_all([paths[0], paths[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file/out.jsonl", "cannot be written"),
+        ("set", "exists; a data set is never written over"),
+        ("folder.jsonl", "a directory, expected a file"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path, name, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(BadInput, match=said):
+        check_prompts_writable(tmp_path / name)
+    check_prompts_writable(tmp_path / "new" / "folder" / "out.jsonl")
+    check_prompts_writable(tmp_path / "new" / "set")
+    assert not (tmp_path / "new").exists()
+
+
+# Rejection sampling
+
+
+def judged(id: str, completion: str, verdict: str) -> dict:
+    return {
+        "id": id,
+        "question": f"question {id}",
+        "completion": completion,
+        "verdict": verdict,
+    }
+
+
+ROWS = [
+    judged("a", "It is 2.", "right"),
+    judged("a", "it is  2", "right"),
+    judged("a", "2", "right"),
+    judged("a", "So: 2", "right"),
+    judged("a", "3", "wrong"),
+    judged("b", "4", "undecided"),
+    judged("c", "5", "right"),
+]
+
+
+def test_an_rft_set_is_of_different_right_completions():
+    found = harvest(ROWS, keep=9)
+    assert [s.solution for s in found.solutions] == ["It is 2.", "2", "So: 2", "5"]
+    counts = (found.completions, found.right, found.different)
+    assert counts + (found.questions, found.solved) == (7, 5, 4, 3, 2)
+
+
+def test_keep_limits_the_solutions_of_a_question_and_the_seed_draws_them():
+    draws = set()
+    for seed in range(40):
+        taken = [s for s in harvest(ROWS, keep=2, seed=seed).solutions if s.id == "a"]
+        assert len(taken) == 2
+        draws.add(tuple(s.solution for s in taken))
+    assert len(draws) == 3  # every pair of three
+    assert harvest(ROWS, keep=2, seed=1) == harvest(ROWS, keep=2, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"verdict": "yes"},
+            "field 'verdict' is 'yes', expected right, wrong, undecid",
+        ),
+        ({"completion": 1}, "field 'completion' is 1, expected text"),
+        ({"question": None}, "field 'question' is None, expected text"),
+    ],
+)
+def test_a_row_that_is_no_judged_completion_is_named(tmp_path, change, said):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
+    with pytest.raises(BadInput) as caught:
+        read_completions([path])
+    assert f"c.jsonl:2: {said}" in str(caught.value)
+
+
+# Skills
+
+
+def test_a_model_is_shown_the_skills_and_labels_by_naming_them():
+    skills = ["Carrying", "Times tables"]
+    asked = request(Prompt("a", "What is 8 + 5?", "13"), skills)
+    assert asked.id == "a"
+    assert all(part in asked.question for part in [*skills, "What is 8 + 5?"])
+    prompt = Prompt("a", "q", "13", labels={"level": 1})
+    found = labelled(prompt, "It needs carrying.", skills)
+    assert found.labels == {"level": 1, "skills": ["Carrying"]}
+    assert labelled(prompt, "?", skills).values("skills") == []
+
+
+def test_the_weakest_skill_comes_first():
+    rows = [
+        Prompt("a", "q", "1", 0.2, {"skills": ["x", "y"]}),
+        Prompt("b", "q", "1", 0.6, {"skills": ["y"]}),
+        Prompt("c", "q", "1", None, {"skills": ["x"]}),
+    ]
+    found = by_skill("f", rows, "skills")
+    assert [(s.name, s.prompts, s.pass_rate) for s in found] == [
+        ("x", 1, 0.2),
+        ("y", 2, 0.4),
+    ]
+    assert [p.id for p in needing(rows, "skills", {"x"})] == ["a", "c"]
+    with pytest.raises(
+        BadInput, match="f: no row has both a pass_rate and a field 'z'"
+    ):
+        by_skill("f", rows, "z")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("\n", "no skill in it"), ("a\nA\n", "skill 'A' is there twice")]
+)
+def test_a_wrong_list_of_skills_is_named(tmp_path, text, said):
+    path = tmp_path / "skills.txt"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=f"skills.txt: {said}"):
+        read_skills(path)
+
+
+def test_a_hub_data_sets_fields_can_be_named(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"problem": "q", "solution": "1"}\n')
+    download = lambda name, **_: str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_all(["someone/maths"], "problem", "solution") == [
+        Prompt("train/0", "q", "1")
+    ]

@@ -1,0 +1,200 @@
+"""Evaluation inside training. The model is scripted and right: nothing is learned."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import make_tiny
+import numpy as np
+import pytest
+from scripted import Script
+
+from oreal_jax import metrics
+from oreal_jax.checkpoints.source import open_model
+from oreal_jax.cli import main
+from oreal_jax.sampling import Engine
+from oreal_jax.sharding import MeshShape, make_mesh
+from oreal_jax.train import examination
+
+ROOT = Path(__file__).parents[1]
+TRAINED_ON = range(10, 18)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("start")
+    make_tiny.write(home)
+    write_problems(home / "train.jsonl", TRAINED_ON)
+    write_problems(home / "exam.jsonl", range(4))
+    write_problems(home / "other.jsonl", range(4, 6))
+    return home
+
+
+def write_problems(path: Path, numbers) -> None:
+    row = lambda a: {"question": f"max {a} 99?", "gold_answer": "99"}
+    path.write_text("".join(json.dumps(row(a)) + "\n" for a in numbers))
+
+
+class Skill:
+    """What the scripted policy solves of an exam: `solved[i]` at evaluation i."""
+
+    def __init__(self, monkeypatch, start: Path, *solved: int):
+        self.solved, self.evaluations = list(solved), 0
+        self.script = Script(start / "hf", self.says)
+        take = examination.Examination.take
+        sample = self.script.sample
+
+        def counted(examining, session, pool):
+            before = len(self.script.asked)
+            take(examining, session, pool)
+            self.evaluations += len(self.script.asked) > before
+
+        monkeypatch.setattr(examination.Examination, "take", counted)
+        monkeypatch.setattr(Engine, "sample", lambda *a, **named: sample(*a, **named))
+
+    def says(self, a: int, sample: int) -> str:
+        """Right about all that is trained on."""
+        return "99" if a in TRAINED_ON or a < self.solved[self.evaluations] else "0"
+
+    def examined(self) -> list:
+        """(problem, sample, sampling) of every attempt at an exam."""
+        return [asked for asked in self.script.asked if asked[0] not in TRAINED_ON]
+
+
+def train(start: Path, run: Path, *settings: str) -> int:
+    given = [
+        f"model={start / 'hf'}",
+        f"prompts={start / 'train.jsonl'}",
+        f"evaluation.data=({str(start / 'exam.jsonl')!r},)",
+        "saving.every=1",
+        "steps=5",
+        "evaluation.every=2",
+        *settings,
+    ]
+    flags = [word for setting in given for word in ("--set", setting)]
+    return main(["train", str(ROOT / "configs/tiny.py"), *flags, "--run", str(run)])
+
+
+def rows(run: Path) -> list[dict]:
+    return metrics.read(run / "evaluations.jsonl")
+
+
+def test_the_policy_is_measured_before_every_n_steps_and_at_the_end(
+    start, tmp_path, monkeypatch, capsys
+):
+    skill = Skill(monkeypatch, start, 1, 3, 3, 2)
+    assert train(start, tmp_path / "run", "system_prompt=Be brief.") == 0
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [0, 2, 4, 5]
+    assert [row["score"] for row in found] == [0.25, 0.75, 0.75, 0.5]
+    assert [row["best"] for row in found] == [True, True, False, False]
+    assert found[0]["val-core/exam/pass@1"] == 0.25
+    assert {sampling.temperature for *_, sampling in skill.examined()} == {0.0}
+    assert "after step 2: exam pass@1 75.0%" in capsys.readouterr().out
+    # The best is a model directory with all that the run's own has.
+    best = open_model(tmp_path / "run" / "best")
+    assert best.system_prompt == "Be brief."
+    assert [p.name for p in (best.path / "checkpoints").iterdir()] == ["2"]
+    mesh = make_mesh(MeshShape(), best.config)
+    own = jax.tree.leaves(open_model(tmp_path / "run").load(mesh))
+    for ours, kept in zip(own, jax.tree.leaves(best.load(mesh)), strict=True):
+        assert np.array_equal(ours, kept)  # nothing was learned
+    assert {p.name for p in best.path.iterdir()} == {
+        "model",
+        "checkpoints",
+        "config.json",
+    }
+    assert not list((tmp_path / "run").glob(".best*"))
+
+
+def test_without_data_nothing_is_evaluated(start, tmp_path, monkeypatch):
+    skill = Skill(monkeypatch, start, 0)
+    assert train(start, tmp_path / "run", "evaluation.data=()", "steps=1") == 0
+    assert not skill.examined() and not (tmp_path / "run" / "best").exists()
+
+
+def test_several_samples_are_drawn_as_in_training(start, tmp_path, monkeypatch):
+    skill = Skill(monkeypatch, start, 1, 1)
+    settings = ["evaluation.samples=3", "steps=1", "sampling.temperature=0.7"]
+    assert train(start, tmp_path / "run", *settings) == 0
+    assert rows(tmp_path / "run")[0]["val-core/exam/avg@3"] == 0.25
+    assert {sampling.temperature for *_, sampling in skill.examined()} == {0.7}
+    assert {sample for _, sample, _ in skill.examined()} == {0, 1, 2}
+
+
+def test_presets_are_found_in_the_folder_and_scores_averaged_over_sets(
+    start, tmp_path, monkeypatch
+):
+    Skill(monkeypatch, start, 3, 6)
+    shutil.copy(start / "other.jsonl", tmp_path / "amc23.jsonl")
+    data = f"evaluation.data=({str(start / 'exam.jsonl')!r}, 'amc23')"
+    settings = [data, f"evaluation.folder={tmp_path}", "steps=1"]
+    assert train(start, tmp_path / "run", *settings) == 0
+    found = rows(tmp_path / "run")
+    assert found[0]["val-core/exam/pass@1"] == 0.75
+    assert found[0]["val-core/amc23/pass@1"] == 0.0
+    assert [row["score"] for row in found] == [0.375, 1.0]
+
+
+def test_what_a_stopped_run_has_measured_is_not_measured_again(
+    start, tmp_path, monkeypatch
+):
+    skill = Skill(monkeypatch, start, 2, 1, 3)
+    run = tmp_path / "run"
+    assert train(start, run, "steps=2") == 0
+    before = rows(run)
+    assert [row["step"] for row in before] == [0, 2] and len(skill.examined()) == 8
+    assert train(start, run, "steps=3") == 0
+    assert rows(run)[:2] == before and [r["step"] for r in rows(run)] == [0, 2, 3]
+    assert rows(run)[2]["best"] and len(skill.examined()) == 12
+
+
+def test_an_evaluation_that_is_interrupted_leaves_the_run_whole(
+    start, tmp_path, monkeypatch
+):
+    skill = Skill(monkeypatch, start, 2, 1)
+    run = tmp_path / "run"
+    skill.script.patience = 4 + 2 * 64 + 2  # within the evaluation after step 2
+    assert train(start, run, "steps=2") == 130
+    assert [row["step"] for row in rows(run)] == [0]
+    assert len(metrics.read(run / "metrics.jsonl")) == 2
+    skill.script.patience = 10**9
+    assert train(start, run, "steps=2") == 0
+    assert [row["step"] for row in rows(run)] == [0, 2]
+
+
+def test_evaluation_time_is_not_a_steps_time(start, tmp_path, monkeypatch):
+    Skill(monkeypatch, start, 2, 1)
+    assert train(start, tmp_path / "run", "steps=1") == 0
+    (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    phases = sum(row[f"timing_s/{name}"] for name in ("gen", "verify"))
+    assert row["timing_s/testing"] > 0
+    assert phases < row["perf/time_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("evaluation.every=0", "config: every=0 must be at least 1"),
+        ("evaluation.samples=0", "config: samples=0 must be at least 1"),
+        ("evaluation.data=('gone.jsonl',)", "gone.jsonl: no such file"),
+        ("evaluation.data=('exams',)", "evaluation.data exams: no such file, and no"),
+        ("evaluation.data=('TRAIN',)", "problem '0' of train is trained on"),
+        (
+            "evaluation.data=('LONG',)",
+            "problem '0' of long has 308 tokens, there is",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    start, tmp_path, capsys, setting, said
+):
+    text = {"question": "7" * 300, "gold_answer": "7"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(text) + "\n")
+    setting = setting.replace("TRAIN", str(start / "train.jsonl"))
+    setting = setting.replace("LONG", str(tmp_path / "long.jsonl"))
+    assert train(start, tmp_path / "run", setting) == 2
+    complained = capsys.readouterr().err
+    assert said in complained and complained.count("\n") == 1
+    assert not (tmp_path / "run").exists()
