@@ -7,6 +7,7 @@ likelier.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -243,8 +244,10 @@ def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "
 
 def only_top_k(weights: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     """The k largest weights (more where they tie), 0 elsewhere."""
-    smallest = jax.lax.top_k(weights, min(k, weights.shape[-1]))[0][:, -1:]
-    return jnp.where(weights >= smallest, weights, 0)
+    count = lambda threshold: jnp.sum(weights >= threshold[:, None], axis=-1)
+    enough = jnp.full(weights.shape[0], min(k, weights.shape[-1]))
+    exactly = lambda low, above_low, above_high: above_low == enough
+    return jnp.where(weights >= _bisect(count, enough, exactly)[:, None], weights, 0)
 
 
 def only_nucleus(
@@ -252,28 +255,49 @@ def only_nucleus(
 ) -> Float[Array, "B V"]:
     """The likeliest tokens that hold `mass` (arXiv:1904.09751), 0 elsewhere; all where
     there is less. The smallest kept weight is found by bisection."""
-    return jnp.where(weights >= _bisect(weights, mass)[:, None], weights, 0)
+    above = lambda threshold: jnp.sum(
+        weights, axis=-1, where=weights >= threshold[:, None]
+    )
+    # Every token between two thresholds weighs at least the lower one.
+    single = lambda low, above_low, above_high: above_low - above_high < 2 * low
+    return jnp.where(weights >= _bisect(above, mass, single)[:, None], weights, 0)
 
 
-def _bisect(weights: Float[Array, "B V"], mass: Float[Array, "B"]) -> Float[Array, "B"]:
-    """The largest threshold whose upper set still holds `mass`.
+def _bisect(
+    above: Callable[[Float[Array, "B"]], Shaped[Array, "B"]],
+    enough: Shaped[Array, "B"],
+    settled: Callable[[Array, Array, Array], Bool[Array, "B"]],
+) -> Float[Array, "B"]:
+    """A threshold above which there is `enough`, and above whose next larger weight
+    there is not. The largest weight is 1.
 
-    Exact, over the bit patterns of non-negative floats, which are ordered like the
-    floats themselves. The largest weight is 1.
+    Over the bit patterns of non-negative floats, which are ordered like the floats
+    themselves, until the two bounds are neighbours or `settled(low, above low, above
+    high)` says that they tell the tokens apart.
     """
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     def halve(bounds):
-        low, high = bounds
+        low, high, above_low, above_high = bounds
         middle = (low + high) // 2
-        inside = weights >= as_float(middle)[:, None]
-        holds = jnp.sum(weights, axis=-1, where=inside) >= mass
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+        found = above(as_float(middle))
+        holds = found >= enough
+        return (
+            jnp.where(holds, middle, low),
+            jnp.where(holds, high, middle),
+            jnp.where(holds, found, above_low),
+            jnp.where(holds, above_high, found),
+        )
 
-    low = jnp.zeros(mass.shape, jnp.int32)
-    high = jnp.full(mass.shape, 0x3F800001, jnp.int32)  # just above 1.0
-    apart = lambda bounds: jnp.any(bounds[1] - bounds[0] > 1)
-    return as_float(jax.lax.while_loop(apart, halve, (low, high))[0])
+    def open_(bounds):
+        low, high, above_low, above_high = bounds
+        done = settled(as_float(low), above_low, above_high)
+        return jnp.any(~done & (high - low > 1))
+
+    low = jnp.zeros(enough.shape, jnp.int32)
+    high = jnp.full(enough.shape, 0x3F800001, jnp.int32)  # just above 1.0
+    start = (low, high, above(as_float(low)), jnp.zeros_like(enough))
+    return as_float(jax.lax.while_loop(open_, halve, start)[0])
 
 
 def block_sums(weights: Float[Array, "B V"]) -> Float[Array, "B C"]:
