@@ -10,6 +10,8 @@ import make_tiny
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from oreal_jax.data import (
     PUBLISHED_BANDS,
@@ -203,6 +205,33 @@ def test_a_completion_decodes_without_its_stop_token(chat):
     assert prompt == chat.encode("1 + 1?")
     assert completion[-1] in chat.stop_tokens()
     assert chat.decode(completion) == "It is 2 – ü."
+
+
+def test_a_completion_is_read_up_to_its_first_stop_string(chat):
+    tokens = chat.tokenizer.encode("one, two; three", add_special_tokens=False)
+    assert chat.decode(tokens) == "one, two; three"
+    stopping = Chat(chat.tokenizer, stop_strings=["; ", " two", "four"])
+    assert stopping.decode(tokens) == "one,"
+
+
+@pytest.mark.parametrize("text", ["a b\n", "∑ wörld 😀", "<|im_start|>x"])
+def test_token_bytes_spell_the_text_of_tokens(chat, text):
+    pieces = chat.token_bytes()
+    tokens = chat.tokenizer.encode(text, add_special_tokens=False)
+    spelled = b"".join(pieces[token] for token in tokens).decode()
+    assert spelled == chat.decode(tokens)
+
+
+def test_token_bytes_know_sentencepieces_spelling():
+    vocabulary = {"<unk>": 0, "\u2581a": 1, "<0x0A>": 2, "b": 3}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", chat_template="{{ messages }}"
+    )
+    assert Chat(tokenizer).token_bytes() == [b"", b" a", b"\n", b"b"]
 
 
 def test_stop_words_are_single_tokens(chat):

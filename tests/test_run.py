@@ -157,6 +157,7 @@ def test_what_a_run_directory_holds(whole):
         "actor/grad_norm",
         "actor/lr",
         "training/rollout_probs_diff_max",
+        "training/rollout_probs_correlation",
         "timing_s/gen",
         "timing_s/update_actor",
         "perf/throughput",
@@ -169,6 +170,7 @@ def test_what_a_run_directory_holds(whole):
     ):
         assert name in learned, name
     assert learned["training/rollout_probs_diff_max"] < 1e-3
+    assert learned["training/rollout_probs_correlation"] > 0.9999
     lines = (whole / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     trajectories = [json.loads(line) for line in lines]
     assert len(trajectories) == 64
@@ -333,6 +335,94 @@ def test_what_is_finished_is_said_when_sampling_is_interrupted(
     assert said.err.endswith("oreal: interrupted\n")
 
 
+def test_options_of_sampling_reach_the_sampler(tiny, capsys):
+    asked = ["--model", str(tiny / "sft"), "--prompt", "max 3 4?", "--max-tokens", "6"]
+    asked += ["--greedy", "--rows", "8", "--json"]
+
+    def said(*options: str) -> dict:
+        assert main(["sample", *asked, *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    letter = 65  # of the tiny tokenizer's bytes
+    always = said("--logit-bias", f"{letter}=1e4")
+    text = always["completion"]
+    assert text == text[0] * 6 and always["finish_reason"] == "length"
+    bias = ("--logit-bias", f"{letter}=30")
+    for penalty in (
+        ("--repetition-penalty", "1000"),
+        ("--presence-penalty", "1000"),
+        ("--frequency-penalty", "1000"),
+    ):
+        assert said(*bias, *penalty)["completion"].count(text[0]) == 1
+    stopped = said("--logit-bias", f"{letter}=1e4", "--stop", text[0] * 2)
+    assert stopped == always | {
+        "completion": "",
+        "tokens": 2,
+        "finish_reason": "stop",
+        "log_prob": stopped["log_prob"],
+    }
+    special = said("--stop", "<|im_end|>")
+    assert special == said()
+    with pytest.raises(SystemExit):
+        main(["sample", *asked, "--logit-bias", "x=1"])
+    assert "'x=1': expected e.g. 1234=-5" in capsys.readouterr().err
+
+
+def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
+    run = tiny / "eight"
+    settings = ["decode_weights=int8", "decode_cache=float8", "steps=1"]
+    finish(train(tiny, run, *settings))
+    (row,) = metrics.read(run / "metrics.jsonl")
+    assert 1e-4 < row["training/rollout_probs_diff_mean"] < 0.05
+    assert row["training/rollout_probs_correlation"] > 0.9
+
+
+def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
+    run = tiny / "apart"
+    settings = ["decode_weights=int8", "max_disagreement=1e-6", "steps=1"]
+    process = train(tiny, run, *settings)
+    _, complained = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "max_disagreement=1e-06; the step is not saved" in complained
+    assert "Traceback" not in complained
+    assert not metrics.read(run / "metrics.jsonl")
+    assert not list((run / "checkpoints").glob("*"))
+
+
+def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, capsys, monkeypatch):
+    run = tiny / "interrupted"
+    settings = [f"model={tiny / 'sft'}", "steps=1", "mesh.fsdp=8"]
+    settings += [f"prompts={tiny / 'start' / 'prompts.jsonl'}"]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    command = ["train", str(ROOT / "configs/tiny.py"), *flags, "--run", str(run)]
+    draw = Engine.sample
+
+    def broken_off(*arguments, on_finished, **options):
+        seen = []
+
+        def count(n, k, completion):
+            on_finished(n, k, completion)
+            seen.append(n)
+            if len(seen) == 10:
+                raise KeyboardInterrupt
+
+        return draw(*arguments, on_finished=count, **options)
+
+    monkeypatch.setattr(Engine, "sample", broken_off)
+    assert main(command) == 130
+    left = run / "interrupted" / "step_000000.jsonl"
+    rows = [json.loads(line) for line in left.read_text().splitlines()]
+    assert len(rows) == 10
+    assert f"10 of 64 completions are in {left}" in capsys.readouterr().out
+    monkeypatch.setattr(Engine, "sample", draw)
+    assert main(command) == 0
+    whole = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
+    drawn = {(r["group"], r["sample"]): r["completion"] for r in map(json.loads, whole)}
+    for row in rows:  # the same, drawn anew
+        assert drawn[row["group"], row["sample"]] == row["completion"]
+    assert not left.exists()
+
+
 @pytest.fixture
 def prompts(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"
@@ -374,9 +464,19 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: [f"prompts={d / 'gone.jsonl'}"], "gone.jsonl: no such file"),
         (lambda d: [f"model={d / 'gone'}"], "gone: no such model directory"),
         (lambda d: ["mesh.fsdp=3"], "3 devices, this process sees 8"),
-        (lambda d: ["mesh.fsdp=1", "mesh.tensor=8"], "kv_heads=2 does not divide"),
+        (
+            lambda d: ["mesh.fsdp=1", "mesh.tensor=8"],
+            "heads=4 does not divide by tensor=8",
+        ),
         (lambda d: ["prompts_per_step=1000"], "1000 prompts, the data set has 100"),
         (lambda d: ["stop_words=('two words',)"], "'two words' is 9 tokens"),
+        (lambda d: ["stop_strings=('',)"], "an empty one would end every completion"),
+        (lambda d: ["max_disagreement=0.0"], "max_disagreement=0.0 must be above 0"),
+        (
+            lambda d: ["log_probs=sampled", "sampling.presence_penalty=0.1"],
+            "log_probs='sampled' with a penalty",
+        ),
+        (lambda d: ["sampling.logit_bias=((999,1.0),)"], "no token 999, the model has"),
         (lambda d: ["max_prompt_tokens=3"], "longer than max_prompt_tokens=3"),
     ],
 )

@@ -3,15 +3,19 @@
     python tools/bench_sampling.py runs/demo/start          # after `make demo`
 
 16 prompts x 16 samples of a pretrained model, natural stops, float32; a useful token is
-one up to its completion's stop. All in one process, ours and theirs in turns; medians.
+one up to its completion's stop. All in one process, ours before and after each of
+theirs; medians. google-tunix is measured too where it is installed: random weights of
+the same shape, which never stop, so that all its tokens count. Before them, slots are
+simulated on the published run's lengths.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +23,40 @@ import jax
 import jax.numpy as jnp
 import torch
 import transformers
+from simulate_slots import published_lengths, simulate
 
 from oreal_jax import model, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
-from oreal_jax.model import ModelConfig, Params
+from oreal_jax.model import ModelConfig, decoding
+from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Engine, Request, Sampling
 
 QUESTIONS = [f"What is {a} + {20 - a}?" for a in range(1, 17)]
+SAMPLES = 16
+HOW = {"temperature": 1.0, "top_p": 0.9}
 
 
-def matrix_products(config: ModelConfig, params: Params, rows: int) -> Callable:
+def matrix_products(config: ModelConfig, weights: Weights, rows: int) -> Callable:
     """All matrix products of one decoding step of `rows` rows, and nothing else."""
-    D, layers = config.embed, params["layers"]
-    heads = config.heads * config.head_dim
-
-    def layer(x, weights):
-        attention, mlp = weights["attention"], weights["mlp"]
-        flat = lambda w: w.reshape(D, -1)
-        query = x @ flat(attention["query"])
-        keys = x @ flat(attention["key"]), x @ flat(attention["value"])
-        x = x + query @ attention["output"].reshape(heads, D)
-        up = (x @ mlp["gate"]) * (x @ mlp["up"])
-        x = x + up @ mlp["down"]
-        return x + sum(k.sum() for k in keys), None
+    D = config.embed
 
     @jax.jit
-    def step(x):
-        x, _ = jax.lax.scan(layer, x, layers)
-        return model.logits(config, params, x[:, None])[:, 0].sum()
+    def step(weights, x):
+        for layer in weights["layers"]:
+            attention, mlp = layer["attention"], layer["mlp"]
+            flat = lambda w: w.reshape(D, -1)
+            query = x @ flat(attention["query"])
+            keys = x @ flat(attention["key"]), x @ flat(attention["value"])
+            x = x + query @ attention["output"].reshape(-1, D)
+            up = (x @ mlp["gate"]) * (x @ mlp["up"])
+            x = x + up @ mlp["down"] + sum(k.sum() for k in keys)
+        return model.logits(config, weights, x[:, None])[:, 0].sum()
 
     x = jnp.ones((rows, D))
-    return lambda: jax.block_until_ready(step(x))
+    return lambda: jax.block_until_ready(step(weights, x))
 
 
 def seconds(work: Callable) -> float:
@@ -62,11 +66,10 @@ def seconds(work: Callable) -> float:
     return time.perf_counter() - start
 
 
-def theirs(directory: Path, requests, batch: int, limit: int, stops) -> float:
+def of_transformers(loaded: Any, requests, batch: int, limit: int, stops) -> float:
     """Useful tokens a second of `transformers.generate` on one batch of samples."""
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    loaded.eval()
-    rows = [list(r.prompt) for r in requests for _ in range(16)][:batch]
+    rows = [list(r.prompt) for r in requests for _ in range(SAMPLES)]
+    rows = rows[:: max(1, len(rows) // batch)][:batch]  # of all prompts
     longest = max(map(len, rows))
     pad = stops[0]
     tokens = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
@@ -79,11 +82,10 @@ def theirs(directory: Path, requests, batch: int, limit: int, stops) -> float:
             attention_mask=mask,
             max_new_tokens=limit,
             do_sample=True,
-            temperature=1.0,
-            top_p=0.9,
             top_k=0,
             eos_token_id=list(stops),
             pad_token_id=pad,
+            **HOW,
         )
     elapsed = time.perf_counter() - start
     useful = 0
@@ -91,6 +93,51 @@ def theirs(directory: Path, requests, batch: int, limit: int, stops) -> float:
         ends = [i for i, token in enumerate(row) if token in stops]
         useful += ends[0] + 1 if ends else len(row)
     return useful / elapsed
+
+
+def of_tunix(config: ModelConfig, tokenizer, rows: int = 32, new: int = 64) -> float:
+    """Tokens a second of google-tunix's sampler, once compiled."""
+    from flax import nnx
+    from tunix.generate import sampler  # pyright: ignore[reportMissingImports]
+    from tunix.models.llama3 import model as llama  # pyright: ignore
+
+    shape = llama.ModelConfig(
+        num_layers=config.layers,
+        vocab_size=config.vocab,
+        embed_dim=config.embed,
+        hidden_dim=config.mlp,
+        num_heads=config.heads,
+        head_dim=config.head_dim,
+        num_kv_heads=config.kv_heads,
+        rope_theta=int(config.rope.theta),
+        norm_eps=config.norm_epsilon,
+        weight_tying=config.tied,
+    )
+    cache = sampler.CacheConfig(
+        cache_size=256,
+        num_layers=config.layers,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+    )
+    draw = sampler.Sampler(llama.Llama3(shape, rngs=nnx.Rngs(0)), tokenizer, cache)
+    prompts = [(QUESTIONS * 2)[i % 32] for i in range(rows)]
+    work = lambda: draw(
+        prompts, max_generation_steps=new, max_prompt_length=64, **HOW, seed=0
+    )
+    work()  # compiles
+    return rows * new / seconds(work)
+
+
+def peers(parsed, source, chat, requests, stops, exported) -> Iterator[tuple]:
+    """(name, how to measure it) of all others."""
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    for batch in parsed.batches:
+        yield (
+            f"transformers_{batch}",
+            lambda b=batch: of_transformers(loaded, requests, b, parsed.limit, stops),
+        )
+    if importlib.util.find_spec("tunix"):
+        yield "tunix_32", lambda: of_tunix(source.config, chat.tokenizer)
 
 
 def main() -> None:
@@ -101,59 +148,91 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rows", type=int, default=64, help="slots of our engine")
     parser.add_argument("--limit", type=int, default=256, help="new tokens at most")
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
         "--batches",
         type=int,
         nargs="*",
-        default=[32, 64],
+        default=[16, 32, 64],
         help="batch sizes that transformers may choose the best of",
     )
     parsed = parser.parse_args()
     screen = Screen()
+    say = lambda row: screen.say(json.dumps({k: round(v, 3) for k, v in row.items()}))
+    say(
+        {
+            f"simulated_occupancy_{slots}_slots": simulate(
+                published_lengths(), slots=slots, pages=40_000, size=64, longest=14_000
+            ).occupancy
+            for slots in (64, 256)
+        }
+    )
     source = open_model(parsed.model)
     mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)
     stops = chat.stop_tokens()
     requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
-    sampling = Sampling(max_tokens=parsed.limit, top_p=0.9)
-    engine = Engine(source.config, mesh, sampling, stops, rows=parsed.rows)
-    products = matrix_products(source.config, params, parsed.rows)
+    sampling = Sampling(max_tokens=parsed.limit, **HOW)
+    engines = {
+        renormalise: Engine(
+            source.config,
+            mesh,
+            sampling,
+            stops,
+            rows=parsed.rows,
+            renormalise=renormalise,
+        )
+        for renormalise in (False, True)
+    }
+    weights = decoding.weights(source.config, params, decoding.in_dtype(jnp.float32))
+    products = matrix_products(source.config, weights, parsed.rows)
     products()
-    engine.sample(params, requests, 16, seed=0)  # compiles
+    for engine in engines.values():
+        engine.sample(params, requests, SAMPLES, seed=0)  # compiles
+    ours, alone, decode, truncated, others = [], [], [], [], {}
+
+    def measure(seed: int) -> None:
+        rates = lambda: [parsed.rows / seconds(products) for _ in range(9)]
+        before = rates()
+        engine = engines[False]
+        took = seconds(lambda: engine.sample(params, requests, SAMPLES, seed=seed))
+        found = engine.statistics
+        ours.append(found.new_tokens / took)
+        decode.append(found.metrics()["perf/decode_throughput"])
+        alone.append(statistics.median(before + rates()))
+        say(
+            {
+                "ours": ours[-1],
+                "decode_alone": decode[-1],
+                "prefill": found.metrics()["perf/prefill_throughput"],
+                "matrix_products": alone[-1],
+                "occupancy": found.occupancy,
+                "mean_length": found.new_tokens / (len(requests) * SAMPLES),
+            }
+        )
+
+    measure(1)
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "hf"
         hf.save(params, source.config, exported, source=source.files)
-        ours, alone, other = [], [], {batch: [] for batch in parsed.batches}
-        for repeat in range(parsed.repeats):
-            took = seconds(
-                lambda seed=repeat + 1: engine.sample(params, requests, 16, seed=seed)
-            )
-            found = engine.statistics
-            ours.append(found.new_tokens / took)
-            alone.append(
-                parsed.rows / statistics.median(seconds(products) for _ in range(9))
-            )
-            row = {
-                "ours": ours[-1],
-                "decode_alone": found.new_tokens / found.decode_seconds,
-                "matrix_products": alone[-1],
-                "occupancy": found.occupancy,
-                "mean_length": found.new_tokens / 256,
-            }
-            if repeat == 0:  # minutes each: once
-                for batch in parsed.batches:
-                    rate = theirs(exported, requests, batch, parsed.limit, stops)
-                    other[batch].append(rate)
-                    row[f"transformers_{batch}"] = rate
-            screen.say(json.dumps({k: round(v, 3) for k, v in row.items()}))
-    best = max((rates[0] for rates in other.values()), default=float("nan"))
-    middle = statistics.median(ours)
-    share = middle / statistics.median(alone)
+        for seed, (name, work) in enumerate(
+            peers(parsed, source, chat, requests, stops, exported), start=2
+        ):
+            others[name] = work()
+            say({name: others[name]})
+            measure(seed)
+    for seed in (1, 2):
+        engines[True].sample(params, requests, SAMPLES, seed=seed)
+        truncated.append(engines[True].statistics.metrics()["perf/decode_throughput"])
+    middle, shares = statistics.median(ours), []
+    for drew, products_alone in zip(decode, alone, strict=True):
+        shares.append(drew / products_alone)
     screen.say(
-        f"ours {middle:.0f} useful tokens/s, transformers {best:.0f} at its best "
-        f"batch: {middle / best:.1f} x; {share:.0%} of the matrix products alone"
+        f"ours {middle:.0f} useful tokens/s; "
+        + ", ".join(f"{middle / rate:.1f} x {name}" for name, rate in others.items())
+        + f"; decoding at {statistics.median(shares):.0%} of the matrix products alone"
+        + f"; log-probabilities of the nucleus cost "
+        f"{1 - statistics.median(truncated) / statistics.median(decode):.0%}"
     )
 
 
