@@ -36,7 +36,7 @@ from oreal_jax.sampling import Engine, Request, Sampling
 
 QUESTIONS = [f"What is {a} + {20 - a}?" for a in range(1, 17)]
 SAMPLES = 16
-HOW = {"temperature": 1.0, "top_p": 0.9}
+HOW: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9}
 
 
 def matrix_products(config: ModelConfig, weights: Weights, rows: int) -> Callable:

@@ -24,7 +24,7 @@ def heavy_tailed(count: int, mean: float, longest: int, seed=0) -> np.ndarray:
 
 
 def published_lengths() -> np.ndarray:
-    """Like the 7B recipe's: 64 prompts x 16, mean about 6,000 tokens, at most 14,000."""
+    """Like the 7B recipe's: 64 prompts x 16, mean about 6,000, at most 14,000."""
     return heavy_tailed(1024, 6500, 14_000).reshape(64, 16)
 
 

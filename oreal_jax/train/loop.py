@@ -217,7 +217,7 @@ def sample_and_judge(
         Request(tokens, prompt.key, occurrence * K)
         for tokens, (prompt, occurrence) in zip(prompts, drawn, strict=True)
     ]
-    completions = sample(session, config, drawn, requests, engine)
+    completions = sample(session, config, drawn, requests, engine, pool)
     pairs, texts = [], []
     for (prompt, _), group in zip(drawn, completions, strict=True):
         for completion in group:
@@ -266,15 +266,20 @@ def sample(
     drawn: Sequence[tuple[Prompt, int]],
     requests: Sequence[Request],
     engine: Engine,
+    pool: Pool,
 ) -> list[list[Completion]]:
-    """K completions of each request. Interrupted, it leaves those that are finished in
-    `RUN/interrupted/`; the step will be done anew, and draw the same."""
+    """K completions of each request; those that are finished are judged while others
+    are drawn. Interrupted, it leaves them in `RUN/interrupted/`; the step will be done
+    anew, and draw the same."""
     step, K = session.step, config.samples_per_prompt
     path = interrupted_path(session.run, step)
     finished: dict[tuple[int, int], dict] = {}
 
     def note(n: int, k: int, completion: Completion) -> None:
         prompt, _ = drawn[n]
+        text = session.chat.decode(completion.tokens)
+        if completion.finish_reason == "stop":
+            pool.submit(text, prompt.gold_answer)  # which remembers the verdict
         finished[n, k] = {
             "step": step,
             "id": prompt.id,
@@ -282,7 +287,7 @@ def sample(
             "sample": requests[n].first_sample + k,
             "question": prompt.question,
             "gold_answer": prompt.gold_answer,
-            "completion": session.chat.decode(completion.tokens),
+            "completion": text,
             "tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason,
             "mean_log_prob": float(completion.log_probs.mean()),
