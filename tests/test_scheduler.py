@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from simulate_slots import heavy_tailed, published_lengths, simulate
 
+from oreal_jax.sampling.scheduler import Job, Scheduler
+
 
 def checked(lengths: np.ndarray, *, shards=1, slots=8, **options):
     """Simulated, with an eye on the pages."""
@@ -42,3 +44,23 @@ def test_slots_are_over_90_percent_full_on_the_7b_recipes_lengths():
     assert 5500 < lengths.mean() < 6500
     _, occupancy = checked(lengths, slots=256, pages=300_000, longest=14_000)
     assert occupancy > 0.9
+
+
+def test_a_smaller_engine_takes_over_the_rows_that_run():
+    jobs = [Job(n, 10, 100, (0, 1, 2)) for n in range(2)]
+    scheduler = Scheduler(jobs, shards=2, slots=8, pages=100, size=16)
+    scheduler.place()
+    before = scheduler.grow(4)
+    assert scheduler.most_running == 3
+    done = np.zeros(16, bool)
+    done[[0, 9]] = True  # a row of each shard
+    scheduler.advance(done, np.full(16, 2))
+    kept = scheduler.shrink(4)
+    runs, tables = scheduler.grow(4)
+    assert runs.reshape(2, 4).sum(axis=1).tolist() == [2, 2]
+    for shard in range(2):
+        for slot, old in enumerate(kept[shard]):
+            place = 4 * shard + slot
+            if runs[place]:
+                assert tables[place] == before[1][8 * shard + old]
+                assert not done[8 * shard + old]

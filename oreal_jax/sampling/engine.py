@@ -30,6 +30,8 @@ from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
+# When no sample waits, the last rows go on in an engine so much smaller, down to a few.
+SHRINK, FEWEST = 4, 8
 PREFILL = 2048  # prompt tokens an engine runs at a time, or one prompt
 
 
@@ -299,6 +301,7 @@ class _Work:
 
     def _decode(self) -> list[tuple[int, int, Completion]]:
         """Decodes for a while; what has finished."""
+        self._shrink()
         runs, tables = self.scheduler.grow(DISPATCH)
         table = np.zeros((len(runs), self.table_pages), np.int32)
         for slot, pages in enumerate(tables):
@@ -318,6 +321,16 @@ class _Work:
             self.busy_steps += new
             self.slot_steps += int(steps) * len(runs)
         return self._collect(self.scheduler.advance(done, drawn))
+
+    def _shrink(self) -> None:
+        """Lets the idle slots go once no sample is left for them."""
+        smaller = self.slots
+        while smaller // SHRINK >= max(FEWEST, self.scheduler.most_running):
+            smaller //= SHRINK
+        if smaller < self.slots and not self.scheduler.waiting:
+            self.slots = smaller
+            kept = self._place(self.scheduler.shrink(smaller))
+            self.state = self.programs.shrink(self.state, kept)
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         if not finished:

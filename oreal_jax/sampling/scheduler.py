@@ -205,6 +205,24 @@ class Scheduler:
             if shard.current is row.prompt:
                 shard.current = None
 
+    @property
+    def most_running(self) -> int:
+        """Slots in use on the fullest shard."""
+        return max(shard.running for shard in self._shards)
+
+    def shrink(self, slots: int) -> np.ndarray:
+        """Goes on with `slots` slots on each shard, enough for all rows.
+
+        Returns the old slots that the new ones take over, [shards, slots].
+        """
+        taken = np.zeros((len(self._shards), slots), np.int32)
+        for kept, shard in zip(taken, self._shards, strict=True):
+            order = sorted(range(self._slots), key=lambda slot: not shard.rows[slot])
+            kept[:] = order[:slots]
+            shard.rows = [shard.rows[slot] for slot in kept.tolist()]
+        self._slots = slots
+        return taken
+
     def advance(
         self, done: np.ndarray, drawn: np.ndarray
     ) -> list[tuple[int, int, int, int]]:
