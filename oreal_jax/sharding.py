@@ -164,16 +164,16 @@ def per_head(attend: Callable, mesh: Mesh) -> Callable:
         return attend
     spec = lambda *names: _on(mesh, *names).spec
 
-    def run(pages, query, table, lengths, count):
+    def run(pages, query, table, lengths):
         lie = type(pages)(*(spec(*names) for names in pages.axes))
         heads = spec(None, "heads")
         return jax.shard_map(
             attend,
             mesh=mesh,
-            in_specs=(lie, heads, spec(), spec(), spec()),
+            in_specs=(lie, heads, spec(), spec()),
             out_specs=heads,
             check_vma=False,
-        )(pages, query, table, lengths, count)
+        )(pages, query, table, lengths)
 
     return run
 

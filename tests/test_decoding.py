@@ -49,7 +49,7 @@ def logits_after(config, weights, prompt: int = 6, dtype=jnp.float32):
     cache, table = prefilled(config, weights, tokens[:, :prompt], lengths, dtype=dtype)
     decode = jax.jit(
         lambda tokens, positions, cache: decoding.decode(
-            config, weights, tokens, positions, cache, table, jnp.int32(8)
+            config, weights, tokens, positions, cache, table
         )
     )
     parts = []
@@ -87,7 +87,7 @@ def test_rows_of_a_decoding_batch_may_stand_at_different_positions():
     cache, table = prefilled(TINY, weights, tokens[:, :8], [8, 8])
     at = jnp.asarray([8, 5])  # the second row goes back to position 5
     chosen = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
-    logits, _ = decoding.decode(TINY, weights, chosen, at, cache, table, jnp.int32(3))
+    logits, _ = decoding.decode(TINY, weights, chosen, at, cache, table)
     np.testing.assert_allclose(logits[0], whole[0, 8], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logits[1], whole[1, 5], rtol=1e-4, atol=1e-5)
 
@@ -181,12 +181,29 @@ def test_all_kernels_attend_alike(monkeypatch, form, dtype):
     pages = pages.copy(table[0, 1][None], spare)
     table = table.at[0, 1].set(spare[0])
     attend = in_interpreter(form, pages)
-    found = attend(
-        jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32), jnp.int32(M)
-    )
+    found = attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
     expected = dense_attention(query, keys, values, lengths)
     rounding = 1e-2 if found.dtype == jnp.bfloat16 or dtype == jnp.bfloat16 else 1e-5
     np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("order", ["longest first", "shortest first", "mixed"])
+def test_the_order_of_rows_changes_nothing(order):
+    """Long rows attend alone where halves of the batch have no such page."""
+    B, H, G, K, M, size = 40, 4, 2, 16, 8, 4
+    draw = np.random.default_rng(0)
+    lengths = np.sort(draw.integers(1, M * size, B))
+    lengths = {"longest first": lengths[::-1], "shortest first": lengths}.get(
+        order, draw.permutation(lengths)
+    )
+    table = jnp.asarray(1 + draw.permutation(B * M).reshape(B, M), jnp.int32)
+    keys, values = draw.normal(size=(2, B, M * size, G, K)).astype(np.float32)
+    query = draw.normal(size=(B, H, K)).astype(np.float32)
+    pages = Pages.empty(B * M + 1, size, G, K, jnp.float32)
+    pages = pages.write_prompts(table, jnp.asarray(keys), jnp.asarray(values))
+    found = pages.attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
+    expected = dense_attention(query, keys, values, lengths)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def restated(query, pages, lengths, table, starts, rows, **options):
@@ -203,7 +220,6 @@ def test_the_gpu_kernel_lowers_to_triton():
         jnp.zeros((2, 28, 128), jnp.bfloat16),
         jnp.ones((2, 4), jnp.int32),
         jnp.ones(2, jnp.int32),
-        jnp.int32(4),
     )
     traced = jax.jit(GpuPages.attend).trace(page, *arguments)
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()

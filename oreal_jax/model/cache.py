@@ -8,11 +8,14 @@ How a page lies in memory is what its reader wants: `Pages` is for XLA on any de
 kernels.py has the forms that the kernels for TPU and GPU read. All have these methods.
 """
 
+import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+FEWEST = 8  # rows that attend together, whatever they have
 
 
 @runtime_checkable
@@ -55,10 +58,8 @@ class Cached(Protocol):
         query: Float[Array, "B H K"],
         table: Int[Array, "B M"],
         lengths: Int[Array, "B"],
-        count: Int[Array, ""],
     ) -> Float[Array, "B H K"]:
-        """Each row attends to the first `lengths` tokens of its pages; no row has more
-        than `count` pages in use."""
+        """Each row attends to the first `lengths` tokens of its pages."""
         ...
 
 
@@ -100,24 +101,28 @@ class Pages(NamedTuple):
         """See `Cached`."""
         return self._make(x.at[target].set(x[source]) for x in self)
 
-    def attend(self, query, table, lengths, count) -> Float[Array, "B H K"]:
+    def attend(self, query, table, lengths) -> Float[Array, "B H K"]:
         """See `Cached`. Page by page with a running softmax: one program for all
-        lengths, and a row's result does not depend on how long others are."""
+        lengths, and a row's result does not depend on how long others are.
+
+        Rows that stand first may be the longest: the later half is left out of pages
+        that none of it has, then the later half of what remains, and so on.
+        """
         B, H, K = query.shape
         _, G, size, _ = self.values.shape
         query = query.reshape(B, G, H // G, K)
         lowest = jnp.finfo(jnp.float32).min
 
-        def add(index, running):
-            highest, total, mixed = running
-            numbers = table[:, index]
+        def add(rows, index, running):
+            highest, total, mixed = (x[:rows] for x in running)
+            numbers = table[:rows, index]
             scores = jnp.einsum(
                 "bgrk,bgks->bgrs",
-                query,
+                query[:rows],
                 self.keys[numbers].astype(query.dtype),
                 preferred_element_type=jnp.float32,
             )
-            seen = index * size + jnp.arange(size)[None] < lengths[:, None]
+            seen = index * size + jnp.arange(size)[None] < lengths[:rows, None]
             scores = jnp.where(seen[:, None, None], scores * K**-0.5, lowest)
             now = jnp.maximum(highest, jnp.max(scores, axis=-1))
             fade = jnp.exp(highest - now)
@@ -130,15 +135,29 @@ class Pages(NamedTuple):
                 preferred_element_type=jnp.float32,
             )
             total = total * fade + jnp.sum(weights, axis=-1)
-            return now, total, mixed * fade[..., None] + more
+            added = now, total, mixed * fade[..., None] + more
+            return tuple(
+                jnp.concatenate([new, old[rows:]]) if rows < B else new
+                for new, old in zip(added, running, strict=True)
+            )
 
         shape = query.shape[:3]
-        start = (
+        running = (
             jnp.full(shape, lowest),
             jnp.zeros(shape),
             jnp.zeros(query.shape, jnp.float32),
         )
-        _, total, mixed = jax.lax.fori_loop(0, count, add, start)
+        first, rows = 0, B
+        while True:
+            half = rows // 2 if rows > FEWEST else 0
+            needed = -(-jnp.max(lengths[half:rows]) // size)
+            last = jnp.maximum(first, needed)
+            loop = functools.partial(add, rows)
+            running = jax.lax.fori_loop(first, last, loop, running)
+            if not half:
+                break
+            first, rows = last, half
+        _, total, mixed = running
         return (mixed / total[..., None]).astype(query.dtype).reshape(B, H, K)
 
 

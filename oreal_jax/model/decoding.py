@@ -24,9 +24,7 @@ from oreal_jax.model.decoder import Layer, angles, rms_norm
 
 Cache = tuple[Cached, ...]  # one a layer
 Weights = Any  # a parameter tree whose "layers" are a tuple; leaves may be `Quantized`
-Attend = Callable[
-    ..., Array
-]  # (pages, query, table, lengths, count) as `Cached.attend`
+Attend = Callable[..., Array]  # (pages, query, table, lengths) as `Cached.attend`
 Store = Callable[[tuple[int, ...], Array], Any]  # (axes it is summed over, weight)
 
 
@@ -127,13 +125,12 @@ def decode(
     positions: Int[Array, "B"],
     cache: Cache,
     table: Int[Array, "B M"],
-    count: Int[Array, ""],
     attend: Attend = lambda pages, *rest: pages.attend(*rest),
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after one new token a row, at its position in its pages; `count` is the
-    number of pages that the longest row has in use."""
+    """Logits after one new token a row, at its position in its pages. Fastest where
+    rows come longest first (see `Pages.attend`)."""
     cosine, sine = angles(config, positions[:, None])
-    read = lambda pages, query: attend(pages, query, table, positions + 1, count)
+    read = lambda pages, query: attend(pages, query, table, positions + 1)
     x, filled = _embedded(weights, tokens[:, None]), []
     for layer, pages in zip(_layers(config, weights, x.dtype), cache, strict=True):
         x, pages = layer.decode(x, cosine, sine, positions, table, pages, read)

@@ -54,7 +54,7 @@ class TpuPages(NamedTuple):
         """See `Cached`."""
         return TpuPages(self.pages.at[target].set(self.pages[source]))
 
-    def attend(self, query, table, lengths, count) -> Float[Array, "B H K"]:
+    def attend(self, query, table, lengths) -> Float[Array, "B H K"]:
         """See `Cached`; the kernel itself stops at each row's length."""
         rows, size = query.shape[0], self.pages.shape[1]
         narrow = self.pages.dtype.itemsize == 1  # the kernel reads float8 with a scale
@@ -79,7 +79,7 @@ class GpuPages(Pages):
     __slots__ = ()
 
     def attend(
-        self, query, table, lengths, count, *, interpret: bool = False
+        self, query, table, lengths, *, interpret: bool = False
     ) -> Float[Array, "B H K"]:
         """See `Cached`. Each program takes one row, one key-value head and one stretch
         of the row's pages; the stretches' running softmaxes are then joined."""

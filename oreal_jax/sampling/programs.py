@@ -172,9 +172,7 @@ class Programs:
         wanted = jnp.sum(state.done) + enough
         wanted = jnp.where(enough > 0, wanted, state.done.size)
         wanted = jnp.minimum(wanted, state.done.size)
-        advance = sharding.per_engine(
-            self._advance, self.mesh, (False, True, True, False)
-        )
+        advance = sharding.per_engine(self._advance, self.mesh, (False, True, True))
 
         def go_on(carry):
             state, steps = carry
@@ -182,26 +180,26 @@ class Programs:
 
         def one(carry):
             state, steps = carry
-            longest = jnp.max(jnp.where(state.done, 0, state.position)) + 1
-            count = -(-longest // self.page)
-            return advance(weights, state, table, count), steps + 1
+            return advance(weights, state, table), steps + 1
 
         return jax.lax.while_loop(go_on, one, (state, jnp.int32(0)))
 
     def _advance(
-        self, weights: Weights, state: Decoding, table: Int[Array, "B M"], count
+        self, weights: Weights, state: Decoding, table: Int[Array, "B M"]
     ) -> Decoding:
         """One token in every slot; idle slots write to the page that is nobody's."""
+        positions = jnp.where(state.done, 0, state.position)
+        order = jnp.argsort(-positions)  # longest first
         logits, cache = decoding.decode(
             self.config,
             weights,
-            state.token,
-            jnp.where(state.done, 0, state.position),
+            state.token[order],
+            positions[order],
             state.cache,
-            jnp.where(state.done[:, None], 0, table),
-            count,
+            jnp.where(state.done[:, None], 0, table)[order],
             self.attend,
         )
+        logits = logits[jnp.argsort(order)]
         return self._draw(state._replace(cache=cache), logits)
 
     def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
