@@ -307,7 +307,7 @@ class _Work:
         for slot, pages in enumerate(tables):
             table[slot, : len(pages)] = pages
         waiting = self.scheduler.waiting
-        enough = max(1, len(runs) // 32) if waiting else 0
+        enough = max(1, len(runs) // 32) if waiting else self._until_smaller()
         before = np.asarray(jax.device_get(self.state.drawn)).reshape(-1)
         each = lambda x: self._place(x.reshape(-1, self.slots, *x.shape[1:]))
         self.state, steps = self.programs.decode(
@@ -325,12 +325,23 @@ class _Work:
     def _shrink(self) -> None:
         """Lets the idle slots go once no sample is left for them."""
         smaller = self.slots
-        while smaller // SHRINK >= max(FEWEST, self.scheduler.most_running):
-            smaller //= SHRINK
+        most = max(1, self.scheduler.most_running)
+        while self._smaller(smaller) >= most:
+            smaller = self._smaller(smaller)
         if smaller < self.slots and not self.scheduler.waiting:
             self.slots = smaller
             kept = self._place(self.scheduler.shrink(smaller))
-            self.state = self.programs.shrink(self.state, kept)
+            rows = self.programs.shrink(self.state._replace(cache=()), kept)
+            self.state = rows._replace(cache=self.state.cache)  # pages stay
+
+    def _until_smaller(self) -> int:
+        """Rows that must finish until the rest fit a smaller engine; 0 if none does."""
+        fit = self._smaller(self.slots) * self.engine.engines
+        return max(1, self.scheduler.running - fit) if fit else 0
+
+    def _smaller(self, slots: int) -> int:
+        """The next smaller engine, 0 if there is none."""
+        return slots // SHRINK if slots // SHRINK >= FEWEST else 0
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         if not finished:

@@ -75,7 +75,7 @@ class Programs:
             each(self._admit, True, True, True, False, False), donate_argnums=0
         )
         self.decode = jax.jit(self._decode, donate_argnums=1)
-        self.shrink = jax.jit(each(self._shrink, True, True), donate_argnums=0)
+        self.shrink = jax.jit(each(self._shrink, True, True))
         self.take = jax.jit(each(self._take, True, True))
 
     def empty(self, engines: int, slots: int, pages: int) -> Decoding:
@@ -234,9 +234,8 @@ class Programs:
         )
 
     def _shrink(self, state: Decoding, slots: Int[Array, "A"]) -> Decoding:
-        """These slots alone; the pages stay where they are."""
-        rows = jax.tree.map(lambda x: x[slots], state._replace(cache=()))
-        return rows._replace(cache=state.cache)
+        """These slots alone, of a state without its cache."""
+        return jax.tree.map(lambda x: x[slots], state)
 
     def _take(self, state: Decoding, slots: Int[Array, "A"]):
         """What has been drawn in these slots, and whether a stop string ended it."""

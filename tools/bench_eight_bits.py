@@ -1,0 +1,85 @@
+"""What int8 weights and a float8 cache cost: log-probabilities against the trainer's.
+
+    python tools/bench_eight_bits.py runs/demo/start        # after `make demo`
+
+Completions are drawn by an engine in eight bits, then scored by the full forward pass
+in float32; natural stops, at most 64 new tokens.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_sampling import HOW, QUESTIONS
+
+from oreal_jax import model, sharding
+from oreal_jax.checkpoints.source import open_model
+from oreal_jax.console import Screen
+from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.sampling import Engine, Request, Sampling
+
+OPTIONS = {
+    "float32": {},
+    "int8 weights": {"weights": "int8"},
+    "float8 cache": {"cache": "float8"},
+    "both": {"weights": "int8", "cache": "float8"},
+}
+
+
+def main() -> None:
+    """Prints a line for each option."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parsed = parser.parse_args()
+    screen = Screen()
+    source = open_model(parsed.model)
+    config = source.config
+    mesh = sharding.make_mesh(sharding.MeshShape(), config)
+    chat = Chat(load_tokenizer(source.files))
+    params = source.load(mesh)
+    requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
+    longest = max(len(r.prompt) for r in requests) + 64
+
+    @jax.jit
+    def score(tokens, targets):
+        positions = jnp.broadcast_to(jnp.arange(longest)[None], tokens.shape)
+        states = model.hidden(config, params, tokens, positions, jnp.ones_like(tokens))
+        return model.log_probs(config, params, states, targets)[0]
+
+    for name, options in OPTIONS.items():
+        engine = Engine(
+            config,
+            mesh,
+            Sampling(max_tokens=64, **HOW),
+            chat.stop_tokens(),
+            rows=len(requests),
+            **options,
+        )
+        drawn = engine.sample(params, requests, 1, seed=0)
+        completions = [group[0] for group in drawn]
+        tokens = np.zeros((len(requests), longest + 1), np.int32)
+        for row, request, c in zip(tokens, requests, completions, strict=True):
+            whole = [*request.prompt, *c.tokens]
+            row[: len(whole)] = whole
+        found = np.asarray(score(tokens[:, :-1], tokens[:, 1:]))
+        ours = np.concatenate([c.log_probs for c in completions])
+        exact = np.concatenate(
+            [
+                row[len(r.prompt) - 1 :][: len(c.tokens)]
+                for row, r, c in zip(found, requests, completions, strict=True)
+            ]
+        )
+        difference = np.abs(ours - exact)
+        correlation = np.corrcoef(np.exp(ours), np.exp(exact))[0, 1]
+        screen.say(
+            f"{name:13s} {len(ours)} tokens: log-probabilities differ by "
+            f"{difference.mean():.2g} on average, {difference.max():.2g} at most; "
+            f"probabilities by {np.abs(np.exp(ours) - np.exp(exact)).mean():.2g}, "
+            f"correlation {correlation:.5f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
