@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from judge_stub import honest, says, serving
 
-from oreal_jax import laboratory, losses, metrics
+from oreal_jax import laboratory, losses, metrics, sharding
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.data import Chat, load_tokenizer
