@@ -232,8 +232,8 @@ def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
         (sharding.MeshShape(fsdp=3), "3 devices, this process sees 8"),
         (sharding.MeshShape(tensor=16), "a multiple of 16 devices"),
         (
-            sharding.MeshShape(fsdp=2, tensor=4),
-            "kv_heads=2 does not divide by tensor=4",
+            sharding.MeshShape(fsdp=1, tensor=8),
+            "heads=4 does not divide by tensor=8",
         ),
         (sharding.MeshShape(data=-1, fsdp=-1), "at most one is -1"),
         (sharding.MeshShape(data=0), "sizes are positive"),
@@ -243,3 +243,11 @@ def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
 def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(shape, said):
     with pytest.raises(BadInput, match=said):
         sharding.make_mesh(shape, CONFIG)
+
+
+def test_key_value_heads_and_devices_must_divide_one_another():
+    config = ModelConfig(
+        vocab=64, embed=16, layers=1, heads=12, kv_heads=6, head_dim=8, mlp=32
+    )
+    with pytest.raises(BadInput, match="kv_heads=6 and tensor=4: neither divides"):
+        sharding.make_mesh(sharding.MeshShape(fsdp=2, tensor=4), config)
