@@ -602,7 +602,7 @@ def verify(parsed: argparse.Namespace) -> None:
 
 
 def _second_opinions(parsed: argparse.Namespace, screen, pairs, verdicts) -> list:
-    from oreal_jax.verify.judge import Case, Judge
+    from oreal_jax.verify.llm_judge import Case, Judge
 
     # Without the question, which `verify` is not given.
     cases = [

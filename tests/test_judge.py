@@ -8,7 +8,7 @@ from judge_stub import MISBEHAVIOURS, honest, says, serving, slow
 
 from oreal_jax.errors import BadInput
 from oreal_jax.verify import Verdict
-from oreal_jax.verify.judge import Case, Judge, prompt, verdict_in
+from oreal_jax.verify.llm_judge import Case, Judge, prompt, verdict_in
 
 WRONG = Verdict("wrong", "by rule")
 UNDECIDED = Verdict("undecided", "by rule")

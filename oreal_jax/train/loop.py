@@ -52,7 +52,7 @@ from oreal_jax.train.session import (
 )
 from oreal_jax.train.step import TrainStep, place, reference_scorer, train_step
 from oreal_jax.verify import Pool
-from oreal_jax.verify.judge import Case, Judge
+from oreal_jax.verify.llm_judge import Case, Judge
 
 
 def train(config: TrainConfig, run: Path, screen: Screen) -> None:
