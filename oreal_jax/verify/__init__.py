@@ -1,6 +1,6 @@
 """Verdicts on answers: right, wrong or undecided. Imports no JAX; usable alone.
 
-The language model is in `oreal_jax.verify.llm_judge`: workers need not load what it needs.
+The language model is in `oreal_jax.verify.llm_judge`, which workers need not load.
 """
 
 from oreal_jax.verify.pool import Pool
