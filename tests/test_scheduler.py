@@ -47,20 +47,30 @@ def test_slots_are_over_90_percent_full_on_the_7b_recipes_lengths():
 
 
 def test_a_smaller_engine_takes_over_the_rows_that_run():
-    jobs = [Job(n, 10, 100, (0, 1, 2)) for n in range(2)]
-    scheduler = Scheduler(jobs, shards=2, slots=8, pages=100, size=16)
+    jobs = [Job(n, 10, 100, tuple(range(9))) for n in range(2)]
+    scheduler = Scheduler(jobs, shards=2, slots=32, pages=100, size=16)
     scheduler.place()
-    before = scheduler.grow(4)
-    assert scheduler.most_running == 3
-    done = np.zeros(16, bool)
-    done[[0, 9]] = True  # a row of each shard
-    scheduler.advance(done, np.full(16, 2))
-    kept = scheduler.shrink(4)
+    _, before = scheduler.grow(4)
+    assert scheduler.shrink() is None  # nine rows on a shard, the next engine has eight
+    assert scheduler.enough == 2
+    done = np.zeros(64, bool)
+    done[[3, 32]] = True  # a row of each shard
+    scheduler.advance(done, np.full(64, 2))
+    kept = scheduler.shrink()
+    assert kept is not None and kept.shape == (2, 8)
     runs, tables = scheduler.grow(4)
-    assert runs.reshape(2, 4).sum(axis=1).tolist() == [2, 2]
+    assert runs.all() and scheduler.enough == 0  # no engine is smaller
     for shard in range(2):
         for slot, old in enumerate(kept[shard]):
-            place = 4 * shard + slot
-            if runs[place]:
-                assert tables[place] == before[1][8 * shard + old]
-                assert not done[8 * shard + old]
+            place = 32 * shard + old
+            assert tables[8 * shard + slot] == before[place]
+            assert not done[place]
+
+
+def test_no_slot_goes_while_samples_wait():
+    jobs = [Job(n, 10, 100, (0,)) for n in range(2)]
+    scheduler = Scheduler(jobs, shards=1, slots=32, pages=3, size=16)
+    scheduler.place()  # pages for one row alone
+    assert scheduler.running == 1 and scheduler.waiting
+    assert scheduler.shrink() is None
+    assert scheduler.enough == 1

@@ -60,8 +60,7 @@ def simulate(
         waiting = scheduler.waiting
         places = np.flatnonzero(runs).tolist()
         left = np.array([remaining[owner[p]] - drawn[p] for p in places])
-        # The device hands back when a 32nd of the slots is done, or after `dispatch`.
-        enough = max(1, slots * shards // 32) if waiting else len(left)
+        enough = scheduler.enough or len(left)
         steps = min(dispatch, int(np.sort(left)[min(enough, len(left)) - 1]))
         for p, rest in zip(places, left, strict=True):
             drawn[p] += min(steps, rest)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data.prompts import Prompt
+from oreal_jax.verify.extract import BOX, closing
 
 NGRAM = 13  # words in a row that two questions of independent origin do not share
 MOST_VALUES = 50  # a label of more values is text, not a kind
 WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\s\w$.,;:?\"'’]|_")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 WHOLE = re.compile(r"[-+]?\d+\.0+")
 
 
@@ -81,7 +81,9 @@ def normalised_answer(text: str) -> str:
     if "####" in answer:
         answer = answer.rsplit("####", 1)[1]
     elif boxes := list(BOX.finditer(answer)):
-        answer = _within_braces(answer, boxes[-1].end()) or answer
+        start = boxes[-1].end()
+        end = closing(answer, start)
+        answer = answer[start:end].strip() if end is not None else answer
     answer = " ".join(answer.split()).removesuffix(".").strip()
     for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         inner = answer[len(left) : -len(right)]
@@ -90,15 +92,6 @@ def normalised_answer(text: str) -> str:
     if WHOLE.fullmatch(answer):
         answer = answer.partition(".")[0]
     return answer or text
-
-
-def _within_braces(text: str, start: int) -> str | None:
-    depth = 1
-    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return text[start : start + match.start()].strip()
-    return None
 
 
 def words(question: str) -> tuple[str, ...]:

@@ -123,19 +123,13 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def packed(self, x, cosine, sine, segments):
-        """The layer on whole rows: every token sees its own segment's past."""
-        normed = rms_norm(x, self.attention_norm[...], self.epsilon)
-        query, key, value = self.attention.project(normed, cosine, sine)
-        x = x + self.attention.merge(attend_packed(query, key, value, segments))
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
-
-    def prompt(self, x, cosine, sine, segments, table, pages: Cached):
-        """The layer on prompts; keys and values go to the pages of `table`."""
+        """The layer on whole rows: every token sees its own segment's past. Also the
+        keys and values that it saw, [B, S, G, K]."""
         normed = rms_norm(x, self.attention_norm[...], self.epsilon)
         query, key, value = self.attention.project(normed, cosine, sine)
         x = x + self.attention.merge(attend_packed(query, key, value, segments))
         x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
-        return x, pages.write_prompts(table, key, value)
+        return x, key, value
 
     def decode(self, x, cosine, sine, positions, table, pages: Cached, attend):
         """The layer on one new token a row: writes it to its page, reads the row's."""
@@ -172,7 +166,7 @@ class Decoder(nnx.Module):
 
         @jax.checkpoint
         def layer(x, weights: Layer):
-            return weights.packed(x, cosine, sine, segments), None
+            return weights.packed(x, cosine, sine, segments)[0], None
 
         x, _ = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)

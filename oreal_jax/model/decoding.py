@@ -113,8 +113,8 @@ def prefill(
     cosine, sine = angles(config, positions)
     x, filled = _embedded(weights, tokens), []
     for layer, pages in zip(_layers(config, weights, x.dtype), cache, strict=True):
-        x, pages = layer.prompt(x, cosine, sine, segments, table, pages)
-        filled.append(pages)
+        x, key, value = layer.packed(x, cosine, sine, segments)
+        filled.append(pages.write_prompts(table, key, value))
     return tuple(filled)
 
 

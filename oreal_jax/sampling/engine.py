@@ -30,8 +30,6 @@ from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
-# When no sample waits, the last rows go on in an engine so much smaller, down to a few.
-SHRINK, FEWEST = 4, 8
 PREFILL = 2048  # prompt tokens an engine runs at a time, or one prompt
 
 
@@ -307,11 +305,15 @@ class _Work:
         for slot, pages in enumerate(tables):
             table[slot, : len(pages)] = pages
         waiting = self.scheduler.waiting
-        enough = max(1, len(runs) // 32) if waiting else self._until_smaller()
         before = np.asarray(jax.device_get(self.state.drawn)).reshape(-1)
         each = lambda x: self._place(x.reshape(-1, self.slots, *x.shape[1:]))
         self.state, steps = self.programs.decode(
-            self.weights, self.state, each(table), each(runs), DISPATCH, enough
+            self.weights,
+            self.state,
+            each(table),
+            each(runs),
+            DISPATCH,
+            self.scheduler.enough,
         )
         done, drawn, steps = jax.device_get((self.state.done, self.state.drawn, steps))
         done, drawn = done.reshape(-1), drawn.reshape(-1)
@@ -323,25 +325,13 @@ class _Work:
         return self._collect(self.scheduler.advance(done, drawn))
 
     def _shrink(self) -> None:
-        """Lets the idle slots go once no sample is left for them."""
-        smaller = self.slots
-        most = max(1, self.scheduler.most_running)
-        while self._smaller(smaller) >= most:
-            smaller = self._smaller(smaller)
-        if smaller < self.slots and not self.scheduler.waiting:
-            self.slots = smaller
-            kept = self._place(self.scheduler.shrink(smaller))
-            rows = self.programs.shrink(self.state._replace(cache=()), kept)
-            self.state = rows._replace(cache=self.state.cache)  # pages stay
-
-    def _until_smaller(self) -> int:
-        """Rows that must finish until the rest fit a smaller engine; 0 if none does."""
-        fit = self._smaller(self.slots) * self.engine.engines
-        return max(1, self.scheduler.running - fit) if fit else 0
-
-    def _smaller(self, slots: int) -> int:
-        """The next smaller engine, 0 if there is none."""
-        return slots // SHRINK if slots // SHRINK >= FEWEST else 0
+        """Goes on in a smaller engine where the scheduler says so; pages stay."""
+        kept = self.scheduler.shrink()
+        if kept is not None:
+            self.slots = kept.shape[1]
+            rows = self.state._replace(cache=())
+            rows = self.programs.shrink(rows, self._place(kept))
+            self.state = rows._replace(cache=self.state.cache)
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         if not finished:

@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+HAND_BACK = 32  # rows of so many are waited for before free slots are filled
+# When no sample waits, the last rows go on in so much smaller an engine, down to a few.
+SHRINK, FEWEST = 4, 8
+
 
 class Job(NamedTuple):
     """A prompt and the samples still to be drawn of it.
@@ -82,6 +86,11 @@ class Shard:
     def running(self) -> int:
         """Slots in use."""
         return sum(row is not None for row in self.rows)
+
+
+def smaller(slots: int) -> int:
+    """The slots of the next smaller engine, 0 if there is none."""
+    return slots // SHRINK if slots // SHRINK >= FEWEST else 0
 
 
 class Scheduler:
@@ -206,15 +215,29 @@ class Scheduler:
                 shard.current = None
 
     @property
-    def most_running(self) -> int:
-        """Slots in use on the fullest shard."""
-        return max(shard.running for shard in self._shards)
+    def enough(self) -> int:
+        """How many rows must finish until the next round is worth its while; 0: all.
 
-    def shrink(self, slots: int) -> np.ndarray:
-        """Goes on with `slots` slots on each shard, enough for all rows.
-
-        Returns the old slots that the new ones take over, [shards, slots].
+        While samples wait, a few of the slots; then as many as let the rest go on in a
+        smaller engine.
         """
+        if self.waiting:
+            return max(1, self._slots * len(self._shards) // HAND_BACK)
+        fit = smaller(self._slots) * len(self._shards)
+        return max(1, self.running - fit) if fit else 0
+
+    def shrink(self) -> np.ndarray | None:
+        """Lets idle slots go once no sample is left for them.
+
+        Returns the old slots that the new ones take over, [shards, slots], or None
+        where all stay.
+        """
+        slots = self._slots
+        most = max(1, *(shard.running for shard in self._shards))
+        while smaller(slots) >= most:
+            slots = smaller(slots)
+        if self.waiting or slots == self._slots:
+            return None
         taken = np.zeros((len(self._shards), slots), np.int32)
         for kept, shard in zip(taken, self._shards, strict=True):
             order = sorted(range(self._slots), key=lambda slot: not shard.rows[slot])

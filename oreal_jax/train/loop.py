@@ -217,12 +217,12 @@ def sample_and_judge(
         Request(tokens, prompt.key, occurrence * K)
         for tokens, (prompt, occurrence) in zip(prompts, drawn, strict=True)
     ]
-    completions = sample(session, config, drawn, requests, engine, pool)
-    pairs, texts = [], []
-    for (prompt, _), group in zip(drawn, completions, strict=True):
-        for completion in group:
-            texts.append(session.chat.decode(completion.tokens))
-            pairs.append((texts[-1], prompt.gold_answer))
+    completions, texts = sample(session, config, drawn, requests, engine, pool)
+    pairs = [
+        (text, prompt.gold_answer)
+        for (prompt, _), group in zip(drawn, texts, strict=True)
+        for text in group
+    ]
     flat = [completion for group in completions for completion in group]
     with session.screen.phase("verify", total=len(flat), label=label) as advance:
         verdicts = rollout.judged(pool, flat, pairs, advance)
@@ -250,7 +250,7 @@ def sample_and_judge(
                 prompt_tokens=prompts[n],
                 completion=completions[n][k],
                 old_log_probs=old_log_probs(completions[n][k]),
-                text=texts[n * K + k],
+                text=texts[n][k],
                 verdict=grouped[n][k],
                 advantage=float(advantages[n, k]),
             )
@@ -267,37 +267,23 @@ def sample(
     requests: Sequence[Request],
     engine: Engine,
     pool: Pool,
-) -> list[list[Completion]]:
-    """K completions of each request; those that are finished are judged while others
-    are drawn. Interrupted, it leaves them in `RUN/interrupted/`; the step will be done
-    anew, and draw the same."""
+) -> tuple[list[list[Completion]], list[list[str]]]:
+    """K completions of each request and their texts; those that are finished are judged
+    while others are drawn. Interrupted, it leaves them in `RUN/interrupted/`; the step
+    will be done anew, and draw the same."""
     step, K = session.step, config.samples_per_prompt
-    path = interrupted_path(session.run, step)
-    finished: dict[tuple[int, int], dict] = {}
+    finished: dict[tuple[int, int], tuple[Completion, str]] = {}
 
     def note(n: int, k: int, completion: Completion) -> None:
-        prompt, _ = drawn[n]
         text = session.chat.decode(completion.tokens)
+        finished[n, k] = completion, text
         if completion.finish_reason == "stop":
-            pool.submit(text, prompt.gold_answer)  # which remembers the verdict
-        finished[n, k] = {
-            "step": step,
-            "id": prompt.id,
-            "group": n,
-            "sample": requests[n].first_sample + k,
-            "question": prompt.question,
-            "gold_answer": prompt.gold_answer,
-            "completion": text,
-            "tokens": len(completion.tokens),
-            "finish_reason": completion.finish_reason,
-            "mean_log_prob": float(completion.log_probs.mean()),
-        }
+            pool.submit(text, drawn[n][0].gold_answer)  # which remembers the verdict
 
-    label = f"step {step + 1}: "
-    total = len(requests) * K
+    label, total = f"step {step + 1}: ", len(requests) * K
     try:
         with session.screen.phase("gen", total=total, label=label) as advance:
-            return engine.sample(
+            completions = engine.sample(
                 session.state.policy.params,
                 requests,
                 K,
@@ -307,9 +293,28 @@ def sample(
                 on_finished=note,
             )
     except KeyboardInterrupt:
-        metrics.write_rows(path, [row for _, row in sorted(finished.items())])
-        session.screen.say(f"{len(finished)} of {total} completions are in {path}")
+        rows = [
+            {
+                "step": step,
+                "id": drawn[n][0].id,
+                "group": n,
+                "sample": requests[n].first_sample + k,
+                "question": drawn[n][0].question,
+                "gold_answer": drawn[n][0].gold_answer,
+                "completion": text,
+                "tokens": len(completion.tokens),
+                "finish_reason": completion.finish_reason,
+            }
+            for (n, k), (completion, text) in sorted(
+                finished.items(), key=lambda item: item[0]
+            )
+        ]
+        path = interrupted_path(session.run, step)
+        metrics.write_rows(path, rows)
+        session.screen.say(f"{len(rows)} of {total} completions are in {path}")
         raise
+    texts = [[finished[n, k][1] for k in range(K)] for n in range(len(requests))]
+    return completions, texts
 
 
 def distribution_of(config: TrainConfig) -> Distribution:

@@ -1,18 +1,29 @@
 """`oreal data <verb>`: from raw rows to prompts with pass rates and an RFT set."""
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from oreal_jax import cli
+from oreal_jax.cli.options import (
+    Opened,
+    Verb,
+    at_least,
+    drawing_defaults,
+    drawing_options,
+    folder,
+    model_options,
+    sampling_of,
+    sampling_options,
+)
 from oreal_jax.errors import BadInput
 
 K, ROWS = 16, 64  # completions of a prompt, and drawn at a time
 OUT = "a .jsonl file, or a directory for a TFDS data set"
 
 
-def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
+def add(verb: Verb) -> None:
     """Adds the verbs to `oreal data`."""
     made = verb(
         "build",
@@ -36,7 +47,7 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="SET",
         help="a file or preset whose questions must not be trained on; may be repeated",
     )
-    cli.folder(made)
+    folder(made)
     made.add_argument(
         "--ngram",
         type=int,
@@ -87,7 +98,7 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "oreal data label --model DIR --data prompts --skills skills.txt "
         "--out labelled.jsonl",
     )
-    cli._model(made)
+    model_options(made)
     made.add_argument("--data", required=True, metavar="SOURCE", help="prompts")
     made.add_argument(
         "--skills", type=Path, required=True, help="a file with one skill a line"
@@ -123,10 +134,10 @@ def _out(made: argparse.ArgumentParser, what: str) -> None:
 
 
 def _drawing(made: argparse.ArgumentParser, *, required: bool) -> None:
-    cli._model(made, required=required)
+    model_options(made, required=required)
     made.add_argument("--data", required=required, metavar="SOURCE", help="prompts")
     made.add_argument("--k", type=int, default=K, help="completions of a prompt")
-    cli._sampling(made, greedy=False)
+    sampling_options(made, greedy=False)
 
 
 def build(parsed: argparse.Namespace) -> None:
@@ -136,7 +147,7 @@ def build(parsed: argparse.Namespace) -> None:
     from oreal_jax.evaluation import load_sets
 
     screen = _screen()
-    cli.at_least(1, "--ngram", parsed.ngram)
+    at_least(1, "--ngram", parsed.ngram)
     _check_outputs(parsed.out, parsed.removed)
     evaluations = load_sets(parsed.evaluation, parsed.folder, "--evaluation")
     rows = load_all(parsed.data, parsed.question, parsed.answer)
@@ -179,13 +190,13 @@ def rft(parsed: argparse.Namespace) -> None:
     from oreal_jax.data.rft import harvest, read_completions
 
     screen = _screen()
-    cli.at_least(1, "--keep", parsed.keep)
+    at_least(1, "--keep", parsed.keep)
     given = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
     if given not in ([True, False, False], [False, True, True]):
         raise BadInput("rft takes either --completions, or --model and --data")
     # What says how completions are drawn has no say where they are there already;
     # the seed also draws the solutions.
-    unused = cli.drawing_defaults() | {"k": K, "rows": ROWS}
+    unused = drawing_defaults() | {"k": K, "rows": ROWS}
     for name, default in unused.items():
         if parsed.completions and name != "seed" and getattr(parsed, name) != default:
             option = f"--{name.replace('_', '-')}"
@@ -223,11 +234,11 @@ def label(parsed: argparse.Namespace) -> None:
     asked = load_prompts(parsed.data)
     requests = [skills.request(prompt, names) for prompt in asked]
     sampling = Sampling(max_tokens=parsed.max_tokens, temperature=0.0)
-    opened = cli._Open(parsed, sampling)
-    options = cli.drawing_options(parsed)
-    how = drawing(opened.source, opened.chat, requests, options)
+    opened = Opened(parsed, sampling)
+    options = drawing_options(parsed)
+    work = drawing(opened.source, opened.chat, requests, options)
     with (
-        kept_beside(parsed.out, how, screen.say) as finished,
+        kept_beside(parsed.out, work, screen.say) as finished,
         screen.phase("gen", total=len(requests)) as advance,
     ):
         drawn = draw(
@@ -295,40 +306,36 @@ def _check_outputs(prompts: Path, *others: Path | None) -> None:
             check_writable(path)
 
 
-def _attempts(parsed: argparse.Namespace, prompts: Sequence, screen):
+@contextlib.contextmanager
+def _attempts(
+    parsed: argparse.Namespace, prompts: Sequence, screen
+) -> Iterator[list[list]]:
     """K judged completions of each prompt, kept while the block lasts."""
-    import contextlib
-
     from oreal_jax.evaluation.attempts import draw, drawing, judge, kept_beside
     from oreal_jax.verify import Pool
 
-    cli.at_least(1, "--k", parsed.k)
-    sampling = cli._how(parsed, greedy=False)
-    opened = cli._Open(parsed, sampling)
-    options = cli.drawing_options(parsed)
-    how = drawing(opened.source, opened.chat, prompts, options)
-
-    @contextlib.contextmanager
-    def at_work():
-        with kept_beside(parsed.out, how, screen.say) as finished:
-            with screen.phase("load"):
-                params = opened.load()
-            with screen.phase("gen", total=len(prompts) * parsed.k) as advance:
-                drawn = draw(
-                    opened.engine,
-                    params,
-                    opened.chat,
-                    prompts,
-                    parsed.k,
-                    seed=parsed.seed,
-                    finished=finished,
-                    on_progress=lambda tokens, finished: advance(finished, tokens),
-                )
-            with (
-                Pool(os.cpu_count() or 1) as pool,
-                screen.phase("verify", total=len(prompts) * parsed.k) as advance,
-            ):
-                attempts = judge(pool, prompts, drawn, advance)
-            yield attempts
-
-    return at_work()
+    at_least(1, "--k", parsed.k)
+    opened = Opened(parsed, sampling_of(parsed, greedy=False))
+    options = drawing_options(parsed)
+    work = drawing(opened.source, opened.chat, prompts, options)
+    total = len(prompts) * parsed.k
+    with kept_beside(parsed.out, work, screen.say) as finished:
+        with screen.phase("load"):
+            params = opened.load()
+        with screen.phase("gen", total=total) as advance:
+            drawn = draw(
+                opened.engine,
+                params,
+                opened.chat,
+                prompts,
+                parsed.k,
+                seed=parsed.seed,
+                finished=finished,
+                on_progress=lambda tokens, finished: advance(finished, tokens),
+            )
+        with (
+            Pool(os.cpu_count() or 1) as pool,
+            screen.phase("verify", total=total) as advance,
+        ):
+            attempts = judge(pool, prompts, drawn, advance)
+        yield attempts

@@ -1,0 +1,75 @@
+"""`oreal convert`: weights from and to Hugging Face format."""
+
+import argparse
+from pathlib import Path
+
+from oreal_jax.cli.options import Verb
+
+
+def add(verb: Verb) -> None:
+    """Adds both directions to `oreal convert`."""
+    for name, call, what in [
+        (
+            "from-hf",
+            from_hf,
+            "a Hugging Face directory or .gguf file to a run directory",
+        ),
+        ("to-hf", to_hf, "a model or run directory to a Hugging Face directory"),
+    ]:
+        made = verb(name, call, what, f"oreal convert {name} SRC DST")
+        made.add_argument("source", type=Path)
+        made.add_argument("destination", type=Path)
+        made.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+        if name == "to-hf":
+            made.add_argument("--max-shard-size", type=size, default="5GB")
+
+
+def size(text: str) -> int:
+    """Bytes from "5GB", "200MB" or a plain number."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].isalpha() else (text, "")
+    try:
+        return int(float(number) * (units[unit] if unit else 1))
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 5GB") from None
+
+
+def from_hf(parsed: argparse.Namespace) -> None:
+    """`oreal convert from-hf`."""
+    from oreal_jax.checkpoints.source import import_model
+    from oreal_jax.console import Screen
+    from oreal_jax.sharding import MeshShape, make_mesh
+
+    screen = Screen()
+    with screen.phase("convert") as advance:
+        import_model(
+            parsed.source,
+            parsed.destination,
+            lambda model: make_mesh(MeshShape(), model),
+            parsed.dtype,
+            lambda name: advance(),
+        )
+    screen.say(f"wrote {parsed.destination}")
+
+
+def to_hf(parsed: argparse.Namespace) -> None:
+    """`oreal convert to-hf`."""
+    import jax.numpy as jnp
+
+    from oreal_jax.checkpoints import hf
+    from oreal_jax.checkpoints.source import open_model
+    from oreal_jax.console import Screen
+    from oreal_jax.sharding import MeshShape, make_mesh
+
+    screen = Screen()
+    source = open_model(parsed.source)
+    with screen.phase("convert") as advance:
+        hf.save(
+            source.load(make_mesh(MeshShape(), source.config), jnp.dtype(parsed.dtype)),
+            source.config,
+            parsed.destination,
+            source=source.files,
+            max_shard_size=parsed.max_shard_size,
+            on_tensor=lambda name: advance(),
+        )
+    screen.say(f"wrote {parsed.destination}")

@@ -1,0 +1,133 @@
+"""`oreal eval` and `oreal compare`."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from oreal_jax.cli.options import (
+    Opened,
+    Verb,
+    at_least,
+    drawing_options,
+    folder,
+    model_options,
+    sampling_of,
+    sampling_options,
+)
+from oreal_jax.errors import BadInput
+
+
+def add(verb: Verb) -> None:
+    """Adds both verbs."""
+    made = verb(
+        "eval",
+        evaluate,
+        "measure pass@1, avg@k, pass@k and maj@k on questions with gold answers",
+        "oreal eval --model runs/demo --data heldout.jsonl --data math500 --k 8",
+    )
+    model_options(made)
+    made.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SET",
+        help="a jsonl or parquet file, a data set, or a preset (another word lists "
+        "them); may be repeated",
+    )
+    folder(made)
+    made.add_argument(
+        "--k", type=int, default=1, help="samples a problem; 1 is greedy, more average"
+    )
+    sampling_options(made, greedy=False)
+    made.add_argument(
+        "--greedy", action="store_true", help="measure greedy pass@1 too, beside k > 1"
+    )
+    made.add_argument(
+        "--by",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="break down by a field of the rows, as subject or level; may be repeated",
+    )
+    made.add_argument("--limit", type=int, help="only the first problems of each set")
+    made.add_argument("--items", type=Path, help="write every item here (.jsonl)")
+    made.add_argument("--json", type=Path, help="write the report and every item here")
+
+    made = verb(
+        "compare",
+        compare,
+        "compare two evaluations of the same problems with a paired test",
+        "oreal compare before.jsonl after.jsonl",
+    )
+    for name in ("first", "second"):
+        made.add_argument(name, type=Path, help="what `oreal eval --items` wrote")
+    made.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    made.add_argument("--json", type=Path, help="write all numbers here")
+
+
+def evaluate(parsed: argparse.Namespace) -> None:
+    """`oreal eval`."""
+    from oreal_jax.console import Screen
+    from oreal_jax.data.prompts import check_writable, write_lines, write_text
+    from oreal_jax.evaluation import kept_beside, load_sets, run
+    from oreal_jax.evaluation.attempts import drawing
+    from oreal_jax.verify import Pool
+
+    screen = Screen.on_stderr()
+    at_least(1, "--k", parsed.k)
+    if parsed.greedy and parsed.k == 1:
+        raise BadInput("--greedy with --k 1: one sample is greedy already")
+    for path in (parsed.items, parsed.json):
+        if path:
+            check_writable(path)
+    sets = load_sets(parsed.data, parsed.folder)
+    if parsed.limit is not None:
+        at_least(1, "--limit", parsed.limit)
+        sets = [each._replace(problems=each.problems[: parsed.limit]) for each in sets]
+    run.check_fields(sets, parsed.by)
+    opened = Opened(parsed, sampling_of(parsed, parsed.k == 1))
+    plan = run.Plan(None, opened.engine, parsed.k)
+    if parsed.k == 1:
+        plan = run.Plan(opened.engine, None, 0)
+    elif parsed.greedy:
+        plan = plan._replace(greedy=Opened(parsed, sampling_of(parsed, True)).engine)
+    problems = [problem for each in sets for problem in each.problems]
+    work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
+    out = parsed.items or parsed.json
+    with kept_beside(out, work, screen.say) as finished:
+        with screen.phase("load"):
+            params = opened.load()
+        with Pool(os.cpu_count() or 1) as pool:
+            reports = run.measure(
+                plan,
+                params,
+                opened.chat,
+                pool,
+                sets,
+                by=parsed.by,
+                seed=parsed.seed,
+                finished=finished,
+                screen=screen,
+            )
+        if parsed.items:
+            write_lines(parsed.items, run.items(reports))
+        if parsed.json:
+            whole = run.as_json(parsed.model, reports)
+            text = json.dumps(whole, ensure_ascii=False, indent=1)
+            write_text(parsed.json, text + "\n")
+    run.show(parsed.model, reports)
+
+
+def compare(parsed: argparse.Namespace) -> None:
+    """`oreal compare`."""
+    from oreal_jax.data.prompts import check_writable, write_text
+    from oreal_jax.evaluation import compare, tables
+
+    if parsed.json:
+        check_writable(parsed.json)
+    found = compare(parsed.first, parsed.second, parsed.seed)
+    if parsed.json:
+        text = json.dumps([one.as_json() for one in found], indent=1)
+        write_text(parsed.json, text + "\n")
+    tables.say(tables.compared(str(parsed.first), str(parsed.second), found))

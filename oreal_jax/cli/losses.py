@@ -1,0 +1,65 @@
+"""`oreal losses`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from oreal_jax.cli.options import Verb
+
+
+def add(verb: Verb) -> None:
+    """Adds the verb."""
+    made = verb(
+        "losses",
+        losses,
+        "compare losses on saved trajectories; needs no model",
+        "oreal losses runs/demo/run/trajectories/step_000005.jsonl --loss released "
+        "--loss grpo --loss configs/my_loss.py --picture losses.png",
+    )
+    made.add_argument(
+        "trajectories",
+        type=Path,
+        nargs="+",
+        help="files of a run's trajectories/, or that folder; together one batch",
+    )
+    made.add_argument(
+        "--loss",
+        action="append",
+        metavar="NAME|CONFIG.py",
+        help="a preset (another word lists them all) or a config file with a loss of "
+        "your own; may be repeated (default: released, paper, grpo)",
+    )
+    made.add_argument(
+        "--trajectory",
+        action="append",
+        default=[],
+        metavar="STEP/ID/SAMPLE",
+        help="a completion to draw; may be repeated (default: one right, one wrong)",
+    )
+    made.add_argument("--picture", type=Path, help="draw coefficients into this file")
+    made.add_argument("--json", type=Path, help="write all numbers here")
+
+
+def losses(parsed: argparse.Namespace) -> None:
+    """`oreal losses`."""
+    from oreal_jax import laboratory
+    from oreal_jax.console import Screen
+    from oreal_jax.metrics import replace_text
+
+    screen = Screen()
+    names = parsed.loss or ["released", "paper", "grpo"]
+    chosen = {Path(name).stem: laboratory.load_loss(name) for name in names}
+    recorded = laboratory.read(parsed.trajectories)
+    places = laboratory.choose(recorded, parsed.trajectory)
+    with screen.phase("examine", total=len(chosen)) as advance:
+        examined = {}
+        for name, loss in chosen.items():
+            examined[name] = laboratory.examine(loss, recorded)
+            advance()
+    for table in laboratory.tables(examined):
+        screen.console.print(table)
+    if parsed.json:
+        text = json.dumps(laboratory.as_json(examined, recorded), indent=1)
+        replace_text(parsed.json, text + "\n")
+    if parsed.picture:
+        laboratory.draw(examined, recorded, places, parsed.picture)

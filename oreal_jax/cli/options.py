@@ -1,0 +1,173 @@
+"""What several verbs share: options that say how to draw, and the model they open."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from oreal_jax.errors import BadInput
+
+Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
+
+
+def drawing_defaults() -> dict[str, Any]:
+    """The options that completions depend on, with their defaults."""
+    made = argparse.ArgumentParser()
+    model_options(made, required=False)
+    sampling_options(made, greedy=False)
+    found = vars(made.parse_args([]))
+    return {k: v for k, v in found.items() if k not in ("model", "rows")}
+
+
+def drawing_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that a verb has, as they were given."""
+    given = vars(parsed)
+    return {name: given[name] for name in drawing_defaults() if name in given}
+
+
+def model_options(made: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds the model, its system prompt, and how it decodes."""
+    made.add_argument(
+        "--model", required=required, help="a Hugging Face directory or a run directory"
+    )
+    made.add_argument(
+        "--system-prompt",
+        help="system message (default: the run's, else the chat template's own)",
+    )
+    made.add_argument(
+        "--rows", type=int, default=64, help="completions drawn at a time"
+    )
+    made.add_argument(
+        "--weights",
+        choices=["full", "int8"],
+        default="full",
+        help="int8: weights in eight bits while decoding",
+    )
+    made.add_argument(
+        "--cache",
+        choices=["full", "float8"],
+        default="full",
+        help="float8: keys and values in eight bits",
+    )
+
+
+def sampling_options(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
+    """Adds how tokens are chosen; `greedy` adds the flag of that name."""
+    made.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the likeliest"
+    )
+    made.add_argument(
+        "--top-p", type=float, default=0.9, help="likeliest tokens of this mass; 1: off"
+    )
+    made.add_argument("--top-k", type=int, default=0, help="likeliest tokens; 0: off")
+    made.add_argument(
+        "--min-p", type=float, default=0.0, help="share of the likeliest; 0: off"
+    )
+    made.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="divides the logits of tokens that prompt or completion have; 1: off",
+    )
+    made.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        help="taken from the logits of tokens that the completion has",
+    )
+    made.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        help="taken from a token's logit each time the completion has it",
+    )
+    made.add_argument(
+        "--logit-bias",
+        type=bias,
+        action="append",
+        default=[],
+        metavar="TOKEN=VALUE",
+        help="added to the logit of a token, given by its number; may be repeated",
+    )
+    made.add_argument(
+        "--max-tokens", type=int, default=512, help="tokens of a completion at most"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    if greedy:
+        made.add_argument("--greedy", action="store_true", help="always the likeliest")
+
+
+def folder(made: argparse.ArgumentParser) -> None:
+    """Adds where presets are looked for."""
+    made.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("data"),
+        help="where a preset NAME is read from NAME.jsonl, before the hub is asked",
+    )
+
+
+def at_least(least: int, option: str, value: int) -> None:
+    """Raises BadInput where the value of an option is too small."""
+    if value < least:
+        raise BadInput(f"{option} {value}: must be at least {least}")
+
+
+def bias(text: str) -> tuple[int, float]:
+    """A token and what is added to its logit, from "1234=-5"."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 1234=-5") from None
+
+
+class Opened:
+    """A model ready to draw completions; `stops` are texts that end them."""
+
+    def __init__(self, parsed: argparse.Namespace, sampling, stops=()):
+        from oreal_jax import sharding
+        from oreal_jax.checkpoints.source import open_model
+        from oreal_jax.data import Chat, load_tokenizer
+        from oreal_jax.sampling import Engine, token_table
+        from oreal_jax.train.session import compute_dtype
+
+        source = self.source = open_model(parsed.model)
+        mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+        dtype = compute_dtype("auto")
+        system_prompt = parsed.system_prompt
+        if system_prompt is None:
+            system_prompt = source.system_prompt
+        tokenizer = load_tokenizer(source.files)
+        words = [text for text in stops if text in tokenizer.all_special_tokens]
+        strings = [text for text in stops if text not in words]
+        self.chat = Chat(tokenizer, system_prompt, stop_strings=strings)
+        self.engine = Engine(
+            source.config,
+            mesh,
+            sampling,
+            self.chat.stop_tokens(words),
+            stop_table=token_table(strings, self.chat.token_bytes, source.config.vocab),
+            rows=parsed.rows,
+            dtype=dtype,
+            weights=parsed.weights,
+            cache=parsed.cache,
+        )
+        self.load = lambda: source.load(mesh, dtype)
+
+
+def sampling_of(parsed: argparse.Namespace, greedy: bool):
+    """The sampling that these options ask for."""
+    from oreal_jax.sampling import Sampling
+
+    return Sampling(
+        max_tokens=parsed.max_tokens,
+        temperature=0.0 if greedy else parsed.temperature,
+        top_p=parsed.top_p,
+        top_k=parsed.top_k,
+        min_p=parsed.min_p,
+        repetition_penalty=parsed.repetition_penalty,
+        presence_penalty=parsed.presence_penalty,
+        frequency_penalty=parsed.frequency_penalty,
+        logit_bias=tuple(parsed.logit_bias),
+    )

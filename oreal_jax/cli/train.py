@@ -1,0 +1,61 @@
+"""`oreal train` and `oreal sft`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from oreal_jax.cli.options import Verb
+
+
+def add(verb: Verb) -> None:
+    """Adds both verbs."""
+    for name, call, what in [
+        ("train", train, "train with OREAL; an existing run directory is continued"),
+        (
+            "sft",
+            sft,
+            "fine-tune on solutions (SFT, or RFT on a model's own right ones)",
+        ),
+    ]:
+        made = verb(name, call, what, f"oreal {name} configs/{name}.py --set steps=20")
+        made.add_argument("config", type=Path, help="a Python file defining `config`")
+        made.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="set a field, dotted where nested: --set policy.learning_rate=1e-6",
+        )
+        made.add_argument(
+            "--run", type=Path, help="run directory (default: runs/<config name>)"
+        )
+
+
+def train(parsed: argparse.Namespace) -> None:
+    """`oreal train`."""
+    from oreal_jax.config import TrainConfig
+    from oreal_jax.train.loop import train
+
+    _run(parsed, TrainConfig, train)
+
+
+def sft(parsed: argparse.Namespace) -> None:
+    """`oreal sft`."""
+    from oreal_jax.config import SftConfig
+    from oreal_jax.train.sft import sft
+
+    _run(parsed, SftConfig, sft)
+
+
+def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
+    from oreal_jax import config
+    from oreal_jax.console import Screen
+
+    run = parsed.run or Path("runs") / parsed.config.stem
+    screen = Screen()
+    try:
+        work(config.load(parsed.config, kind, parsed.set), run, screen)
+    except KeyboardInterrupt:
+        screen.say(f"go on with the same command; the run is in {run}")
+        raise
+    screen.say(f"done: {run}")
