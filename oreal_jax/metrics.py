@@ -2,11 +2,12 @@
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+
+from oreal_jax.files import write_text
 
 
 class MetricsLog:
@@ -17,7 +18,7 @@ class MetricsLog:
         self._path = run / "metrics.jsonl"
         if self._path.exists():
             kept = [row for row in read(self._path) if row["step"] < start]
-            replace_text(self._path, "".join(_line(row) for row in kept))
+            write_text(self._path, "".join(_line(row) for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
@@ -68,20 +69,6 @@ def read(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def write_rows(path: Path, rows: Sequence[Mapping]) -> None:
-    """Writes JSON lines, whole or not at all; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    replace_text(path, "".join(lines))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.incomplete")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def _line(row: Mapping[str, int | float]) -> str:

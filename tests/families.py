@@ -1,7 +1,8 @@
-"""Small random models of every family, made by transformers itself."""
+"""Small random models of every family, made by transformers, and what it says."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -61,3 +62,32 @@ def write(name: str, directory: Path, **options):
     made = make(name)
     made.save_pretrained(directory, **options)
     return made
+
+
+LENGTHS = (23, 9, 14)
+
+
+def sequences(vocab: int) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, vocab, length) for length in LENGTHS]
+
+
+def their_logits(theirs, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return theirs(torch.tensor(tokens)[None]).logits[0].numpy()
+
+
+def close(ours, theirs) -> None:
+    """Equal to 1e-4 relative to the scale of the logits."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+def padded(rows: list[np.ndarray]):
+    """Right-padded rows: tokens, positions, segments (0 is padding)."""
+    S = max(map(len, rows))
+    fill = lambda make: np.stack([np.pad(make(r), (0, S - len(r))) for r in rows])
+    return (
+        fill(lambda r: r),
+        np.broadcast_to(np.arange(S), (len(rows), S)),
+        fill(np.ones_like),
+    )

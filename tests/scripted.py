@@ -1,5 +1,6 @@
 """A model that says what a test wants, instead of drawing completions."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +61,21 @@ class Script:
         reason = "stop" if len(tokens) <= limit else "length"
         kept = tokens[:limit]
         return Completion(kept, np.zeros(len(kept)), None, reason)
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def says(a: int, sample: int) -> str:
+    """What the scripted model says to "max A 7?"."""
+    return "It is 7" if (a + sample) % 4 == 0 else f"It is {a}"
+
+
+def right(a: int, samples: int) -> list[bool]:
+    return ["7" in says(a, k) for k in range(samples)]

@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import LENGTHS, close, padded, sequences, their_logits
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
     ref_ragged_paged_attention,
 )
-from test_model import LENGTHS, TINY, close, padded, pair, sequences, their_logits
 
 from oreal_jax import model
-from oreal_jax.model import decoding, kernels
+from oreal_jax.model import ModelConfig, decoding, kernels
 from oreal_jax.model.cache import Pages
 from oreal_jax.model.kernels import GpuPages, TpuPages, pages_for
 
-__all__ = ["pair"]
-
+TINY = ModelConfig(
+    vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True
+)
 SIZE = 4  # tokens a page
 FULL = decoding.in_dtype(jnp.float32)
 

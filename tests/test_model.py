@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from families import close, padded, sequences, their_logits
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_jax import model
-from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, attention
 from oreal_jax.model.decoder import angles
@@ -20,41 +19,6 @@ from oreal_jax.model.families import from_hugging_face, to_hugging_face
 TINY = ModelConfig(
     vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True
 )
-LENGTHS = (23, 9, 14)
-
-
-@pytest.fixture(scope="module", params=families.FAMILIES)
-def pair(request, tmp_path_factory):
-    """A transformers model and ours, with the same weights."""
-    directory = tmp_path_factory.mktemp("model")
-    theirs = families.write(request.param, directory)
-    return theirs, hf.read_config(directory), hf.load(directory)
-
-
-def sequences(vocab: int) -> list[np.ndarray]:
-    draw = np.random.default_rng(0)
-    return [draw.integers(0, vocab, length) for length in LENGTHS]
-
-
-def their_logits(theirs, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return theirs(torch.tensor(tokens)[None]).logits[0].numpy()
-
-
-def close(ours, theirs) -> None:
-    """Equal to 1e-4 relative to the scale of the logits."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
-
-
-def padded(rows: list[np.ndarray]):
-    """Right-padded rows: tokens, positions, segments (0 is padding)."""
-    S = max(map(len, rows))
-    fill = lambda make: np.stack([np.pad(make(r), (0, S - len(r))) for r in rows])
-    return (
-        fill(lambda r: r),
-        np.broadcast_to(np.arange(S), (len(rows), S)),
-        fill(np.ones_like),
-    )
 
 
 def test_logits_equal_transformers_with_padding(pair):

@@ -38,7 +38,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import evaluate
-from oreal_jax.metrics import replace_text
+from oreal_jax.files import write_lines, write_text
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
@@ -103,17 +103,12 @@ def solutions(rows: Sequence[dict[str, str]], seed: int = 0) -> Iterator[dict]:
             yield {"question": row["question"], "solution": "".join(answer)}
 
 
-def write_rows(path: Path, rows: Sequence[dict] | Iterator[dict]) -> None:
-    """Rows as JSON lines."""
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def make_start(home: Path, screen: Screen) -> Path:
     """The fine-tuned model that every run starts from."""
     rows = problems()
-    write_rows(home / "train.jsonl", rows[:TRAINED])
-    write_rows(home / "heldout.jsonl", rows[TRAINED:])
-    write_rows(home / "solutions.jsonl", solutions(rows[:TRAINED]))
+    write_lines(home / "train.jsonl", rows[:TRAINED])
+    write_lines(home / "heldout.jsonl", rows[TRAINED:])
+    write_lines(home / "solutions.jsonl", solutions(rows[:TRAINED]))
     if not (home / "hf").exists():
         shape = dataclasses.replace(make_tiny.CONFIG, layers=3, embed=96, mlp=256)
         made = home / ".hf.incomplete"
@@ -212,7 +207,7 @@ def kept(path: Path, compute) -> float:
     if path.exists():
         return json.loads(path.read_text())["accuracy"]
     value = compute()
-    replace_text(path, json.dumps({"accuracy": value}) + "\n")
+    write_text(path, json.dumps({"accuracy": value}) + "\n")
     return value
 
 
@@ -259,7 +254,7 @@ def report(
             for below, above, gain, said in steps_of(results)
         ],
     }
-    replace_text(
+    write_text(
         home / f"results_{steps}_steps.json", json.dumps(numbers, indent=1) + "\n"
     )
     draw(home / f"ablation_{steps}_steps.png", begin, results)

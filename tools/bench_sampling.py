@@ -4,9 +4,10 @@
 
 16 prompts x 16 samples of a pretrained model, natural stops, float32; a useful token is
 one up to its completion's stop. All in one process, ours before and after each of
-theirs; medians. google-tunix is measured too where it is installed: random weights of
-the same shape, which never stop, so that all its tokens count. Before them, slots are
-simulated on the published run's lengths.
+theirs; medians. google-tunix is measured too where it is installed, with random weights
+of the same shape: they never stop, so of its tokens that share counts which is useful
+where batches of our completions run until the longest has stopped. Before them, slots
+are simulated on the published run's lengths.
 """
 
 import argparse
@@ -95,8 +96,16 @@ def of_transformers(loaded: Any, requests, batch: int, limit: int, stops) -> flo
     return useful / elapsed
 
 
-def of_tunix(config: ModelConfig, tokenizer, rows: int = 32, new: int = 64) -> float:
-    """Tokens a second of google-tunix's sampler, once compiled."""
+def useful_share(lengths: list[int], rows: int) -> float:
+    """What part of their tokens is useful where `rows` at a time run until the longest
+    of them has stopped."""
+    batches = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]
+    return sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+
+
+def of_tunix(config: ModelConfig, tokenizer, lengths: list[int], limit: int) -> float:
+    """Useful tokens a second of google-tunix's sampler on one batch, once compiled."""
+    rows = 32
     from flax import nnx
     from tunix.generate import sampler  # pyright: ignore[reportMissingImports]
     from tunix.models.llama3 import model as llama  # pyright: ignore
@@ -114,21 +123,22 @@ def of_tunix(config: ModelConfig, tokenizer, rows: int = 32, new: int = 64) -> f
         weight_tying=config.tied,
     )
     cache = sampler.CacheConfig(
-        cache_size=256,
+        cache_size=64 + limit,
         num_layers=config.layers,
         num_kv_heads=config.kv_heads,
         head_dim=config.head_dim,
     )
     draw = sampler.Sampler(llama.Llama3(shape, rngs=nnx.Rngs(0)), tokenizer, cache)
     prompts = [(QUESTIONS * 2)[i % 32] for i in range(rows)]
-    work = lambda: draw(
+    work = lambda new: draw(
         prompts, max_generation_steps=new, max_prompt_length=64, **HOW, seed=0
     )
-    work()  # compiles
-    return rows * new / seconds(work)
+    work(4)  # compiles
+    rate = rows * limit / seconds(lambda: work(limit))
+    return rate * useful_share(lengths, rows)
 
 
-def peers(parsed, source, chat, requests, stops, exported) -> Iterator[tuple]:
+def peers(parsed, source, chat, requests, stops, exported, lengths) -> Iterator[tuple]:
     """(name, how to measure it) of all others."""
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     for batch in parsed.batches:
@@ -137,7 +147,10 @@ def peers(parsed, source, chat, requests, stops, exported) -> Iterator[tuple]:
             lambda b=batch: of_transformers(loaded, requests, b, parsed.limit, stops),
         )
     if importlib.util.find_spec("tunix"):
-        yield "tunix_32", lambda: of_tunix(source.config, chat.tokenizer)
+        yield (
+            "tunix_32",
+            lambda: of_tunix(source.config, chat.tokenizer, lengths, parsed.limit),
+        )
 
 
 def main() -> None:
@@ -177,7 +190,10 @@ def main() -> None:
     weights = decoding.weights(source.config, params, decoding.in_dtype(jnp.float32))
     products = matrix_products(source.config, weights, parsed.rows)
     products()
-    engine.sample(params, requests, SAMPLES, seed=0)  # compiles
+    drawn = engine.sample(params, requests, SAMPLES, seed=0)  # compiles
+    lengths = [
+        len(one.tokens) for samples in zip(*drawn, strict=True) for one in samples
+    ]
     ours, alone, decode, truncated, others = [], [], [], [], {}
     # As many rows as slots and no stop: every slot draws a token in every step.
     full = {
@@ -226,7 +242,7 @@ def main() -> None:
         exported = Path(scratch) / "hf"
         hf.save(params, source.config, exported, source=source.files)
         for seed, (name, work) in enumerate(
-            peers(parsed, source, chat, requests, stops, exported), start=2
+            peers(parsed, source, chat, requests, stops, exported, lengths), start=2
         ):
             others[name] = work()
             say({name: others[name]})

@@ -7,7 +7,6 @@ with a table. Started again, it goes on where it was.
 
 import argparse
 import importlib.util
-import json
 import platform
 import random
 import sys
@@ -24,7 +23,7 @@ from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import BadInput
-from oreal_jax.metrics import replace_text
+from oreal_jax.files import write_lines
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.verify import Pool
@@ -43,11 +42,6 @@ def problems() -> list[dict[str, str]]:
     ]
     random.Random(0).shuffle(rows)
     return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Rows as JSON lines."""
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def weights() -> Path:
@@ -100,8 +94,8 @@ def main() -> int:
         screen.say("OREAL on SmolLM2-135M: 5 to 10 minutes on 2 CPU cores")
         home.mkdir(parents=True, exist_ok=True)
         rows = problems()
-        write_rows(home / "heldout.jsonl", rows[:HELD_OUT])
-        write_rows(home / "train.jsonl", rows[HELD_OUT:])
+        write_lines(home / "heldout.jsonl", rows[:HELD_OUT])
+        write_lines(home / "train.jsonl", rows[HELD_OUT:])
         if not start.exists():
             with screen.phase("convert the model", total=272) as advance:
                 import_model(

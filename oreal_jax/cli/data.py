@@ -18,6 +18,7 @@ from oreal_jax.cli.options import (
     sampling_options,
 )
 from oreal_jax.errors import BadInput
+from oreal_jax.files import check_writable, write_lines
 
 K, ROWS = 16, 64  # completions of a prompt, and drawn at a time
 OUT = "a .jsonl file, or a directory for a TFDS data set"
@@ -142,7 +143,7 @@ def _drawing(made: argparse.ArgumentParser, *, required: bool) -> None:
 
 def build(parsed: argparse.Namespace) -> None:
     """`oreal data build`."""
-    from oreal_jax.data import cleaning, prompts
+    from oreal_jax.data import cleaning
     from oreal_jax.data.builder import load_all, write_prompts
     from oreal_jax.evaluation import load_sets
 
@@ -157,7 +158,7 @@ def build(parsed: argparse.Namespace) -> None:
     statistics = cleaned.statistics()
     write_prompts(cleaned.prompts, parsed.out, statistics)
     if parsed.removed:
-        prompts.write_lines(parsed.removed, [r.as_json() for r in cleaned.removed])
+        write_lines(parsed.removed, [r.as_json() for r in cleaned.removed])
     for name, value in statistics.items():
         screen.say(f"{name}: {value}")
     screen.say(f"wrote {parsed.out}")
@@ -165,7 +166,7 @@ def build(parsed: argparse.Namespace) -> None:
 
 def pass_rate(parsed: argparse.Namespace) -> None:
     """`oreal data pass-rate`."""
-    from oreal_jax.data import cleaning, load_prompts, prompts
+    from oreal_jax.data import cleaning, load_prompts
     from oreal_jax.data.builder import write_prompts
     from oreal_jax.evaluation.attempts import with_pass_rates
 
@@ -177,7 +178,7 @@ def pass_rate(parsed: argparse.Namespace) -> None:
         statistics = cleaning.statistics(measured)
         if parsed.completions:
             rows = [attempt.as_json() for group in attempts for attempt in group]
-            prompts.write_lines(parsed.completions, rows)
+            write_lines(parsed.completions, rows)
         write_prompts(measured, parsed.out, statistics)
     screen.say(f"pass_rate: {statistics['pass_rate']}")
     screen.say(f"wrote {parsed.out}")
@@ -186,7 +187,6 @@ def pass_rate(parsed: argparse.Namespace) -> None:
 def rft(parsed: argparse.Namespace) -> None:
     """`oreal data rft`."""
     from oreal_jax.data import load_prompts
-    from oreal_jax.data.prompts import write_lines
     from oreal_jax.data.rft import harvest, read_completions
 
     screen = _screen()
@@ -298,7 +298,6 @@ def _screen():
 
 def _check_outputs(prompts: Path, *others: Path | None) -> None:
     from oreal_jax.data.builder import check_prompts_writable
-    from oreal_jax.data.prompts import check_writable
 
     check_prompts_writable(prompts)
     for path in others:

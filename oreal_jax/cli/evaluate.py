@@ -16,6 +16,7 @@ from oreal_jax.cli.options import (
     sampling_options,
 )
 from oreal_jax.errors import BadInput
+from oreal_jax.files import check_writable, write_lines, write_text
 
 
 def add(verb: Verb) -> None:
@@ -69,7 +70,6 @@ def add(verb: Verb) -> None:
 def evaluate(parsed: argparse.Namespace) -> None:
     """`oreal eval`."""
     from oreal_jax.console import Screen
-    from oreal_jax.data.prompts import check_writable, write_lines, write_text
     from oreal_jax.evaluation import kept_beside, load_sets, run
     from oreal_jax.evaluation.attempts import drawing
     from oreal_jax.verify import Pool
@@ -121,7 +121,6 @@ def evaluate(parsed: argparse.Namespace) -> None:
 
 def compare(parsed: argparse.Namespace) -> None:
     """`oreal compare`."""
-    from oreal_jax.data.prompts import check_writable, write_text
     from oreal_jax.evaluation import compare, tables
 
     if parsed.json:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from oreal_jax.cli.options import Verb
+from oreal_jax.files import write_text
 
 
 def add(verb: Verb) -> None:
@@ -44,7 +45,6 @@ def losses(parsed: argparse.Namespace) -> None:
     """`oreal losses`."""
     from oreal_jax import laboratory
     from oreal_jax.console import Screen
-    from oreal_jax.metrics import replace_text
 
     screen = Screen()
     names = parsed.loss or ["released", "paper", "grpo"]
@@ -60,6 +60,6 @@ def losses(parsed: argparse.Namespace) -> None:
         screen.console.print(table)
     if parsed.json:
         text = json.dumps(laboratory.as_json(examined, recorded), indent=1)
-        replace_text(parsed.json, text + "\n")
+        write_text(parsed.json, text + "\n")
     if parsed.picture:
         laboratory.draw(examined, recorded, places, parsed.picture)

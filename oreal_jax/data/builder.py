@@ -21,11 +21,10 @@ import numpy as np
 
 from oreal_jax.data.prompts import (
     Prompt,
-    check_writable,
     read_prompts,
-    write_lines,
 )
 from oreal_jax.errors import BadInput
+from oreal_jax.files import check_writable, write_lines
 
 SPLIT = "train"
 FILES = (".jsonl", ".json", ".parquet")

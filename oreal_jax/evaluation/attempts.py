@@ -20,7 +20,7 @@ from oreal_jax.checkpoints.run import newest_policy
 from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import BadInput
-from oreal_jax.metrics import replace_text
+from oreal_jax.files import write_text
 from oreal_jax.model import Params
 from oreal_jax.rollout import judged
 from oreal_jax.sampling import Completion, Engine, Request
@@ -121,7 +121,7 @@ class Journal(collections.UserDict):
                     f"now it is {new.get(name)!r}; remove the file to begin anew"
                 )
         if whole != lines:
-            replace_text(self.path, "".join(whole))
+            write_text(self.path, "".join(whole))
         self.data.update(found)
 
 

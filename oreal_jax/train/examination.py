@@ -8,7 +8,6 @@ What a stopped run has measured is not measured again.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import load_sets
 from oreal_jax.evaluation.run import Plan, measure
 from oreal_jax.evaluation.sets import ProblemSet
+from oreal_jax.files import write_lines
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.session import Session, uninterrupted
 from oreal_jax.verify import Pool
@@ -70,8 +70,7 @@ class Examination:
             if best:
                 keep(session, step)
             rows.append({"step": step, "score": score, "best": best} | values)
-            lines = [json.dumps(row) + "\n" for row in rows]
-            metrics.replace_text(path, "".join(lines))
+            write_lines(path, rows)
         said = ", ".join(f"{name} {report}" for name, report in reports.items())
         mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
         session.screen.say(f"after step {step}: {said}{mark}")

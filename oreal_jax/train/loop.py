@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from oreal_jax import metrics, model, rollout, sharding
+from oreal_jax import model, rollout, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -32,6 +32,7 @@ from oreal_jax.data import (
 )
 from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
+from oreal_jax.files import write_lines
 from oreal_jax.model import Distribution, Params
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import (
@@ -310,7 +311,7 @@ def sample(
             )
         ]
         path = interrupted_path(session.run, step)
-        metrics.write_rows(path, rows)
+        write_lines(path, rows)
         session.screen.say(f"{len(rows)} of {total} completions are in {path}")
         raise
     texts = [[finished[n, k][1] for k in range(K)] for n in range(len(requests))]
@@ -335,7 +336,7 @@ def write_trajectories(
 ) -> None:
     """All completions of a step as JSON lines, whole or not at all."""
     rows = [t.as_json(step, chat.pieces) for group in groups for t in group]
-    metrics.write_rows(run / "trajectories" / f"step_{step:06d}.jsonl", rows)
+    write_lines(run / "trajectories" / f"step_{step:06d}.jsonl", rows)
     interrupted_path(run, step).unlink(missing_ok=True)
 
 

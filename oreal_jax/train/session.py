@@ -37,7 +37,8 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.errors import BadInput
-from oreal_jax.metrics import MetricsLog, compilations, replace_text
+from oreal_jax.files import write_text
+from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.train.state import Learners, Optimizer, TrainState, learners
 from oreal_jax.train.step import Scores, TrainStep
@@ -174,11 +175,7 @@ class Session:
     def _write_config(self) -> None:
         """Makes the run directory."""
         text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            replace_text(self.run / "config.json", text)
-        except OSError as error:
-            raise BadInput(f"{self.run}: cannot be written: {error.strerror}") from None
+        write_text(self.run / "config.json", text)
 
     def _restore_or_start(self, source: ModelSource) -> TrainState:
         done = checkpoints.steps(self.run)
@@ -196,7 +193,7 @@ class Session:
         copy_files(source, self.run / "model")
         if self.config.chat_template:
             template = self.chat.tokenizer.chat_template
-            replace_text(self.run / "model" / "chat_template.jinja", template)
+            write_text(self.run / "model" / "chat_template.jinja", template)
         if not (self.run / "reference").is_dir():
             cast = jax.jit(model.cast, static_argnums=1)
             with uninterrupted():

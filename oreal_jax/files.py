@@ -1,0 +1,40 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from oreal_jax.errors import BadInput
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput where a file or directory could not be made: before hours of
+    work, not after."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"{path}: cannot be written: {above} is no folder to write in")
+    if path.is_dir():
+        raise BadInput(f"{path}: a directory, expected a file to write")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as JSON lines; like `write_text`."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; folders on the way are made.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.incomplete")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None

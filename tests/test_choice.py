@@ -1,0 +1,207 @@
+"""How a token is chosen: penalties, truncation, frequencies, and stop strings."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+
+from oreal_jax.errors import BadInput
+from oreal_jax.sampling import (
+    Sampling,
+    sampled_from,
+    token_table,
+)
+from oreal_jax.sampling.choice import Seen, biased, choose, penalised, truncated
+from oreal_jax.sampling.stops import FOUND, START
+
+HISTORY = [[5, 5, 9], [1, 2, 3], [9, 9, 9]]  # drawn so far, after prompts of token 7
+
+
+def seen_of(vocabulary: int) -> Seen:
+    prompt = np.zeros((3, vocabulary), bool)
+    prompt[:, 7] = True
+    drawn = np.stack([np.bincount(row, minlength=vocabulary) for row in HISTORY])
+    return Seen(jnp.asarray(prompt), jnp.asarray(drawn, jnp.int32))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.5])
+def test_the_repetition_penalty_is_transformers(penalty):
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    sampling = Sampling(max_tokens=1, repetition_penalty=penalty)
+    ours = penalised(jnp.asarray(logits), sampling, seen_of(20))
+    processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
+    history = torch.tensor([[7, *row] for row in HISTORY])
+    theirs = processor(history, torch.tensor(logits))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_the_logit_bias_is_transformers():
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    bias = ((4, 2.5), (11, -100.0))
+    ours = biased(jnp.asarray(logits), Sampling(max_tokens=1, logit_bias=bias))
+    entries: Any = [[[token], value] for token, value in bias]
+    processor: Any = SequenceBiasLogitsProcessor(entries)
+    history = torch.tensor([[7, *row] for row in HISTORY])
+    expected = processor(history, torch.tensor(logits))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_presence_is_punished_once_and_frequency_each_time():
+    """OpenAI's formula: logit - presence * (count > 0) - frequency * count, over the
+    completion alone."""
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    sampling = Sampling(max_tokens=1, presence_penalty=0.5, frequency_penalty=0.25)
+    ours = np.asarray(penalised(jnp.asarray(logits), sampling, seen_of(20)))
+    for row, history in enumerate(HISTORY):
+        for token in range(20):
+            count = history.count(token)
+            less = 0.5 * (count > 0) + 0.25 * count
+            assert ours[row, token] == pytest.approx(logits[row, token] - less)
+
+
+def sorted_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """The textbook: sort, keep tokens until their mass reaches top_p."""
+    kept = np.zeros_like(probabilities)
+    for row, values in enumerate(probabilities):
+        order = np.argsort(-values, kind="stable")
+        mass = np.cumsum(values[order])
+        size = int(np.argmax(mass >= top_p * mass[-1])) + 1
+        kept[row, order[:size]] = values[order[:size]]
+    return kept
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_the_nucleus_is_that_of_sorting(scale, top_p):
+    logits = scale * jax.random.normal(jax.random.key(0), (5, 700))
+    kept = truncated(logits, Sampling(max_tokens=1, top_p=top_p))
+    expected = sorted_nucleus(np.asarray(jax.nn.softmax(logits)), top_p)
+    assert ((np.asarray(kept) > 0) == (expected > 0)).mean() > 0.999  # rounding of sums
+
+
+OPTIONS = [
+    {},
+    {"logit_bias": ((3, 2.0), (200, -1.5))},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3},
+    {"temperature": 0.5},
+    {"top_p": 0.8},
+    {"top_p": 0.3},
+    {"top_k": 5},
+    {"min_p": 0.2},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.7, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
+    draws, V = 100_000, 300
+    sampling = Sampling(**({"max_tokens": 1} | options))
+    logits = 2 * jax.random.normal(jax.random.key(0), (V,))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
+    seen = Seen(jnp.arange(V)[None] % 3 == 0, jnp.arange(V)[None] % 5)
+    one = lambda key: choose(logits[None], key[None], sampling, seen)[0][0]
+    tokens = np.asarray(
+        jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
+    )
+    scores = penalised(biased(logits[None], sampling), sampling, seen)
+    kept = np.asarray(truncated(scores, sampling)[0], np.float64)
+    expected = draws * kept / kept.sum()
+    counts = np.bincount(tokens, minlength=V)
+    assert not counts[expected == 0].any()
+    common = expected >= 5
+    rest = [counts[~common].sum(), expected[~common].sum()]
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    chi_square += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+    freedom = common.sum()
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities of one row: tempered, cut to top-k, then to the nucleus."""
+    probabilities = np.exp(logits / sampling.temperature)
+    order = np.argsort(-probabilities)[: sampling.top_k or None]
+    mass = np.cumsum(probabilities[order]) / probabilities[order].sum()
+    order = order[: int((mass < sampling.top_p).sum()) + 1]
+    likely = probabilities[order] >= sampling.min_p * probabilities.max()
+    order = order[likely]
+    kept = np.zeros_like(probabilities)
+    kept[order] = probabilities[order] / probabilities[order].sum()
+    return kept
+
+
+def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
+    logits = jax.random.normal(jax.random.key(0), (40, 50))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), 40))
+    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
+    token, log_prob, sampled = choose(logits, keys, sampling)
+    full = jax.nn.log_softmax(logits)
+    expected = jnp.take_along_axis(full, token[:, None], -1)[:, 0]
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
+    for row, chosen in enumerate(np.asarray(token)):
+        kept = kept_by_sorting(np.asarray(logits[row], np.float64), sampling)
+        np.testing.assert_allclose(sampled[row], np.log(kept[chosen]), rtol=1e-4)
+
+
+def test_the_trainers_scores_are_those_of_the_distribution_drawn_from():
+    logits = jax.random.normal(jax.random.key(0), (3, 4, 50))
+    targets = jnp.argmax(logits, axis=-1)
+    sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
+    scores = sampled_from(sampling)(logits, targets)
+    ours = jax.nn.softmax(scores).reshape(12, 50)
+    for row, values in zip(ours, logits.reshape(12, 50), strict=True):
+        kept = kept_by_sorting(np.asarray(values, np.float64), sampling)
+        np.testing.assert_allclose(row, kept, rtol=1e-4, atol=1e-7)
+
+
+def test_a_target_that_the_trainer_would_cut_off_still_has_a_finite_log_prob():
+    logits = jnp.asarray([[[4.0, 3.0, -2.0]]])
+    scores = sampled_from(Sampling(max_tokens=1, top_k=1))(logits, jnp.asarray([[2]]))
+    expected = np.exp(-2) / (np.exp(4) + np.exp(-2))
+    np.testing.assert_allclose(jax.nn.softmax(scores)[0, 0, 2], expected, rtol=1e-5)
+    assert jax.nn.softmax(scores)[0, 0, 1] == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    strings=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    pieces=st.lists(st.text("abc", max_size=3), min_size=6, max_size=6),
+    tokens=st.lists(st.integers(0, 6), max_size=10),
+)
+def test_the_table_finds_stop_strings_where_the_text_has_them(strings, pieces, tokens):
+    table = token_table(strings, lambda: [p.encode() for p in pieces], 7)
+    assert table is not None
+    state, text = START, ""
+    for token in tokens:
+        state = table[token, state]
+        text += pieces[token] if token < 6 else ""  # token 6 is beyond the tokenizer
+        assert (state == FOUND) == any(string in text for string in strings)
+
+
+def test_stop_strings_that_cannot_be_are_refused():
+    assert token_table([], lambda: [], 5) is None
+    with pytest.raises(BadInput, match="empty"):
+        token_table(["x", ""], lambda: [b"x"], 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+    ],
+)
+def test_an_option_outside_its_range_is_named(field, value):
+    with pytest.raises(BadInput, match=f"{field}={value}"):
+        dataclasses.replace(Sampling(max_tokens=1), **{field: value})

@@ -1,0 +1,232 @@
+"""The losses against the released trainer's own numbers."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import torch
+from batches import close, count
+from reference import Batch
+
+from oreal_jax.losses import (
+    Oreal,
+    Scored,
+    ThresholdWeights,
+    TokenReward,
+    TopKWeights,
+    group_normalised,
+    rloo,
+    terms,
+    token_mean,
+    unweighted,
+)
+
+ORACLE = Path(__file__).parents[2] / "shared" / "oracle" / "reference_losses.npz"
+
+
+class Case(NamedTuple):
+    """One case of the oracle: its settings, its arrays, and where completions lie."""
+
+    settings: dict[str, Any]
+    its: dict[str, np.ndarray]
+    inside: np.ndarray
+
+    @property
+    def loss(self) -> Oreal:
+        """The loss with the settings of the case."""
+        if self.settings.get("threshold_rescale"):
+            right = ThresholdWeights(threshold=self.settings["correct_threshold"])
+            wrong = ThresholdWeights(threshold=self.settings["incorrect_threshold"])
+        elif self.settings.get("topk_rescale"):
+            right = TopKWeights(ratio=self.settings["correct_topk_ratio"])
+            wrong = TopKWeights(ratio=self.settings["incorrect_topk_ratio"])
+        else:
+            right = wrong = unweighted
+        shaping = self.settings["reward_shaping_type"]
+        return Oreal(
+            advantage={"rloo": rloo, "grpo": group_normalised}[shaping],
+            weight_right=right,
+            weight_wrong=wrong,
+            kl={"unbias": terms.kl_k3, "mse": terms.kl_k2}[self.settings["kl_type"]],
+            clone_times_advantage=self.settings["pos_mult_adv"],
+        )
+
+    def scored(self, logits, token_scores) -> Scored:
+        """What a loss sees of these logits; entry t - 1 of a row predicts token t."""
+
+        def chosen(logits):
+            log_probs = jax.nn.log_softmax(logits[:, :-1])
+            tokens = self.its["tokens"][:, 1:, None]
+            return jnp.take_along_axis(log_probs, tokens, -1)[..., 0]
+
+        rewards = self.its["rewards"].reshape(-1, self.its["group_size"])
+        advantage, log_probs = self.loss.advantage(rewards), chosen(logits)
+        return Scored(
+            log_probs=log_probs,
+            old_log_probs=jax.lax.stop_gradient(log_probs),
+            reference_log_probs=chosen(
+                jnp.asarray(self.its["ref_logits"], logits.dtype)
+            ),
+            token_scores=token_scores[:, :-1],
+            entropy=jnp.zeros_like(log_probs),
+            completion=jnp.asarray(self.inside),
+            correct=jnp.asarray(self.its["rewards"] > 0),
+            advantage=jnp.asarray(advantage.reshape(-1), logits.dtype),
+        )
+
+
+def oracle_cases(wanted=lambda settings: True):
+    if not ORACLE.exists():
+        return [pytest.param(None, marks=pytest.mark.skip(reason="no oracle here"))]
+    with np.load(ORACLE, allow_pickle=False) as data:
+        cases = json.loads(str(data["cases"]))
+    return [
+        pytest.param(number, id=f"{number:02d}")
+        for number, settings in enumerate(cases)
+        if wanted(settings)
+    ]
+
+
+@pytest.fixture
+def case(request) -> Case:
+    prefix = f"{request.param:02d}/"
+    with np.load(ORACLE, allow_pickle=False) as data:
+        settings = json.loads(str(data["cases"]))[request.param]
+        its = {
+            name.removeprefix(prefix): data[name]
+            for name in data.files
+            if name.startswith(prefix)
+        }
+    column = np.arange(1, its["tokens"].shape[1])[None]
+    first = its["prompt_lengths"][:, None]
+    last = first + its["response_lengths"][:, None]
+    return Case(settings, its, (column >= first) & (column < last))
+
+
+def has_token_rewards(settings) -> bool:
+    return settings["token_level_rm"] is not None
+
+
+every_case = pytest.mark.parametrize("case", oracle_cases(), indirect=True)
+every_case_with_token_rewards = pytest.mark.parametrize(
+    "case", oracle_cases(has_token_rewards), indirect=True
+)
+
+
+def holds_against(case: Case, dtype, rtol: float, scale: float):
+    """All that the oracle says of a case's policy loss, in one precision."""
+    its, loss = case.its, case.loss
+    logits = jnp.asarray(its["logits"], dtype)
+    scores = jnp.asarray(its["token_scores"], dtype)
+    counts = count(case.scored(logits, scores))
+    policy = lambda logits: loss(case.scored(logits, scores), counts)
+    (value, metrics), gradient = jax.value_and_grad(policy, has_aux=True)(logits)
+    assert value.dtype == gradient.dtype == dtype
+    scored = case.scored(logits, scores)
+    near = partial(close, rtol=rtol, scale=scale)
+    near(scored.advantage, its["advantages"])
+    near(loss.positive_weight * metrics["actor/positive_loss"], its["positive_loss"])
+    near(loss.negative_weight * metrics["actor/negative_loss"], its["negative_loss"])
+    near(loss.kl_weight * metrics["actor/kl_loss"], its["kl_penalty_loss"])
+    near(value, its["policy_loss"])
+    near(gradient, its["grad_logits"])
+    over_tokens = lambda values: token_mean(values, scored.completion, counts.all)
+    near(over_tokens(terms.clone(scored.log_probs)), its["mean_negative_logprob"])
+    k1 = terms.kl_k1(scored.log_probs, scored.reference_log_probs)
+    near(over_tokens(k1), its["mean_ref_kl_k1"])
+
+
+def token_reward_of(case: Case, dtype):
+    """Our token reward loss of a case, and its gradient for the raw scores."""
+    logits = jnp.asarray(case.its["logits"], dtype)
+
+    def value(scores):
+        scored = case.scored(logits, scores)
+        return TokenReward()(scored, count(scored))[0]
+
+    return jax.value_and_grad(value)(jnp.asarray(case.its["token_scores"], dtype))
+
+
+def released_token_reward(case: Case, dtype: torch.dtype):
+    """The release's token reward loss, each mean score cast to `dtype` on its way."""
+    scores = torch.tensor(case.its["token_scores"], requires_grad=True)
+    right = torch.tensor(case.its["rewards"] > 0)
+    N = len(right)
+    loss = torch.zeros((), dtype=dtype)
+    for n in range(N):
+        logit = scores[n, :-1][torch.tensor(case.inside[n])].mean().to(dtype)
+        loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(
+            logit, right[n].to(dtype), reduction="sum"
+        ).div(N)
+    loss.backward()
+    assert scores.grad is not None
+    return loss.item(), scores.grad.numpy()
+
+
+@every_case
+def test_the_released_objective_is_reproduced(case, double):
+    holds_against(case, jnp.float64, rtol=1e-9, scale=0.0)
+
+
+@every_case
+def test_the_released_objective_is_reproduced_in_single_precision(case):
+    holds_against(case, jnp.float32, rtol=1e-5, scale=1e-5)
+    if has_token_rewards(case.settings):
+        value, gradient = token_reward_of(case, jnp.float32)
+        close(value, case.its["token_reward_loss"], 1e-5)
+        close(gradient, case.its["grad_token_scores"], 1e-5, scale=1e-5)
+
+
+@every_case_with_token_rewards
+def test_the_released_token_reward_loss_is_reproduced_up_to_its_cast(case, double):
+    its = case.its["token_reward_loss"], case.its["grad_token_scores"]
+    ours = token_reward_of(case, jnp.float64)
+    # The release casts the mean score to float32 whatever the inputs are ...
+    close(ours[0], its[0], rtol=3e-7)
+    close(ours[1], its[1], rtol=1e-6)
+    # ... and differs in nothing else: with the cast, a restatement is the release;
+    # without it, the same restatement is ours.
+    with_cast = released_token_reward(case, torch.float32)
+    close(with_cast[0], its[0])
+    close(with_cast[1], its[1])
+    without = released_token_reward(case, torch.float64)
+    close(ours[0], without[0])
+    close(ours[1], without[1])
+
+
+@every_case
+def test_the_restatement_is_the_release_too(case, double):
+    its, settings = case.its, case.settings
+    weighting = lambda side: reference.unweighted
+    if settings.get("threshold_rescale"):
+        weighting = lambda side: reference.threshold_weights(
+            settings[f"{side}_threshold"]
+        )
+    elif settings.get("topk_rescale"):
+        weighting = lambda side: reference.top_k_weights(settings[f"{side}_topk_ratio"])
+    scored = case.scored(jnp.asarray(its["logits"]), jnp.asarray(its["token_scores"]))
+    seen = {
+        name: np.asarray(value)
+        for name, value in scored._asdict().items()
+        if name in Batch._fields
+    }
+    batch = Batch(**seen, rewards=its["rewards"].reshape(-1, its["group_size"]))
+    advantages = {"rloo": reference.rloo, "grpo": reference.group_normalised}
+    result = reference.oreal(
+        batch,
+        advantage=advantages[settings["reward_shaping_type"]],
+        kl={"unbias": reference.kl_k3, "mse": reference.kl_k2}[settings["kl_type"]],
+        clone_times_advantage=settings["pos_mult_adv"],
+        weight_right=weighting("correct"),
+        weight_wrong=weighting("incorrect"),
+    )
+    close(result.metrics["actor/positive_loss"], its["positive_loss"])
+    close(0.5 * result.metrics["actor/negative_loss"], its["negative_loss"])
+    close(0.01 * result.metrics["actor/kl_loss"], its["kl_penalty_loss"])
+    close(result.value, its["policy_loss"])
