@@ -19,6 +19,7 @@ from oreal_jax import losses, rollout
 from oreal_jax.data.difficulty import PUBLISHED_BANDS, Bands
 from oreal_jax.errors import BadInput
 from oreal_jax.losses import PolicyLoss
+from oreal_jax.model import Remat
 from oreal_jax.sampling import Sampling
 from oreal_jax.sharding import MeshShape
 from oreal_jax.train.state import Optimizer
@@ -119,11 +120,14 @@ class TrainConfig:
     over the tokens that `sampling` keeps (the reference model's stay full).
     `token_reward` None trains no token reward model. `stop_words` are added to the
     model's own stop tokens, `stop_strings` end a completion wherever its text has one.
-    `decode_rows` completions are decoded at a time, with
-    room for `cache_tokens` tokens on each data shard (0: for the longest in each row);
+    An engine is `decode_tensor` devices (0: as many as the mesh's tensor axis) with
+    room for `cache_tokens` tokens (0: for the longest in each row); all together decode
+    `decode_rows` completions at a time;
     `decode_weights` "int8" and `decode_cache` "float8" halve what a token reads there.
     A step whose mean difference between sampler's and trainer's token probabilities is
-    above `max_disagreement` ends the run. `compute` "auto" is bfloat16, on CPU float32.
+    above `max_disagreement` ends the run. `remat` says what the backward pass computes
+    again instead of keeping it (model/execution.py). `compute` "auto" is bfloat16, on
+    CPU float32.
     """
 
     model: str
@@ -141,6 +145,7 @@ class TrainConfig:
     max_prompt_tokens: int = 2_384
     decode_rows: int = 256
     cache_tokens: int = 0
+    decode_tensor: int = 0
     decode_weights: Literal["full", "int8"] = "full"
     decode_cache: Literal["full", "float8"] = "full"
     max_disagreement: float = 0.1
@@ -155,6 +160,7 @@ class TrainConfig:
     freeze_steps: int = 10
     packing: Packing = Packing()
     mesh: MeshShape = MeshShape()
+    remat: Remat = "everything"
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     saving: Saving = Saving()
     evaluation: Evaluation = Evaluation()
@@ -179,6 +185,7 @@ class TrainConfig:
             freeze_steps=self.freeze_steps,
             seed=self.seed,
             cache_tokens=self.cache_tokens,
+            decode_tensor=self.decode_tensor,
         )
         longest = self.max_prompt_tokens + self.sampling.max_tokens
         if longest > self.packing.row_length:
@@ -214,7 +221,8 @@ class SftConfig:
 
     examples: a jsonl or parquet file of `question, solution` rows. `system_prompt` and
     `chat_template` (a Jinja file) replace the checkpoint's own. Each step takes
-    `examples_per_step` of them; `steps` 0 means `epochs` passes over the file.
+    `examples_per_step` of them; `steps` 0 means `epochs` passes over the file. `remat`
+    and `compute` as in `TrainConfig`.
     """
 
     model: str
@@ -229,6 +237,7 @@ class SftConfig:
     policy: Optimizer = Optimizer(learning_rate=1e-5, final_learning_rate=1e-6)
     packing: Packing = Packing()
     mesh: MeshShape = MeshShape()
+    remat: Remat = "everything"
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     saving: Saving = Saving(every=100)
     tensorboard: bool = False

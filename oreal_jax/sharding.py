@@ -5,16 +5,19 @@ each lies. To try another layout, change this mapping and nothing else.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oreal_jax import model
 from oreal_jax.errors import BadInput
-from oreal_jax.model import ModelConfig
+from oreal_jax.model import Execution, ModelConfig, Remat, flash
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
@@ -25,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "rows": ("data", "fsdp"),
+    "sequence": "context",
     "pages": None,
 }
 
@@ -33,21 +37,28 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 DECODING = RULES | {"embed": None}
 
 
+AXES = ("data", "fsdp", "context", "tensor")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
     """How many devices share each way of splitting the work; -1 takes the rest.
 
-    data: whole copies of the weights; fsdp: weights and rows split; tensor: heads, mlp
-    and vocabulary split.
+    data: whole copies of the weights; fsdp: weights and rows split; context: the tokens
+    of a row split; tensor: heads, mlp and vocabulary split.
     """
 
     data: int = 1
     fsdp: int = -1
+    context: int = 1
     tensor: int = 1
 
 
-def make_mesh(shape: MeshShape, config: ModelConfig, devices=None) -> Mesh:
-    """The device mesh of a run.
+def make_mesh(
+    shape: MeshShape, config: ModelConfig, devices: Sequence | None = None
+) -> Mesh:
+    """The device mesh of a run. What talks most lies closest: the devices of a tensor
+    axis are neighbours of one process, where that has enough of them.
 
     Raises:
         BadInput: the devices do not fill the shape, or a weight does not split evenly.
@@ -56,24 +67,55 @@ def make_mesh(shape: MeshShape, config: ModelConfig, devices=None) -> Mesh:
     sizes = dataclasses.astuple(shape)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise BadInput(f"{shape}: sizes are positive, at most one is -1 (the rest)")
-    known = 1
-    for size in sizes:
-        known *= max(size, 1) if size != -1 else 1
+    known = math.prod(size for size in sizes if size != -1)
     rest, left_over = divmod(len(devices), known)
     if left_over or rest == 0 or (-1 not in sizes and rest != 1):
         raise BadInput(
             f"mesh: {shape} needs {'a multiple of ' if -1 in sizes else ''}{known} "
-            f"devices, this process sees {len(devices)}"
+            f"devices, there are {len(devices)}"
         )
     sizes = tuple(rest if size == -1 else size for size in sizes)
-    _check_splits(config, fsdp=sizes[1], tensor=sizes[2])
-    # make_mesh's default axes are Explicit, under which an embedding lookup fails.
-    return jax.make_mesh(
-        sizes,
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
-    )
+    _check_splits(config, fsdp=sizes[1], tensor=sizes[3])
+    return _mesh(sorted(devices, key=lambda d: d.process_index), sizes)
+
+
+class EngineMeshes(NamedTuple):
+    """Where completions are drawn: `tensor` devices make an engine.
+
+    `all` has the engines of all processes, `own` those of one; the weights are
+    resharded to the first and used on the second, so that no process waits for another.
+    """
+
+    all: Mesh
+    own: Mesh
+
+
+def engine_meshes(
+    mesh: Mesh, config: ModelConfig, tensor: int = 0, process: int | None = None
+) -> EngineMeshes:
+    """The engines of a run's devices, `tensor` devices each (0: as in the mesh).
+
+    Raises:
+        BadInput: a process cannot make whole engines of its devices.
+    """
+    tensor = tensor or mesh.shape["tensor"]
+    process = jax.process_index() if process is None else process
+    devices = list(mesh.devices.flat)
+    own = [device for device in devices if device.process_index == process]
+    if len(own) % tensor:
+        raise BadInput(
+            f"an engine of {tensor} devices: a process has {len(own)}, which is no "
+            "multiple; set decode_tensor"
+        )
+    _check_splits(config, fsdp=1, tensor=tensor)
+    of = lambda devices: _mesh(devices, (len(devices) // tensor, 1, 1, tensor))
+    return EngineMeshes(of(devices), of(own))
+
+
+def _mesh(devices: Sequence, sizes: Sequence[int]) -> Mesh:
+    # Axes are Explicit unless told otherwise; an embedding lookup then fails.
+    types = (AxisType.Auto,) * len(AXES)
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
 
 
 def _check_splits(config: ModelConfig, *, fsdp: int, tensor: int) -> None:
@@ -108,6 +150,11 @@ def of_rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return _on(mesh, *(None,) * leading, "rows")
 
 
+def of_tokens(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Rows over the data axes and the tokens of each over context."""
+    return _on(mesh, *(None,) * leading, "rows", "sequence")
+
+
 def row_ways(mesh: Mesh) -> int:
     """Into how many parts rows are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -124,6 +171,14 @@ def of_params(config: ModelConfig, mesh: Mesh) -> Any:
 def of_weights(axes: Any, mesh: Mesh) -> Any:
     """Shardings of decoding's weights, from the names of their axes."""
     return _of_names(axes, mesh, DECODING)
+
+
+def own_part(array: jax.Array, where: NamedSharding) -> jax.Array:
+    """What this process has of an array, as an array of its own (no copy)."""
+    if array.is_fully_addressable:
+        return jax.device_put(array, where)
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, where, shards)
 
 
 def _of_names(axes: Any, mesh: Mesh, rules) -> Any:
@@ -152,6 +207,65 @@ def per_engine(work: Callable, mesh: Mesh, engines: Sequence[bool]) -> Callable:
         return jax.tree.map(lambda x: x[None], work(*given))
 
     return alone
+
+
+def execution(
+    mesh: Mesh, config: ModelConfig, remat: Remat = "everything"
+) -> Execution:
+    """How a mesh runs packed rows: split by rows, tokens and heads, each device at its
+    own part; the vocabulary head whole but for its split over tensor."""
+    head = ("vocab", None) if config.tied else (None, "vocab")
+    return Execution(
+        attend=per_part(mesh, config.head_dim, rows="rows"),
+        place=_constrain(_on(mesh, "rows", "sequence", None)),
+        gather=_constrain(_on(mesh, *head)),
+        row_ways=row_ways(mesh),
+        column_ways=mesh.shape["context"],
+        remat=remat,
+    )
+
+
+def of_prompts(mesh: Mesh, config: ModelConfig) -> Execution:
+    """How an engine runs prompts, inside `per_engine`."""
+    return Execution(attend=per_part(mesh, config.head_dim))
+
+
+def _constrain(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: jax.lax.with_sharding_constraint(x, where)
+
+
+def per_part(mesh: Mesh, head_dim: int, rows: str | None = None) -> Callable:
+    """Attention to packed rows with the mesh's fastest kernel, each device on the heads
+    and queries that it has; keys and values of a row are gathered. `rows` None leaves
+    the rows to `per_engine`."""
+    spec = lambda *names: _on(mesh, *names).spec
+
+    def attend(query, key, value, segments):
+        length, heads = query.shape[1:3]
+        context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+        prepare = flash.prepare_for(platform(mesh), head_dim, length, context)
+        kernel, lies = prepare(heads, length, _on(mesh, "heads", "sequence"))
+        if key.shape[2] % tensor:  # fewer than devices: each gets the one it reads
+            more = tensor // key.shape[2]
+            key, value = (jnp.repeat(x, more, axis=2) for x in (key, value))
+
+        def own(kernel, query, key, value, of_queries, segments):
+            first = jax.lax.axis_index("context") * query.shape[1]
+            return kernel(query, key, value, of_queries, segments, first)
+
+        part = spec(rows, "sequence", "heads", None)
+        whole = spec(rows, None, "heads", None)
+        names = (lies, part, whole, whole, spec(rows, "sequence"), spec(rows, None))
+        return jax.shard_map(
+            own, mesh=mesh, in_specs=names, out_specs=part, check_vma=False
+        )(kernel, query, key, value, segments, segments)
+
+    return attend
+
+
+def platform(mesh: Mesh) -> str:
+    """What the devices of a mesh are: "tpu", "gpu" or "cpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def per_head(attend: Callable, mesh: Mesh) -> Callable:
@@ -192,6 +306,15 @@ def of_optimizer(
         shardings,
         transform_non_params=lambda _: replicated(mesh),
     )
+
+
+def on_host(shardings: Any) -> Any:
+    """The same places in the memory of the devices' hosts, but for scalars."""
+
+    def host(where: NamedSharding) -> NamedSharding:
+        return where.with_memory_kind("pinned_host") if where.spec else where
+
+    return jax.tree.map(host, shardings)
 
 
 def of_pages(form: Any, mesh: Mesh) -> Any:

@@ -115,7 +115,7 @@ def test_the_scan_over_layers_equals_a_loop():
         decoder = model._bound(one, params | {"layers": weights})
         cosine, sine = angles(one, tokens)
         only = jax.tree.map(lambda w: w[0], decoder.layers)
-        x, _, _ = only.packed(x, cosine, sine, ones)
+        x, _, _ = only.packed(x, cosine, sine, ones, model.ALONE)
     gain = params["final_norm"]
     expected = (
         x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * gain[None, None]

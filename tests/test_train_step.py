@@ -229,7 +229,7 @@ def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        (sharding.MeshShape(fsdp=3), "3 devices, this process sees 8"),
+        (sharding.MeshShape(fsdp=3), "3 devices, there are 8"),
         (sharding.MeshShape(tensor=16), "a multiple of 16 devices"),
         (
             sharding.MeshShape(fsdp=1, tensor=8),

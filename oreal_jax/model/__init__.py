@@ -17,11 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from oreal_jax.model.config import ModelConfig, Rope
 from oreal_jax.model.decoder import Decoder
+from oreal_jax.model.execution import ALONE, Execution, Remat
 
 __all__ = [
+    "ALONE",
     "Distribution",
+    "Execution",
     "ModelConfig",
     "Params",
+    "Remat",
     "Rope",
     "abstract",
     "axes",
@@ -42,7 +46,7 @@ Params = Any  # nested dict of arrays
 Distribution = Callable[[Array, Array], Array]
 full: Distribution = lambda logits, targets: logits
 
-# Rows of logits alive at a time when log-probabilities are taken.
+# Rows of logits alive at a time on a device when log-probabilities are taken.
 HEAD_CHUNK = 1024
 
 
@@ -104,21 +108,24 @@ def hidden(
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"],
     segments: Int[Array, "B S"],
+    execution: Execution = ALONE,
 ) -> Float[Array, "B S D"]:
     """Final hidden states of packed rows; a token sees its own segment's past only."""
-    return _bound(config, params).packed(tokens, positions, segments)
+    return _bound(config, params).packed(tokens, positions, segments, execution)
 
 
 def logits(
     config: ModelConfig, params: Params, states: Float[Array, "B C D"]
 ) -> Float[Array, "B C V"]:
     """Next-token logits, in float32."""
-    weight, form = (
-        (params["embedding"], "bcd,vd->bcv")
-        if config.tied
-        else (params["head"], "bcd,dv->bcv")
-    )
-    return jnp.einsum(form, states, weight, preferred_element_type=jnp.float32)
+    form = "bcd,vd->bcv" if config.tied else "bcd,dv->bcv"
+    head = params[head_name(config)]
+    return jnp.einsum(form, states, head, preferred_element_type=jnp.float32)
+
+
+def head_name(config: ModelConfig) -> str:
+    """The weight that gives the logits: [V, D] where tied, else [D, V]."""
+    return "embedding" if config.tied else "head"
 
 
 def log_probs(
@@ -127,6 +134,7 @@ def log_probs(
     states: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
     distribution: Distribution = full,
+    execution: Execution = ALONE,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Log-probability of each target, and the entropy of its distribution.
 
@@ -135,28 +143,38 @@ def log_probs(
     are computed again in the backward pass, so no [B, C, V] array exists at any time.
     """
     B, C = targets.shape
-    chunk = min(C, max(1, HEAD_CHUNK // B))
-    count = -(-C // chunk)
-    pad = count * chunk - C
-    split = lambda x: jnp.moveaxis(
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(
-            B, count, chunk, *x.shape[2:]
-        ),
-        1,
-        0,
-    )
+    ways = execution.column_ways
+    chunk = max(1, HEAD_CHUNK * execution.row_ways // B)
+    chunk = min(-(-C // ways), chunk)
+    count = -(-C // (ways * chunk))
+    pad = ways * count * chunk - C
+
+    def split(x):
+        """[B, C, ...] to [count, B, ways * chunk, ...]: a part of every chunk lies on
+        each of the devices that share the columns."""
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        x = jnp.moveaxis(x.reshape(B, ways, count, chunk, *x.shape[2:]), 2, 0)
+        return x.reshape(count, B, ways * chunk, *x.shape[4:])
+
+    def join(x):
+        x = jnp.moveaxis(x.reshape(count, B, ways, chunk), 0, 2)
+        return x.reshape(B, ways * count * chunk)[:, :C]
+
+    name = head_name(config)
+    head = {name: execution.gather(params[name])}  # once, not in every chunk
 
     @jax.checkpoint
     def one(_, part):
         states, targets = part
-        scores = distribution(logits(config, params, states), targets)
+        scores = distribution(logits(config, head, states), targets)
         total = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        # A sum, not a gather: each device looks at its own part of the vocabulary.
+        here = jnp.arange(scores.shape[-1])[None, None] == targets[..., None]
+        chosen = jnp.sum(jnp.where(here, scores, 0), axis=-1)
         expected = jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
         return None, (chosen - total, total - expected)
 
     _, outputs = jax.lax.scan(one, None, (split(states), split(targets)))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * chunk)[:, :C]
     return join(outputs[0]), join(outputs[1])
 
 

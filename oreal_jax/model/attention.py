@@ -1,8 +1,9 @@
 """Causal grouped-query attention on packed rows (on cached pages: cache.py).
 
-This XLA form runs everywhere and is the oracle of any kernel. Scores and softmax are
-float32 whatever the inputs are. Long rows are worked off in blocks of queries, which
-are computed again in the backward pass: no [S, S] array of scores exists for them.
+This XLA form runs everywhere and is the oracle of the kernels (flash.py). Scores and
+softmax are float32 whatever the inputs are. Long rows are worked off in blocks of
+queries, which are computed again in the backward pass: no [S, S] array of scores exists
+for them.
 """
 
 import jax
@@ -19,29 +20,42 @@ def attend_packed(
     segments: Int[Array, "B S"],
 ) -> Float[Array, "B S H K"]:
     """Each token attends to itself and to earlier tokens of its own segment."""
-    B, S = segments.shape
+    return attend_part(query, key, value, segments, segments)
+
+
+def attend_part(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    of_queries: Int[Array, "B T"],
+    segments: Int[Array, "B S"],
+    first: Int[Array, ""] | int = 0,
+) -> Float[Array, "B T H K"]:
+    """`attend_packed` of the tokens first .. first + T - 1 of each row, the part that a
+    device has; `of_queries` are their segments."""
+    B, T, S = *query.shape[:2], key.shape[1]
     keys = jnp.arange(S)[None, None]
 
-    def block(first, query, of_queries):
-        queries = first + jnp.arange(query.shape[1])[None, :, None]
+    def block(start, query, of_queries):
+        queries = start + jnp.arange(query.shape[1])[None, :, None]
         same = of_queries[:, :, None] == segments[:, None, :]
         return _attend(query, key, value, same & (keys <= queries))
 
-    if S <= QUERY_BLOCK:
-        return block(0, query, segments)
-    count = -(-S // QUERY_BLOCK)
+    if T <= QUERY_BLOCK:
+        return block(first, query, of_queries)
+    count = -(-T // QUERY_BLOCK)
     padded = lambda x: jnp.pad(
-        x, ((0, 0), (0, count * QUERY_BLOCK - S)) + ((0, 0),) * (x.ndim - 2)
+        x, ((0, 0), (0, count * QUERY_BLOCK - T)) + ((0, 0),) * (x.ndim - 2)
     )
     blocks = lambda x: jnp.moveaxis(
         padded(x).reshape(B, count, QUERY_BLOCK, *x.shape[2:]), 1, 0
     )
-    firsts = QUERY_BLOCK * jnp.arange(count)
+    starts = first + QUERY_BLOCK * jnp.arange(count)
     parts = jax.lax.map(
         jax.checkpoint(lambda part: block(*part)),
-        (firsts, blocks(query), blocks(segments)),
+        (starts, blocks(query), blocks(of_queries)),
     )
-    return jnp.moveaxis(parts, 0, 1).reshape(B, -1, *query.shape[2:])[:, :S]
+    return jnp.moveaxis(parts, 0, 1).reshape(B, -1, *query.shape[2:])[:, :T]
 
 
 def _attend(

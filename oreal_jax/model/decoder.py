@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oreal_jax.model.attention import attend_packed
 from oreal_jax.model.cache import Cached
 from oreal_jax.model.config import ModelConfig
+from oreal_jax.model.execution import INPUT, Execution, named
+from oreal_jax.model.flash import ATTENDED
 
 INITIAL_SCALE = 0.02
 
@@ -89,7 +90,8 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             query = rms_norm(query, self.query_norm[...], self.config.norm_epsilon)
             key = rms_norm(key, self.key_norm[...], self.config.norm_epsilon)
-        return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        return named(query, "query"), named(key, "key"), named(value, "value")
 
     def merge(self, attended: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
         """Brings the heads back to the residual stream."""
@@ -107,9 +109,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """down(silu(gate(x)) * up(x))."""
-        gate = jax.nn.silu(jnp.einsum("bsd,df->bsf", x, self.gate[...]))
-        up = jnp.einsum("bsd,df->bsf", x, self.up[...])
-        return jnp.einsum("bsf,fd->bsd", gate * up, self.down[...])
+        gate = named(jnp.einsum("bsd,df->bsf", x, self.gate[...]), "gate")
+        up = named(jnp.einsum("bsd,df->bsf", x, self.up[...]), "up")
+        return jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...])
 
 
 class Layer(nnx.Module):
@@ -122,14 +124,16 @@ class Layer(nnx.Module):
         self.mlp_norm = constant(1.0, (config.embed,), ("embed",))
         self.mlp = Mlp(config, rngs=rngs)
 
-    def packed(self, x, cosine, sine, segments):
+    def packed(self, x, cosine, sine, segments, execution: Execution):
         """The layer on whole rows: every token sees its own segment's past. Also the
         keys and values that it saw, [B, S, G, K]."""
+        x = named(x, INPUT)
         normed = rms_norm(x, self.attention_norm[...], self.epsilon)
         query, key, value = self.attention.project(normed, cosine, sine)
-        x = x + self.attention.merge(attend_packed(query, key, value, segments))
+        attended = named(execution.attend(query, key, value, segments), ATTENDED)
+        x = execution.place(x + named(self.attention.merge(attended), "merged"))
         x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
-        return x, key, value
+        return execution.place(x), key, value
 
     def decode(self, x, cosine, sine, positions, table, pages: Cached, attend):
         """The layer on one new token a row: writes it to its page, reads the row's."""
@@ -160,13 +164,15 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
+        execution: Execution,
     ) -> Float[Array, "B S D"]:
         """Final hidden states of packed rows."""
         cosine, sine = angles(self.config, positions)
 
-        @jax.checkpoint
+        @execution.remembering
         def layer(x, weights: Layer):
-            return weights.packed(x, cosine, sine, segments)[0], None
+            return weights.packed(x, cosine, sine, segments, execution)[0], None
 
-        x, _ = jax.lax.scan(layer, self.embedding[...][tokens], self.layers)
+        x = execution.place(self.embedding[...][tokens])
+        x, _ = jax.lax.scan(layer, x, self.layers)
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)

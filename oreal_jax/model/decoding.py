@@ -21,6 +21,7 @@ from oreal_jax import model
 from oreal_jax.model.cache import Cached
 from oreal_jax.model.config import ModelConfig
 from oreal_jax.model.decoder import Layer, angles, rms_norm
+from oreal_jax.model.execution import ALONE, Execution
 
 Cache = tuple[Cached, ...]  # one a layer
 Weights = Any  # a parameter tree whose "layers" are a tuple; leaves may be `Quantized`
@@ -105,6 +106,7 @@ def prefill(
     lengths: Int[Array, "R"],
     cache: Cache,
     table: Int[Array, "R M"],
+    execution: Execution = ALONE,
 ) -> Cache:
     """Runs prompts of these lengths, padded at their ends, and keeps their keys and
     values in the pages of `table`."""
@@ -113,7 +115,7 @@ def prefill(
     cosine, sine = angles(config, positions)
     x, filled = _embedded(weights, tokens), []
     for layer, pages in zip(_layers(config, weights, x.dtype), cache, strict=True):
-        x, key, value = layer.packed(x, cosine, sine, segments)
+        x, key, value = layer.packed(x, cosine, sine, segments, execution)
         filled.append(pages.write_prompts(table, key, value))
     return tuple(filled)
 
@@ -136,7 +138,7 @@ def decode(
         x, pages = layer.decode(x, cosine, sine, positions, table, pages, read)
         filled.append(pages)
     x = rms_norm(x, weights["final_norm"], config.norm_epsilon)
-    head = "embedding" if config.tied else "head"
+    head = model.head_name(config)
     logits = model.logits(config, {head: _dense(weights[head], x.dtype)}, x)
     return logits[:, 0], tuple(filled)
 

@@ -1,10 +1,11 @@
 """The engine: K completions of each prompt, drawn from the trainer's own weights.
 
-Every data shard of the mesh has a fixed number of slots. A prompt is prefilled once and
-its pages shared by its samples; the devices decode many tokens per dispatch and hand
-back when rows have finished, whose slots are filled again at once. A completion's
-random numbers depend on (seed, step, prompt, sample, position) and on nothing else: not
-on its slot, its neighbours or the devices.
+A process makes engines of its devices and waits for no other process. Each has a fixed
+number of slots. A prompt is prefilled once and its pages shared by its samples; the
+devices decode many tokens per dispatch and hand back when rows have finished, whose
+slots are filled again at once. A completion's random numbers depend on (seed, step,
+prompt, sample, position) and on nothing else: not on its slot, its neighbours or the
+devices.
 
 The scheduler decides who goes where, programs.py is what runs on the devices; here they
 meet.
@@ -100,9 +101,11 @@ class Engine:
         dtype=jnp.float32,
         weights: Literal["full", "int8"] = "full",
         cache: Literal["full", "float8"] = "full",
+        tensor: int = 0,
     ):
-        """`rows` slots in all, decoded in `dtype`; `cache_tokens` of cache on each data
-        shard (0: enough for the longest completion in every slot). `stop_table` is
+        """`rows` slots on all devices of the trainer's `mesh`, of which every `tensor`
+        are an engine (0: as in the mesh), decoded in `dtype`; `cache_tokens` of cache
+        in each (0: enough for the longest completion in every slot). `stop_table` is
         `stops.token_table` of stop strings. `renormalise` asks for
         `Completion.sampled_log_probs` too: finding all of the nucleus costs some passes
         over the vocabulary that drawing from it does without. `weights` "int8" and
@@ -116,13 +119,14 @@ class Engine:
                     f"sampling: logit_bias: no token {token}, the model has "
                     f"{config.vocab}"
                 )
-        self.config, self.mesh, self.sampling = config, mesh, sampling
-        self.engines = sharding.row_ways(mesh)
-        self.slots = -(-rows // self.engines)
+        meshes = sharding.engine_meshes(mesh, config, tensor)
+        self.config, self.mesh, self.sampling = config, meshes.own, sampling
+        self.engines = sharding.row_ways(meshes.own)
+        self.slots = -(-rows // sharding.row_ways(meshes.all))
         self.cache_tokens, self.renormalise = cache_tokens, renormalise
         self.programs = Programs(
             config,
-            mesh,
+            meshes,
             sampling,
             stop_tokens,
             stop_table=stop_table,
@@ -214,7 +218,7 @@ class _Work:
         self.scheduler = Scheduler(
             jobs, shards=engine.engines, slots=self.slots, pages=pages, size=PAGE
         )
-        self.state = self.programs.empty(engine.engines, self.slots, pages)
+        self.state = self.programs.empty(self.slots, pages)()
         self.new_tokens = self.prompt_tokens = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.slot_steps = self.busy_steps = 0

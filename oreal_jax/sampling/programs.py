@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oreal_jax import sharding
@@ -20,6 +19,7 @@ from oreal_jax.model.decoding import Cache, Store, Weights
 from oreal_jax.model.kernels import pages_for
 from oreal_jax.sampling.choice import Sampling, Seen, choose
 from oreal_jax.sampling.stops import FOUND, START
+from oreal_jax.sharding import EngineMeshes
 
 
 class Decoding(NamedTuple):
@@ -44,7 +44,7 @@ class Programs:
     def __init__(
         self,
         config: ModelConfig,
-        mesh: Mesh,
+        meshes: EngineMeshes,
         sampling: Sampling,
         stop_tokens: Sequence[int],
         *,
@@ -54,20 +54,24 @@ class Programs:
         store: Store,
         cache_dtype,
     ):
-        """`page` tokens a page; the others as in `Engine`."""
+        """`page` tokens a page; the others as in `Engine`. Only the weights' way from
+        the trainer concerns the engines of other processes."""
+        mesh = meshes.own
         self.mesh, self.sampling, self.page = mesh, sampling, page
         self.config = decoding.split_heads(config, mesh.shape["tensor"])
         self.stop_tokens = jnp.asarray(sorted(stop_tokens))
         self.stop_table = None if stop_table is None else jnp.asarray(stop_table)
         self.renormalise, self.cache_dtype = renormalise, cache_dtype
-        self.form = pages_for(jax.default_backend(), config.head_dim)
+        self.form = pages_for(sharding.platform(mesh), config.head_dim)
         self.attend = sharding.per_head(self.form.attend, mesh)
         axes = decoding.axes(self.config, store)
         each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
-        self.weights: Callable[[Params], Weights] = jax.jit(
+        self.execution = sharding.of_prompts(mesh, self.config)
+        self.reshard: Callable[[Params], Weights] = jax.jit(
             lambda params: decoding.weights(self.config, params, store),
-            out_shardings=sharding.of_weights(axes, mesh),
+            out_shardings=sharding.of_weights(axes, meshes.all),
         )
+        self.own = sharding.of_weights(axes, mesh)
         self.prefill = jax.jit(
             each(self._prefill, False, True, True, True, True), donate_argnums=1
         )
@@ -78,8 +82,13 @@ class Programs:
         self.shrink = jax.jit(each(self._shrink, True, True))
         self.take = jax.jit(each(self._take, True, True))
 
-    def empty(self, engines: int, slots: int, pages: int) -> Decoding:
-        """Idle slots and an empty cache on every engine."""
+    def weights(self, params: Params) -> Weights:
+        """The trainer's parameters as decoding reads them, on engines of our own."""
+        return jax.tree.map(sharding.own_part, self.reshard(params), self.own)
+
+    def empty(self, slots: int, pages: int) -> Callable[[], Decoding]:
+        """Makes idle slots and an empty cache on every engine (jitted)."""
+        engines = sharding.row_ways(self.mesh)
         config = self.config
         B, N, V = slots, self.sampling.max_tokens, config.vocab
 
@@ -109,7 +118,7 @@ class Programs:
         where = jax.tree.map(lambda _: rows, jax.eval_shape(make))
         lie = sharding.of_pages(self.form, self.mesh)
         where = where._replace(cache=(lie,) * config.layers)
-        return jax.jit(make, out_shardings=where)()
+        return jax.jit(make, out_shardings=where)
 
     def _prefill(
         self,
@@ -121,7 +130,7 @@ class Programs:
     ) -> Decoding:
         """Runs prompts and stores their keys and values in the pages of `table`."""
         cache = decoding.prefill(
-            self.config, weights, prompts, lengths, state.cache, table
+            self.config, weights, prompts, lengths, state.cache, table, self.execution
         )
         return state._replace(cache=cache)
 

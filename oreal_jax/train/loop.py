@@ -83,6 +83,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         dtype=compute_dtype(config.compute),
         weights=config.decode_weights,
         cache=config.decode_cache,
+        tensor=config.decode_tensor,
     )
     engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
     examination = examination_of(config, chat, prompts, engine, engine_of)
@@ -110,6 +111,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
             freeze_steps=config.freeze_steps,
             dtype=session.dtype,
             distribution=distribution_of(config),
+            remat=config.remat,
         )
         while session.step < config.steps:
             examination.take(session, pool)

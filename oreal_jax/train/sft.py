@@ -32,7 +32,13 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
         config, run, screen, source=source, mesh=mesh, chat=chat, steps=steps
     )
     with session:
-        update = train_step(session.learners, config.loss, mesh, dtype=session.dtype)
+        update = train_step(
+            session.learners,
+            config.loss,
+            mesh,
+            dtype=session.dtype,
+            remat=config.remat,
+        )
         while session.step < steps:
             step = session.step
             taken = [example for example, _ in order.batch(step)]

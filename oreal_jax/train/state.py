@@ -1,7 +1,7 @@
 """What training carries from step to step, and where it lies on the mesh."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,9 @@ class Optimizer:
     """AdamW under a linear warm-up and a cosine decay, counted in training steps.
 
     The rate is 0 at step 0, `learning_rate` after `warmup_steps`, and reaches
-    `final_learning_rate` at the run's last step.
+    `final_learning_rate` at the run's last step. `momentum` is the type of the first
+    moment; the second needs float32's range. `offload` keeps both in the host's memory
+    between steps.
     """
 
     learning_rate: float
@@ -43,12 +45,14 @@ class Optimizer:
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
+    momentum: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
 
     def transformation(self) -> optax.GradientTransformation:
         """The update direction; the caller multiplies by the rate of the step."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
-            optax.scale_by_adam(self.beta1, self.beta2),
+            optax.scale_by_adam(self.beta1, self.beta2, mu_dtype=self.momentum),
             optax.add_decayed_weights(self.weight_decay),
         )
 
@@ -64,12 +68,14 @@ class Optimizer:
 
 
 class Trained(NamedTuple):
-    """How one model is trained: shape, optimizer, rate, and its shardings."""
+    """How one model is trained: shape, optimizer, rate, and where its numbers lie;
+    `at_work` is where an offloaded optimizer's lie during an update."""
 
     config: ModelConfig
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
     shardings: Player
+    at_work: Any
 
     @classmethod
     def of(
@@ -81,8 +87,13 @@ class Trained(NamedTuple):
         moments = sharding.of_optimizer(
             transformation, model.abstract(config), params, mesh
         )
+        stored = sharding.on_host(moments) if optimizer.offload else moments
         return cls(
-            config, transformation, optimizer.rate(steps), Player(params, moments)
+            config,
+            transformation,
+            optimizer.rate(steps),
+            Player(params, stored),
+            moments if optimizer.offload else None,
         )
 
     def start(self, params: Params) -> Player:
@@ -91,9 +102,10 @@ class Trained(NamedTuple):
 
     def update(self, player: Player, gradient: Params, step: Int[Array, ""]) -> Player:
         """One optimizer step at the rate of training step `step`."""
-        direction, state = self.optimizer.update(
-            gradient, player.optimizer, player.params
-        )
+        state = player.optimizer
+        if self.at_work is not None:
+            state = jax.device_put(state, self.at_work)
+        direction, state = self.optimizer.update(gradient, state, player.params)
         rate = self.rate(step)
         move = lambda weight, change: weight - rate * change
         return Player(jax.tree.map(move, player.params, direction), state)

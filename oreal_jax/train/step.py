@@ -25,7 +25,7 @@ from oreal_jax.losses import (
     TokenReward,
     token_mean,
 )
-from oreal_jax.model import ModelConfig, Params
+from oreal_jax.model import ALONE, Execution, ModelConfig, Params
 from oreal_jax.train.state import Learners, TrainState
 
 
@@ -47,22 +47,28 @@ def micro(batch: Batch, index) -> Batch:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """Puts a batch on the mesh: rows split over the data axes, the rest everywhere."""
-    rows, whole = sharding.of_rows(mesh, leading=1), sharding.replicated(mesh)
+    """Puts a batch on the mesh."""
+    return Batch(*map(jax.device_put, batch, of_batch(mesh)))
+
+
+def of_batch(mesh: Mesh) -> Batch:
+    """Where a batch lies: rows split over the data axes and their tokens over context,
+    the rest everywhere."""
+    rows, whole = sharding.of_tokens(mesh, leading=1), sharding.replicated(mesh)
     split = {"tokens", "positions", "segments", "predicts", "targets"}
-    return Batch(
-        *(
-            jax.device_put(x, rows if name in split else whole)
-            for name, x in batch._asdict().items()
-        )
-    )
+    return Batch(*(rows if name in split else whole for name in Batch._fields))
 
 
 def completion_states(
-    config: ModelConfig, params: Params, part: Batch
+    config: ModelConfig,
+    params: Params,
+    part: Batch,
+    execution: Execution = ALONE,
 ) -> Float[Array, "R C D"]:
     """The hidden states that predict completion tokens, row by row."""
-    states = model.hidden(config, params, part.tokens, part.positions, part.segments)
+    states = model.hidden(
+        config, params, part.tokens, part.positions, part.segments, execution
+    )
     return jnp.take_along_axis(states, part.predicts[..., None], axis=1)
 
 
@@ -79,11 +85,12 @@ def completion_log_probs(
     params: Params,
     part: Batch,
     distribution: model.Distribution = model.full,
+    execution: Execution = ALONE,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """Log-probability of every completion token, and the entropy at each."""
-    states = completion_states(config, params, part)
+    states = completion_states(config, params, part, execution)
     log_probs, entropy = model.log_probs(
-        config, params, states, part.targets, distribution
+        config, params, states, part.targets, distribution, execution
     )
     return unpack(log_probs, part), unpack(entropy, part)
 
@@ -91,22 +98,24 @@ def completion_log_probs(
 def reference_scorer(
     config: ModelConfig, mesh: Mesh, dtype
 ) -> Callable[[Params, Batch], Batch]:
-    """A jitted function that fills in the reference model's log-probabilities."""
+    """A jitted function that gives the batch with the reference model's
+    log-probabilities filled in."""
+    execution = sharding.execution(mesh, config)
 
-    @jax.jit
-    def score(params: Params, batch: Batch) -> Array:
+    def score(params: Params, batch: Batch) -> Batch:
         params = model.cast(params, dtype)
 
         def one(index, filled):
-            values, _ = completion_log_probs(config, params, micro(batch, index))
+            values, _ = completion_log_probs(
+                config, params, micro(batch, index), execution=execution
+            )
             return filled.at[index].set(values)
 
         start = jnp.zeros_like(batch.reference_log_probs)
-        return jax.lax.fori_loop(0, batch.filled, one, start)
+        scores = jax.lax.fori_loop(0, batch.filled, one, start)
+        return batch._replace(reference_log_probs=scores)
 
-    return lambda params, batch: batch._replace(
-        reference_log_probs=score(params, batch)
-    )
+    return jax.jit(score, out_shardings=of_batch(mesh))
 
 
 def train_step(
@@ -117,26 +126,33 @@ def train_step(
     freeze_steps: int = 0,
     dtype: Any = jnp.float32,
     distribution: model.Distribution = model.full,
+    remat: model.Remat = "everything",
 ) -> TrainStep:
     """The jitted training step.
 
     During the first `freeze_steps` steps only the token reward model learns (its head
     starts at zero, which weighs every token 0). `distribution` says which of the
-    policy's probabilities the loss is about. The state is donated.
+    policy's probabilities the loss is about, `remat` what the backward pass computes
+    again. The state is donated.
     """
     policy, rewarder = learners
+    execution = sharding.execution(mesh, policy.config, remat)
 
     def objective(params, part: Batch, counts: Counts, frozen: bool):
         policy_params, reward_params = params
         if frozen:
             policy_params = jax.lax.stop_gradient(policy_params)
         log_probs, entropy = completion_log_probs(
-            policy.config, model.cast(policy_params, dtype), part, distribution
+            policy.config,
+            model.cast(policy_params, dtype),
+            part,
+            distribution,
+            execution,
         )
         token_scores = jnp.zeros_like(log_probs)
         if rewarder:
             weights = model.cast(reward_params, dtype)
-            states = completion_states(rewarder.config, weights, part)
+            states = completion_states(rewarder.config, weights, part, execution)
             token_scores = unpack(model.token_scores(weights, states), part)
         T = log_probs.shape[1]
         scored = Scored(
