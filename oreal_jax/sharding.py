@@ -168,6 +168,12 @@ def of_params(config: ModelConfig, mesh: Mesh) -> Any:
     return _of_names(model.axes(config), mesh, rules)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct`s that say where their arrays lie."""
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(place, shapes, shardings)
+
+
 def of_weights(axes: Any, mesh: Mesh) -> Any:
     """Shardings of decoding's weights, from the names of their axes."""
     return _of_names(axes, mesh, DECODING)

@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from oreal_jax.errors import BadInput
@@ -111,9 +110,3 @@ def load_params(directory: Path, abstract: Params) -> Params:
     """Loads a parameter tree in the types and shardings of `abstract`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory.resolve(), abstract)
-
-
-def with_shardings(abstract: Params, shardings: Params) -> Params:
-    """`ShapeDtypeStruct`s that say where their arrays lie."""
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(place, abstract, shardings)

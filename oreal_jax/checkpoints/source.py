@@ -34,7 +34,7 @@ class ModelSource(NamedTuple):
         shardings = sharding.of_params(self.config, mesh)
         if self.files == self.path:
             return hf.load(self.path, dtype, shardings, on_tensor=on_tensor)
-        target = run.with_shardings(model.abstract(self.config, dtype), shardings)
+        target = sharding.placed(model.abstract(self.config, dtype), shardings)
         return run.load_params(run.newest_policy(self.path), target)
 
 

@@ -84,6 +84,18 @@ class Statistics(NamedTuple):
         }
 
 
+class Size(NamedTuple):
+    """Static shapes of a call, on each engine; powers of two, so that programs are few.
+
+    `table_pages` is the longest row's, `pages` the cache's.
+    """
+
+    slots: int
+    longest_prompt: int
+    table_pages: int
+    pages: int
+
+
 class Engine:
     """Draws completions; compiled once per bucket of prompts and of table lengths."""
 
@@ -173,6 +185,16 @@ class Engine:
         self.statistics = work.statistics()
         return drawn
 
+    def size(self, completions: int, prompt: int) -> Size:
+        """What a call needs that draws so many, after prompts of at most so many
+        tokens."""
+        slots = min(self.slots, bucket(-(-completions // self.engines)))
+        table_pages = bucket(-(-(prompt + self.sampling.max_tokens) // PAGE))
+        pages = slots * (table_pages + 1) + table_pages + 1
+        if self.cache_tokens:
+            pages = min(pages, self.cache_tokens // PAGE + 1)
+        return Size(slots, bucket(prompt), table_pages, pages)
+
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
         limit = self.sampling.max_tokens
         for request in requests:
@@ -208,17 +230,12 @@ class _Work:
         self.seed_and_step = seed_and_step
         self.weights = self.programs.weights(params)
         total = sum(len(job.samples) for job in jobs)
-        self.slots = min(engine.slots, bucket(-(-total // engine.engines)))
-        # Static shapes come in powers of two: few programs.
-        self.longest_prompt = bucket(max(job.length for job in jobs))
-        self.table_pages = bucket(-(-max(job.longest for job in jobs) // PAGE))
-        pages = self.slots * (self.table_pages + 1) + self.table_pages + 1
-        if engine.cache_tokens:
-            pages = min(pages, engine.cache_tokens // PAGE + 1)
+        size = engine.size(total, max(job.length for job in jobs))
+        self.slots, self.longest_prompt, self.table_pages, pages = size
         self.scheduler = Scheduler(
             jobs, shards=engine.engines, slots=self.slots, pages=pages, size=PAGE
         )
-        self.state = self.programs.empty(self.slots, pages)()
+        self.state = self.programs.empty(self.slots, pages)
         self.new_tokens = self.prompt_tokens = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.slot_steps = self.busy_steps = 0

@@ -86,39 +86,43 @@ class Programs:
         """The trainer's parameters as decoding reads them, on engines of our own."""
         return jax.tree.map(sharding.own_part, self.reshard(params), self.own)
 
-    def empty(self, slots: int, pages: int) -> Callable[[], Decoding]:
-        """Makes idle slots and an empty cache on every engine (jitted)."""
-        engines = sharding.row_ways(self.mesh)
-        config = self.config
-        B, N, V = slots, self.sampling.max_tokens, config.vocab
+    def empty(self, slots: int, pages: int) -> Decoding:
+        """Idle slots and an empty cache on every engine."""
+        lies = jax.tree.map(lambda x: x.sharding, self.abstract(slots, pages))
+        return jax.jit(lambda: self._idle(slots, pages), out_shardings=lies)()
 
-        def make() -> Decoding:
-            page = self.form.empty(
-                pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
-            )
-            one = Decoding(
-                cache=(page,) * config.layers,
-                token=jnp.zeros(B, jnp.int32),
-                position=jnp.zeros(B, jnp.int32),
-                drawn=jnp.zeros(B, jnp.int32),
-                done=jnp.ones(B, bool),
-                matched=jnp.full(B, START),
-                seen=Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
-                if self.sampling.penalises
-                else None,
-                keys=jnp.zeros((B, 2), jnp.uint32),
-                tokens=jnp.zeros((B, N), jnp.int32),
-                log_probs=jnp.zeros((B, N)),
-                sampled_log_probs=jnp.zeros((B, N)),
-            )
-            alike = lambda x: jnp.broadcast_to(x[None], (engines, *x.shape))
-            return jax.tree.map(alike, one)
-
+    def abstract(self, slots: int, pages: int) -> Decoding:
+        """Shapes, types and shardings of `empty`."""
+        shapes = jax.eval_shape(lambda: self._idle(slots, pages))
         rows = sharding.of_rows(self.mesh)
-        where = jax.tree.map(lambda _: rows, jax.eval_shape(make))
-        lie = sharding.of_pages(self.form, self.mesh)
-        where = where._replace(cache=(lie,) * config.layers)
-        return jax.jit(make, out_shardings=where)
+        lies = jax.tree.map(lambda _: rows, shapes)
+        page = sharding.of_pages(self.form, self.mesh)
+        lies = lies._replace(cache=(page,) * self.config.layers)
+        return sharding.placed(shapes, lies)
+
+    def _idle(self, slots: int, pages: int) -> Decoding:
+        config, engines = self.config, sharding.row_ways(self.mesh)
+        B, N, V = slots, self.sampling.max_tokens, config.vocab
+        page = self.form.empty(
+            pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
+        )
+        one = Decoding(
+            cache=(page,) * config.layers,
+            token=jnp.zeros(B, jnp.int32),
+            position=jnp.zeros(B, jnp.int32),
+            drawn=jnp.zeros(B, jnp.int32),
+            done=jnp.ones(B, bool),
+            matched=jnp.full(B, START),
+            seen=Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
+            if self.sampling.penalises
+            else None,
+            keys=jnp.zeros((B, 2), jnp.uint32),
+            tokens=jnp.zeros((B, N), jnp.int32),
+            log_probs=jnp.zeros((B, N)),
+            sampled_log_probs=jnp.zeros((B, N)),
+        )
+        alike = lambda x: jnp.broadcast_to(x[None], (engines, *x.shape))
+        return jax.tree.map(alike, one)
 
     def _prefill(
         self,

@@ -206,7 +206,7 @@ class Session:
         shardings = sharding.of_params(self.model, self.mesh)
         shapes = model.abstract(self.model, self.dtype)
         return checkpoints.load_params(
-            self.run / "reference", checkpoints.with_shardings(shapes, shardings)
+            self.run / "reference", sharding.placed(shapes, shardings)
         )
 
     def learn(self, update: TrainStep, batch: Batch) -> tuple[dict[str, float], Scores]:

@@ -129,11 +129,7 @@ class Learners(NamedTuple):
     def abstract(self, mesh: Mesh) -> TrainState:
         """Shapes, types and shardings of the training state, without its numbers."""
         shapes = jax.eval_shape(self._start, model.abstract(self.policy.config))
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            shapes,
-            self.shardings(mesh),
-        )
+        return sharding.placed(shapes, self.shardings(mesh))
 
     def start(self, params: Params, mesh: Mesh) -> TrainState:
         """The state at step 0: the policy, and a token reward model with its body."""

@@ -37,7 +37,18 @@ class Scores(NamedTuple):
     token_scores: Float[Array, "M N T"]
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics, Scores]]
+class TrainStep(NamedTuple):
+    """The jitted `program(state, batch, frozen)`, and in how many steps the policy is
+    frozen."""
+
+    program: Any
+    freeze_steps: int
+
+    def __call__(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, Metrics, Scores]:
+        """One training step; the state is donated."""
+        return self.program(state, batch, int(state.step) < self.freeze_steps)
 
 
 def micro(batch: Batch, index) -> Batch:
@@ -133,62 +144,77 @@ def train_step(
     During the first `freeze_steps` steps only the token reward model learns (its head
     starts at zero, which weighs every token 0). `distribution` says which of the
     policy's probabilities the loss is about, `remat` what the backward pass computes
-    again. The state is donated.
+    again.
     """
     policy, rewarder = learners
     execution = sharding.execution(mesh, policy.config, remat)
 
-    def objective(params, part: Batch, counts: Counts, frozen: bool):
-        policy_params, reward_params = params
-        if frozen:
-            policy_params = jax.lax.stop_gradient(policy_params)
-        log_probs, entropy = completion_log_probs(
-            policy.config,
-            model.cast(policy_params, dtype),
-            part,
-            distribution,
-            execution,
-        )
-        token_scores = jnp.zeros_like(log_probs)
-        if rewarder:
-            weights = model.cast(reward_params, dtype)
-            states = completion_states(rewarder.config, weights, part, execution)
-            token_scores = unpack(model.token_scores(weights, states), part)
-        T = log_probs.shape[1]
-        scored = Scored(
+    def scored(part: Batch, log_probs, entropy, token_scores) -> Scored:
+        return Scored(
             log_probs=log_probs,
             old_log_probs=part.old_log_probs,
             reference_log_probs=part.reference_log_probs,
             token_scores=token_scores,
             entropy=entropy,
-            completion=jnp.arange(T)[None] < part.length[:, None],
+            completion=jnp.arange(log_probs.shape[1])[None] < part.length[:, None],
             correct=part.correct,
             advantage=part.advantage,
         )
-        total, metrics = loss(scored, counts)
-        metrics |= {
-            "actor/loss": total,
-            "actor/entropy": token_mean(entropy, scored.completion, counts.all),
-        }
-        if rewarder:
-            reward_loss, reward_metrics = TokenReward()(scored, counts)
-            total, metrics = total + reward_loss, metrics | reward_metrics
+
+    def reward_objective(params, config: ModelConfig, part: Batch, counts: Counts):
+        """Loss of the token reward model; metrics and token scores."""
+        weights = model.cast(params, dtype)
+        states = completion_states(config, weights, part, execution)
+        token_scores = unpack(model.token_scores(weights, states), part)
+        blank = jnp.zeros_like(token_scores)
+        total, metrics = TokenReward()(scored(part, blank, blank, token_scores), counts)
+        return total, (metrics, token_scores)
+
+    def policy_objective(params, part: Batch, counts: Counts, token_scores):
+        """Loss of the policy; metrics and scores. Token scores are constants to it."""
+        log_probs, entropy = completion_log_probs(
+            policy.config, model.cast(params, dtype), part, distribution, execution
+        )
+        of_part = scored(part, log_probs, entropy, token_scores)
+        total, metrics = loss(of_part, counts)
+        mean_entropy = token_mean(entropy, of_part.completion, counts.all)
+        metrics |= {"actor/loss": total, "actor/entropy": mean_entropy}
         return total, (metrics, Scores(log_probs, entropy, token_scores))
+
+    def gradients(params, part: Batch, counts: Counts, frozen: bool):
+        """Of the policy (None if frozen) and of the token reward model (None without);
+        metrics and scores."""
+        policy_params, reward_params = params
+        metrics, reward_gradient = {}, None
+        token_scores = jnp.zeros_like(part.reference_log_probs)
+        if rewarder:
+            reward_gradient, (metrics, token_scores) = jax.grad(
+                reward_objective, has_aux=True
+            )(reward_params, rewarder.config, part, counts)
+            # One after the other: only one model's activations are in memory.
+            policy_params, reward_gradient = jax.lax.optimization_barrier(
+                (policy_params, reward_gradient)
+            )
+        given = (policy_params, part, counts, token_scores)
+        if frozen:
+            gradient, (_, (more, scores)) = None, policy_objective(*given)
+        else:
+            gradient, (more, scores) = jax.grad(policy_objective, has_aux=True)(*given)
+        return (gradient, reward_gradient), metrics | more, scores
 
     def accumulate(params, batch: Batch, frozen: bool):
         """Gradient and metrics summed over the filled micro-batches, scores of each."""
         counts = Counts.of(batch.completion(), batch.correct)
 
         def one(part):
-            gradient = jax.grad(objective, has_aux=True)
-            return gradient(params, part, counts, frozen)
+            return gradients(params, part, counts, frozen)
 
-        gradient, (metrics, _) = jax.eval_shape(one, micro(batch, 0))
+        gradient, metrics, _ = jax.eval_shape(one, micro(batch, 0))
         empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
         blank = jnp.zeros_like(batch.reference_log_probs)
 
         def add(index, total):
-            gradient, (metrics, scores) = one(micro(batch, index))
+            gradient, metrics, scores = one(micro(batch, index))
             sums, record = total
             sums = jax.tree.map(jnp.add, sums, (gradient, metrics))
             put = lambda whole, part: whole.at[index].set(part)
@@ -225,10 +251,10 @@ def train_step(
         return state._replace(step=state.step + 1), metrics, scores
 
     whole = sharding.replicated(mesh)
-    compiled = jax.jit(
+    program = jax.jit(
         step,
         static_argnums=2,
         donate_argnums=0,
         out_shardings=(learners.shardings(mesh), whole, whole),
     )
-    return lambda state, batch: compiled(state, batch, int(state.step) < freeze_steps)
+    return TrainStep(program, freeze_steps)
