@@ -130,11 +130,11 @@ class Opened:
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
         from oreal_jax.sampling import Engine, token_table
-        from oreal_jax.train.session import compute_dtype
+        from oreal_jax.train.programs import compute_dtype
 
         source = self.source = open_model(parsed.model)
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
-        dtype = compute_dtype("auto")
+        dtype = compute_dtype("auto", mesh)
         system_prompt = parsed.system_prompt
         if system_prompt is None:
             system_prompt = source.system_prompt

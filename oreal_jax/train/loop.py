@@ -12,14 +12,13 @@ if it had not been.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from oreal_jax import model, rollout, sharding
+from oreal_jax import rollout, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -33,25 +32,24 @@ from oreal_jax.data import (
 from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.files import write_lines
-from oreal_jax.model import Distribution, Params
+from oreal_jax.model import Params
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import (
     Completion,
     Engine,
     Request,
-    sampled_from,
     token_table,
 )
 from oreal_jax.train import measures
 from oreal_jax.train.examination import examination_of
+from oreal_jax.train.programs import engines_of, update_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
-    compute_dtype,
     source_of,
     uninterrupted,
 )
-from oreal_jax.train.step import TrainStep, place, reference_scorer, train_step
+from oreal_jax.train.step import TrainStep, place, reference_scorer
 from oreal_jax.verify import Pool
 from oreal_jax.verify.llm_judge import Case, Judge
 
@@ -72,19 +70,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     repeated = usable_prompts(config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
-    engine_of = functools.partial(
-        Engine,
-        source.config,
-        mesh,
-        stop_tokens=stop_tokens,
-        stop_table=stop_table,
-        rows=config.decode_rows,
-        cache_tokens=config.cache_tokens,
-        dtype=compute_dtype(config.compute),
-        weights=config.decode_weights,
-        cache=config.decode_cache,
-        tensor=config.decode_tensor,
-    )
+    engine_of = engines_of(config, source.config, mesh, stop_tokens, stop_table)
     engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
     examination = examination_of(config, chat, prompts, engine, engine_of)
     session = Session(
@@ -95,7 +81,6 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         mesh=mesh,
         chat=chat,
         steps=config.steps,
-        token_reward=config.token_reward,
     )
     if not saved.is_dir():
         build(prompts, saved)
@@ -104,15 +89,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     with session, pool, asked as judge:
         reference = session.load_reference()
         add_reference = reference_scorer(session.model, mesh, session.dtype)
-        update = train_step(
-            session.learners,
-            config.loss,
-            mesh,
-            freeze_steps=config.freeze_steps,
-            dtype=session.dtype,
-            distribution=distribution_of(config),
-            remat=config.remat,
-        )
+        update = update_of(config, session.learners, mesh)
         while session.step < config.steps:
             examination.take(session, pool)
             step = session.step
@@ -318,13 +295,6 @@ def sample(
         raise
     texts = [[finished[n, k][1] for k in range(K)] for n in range(len(requests))]
     return completions, texts
-
-
-def distribution_of(config: TrainConfig) -> Distribution:
-    """The distribution whose probabilities the loss is about."""
-    if config.log_probs == "sampled":
-        return sampled_from(config.sampling)
-    return model.full
 
 
 def old_log_probs(completion: Completion) -> np.ndarray:

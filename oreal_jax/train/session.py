@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oreal_jax import config as configuration
@@ -40,18 +39,12 @@ from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
-from oreal_jax.train.state import Learners, Optimizer, TrainState, learners
+from oreal_jax.train.programs import compute_dtype, learners_of
+from oreal_jax.train.state import TrainState
 from oreal_jax.train.step import Scores, TrainStep
 
 # What a run is made of; changing it would make another run.
 IDENTITY = ("class", "model", "seed", "prompts", "examples")
-
-
-def compute_dtype(name: str):
-    """The dtype of activations: "auto" is bfloat16, on CPU float32."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
@@ -118,7 +111,6 @@ class Session:
         mesh: Mesh,
         chat: Chat,
         steps: int,
-        token_reward: Optimizer | None = None,
     ):
         """Loads the newest state, or the model to start from; then opens the record.
 
@@ -131,11 +123,9 @@ class Session:
         self.config, self.run, self.screen = config, run, screen
         self.mesh, self.chat, self.steps = mesh, chat, steps
         self.model: ModelConfig = source.config
-        self.dtype = compute_dtype(config.compute)
+        self.dtype = compute_dtype(config.compute, mesh)
         self.rows = config.packing.rows * sharding.row_ways(mesh)
-        self.learners: Learners = learners(
-            source.config, config.policy, token_reward, steps, mesh
-        )
+        self.learners = learners_of(config, source.config, mesh, steps)
         self._compare_config()
         self.state = self._restore_or_start(source)
         self._write_config()

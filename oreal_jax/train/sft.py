@@ -12,8 +12,9 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.errors import BadInput
+from oreal_jax.train.programs import update_of
 from oreal_jax.train.session import Session, chat_of, source_of, uninterrupted
-from oreal_jax.train.step import place, train_step
+from oreal_jax.train.step import place
 
 
 def sft(config: SftConfig, run: Path, screen: Screen) -> None:
@@ -32,13 +33,7 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
         config, run, screen, source=source, mesh=mesh, chat=chat, steps=steps
     )
     with session:
-        update = train_step(
-            session.learners,
-            config.loss,
-            mesh,
-            dtype=session.dtype,
-            remat=config.remat,
-        )
+        update = update_of(config, session.learners, mesh)
         while session.step < steps:
             step = session.step
             taken = [example for example, _ in order.batch(step)]

@@ -1,0 +1,80 @@
+"""What a run executes on its devices, made from its config.
+
+The loop runs these programs, `oreal plan` compiles the same ones ahead of time.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from oreal_jax import model, sharding
+from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.model import Distribution, ModelConfig
+from oreal_jax.sampling import Engine, sampled_from
+from oreal_jax.train.state import Learners, learners
+from oreal_jax.train.step import TrainStep, train_step
+
+
+def compute_dtype(name: str, mesh: Mesh):
+    """The dtype of activations: "auto" is bfloat16, on CPU float32."""
+    if name == "auto":
+        name = "float32" if sharding.platform(mesh) == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def learners_of(
+    config: TrainConfig | SftConfig, shape: ModelConfig, mesh: Mesh, steps: int
+) -> Learners:
+    """The models that a run trains."""
+    rewards = config.token_reward if isinstance(config, TrainConfig) else None
+    return learners(shape, config.policy, rewards, steps, mesh)
+
+
+def update_of(
+    config: TrainConfig | SftConfig, learners: Learners, mesh: Mesh
+) -> TrainStep:
+    """The training step of a run."""
+    is_train = isinstance(config, TrainConfig)
+    return train_step(
+        learners,
+        config.loss,
+        mesh,
+        freeze_steps=config.freeze_steps if is_train else 0,
+        dtype=compute_dtype(config.compute, mesh),
+        distribution=distribution_of(config) if is_train else model.full,
+        remat=config.remat,
+    )
+
+
+def distribution_of(config: TrainConfig) -> Distribution:
+    """The distribution whose probabilities the loss is about."""
+    if config.log_probs == "sampled":
+        return sampled_from(config.sampling)
+    return model.full
+
+
+def engines_of(
+    config: TrainConfig,
+    shape: ModelConfig,
+    mesh: Mesh,
+    stop_tokens: Sequence[int],
+    stop_table: Int[np.ndarray, "V S"] | None,
+) -> Callable[..., Engine]:
+    """Makes engines that differ in their sampling."""
+    return functools.partial(
+        Engine,
+        shape,
+        mesh,
+        stop_tokens=stop_tokens,
+        stop_table=stop_table,
+        rows=config.decode_rows,
+        cache_tokens=config.cache_tokens,
+        dtype=compute_dtype(config.compute, mesh),
+        weights=config.decode_weights,
+        cache=config.decode_cache,
+        tensor=config.decode_tensor,
+    )
