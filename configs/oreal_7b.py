@@ -22,9 +22,10 @@ config = TrainConfig(
     samples_per_prompt=16,
     sampling=Sampling(max_tokens=14_000, temperature=1.0, top_p=0.9),
     max_prompt_tokens=2_384,
-    # Rows of 6,000 tokens on average share it: half of what the longest would need.
-    decode_rows=256,
-    cache_tokens=524_288,
+    # Four chips make an engine, whose rows share the cache: 40 of 6,000 tokens.
+    decode_rows=1024,
+    decode_tensor=4,
+    cache_tokens=262_144,
     loss=Oreal(positive_weight=1.0, negative_weight=0.5, kl_weight=0.01),
     policy=Optimizer(learning_rate=5e-7, final_learning_rate=1e-7, warmup_steps=10),
     token_reward=Optimizer(

@@ -14,27 +14,29 @@ from oreal_jax.model.config import ModelConfig
 
 
 class Peak(NamedTuple):
-    """What one JAX device can do at most: FLOP/s in bfloat16, bytes/s from its HBM."""
+    """What one JAX device can do at most: FLOP/s in bfloat16, bytes/s from its HBM, and
+    bytes/s to its neighbours over all of its links."""
 
     flops: float
     bandwidth: float
+    links: float
 
 
 # By `jax.Device.device_kind`. TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
-# tpu7x}; of a TPU7x chip (2307 TFLOP/s, 7380 GB/s) each of the two cores is a device.
-# GPUs: NVIDIA's data sheets of A100, H100 and H200, dense (they print twice as much,
-# with sparsity).
+# tpu7x}; of a TPU7x chip (2307 TFLOP/s, 7380 GB/s, 1200 GB/s) each of the two cores is
+# a device. GPUs: NVIDIA's data sheets of A100, H100 and H200, dense (they print twice
+# as much, with sparsity), NVLink in one direction.
 PEAKS = {
-    "TPU v4": Peak(275e12, 1200e9),
-    "TPU v5 lite": Peak(197e12, 819e9),
-    "TPU v5": Peak(459e12, 2765e9),
-    "TPU v5p": Peak(459e12, 2765e9),
-    "TPU v6 lite": Peak(918e12, 1640e9),
-    "TPU7x": Peak(1153.5e12, 3690e9),
-    "NVIDIA A100-SXM4-40GB": Peak(312e12, 1555e9),
-    "NVIDIA A100-SXM4-80GB": Peak(312e12, 2039e9),
-    "NVIDIA H100 80GB HBM3": Peak(989.5e12, 3350e9),
-    "NVIDIA H200": Peak(989.5e12, 4800e9),
+    "TPU v4": Peak(275e12, 1200e9, 300e9),
+    "TPU v5 lite": Peak(197e12, 819e9, 200e9),
+    "TPU v5": Peak(459e12, 2765e9, 600e9),
+    "TPU v5p": Peak(459e12, 2765e9, 600e9),
+    "TPU v6 lite": Peak(918e12, 1640e9, 448e9),
+    "TPU7x": Peak(1153.5e12, 3690e9, 600e9),
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Peak(989.5e12, 3350e9, 450e9),
+    "NVIDIA H200": Peak(989.5e12, 4800e9, 450e9),
 }
 
 

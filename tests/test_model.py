@@ -24,7 +24,8 @@ TINY = ModelConfig(
 def test_logits_equal_transformers_with_padding(pair):
     theirs, config, params = pair
     rows = sequences(config.vocab)
-    states = model.hidden(config, params, *map(jnp.asarray, padded(rows)))
+    tokens, positions, segments = map(jnp.asarray, padded(rows))
+    states = model.hidden(config, params, tokens, positions, segments)
     ours = model.logits(config, params, states)
     for row, tokens in enumerate(rows):
         close(ours[row, : len(tokens)], their_logits(theirs, tokens))

@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from oreal_jax.cli import convert, data, evaluate, losses, sample, train, verify
+from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
 from oreal_jax.errors import BadInput, Failure
 
 
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         return made.add_subparsers(required=True, metavar=metavar)
 
     at_top = functools.partial(verb, verbs)
-    for module in (train, sample, evaluate):
+    for module in (train, plan, sample, evaluate):
         module.add(at_top)
     what = "clean prompts, measure pass rates, collect RFT sets"
     data.add(functools.partial(verb, group("data", what, "VERB")))

@@ -5,7 +5,7 @@ engines, which the programs of one engine do not see.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,7 +67,7 @@ class Programs:
         axes = decoding.axes(self.config, store)
         each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
         self.execution = sharding.of_prompts(mesh, self.config)
-        self.reshard: Callable[[Params], Weights] = jax.jit(
+        self.reshard = jax.jit(
             lambda params: decoding.weights(self.config, params, store),
             out_shardings=sharding.of_weights(axes, meshes.all),
         )

@@ -133,7 +133,11 @@ class Learners(NamedTuple):
 
     def start(self, params: Params, mesh: Mesh) -> TrainState:
         """The state at step 0: the policy, and a token reward model with its body."""
-        return jax.jit(self._start, out_shardings=self.shardings(mesh))(params)
+        return self.starter(mesh)(params)
+
+    def starter(self, mesh: Mesh):
+        """`start` as a jitted function of the parameters."""
+        return jax.jit(self._start, out_shardings=self.shardings(mesh))
 
     def _start(self, params: Params) -> TrainState:
         # Copies: jit would hand its input on, and the two models share no buffer.

@@ -6,7 +6,6 @@ ones are added up, and because losses divide by counts of the whole batch, the s
 the gradient of the batch.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +26,8 @@ from oreal_jax.losses import (
 )
 from oreal_jax.model import ALONE, Execution, ModelConfig, Params
 from oreal_jax.train.state import Learners, TrainState
+
+Jitted = Any  # callable, with `lower`
 
 
 class Scores(NamedTuple):
@@ -106,10 +107,8 @@ def completion_log_probs(
     return unpack(log_probs, part), unpack(entropy, part)
 
 
-def reference_scorer(
-    config: ModelConfig, mesh: Mesh, dtype
-) -> Callable[[Params, Batch], Batch]:
-    """A jitted function that gives the batch with the reference model's
+def reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
+    """A jitted function of parameters and batch: the batch with the reference model's
     log-probabilities filled in."""
     execution = sharding.execution(mesh, config)
 

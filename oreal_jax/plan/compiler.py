@@ -1,0 +1,128 @@
+"""Compiles for devices that are not here, and reads what the compiler says.
+
+libtpu compiles for any TPU topology on any machine (`pip install "jax[tpu]"`).
+"""
+
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from oreal_jax.errors import BadInput
+from oreal_jax.plan.collectives import moved
+from oreal_jax.plan.programs import Program
+
+# libtpu asks the machine which TPU it is, and the cloud if the machine does not know.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+GIB = 2**30
+
+
+class Compiled(NamedTuple):
+    """A program on one device, in bytes: what it is given, makes anew and needs in
+    between, and its peak with what lies beside it. `error` is the compiler's where it
+    does not fit (`peak` then is what it wanted). `moved` is by kind of collective, once
+    through the program."""
+
+    name: str
+    phase: str
+    arguments: int
+    outputs: int
+    temporary: int
+    beside: int
+    peak: int
+    moved: dict[str, int]
+    seconds: float
+    error: str = ""
+
+
+def devices_of(topology: str) -> list:
+    """The devices of a topology such as v5p:2x2x4.
+
+    Raises:
+        BadInput: libtpu is not installed, or knows no such topology.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        made = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        hint = "; is libtpu installed (pip install 'jax[tpu]')?"
+        raise BadInput(f"--topology {topology}: {reason}{hint}") from None
+    return list(made.devices)
+
+
+def memory_of(device) -> int:
+    """Bytes that programs may use on a device: what the compiler says of one that wants
+    far too many."""
+    where = SingleDeviceSharding(device)
+    huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=where)
+    double = jax.jit(lambda x: x + x, out_shardings=where)
+    try:
+        double.lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _sizes(str(error))[-1]
+    raise AssertionError(f"{device} holds {huge.shape} bytes")
+
+
+def compile(program: Program) -> Compiled:
+    """Compiles a program; one that does not fit comes back with its error."""
+    start = time.perf_counter()
+    lowered = program.lower()
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
+        try:
+            made = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _too_large(program, str(error), time.perf_counter() - start)
+        texts = sorted(Path(scratch).glob("*.after_optimizations.txt"))
+        by_kind = moved(texts[-1].read_text(), program.repeats) if texts else {}
+    memory = made.memory_analysis()
+    assert memory, "TPU's compiler always says"
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        program.name,
+        program.phase,
+        memory.argument_size_in_bytes,
+        fresh,
+        memory.temp_size_in_bytes,
+        program.beside,
+        memory.peak_memory_in_bytes + program.beside,
+        by_kind,
+        time.perf_counter() - start,
+    )
+
+
+def _too_large(program: Program, error: str, seconds: float) -> Compiled:
+    wanted = (_sizes(error) or [0])[0]
+    return Compiled(
+        program.name,
+        program.phase,
+        0,
+        0,
+        0,
+        program.beside,
+        wanted + program.beside,
+        {},
+        seconds,
+        error.splitlines()[0],
+    )
+
+
+def _sizes(text: str) -> list[int]:
+    """Sizes such as (17.42G) in a message, in order, in bytes."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.findall(r"([\d.]+)([KMGT])\b", text)
+    return [int(float(number) * units[unit]) for number, unit in found]

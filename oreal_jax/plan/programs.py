@@ -1,0 +1,220 @@
+"""The programs of a run, each with its arguments as shapes, and what lies beside it.
+
+They are made by the same functions as the loop's (train/programs.py); nothing here is
+a copy of one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from oreal_jax import model, sharding
+from oreal_jax.config import TrainConfig
+from oreal_jax.data.packing import Batch, Example, bucket, pack
+from oreal_jax.model import ModelConfig
+from oreal_jax.sampling import Engine
+from oreal_jax.sampling.engine import DISPATCH, PAGE, PREFILL, Size
+from oreal_jax.train.programs import (
+    compute_dtype,
+    engines_of,
+    learners_of,
+    update_of,
+)
+from oreal_jax.train.state import Learners, TrainState
+from oreal_jax.train.step import of_batch, reference_scorer
+
+PROMPT = 256  # tokens of a prompt on average
+
+
+class Program(NamedTuple):
+    """A program of a phase: how it is lowered, and the bytes a device holds beside its
+    arguments while it runs. `repeats` is how often a loop of it runs whose length is
+    data: the micro-batches of a step; of decoding, one token is counted."""
+
+    name: str
+    phase: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside: int
+    repeats: int = 1
+
+
+class Layout(NamedTuple):
+    """A run on the devices of a topology, without its numbers."""
+
+    mesh: Mesh
+    learners: Learners
+    engine: Engine
+    size: Size
+    state: TrainState
+    reference: Any
+    weights: Any  # as decoding reads them
+    batch: Batch
+    micros: int  # of which the batch is made
+    lengths: list[tuple[int, int]]  # (prompt, completion) of what is learned from
+    processes: int
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What a device holds between programs."""
+        state = self.state
+        players = [p for p in (state.policy, state.token_reward) if p]
+        return {
+            "parameters": on_device([p.params for p in players]),
+            "optimizer": on_device([p.optimizer for p in players]),
+            "reference": on_device(self.reference),
+        }
+
+
+def layout(
+    config: TrainConfig, shape: ModelConfig, devices: list, mean_tokens: int
+) -> Layout:
+    """Lays a run out. `mean_tokens` is how long a completion is on average; the longest
+    is as long as the config allows.
+
+    Raises:
+        BadInput: mesh and model do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh, shape, devices)
+    learners = learners_of(config, shape, mesh, config.steps)
+    # Stop tokens and strings are the tokenizer's, which a plan does not have; they
+    # take a few kilobytes.
+    engine = engines_of(config, shape, mesh, [0], None)(
+        config.sampling, renormalise=config.log_probs == "sampled"
+    )
+    processes = len({device.process_index for device in devices})
+    prompts = -(-config.prompts_per_step // processes)
+    size = engine.size(prompts * config.samples_per_prompt, config.max_prompt_tokens)
+    lengths = [(config.max_prompt_tokens, config.sampling.max_tokens)]
+    lengths += [(PROMPT, mean_tokens)] * (2 * config.prompts_per_step - 1)
+    batch, _ = pack(
+        [Example([0] * prompt, [0] * drawn) for prompt, drawn in lengths],
+        rows=config.packing.rows * sharding.row_ways(mesh),
+        row_length=config.packing.row_length,
+    )
+    dtype = compute_dtype(config.compute, mesh)
+    return Layout(
+        mesh,
+        learners,
+        engine,
+        size,
+        learners.abstract(mesh),
+        sharding.placed(model.abstract(shape, dtype), sharding.of_params(shape, mesh)),
+        _weights(engine, learners.abstract(mesh).policy.params),
+        sharding.placed(batch, of_batch(mesh)),
+        int(batch.filled),
+        lengths,
+        processes,
+    )
+
+
+def _weights(engine: Engine, params: Any) -> Any:
+    shapes = jax.eval_shape(engine.programs.reshard, params)
+    return sharding.placed(shapes, engine.programs.own)
+
+
+def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[Program]:
+    """All programs of a run, in the order in which it meets them."""
+    mesh, state, batch = run.mesh, run.state, run.batch
+    held = run.bytes
+    training, reference = held["parameters"] + held["optimizer"], held["reference"]
+    params = state.policy.params
+    yield Program(
+        "start", "load", lambda: run.learners.starter(mesh).lower(params), reference
+    )
+    yield from _sampling(config, run, training + reference)
+    score = reference_scorer(shape, mesh, compute_dtype(config.compute, mesh))
+    yield Program(
+        "reference",
+        "ref",
+        lambda: score.lower(run.reference, batch),
+        training,
+        run.micros,
+    )
+    update = update_of(config, run.learners, mesh)
+    kinds = [("train step", False)]
+    if config.freeze_steps:
+        kinds.append(("train step, policy frozen", True))
+    for name, frozen in kinds:
+        yield Program(
+            name,
+            "update_actor",
+            lambda frozen=frozen: update.program.lower(state, batch, frozen),
+            reference,
+            run.micros,
+        )
+
+
+def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
+    """The engine's programs: one process's, on its own devices."""
+    programs, mesh, size = run.engine.programs, run.engine.mesh, run.size
+    params = run.state.policy.params
+    reshard = programs.reshard
+    yield Program(
+        "reshard", "gen", lambda: reshard.lower(params), held - on_device(params)
+    )
+    weights = run.weights
+    engines = sharding.row_ways(mesh)
+    rows = sharding.of_rows(mesh)
+    array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+        (engines, *shape), dtype, sharding=rows
+    )
+    state = programs.abstract(size.slots, size.pages)
+    length = bucket(config.max_prompt_tokens - 1, PAGE)
+    together = max(1, PREFILL // length)
+    yield Program(
+        f"prefill of {together} x {length}",
+        "gen",
+        lambda: programs.prefill.lower(
+            weights,
+            state,
+            array(together, length),
+            array(together),
+            array(together, length // PAGE),
+        ),
+        held,
+    )
+    seen = size.longest_prompt if config.sampling.penalises else 0
+    yield Program(
+        f"admission of {size.slots}",
+        "gen",
+        lambda: programs.admit.lower(
+            state, array(size.slots, 7), array(size.slots, seen), 0, 0
+        ),
+        held + on_device(weights),
+    )
+    for slots in sorted({size.slots, bucket(-(-size.slots // 4))}, reverse=True):
+        fewer = programs.abstract(slots, size.pages)
+        yield Program(
+            f"decode in {slots} slots",
+            "gen",
+            lambda slots=slots, fewer=fewer: programs.decode.lower(
+                weights,
+                fewer,
+                array(slots, size.table_pages),
+                array(slots, dtype=bool),
+                DISPATCH,
+                0,
+            ),
+            held,
+        )
+    yield Program(
+        f"collection of {size.slots}",
+        "gen",
+        lambda: programs.take.lower(state, array(size.slots)),
+        held + on_device(weights),
+    )
+
+
+def on_device(tree: Any) -> int:
+    """Bytes of one device's part of `ShapeDtypeStruct`s, host memory left out."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if leaf.sharding.memory_kind != "pinned_host":
+            part = leaf.sharding.shard_shape(leaf.shape)
+            total += math.prod(part) * np.dtype(leaf.dtype).itemsize
+    return total

@@ -1,0 +1,122 @@
+"""Attention kernels against the XLA form, and attention split over devices against
+attention on one. Kernels run in Pallas's interpreter here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oreal_jax import sharding
+from oreal_jax.model import ModelConfig, flash
+from oreal_jax.model.attention import attend_packed
+
+HEADS, GROUPS, SIZE, LENGTH = 4, 2, 128, 512
+
+
+def config(kv_heads=GROUPS) -> ModelConfig:
+    return ModelConfig(
+        vocab=64,
+        embed=64,
+        layers=1,
+        heads=HEADS,
+        kv_heads=kv_heads,
+        head_dim=SIZE,
+        mlp=8,
+    )
+
+
+def packed(rows=2, kv_heads=GROUPS):
+    """Queries, keys, values; segments of uneven lengths, the last one padding."""
+    key = jax.random.key(0)
+    draw = lambda n, heads: jax.random.normal(
+        jax.random.fold_in(key, n), (rows, LENGTH, heads, SIZE)
+    )
+    ends = np.array([[100, 101, 300, 470], [256, 300, 301, 512]][:rows])
+    segments = (np.arange(LENGTH)[None, :, None] >= ends[:, None]).sum(-1)
+    return (draw(0, HEADS), draw(1, kv_heads), draw(2, kv_heads), jnp.asarray(segments))
+
+
+def value_and_gradients(attend, query, key, value, segments):
+    """Attention, and the gradients of an uneven sum of it."""
+
+    def total(query, key, value):
+        attended = attend(query, key, value, segments)
+        weights = jnp.cos(jnp.arange(attended.size)).reshape(attended.shape)
+        return jnp.sum(attended * weights), attended
+
+    gradients, attended = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(
+        query, key, value
+    )
+    return attended, *gradients
+
+
+def agree(ours, expected):
+    for found, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+
+
+def on(monkeypatch, prepare, shape, kv_heads=GROUPS):
+    """`sharding.per_part` with a kernel of our choice, in the interpreter."""
+    monkeypatch.setattr(flash, "prepare_for", lambda *_: prepare)
+    sizes = [max(1, size) for size in (shape.fsdp, shape.context, shape.tensor)]
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = sharding.make_mesh(shape, config(kv_heads), devices)
+    return sharding.per_part(mesh, SIZE, rows="rows")
+
+
+interpreted = {
+    "tpu": functools.partial(flash.on_tpu, interpret=True),
+    "gpu": functools.partial(flash.on_gpu, interpret=True),
+}
+
+
+@pytest.mark.parametrize("kernel", interpreted)
+def test_a_kernel_attends_as_xla_does(kernel, monkeypatch):
+    attend = on(monkeypatch, interpreted[kernel], sharding.MeshShape(fsdp=1))
+    arrays = packed()
+    agree(
+        value_and_gradients(attend, *arrays),
+        value_and_gradients(attend_packed, *arrays),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "kv_heads"),
+    [
+        (flash.plain, sharding.MeshShape(fsdp=2, context=2, tensor=2), 2),
+        (flash.plain, sharding.MeshShape(fsdp=1, context=1, tensor=4), 2),
+        (interpreted["tpu"], sharding.MeshShape(fsdp=1, context=4), 2),
+        (interpreted["tpu"], sharding.MeshShape(fsdp=1, context=2, tensor=2), 1),
+    ],
+    ids=["everything", "more devices than heads", "splash context", "splash tensor"],
+)
+def test_attention_split_over_devices_is_that_of_one(
+    kernel, shape, kv_heads, monkeypatch
+):
+    attend = on(monkeypatch, kernel, shape, kv_heads)
+    arrays = packed(kv_heads=kv_heads)
+    agree(
+        value_and_gradients(attend, *arrays),
+        value_and_gradients(attend_packed, *arrays),
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "length", "context", "chosen"),
+    [
+        ("tpu", 128, 16_384, 1, flash.on_tpu),
+        ("tpu", 128, 16_384, 4, flash.on_tpu),
+        ("tpu", 128, 256, 4, flash.plain),  # 64 queries a device: less than a block
+        ("tpu", 64, 16_384, 1, flash.plain),
+        ("gpu", 64, 1024, 1, flash.on_gpu),
+        ("gpu", 64, 1024, 2, flash.plain),
+        ("gpu", 64, 1000, 1, flash.plain),
+        ("cpu", 128, 1024, 1, flash.plain),
+    ],
+)
+def test_a_kernel_is_chosen_where_its_blocks_fit(
+    platform, head_dim, length, context, chosen
+):
+    assert flash.prepare_for(platform, head_dim, length, context) is chosen
