@@ -51,8 +51,8 @@ class Phase(NamedTuple):
     @property
     def limit(self) -> str:
         """What that is."""
-        named = {"matrix products": self.products, "memory": self.memory}
-        named["links between devices"] = self.links
+        named = {"products": self.products, "memory": self.memory}
+        named["links"] = self.links
         return max(named, key=lambda name: named[name])
 
 

@@ -18,6 +18,7 @@ def show(plan: Plan, console: Console) -> None:
         f"{engine['devices']} device(s), {engine['slots']} slots and "
         f"{engine['cache_tokens']:,} tokens of cache each",
         markup=False,
+        soft_wrap=True,
     )
     parts = plan.held | {f"decoding {k}": v for k, v in plan.sampling.items()}
     console.print(
@@ -25,9 +26,10 @@ def show(plan: Plan, console: Console) -> None:
         + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
         + f"; capacity {_gib(plan.capacity)}",
         markup=False,
+        soft_wrap=True,
     )
-    console.print(_programs(plan))
-    console.print(_phases(plan))
+    for table in (_programs(plan), _collectives(plan), _phases(plan)):
+        console.print(table)
     console.print(why(plan), markup=False, soft_wrap=True)
 
 
@@ -53,21 +55,27 @@ def why(plan: Plan) -> str:
 
 
 def _programs(plan: Plan) -> Table:
-    table = Table("program")
-    for title in ("arguments", "temporary", "beside", "peak", "moved"):
-        table.add_column(title, justify="right")
+    table = Table("program", caption="GiB on a device")
+    for title in ("arguments", "temporary", "beside", "peak"):
+        table.add_column(title, justify="right", no_wrap=True)
     for program in plan.programs:
-        sizes = (
-            program.arguments,
-            program.temporary,
-            program.beside,
-            program.peak,
-        )
-        moved = ", ".join(f"{k} {_gib(v)}" for k, v in sorted(program.moved.items()))
-        table.add_row(program.name, *map(_gib, sizes), moved or "-")
-    table.caption = (
-        "GiB on a device; moved: by collectives, once through (decode: a token)"
+        sizes = (program.arguments, program.temporary, program.beside, program.peak)
+        table.add_row(program.name, *map(_gib, sizes))
+    return table
+
+
+def _collectives(plan: Plan) -> Table:
+    kinds = sorted({kind for program in plan.programs for kind in program.moved})
+    table = Table(
+        "moved by collectives",
+        caption="GiB on a device, once through a program; decoding: for one token a row",
     )
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for program in plan.programs:
+        if program.moved:
+            sizes = (program.moved.get(kind, 0) for kind in kinds)
+            table.add_row(program.name, *map(_gib, sizes))
     return table
 
 
