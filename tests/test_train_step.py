@@ -44,11 +44,13 @@ def run(
     loss=OREAL,
     scores: Optimizer | None = SCORES,
     freeze_steps=0,
+    remat: model.Remat = "everything",
+    policy=POLICY,
 ):
     """State, metrics and scores after some steps on the same batch."""
     devices = jax.devices()[: 1 if shape == ONE else 8]
     mesh = sharding.make_mesh(shape, CONFIG, devices)
-    both = learners(CONFIG, POLICY, scores, 10, mesh)
+    both = learners(CONFIG, policy, scores, 10, mesh)
     params = model.init(CONFIG, jax.random.key(0))
     state = both.start(params, mesh)
     if state.token_reward:  # a head that has learned something: no token weighs zero
@@ -59,7 +61,7 @@ def run(
     packed, slots = pack(batch or examples(), rows=rows, row_length=row_length)
     packed = place(packed, mesh)
     packed = reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
-    update = train_step(both, loss, mesh, freeze_steps=freeze_steps)
+    update = train_step(both, loss, mesh, freeze_steps=freeze_steps, remat=remat)
     state, metrics, said = update(state, packed)
     for _ in range(steps - 1):
         state, metrics, said = update(state, packed)
@@ -113,11 +115,42 @@ def test_packing_and_microbatches_do_not_change_the_update(
         sharding.MeshShape(fsdp=8),
         sharding.MeshShape(fsdp=4, tensor=2),
         sharding.MeshShape(data=2, fsdp=2, tensor=2),
+        sharding.MeshShape(fsdp=2, context=2, tensor=2),
     ],
     ids=str,
 )
 def test_the_mesh_does_not_change_the_update(whole, shape):
     assert_same_step(run(shape, rows=8, row_length=16), whole)
+
+
+@pytest.mark.parametrize(
+    "remat", ["but_attention", "elementwise", "nothing", "offloaded"]
+)
+def test_what_is_recomputed_does_not_change_the_update(whole, remat):
+    assert_same_step(run(remat=remat), whole)
+
+
+def test_what_is_kept_trades_memory_for_products():
+    config = dataclasses.replace(CONFIG, layers=8)
+    params = model.init(config, jax.random.key(0))
+    tokens = jnp.zeros((1, 512), jnp.int32)
+
+    def cost(remat):
+        execution = dataclasses.replace(model.ALONE, remat=remat)
+        states = lambda params: model.hidden(
+            config, params, tokens, tokens, tokens, execution
+        )
+        work = jax.jit(jax.grad(lambda params: jnp.sum(states(params) ** 2)))
+        made = work.lower(params).compile()
+        memory = made.memory_analysis()
+        assert memory
+        return memory.temp_size_in_bytes, made.cost_analysis()["flops"]
+
+    everything, elementwise, nothing = map(
+        cost, ("everything", "elementwise", "nothing")
+    )
+    assert everything[0] < elementwise[0] < nothing[0]
+    assert everything[1] > elementwise[1] >= nothing[1]
 
 
 def test_the_order_of_examples_does_not_change_the_update(whole):
@@ -211,6 +244,35 @@ def test_every_optimizer_setting_changes_the_update(field, value):
             player = trained.update(player, gradient, jnp.asarray(step))
         ends.append(np.asarray(player.params["weight"]))
     assert np.abs(ends[0] - ends[1]).max() > 1e-6
+
+
+def test_an_offloaded_optimizer_updates_alike_and_stays_with_the_host(whole):
+    offloaded = dataclasses.replace(POLICY, offload=True)
+    found = run(policy=offloaded)
+    assert_same_step(found, whole)
+    kinds = {
+        m.sharding.memory_kind for m in jax.tree.leaves(moments(found[0].policy).mu)
+    }
+    assert kinds == {"pinned_host"}
+
+
+def test_a_bfloat16_momentum_is_near_and_half_as_large():
+    mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
+    ends = []
+    for momentum in ("float32", "bfloat16"):
+        optimizer = dataclasses.replace(POLICY, momentum=momentum)
+        trained = learners(CONFIG, optimizer, None, 10, mesh).policy
+        player = trained.start({"weight": jnp.ones(3)})
+        for step in range(3):
+            gradient = {"weight": jnp.asarray([0.1, 0.2 - 0.1 * step, -3.0 * step])}
+            player = trained.update(player, gradient, jnp.asarray(step))
+        ends.append(player)
+    exact, near = ends
+    momentum = moments(near).mu["weight"]
+    assert momentum.dtype == jnp.bfloat16
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2)
+    close(momentum.astype(jnp.float32), moments(exact).mu["weight"])
+    close(near.params["weight"], exact.params["weight"])
 
 
 def test_rows_are_filled_without_overlap_and_never_overfull():

@@ -68,7 +68,7 @@ def _collectives(plan: Plan) -> Table:
     kinds = sorted({kind for program in plan.programs for kind in program.moved})
     table = Table(
         "moved by collectives",
-        caption="GiB on a device, once through a program; decoding: for one token a row",
+        caption="GiB on a device, once through a program; decoding: one token a row",
     )
     for kind in kinds:
         table.add_column(kind, justify="right")
