@@ -2,8 +2,9 @@
 
 Text of a model is never evaluated: math-verify's reader for plain expressions, which
 would, is not used, and its LaTeX reader evaluates number literals alone. math-verify
-rounds numbers to compare them; what it calls equal must therefore agree to twelve
-digits of its own size, at a few points where it has variables.
+rounds numbers to compare them; what it calls equal must therefore agree to many digits
+of its own size (to twelve where decimals are in it), at a few points where it has
+variables.
 """
 
 import functools
@@ -11,12 +12,15 @@ import logging
 import re
 from typing import Any
 
+from oreal_jax.verify.numbers import TRIGONOMETRIC
+
 # It warns that it has no time limit of its own; the pool has one.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-DIGITS = 60
+DEGREES = re.compile(r"(\d+)\s*\^\\circ")
+DIGITS = 200
 ROUNDED = "1e-12"  # of their size: how far decimals may differ
-EXACT = "1e-50"  # and numbers without a decimal point
+EXACT = "1e-180"  # and numbers without a decimal point
 POINTS = (0.37, 1.93, -2.71)  # where formulas with variables are compared
 
 
@@ -25,6 +29,10 @@ def read(text: str) -> tuple | None:
     """math-verify's reading of a LaTeX formula, or None."""
     from math_verify import LatexExtractionConfig, parse
 
+    if TRIGONOMETRIC.search(text):  # where the reader takes degrees for radians
+        text = DEGREES.sub(r"\\left(\\frac{\1\\pi}{180}\\right)", text)
+        if r"^\circ" in text:
+            return None
     parsed = parse(
         f"${text}$",
         extraction_config=[LatexExtractionConfig()],
@@ -149,7 +157,7 @@ def at_points(gold: Any, mine: Any) -> list[tuple[Any, Any]]:
 
 
 def exact(constant: Any) -> Any:
-    """A rational number as it is, another to sixty digits."""
+    """A rational number as it is, another to `DIGITS`."""
     import sympy
 
     done = constant.doit()
