@@ -99,6 +99,13 @@ def judge(completion: str, gold: str) -> Verdict:
     )
 
 
+def canonical(answer: str) -> str:
+    """One name for what differs in spelling or is the same number; no algebra."""
+    text = normalised(answer[:LONGEST])
+    exact = number(flat(text))
+    return bare(text) if exact is None else str(exact)
+
+
 def warm_up() -> None:
     """Loads what is otherwise loaded at the first formula."""
     importlib.import_module("sympy.physics.units")  # simplifying does, late
