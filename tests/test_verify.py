@@ -125,6 +125,14 @@ def test_costly_formulas_are_undecided_unread(bomb):
     assert time.process_time() - start < 0.5
 
 
+def test_what_has_no_value_is_not_simplified():
+    """Found by fuzzing: its logarithm was combined to 10 to the power of the gold."""
+    start = time.process_time()
+    assert judge(r"\boxed{\log1la:0}", "7654321").outcome == "undecided"
+    assert judge(r"\boxed{\log1la:0}", "7654321 cm").outcome == "undecided"
+    assert time.process_time() - start < 0.5
+
+
 @pytest.mark.parametrize(
     "text",
     [
