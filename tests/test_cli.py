@@ -223,7 +223,10 @@ def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
 def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):
     answer = ["verify", "--gold", "7", "--answer", "it is right: \\boxed{VII}"]
     with serving(honest) as stub:
-        assert main([*answer, "--judge", stub.url, "--judge-model", "m"]) == 0
+        judge = ["--judge", stub.url, "--judge-model", "m"]
+        assert main([*answer, *judge, "--question", "3 + 4?"]) == 0
         assert capsys.readouterr().out == "right: Compared. (by judge)\n"
+        assert "Problem:\n3 + 4?\n" in stub.bodies[0]["messages"][-1]["content"]
+        assert main([*answer, "--question", "3 + 4?"]) == 2
         assert main([*answer, "--judge", stub.url]) == 2
     assert "which model is to be asked?" in capsys.readouterr().err

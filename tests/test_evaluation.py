@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+from judge_stub import says, serving
 from scripted import read_lines, right, write_lines
 
 from oreal_jax.cli import main
@@ -147,6 +148,34 @@ def test_lengths_are_told_apart_by_verdict():
     group = [attempt(10, "right"), attempt(20, "right"), attempt(50, "undecided")]
     found = report([], [group])
     assert (found.tokens_right, found.tokens_wrong, found.undecided) == (15, 50, 1)
+
+
+def test_wrong_answers_that_are_one_number_vote_as_one():
+    said = [("\\boxed{0.5}", "wrong"), ("\\boxed{\\frac12}", "wrong"), ("7", "right")]
+    group = [
+        Attempt(Prompt("a", "q", "7"), k, Drawn(text, 9, "stop"), Verdict(outcome, ""))
+        for k, (text, outcome) in enumerate(said)
+    ]
+    assert report([], [group]).measures["maj@3"].value == 0
+
+
+def test_a_judge_is_asked_where_the_rule_does_not_say_right(home, script, oreal):
+    words = ["--data", "six.jsonl", "--k", 4, "--items", "i.jsonl"]
+    with serving(says("VERDICT: RIGHT")) as stub:
+        named = ["--judge", stub.url, "--judge-model", "m"]
+        assert oreal("eval", *words, *named) == 0
+    items = read_lines(Path("i.jsonl"))
+    assert {item["verdict"] for item in items} == {"right"}
+    assert [item["by"] for item in items].count("judge") == 18 == stub.requests
+    assert items[0]["question"] in stub.bodies[0]["messages"][-1]["content"]
+
+
+def test_a_judge_is_checked_before_anything_is_drawn(home, script, oreal, capsys):
+    assert oreal("eval", "--data", "six.jsonl", "--judge-model", "m") == 2
+    assert "--judge-model without --judge" in capsys.readouterr().err
+    judge = ["--judge", "nowhere", "--judge-model", "m"]
+    assert oreal("eval", "--data", "six.jsonl", *judge) == 2
+    assert not script.asked
 
 
 def test_a_preset_is_read_from_a_local_file_of_our_fields_or_the_hubs(tmp_path):

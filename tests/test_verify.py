@@ -119,10 +119,18 @@ def test_reasons_are_for_people():
     ],
 )
 def test_costly_formulas_are_undecided_unread(bomb):
-    start = time.monotonic()
+    start = time.process_time()
     verdict = judge(f"\\boxed{{{bomb}}}", "7")
     assert (verdict.outcome, verdict.by) == ("undecided", "rule")
-    assert time.monotonic() - start < 0.5
+    assert time.process_time() - start < 0.5
+
+
+def test_what_has_no_value_is_not_simplified():
+    """Found by fuzzing: its logarithm was combined to 10 to the power of the gold."""
+    start = time.process_time()
+    assert judge(r"\boxed{\log1la:0}", "7654321").outcome == "undecided"
+    assert judge(r"\boxed{\log1la:0}", "7654321 cm").outcome == "undecided"
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(
@@ -139,9 +147,9 @@ def test_costly_formulas_are_undecided_unread(bomb):
     ids=["letters", "open", "boxes", "nested", "think", "phrases", "unit"],
 )
 def test_time_is_linear_in_the_length(text):
-    start = time.monotonic()
+    start = time.process_time()
     assert answer(text) is not None and judge(text, "7").outcome != "right"
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 ATTACKS = [

@@ -11,6 +11,8 @@ from oreal_jax.cli.options import (
     at_least,
     drawing_options,
     folder,
+    judge_of,
+    judge_options,
     model_options,
     sampling_of,
     sampling_options,
@@ -51,6 +53,7 @@ def add(verb: Verb) -> None:
         metavar="FIELD",
         help="break down by a field of the rows, as subject or level; may be repeated",
     )
+    judge_options(made)
     made.add_argument("--limit", type=int, help="only the first problems of each set")
     made.add_argument("--items", type=Path, help="write every item here (.jsonl)")
     made.add_argument("--json", type=Path, help="write the report and every item here")
@@ -95,7 +98,10 @@ def evaluate(parsed: argparse.Namespace) -> None:
     problems = [problem for each in sets for problem in each.problems]
     work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
     out = parsed.items or parsed.json
-    with kept_beside(out, work, screen.say) as finished:
+    with (
+        judge_of(parsed, screen) as second,
+        kept_beside(out, work, screen.say) as finished,
+    ):
         with screen.phase("load"):
             params = opened.load()
         with Pool(os.cpu_count() or 1) as pool:
@@ -108,6 +114,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
                 by=parsed.by,
                 seed=parsed.seed,
                 finished=finished,
+                second=second,
                 screen=screen,
             )
         if parsed.items:

@@ -1,7 +1,8 @@
 """What several verbs share: options that say how to draw, and the model they open."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,38 @@ def folder(made: argparse.ArgumentParser) -> None:
         default=Path("data"),
         help="where a preset NAME is read from NAME.jsonl, before the hub is asked",
     )
+
+
+def judge_options(made: argparse.ArgumentParser) -> None:
+    """Adds the hosts and the model of the judge."""
+    made.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an OpenAI-compatible API (.../v1), asked where the rule does not say "
+        "right; may be repeated",
+    )
+    made.add_argument("--judge-model", default="", help="the model to ask there")
+
+
+@contextlib.contextmanager
+def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
+    """The judge of these options, None without; says in the end what it did.
+
+    Where its hosts are lost the rule goes on alone, which is said, too.
+    """
+    from oreal_jax.verify.llm_judge import Judge
+
+    if not parsed.judge:
+        if parsed.judge_model:
+            raise BadInput("--judge-model without --judge: where is it served?")
+        yield None
+        return
+    with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
+        yield judge
+        told = {name: n for name, n in judge.take_metrics().items() if n}
+        screen.say("  ".join(f"{name} {n:g}" for name, n in told.items()))
 
 
 def at_least(least: int, option: str, value: int) -> None:

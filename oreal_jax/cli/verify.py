@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb
+from oreal_jax.cli.options import Verb, judge_of, judge_options
 from oreal_jax.errors import BadInput
 
 
@@ -24,15 +24,8 @@ def add(verb: Verb) -> None:
     )
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     made.add_argument("--deadline", type=float, default=5.0, help="seconds an answer")
-    made.add_argument(
-        "--judge",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="an OpenAI-compatible API (.../v1), asked where the rule does not say "
-        "right; may be repeated",
-    )
-    made.add_argument("--judge-model", default="", help="the model to ask there")
+    judge_options(made)
+    made.add_argument("--question", help="of --answer, for the judge to see")
     made.add_argument("--json", action="store_true", help="JSON lines")
 
 
@@ -41,37 +34,32 @@ def verify(parsed: argparse.Namespace) -> None:
     from oreal_jax.console import Screen
     from oreal_jax.data import read_judgements
     from oreal_jax.verify import Pool
+    from oreal_jax.verify.llm_judge import Case
 
     given = [x is not None for x in (parsed.gold, parsed.answer, parsed.file)]
     if given not in ([True, True, False], [False, False, True]):
         raise BadInput("verify takes either --gold and --answer, or --file")
+    if parsed.question and not (parsed.judge and parsed.answer is not None):
+        raise BadInput("--question goes with --answer and --judge")
     pairs = [(str(parsed.answer), str(parsed.gold))]
     if parsed.file:
         pairs = read_judgements(parsed.file)
     screen = Screen.on_stderr()
     with (
+        judge_of(parsed, screen) as judge,
         Pool(min(parsed.workers, len(pairs)), parsed.deadline) as pool,
         screen.phase("verify", total=len(pairs)) as advance,
     ):
         verdicts = pool.verdicts(pairs, advance)
-    if parsed.judge:
-        verdicts = _second_opinions(parsed, screen, pairs, verdicts)
+        if judge:
+            question = parsed.question or "(not given)"
+            verdicts = judge.verdicts(
+                [
+                    Case(question, gold, completion, verdict)
+                    for (completion, gold), verdict in zip(pairs, verdicts, strict=True)
+                ]
+            )
     for verdict in verdicts:
         row = {"verdict": verdict.outcome, "reason": verdict.reason, "by": verdict.by}
         text = f"{verdict.outcome}: {verdict.reason} (by {verdict.by})"
         print(json.dumps(row, ensure_ascii=False) if parsed.json else text)
-
-
-def _second_opinions(parsed: argparse.Namespace, screen, pairs, verdicts) -> list:
-    from oreal_jax.verify.llm_judge import Case, Judge
-
-    # Without the question, which `verify` is not given.
-    cases = [
-        Case("(not given)", g, c, v) for (c, g), v in zip(pairs, verdicts, strict=True)
-    ]
-    with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
-        judged = judge.verdicts(cases)
-        counts = judge.take_metrics()
-    told = {name: n for name, n in counts.items() if n}
-    screen.say("  ".join(f"{name} {n:g}" for name, n in told.items()))
-    return judged

@@ -25,6 +25,7 @@ from oreal_jax.model import Params
 from oreal_jax.rollout import judged
 from oreal_jax.sampling import Completion, Engine, Request
 from oreal_jax.verify import Pool, Verdict
+from oreal_jax.verify.llm_judge import Case, Judge
 
 
 class Drawn(NamedTuple):
@@ -232,16 +233,27 @@ def judge(
     prompts: Sequence[Prompt],
     drawn: Sequence[Sequence[Drawn]],
     on_done: Callable[[int], None] = lambda count: None,
+    second: Judge | None = None,
 ) -> list[list[Attempt]]:
-    """The completions of each prompt with their verdicts."""
+    """The completions of each prompt with their verdicts, by the pool's rule and, where
+    it does not say right, by the `second` judge."""
     flat = list(itertools.chain.from_iterable(drawn))
     golds = [
         p.gold_answer for p, group in zip(prompts, drawn, strict=True) for _ in group
     ]
     pairs = [(one.completion, gold) for one, gold in zip(flat, golds, strict=True)]
-    verdicts = iter(judged(pool, flat, pairs, on_done))
+    verdicts = judged(pool, flat, pairs, on_done)
+    if second:
+        asked = [p for p, group in zip(prompts, drawn, strict=True) for _ in group]
+        verdicts = second.verdicts(
+            [
+                Case(prompt.question, prompt.gold_answer, one.completion, verdict)
+                for prompt, one, verdict in zip(asked, flat, verdicts, strict=True)
+            ]
+        )
+    told = iter(verdicts)
     return [
-        [Attempt(prompt, k, one, next(verdicts)) for k, one in enumerate(group)]
+        [Attempt(prompt, k, one, next(told)) for k, one in enumerate(group)]
         for prompt, group in zip(prompts, drawn, strict=True)
     ]
 

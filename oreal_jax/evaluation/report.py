@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data import Chat, Prompt
-from oreal_jax.data.cleaning import normalised_answer
 from oreal_jax.evaluation.attempts import Attempt, Finished, draw, judge
 from oreal_jax.evaluation.statistics import Measure, majority, mean, pass_at
 from oreal_jax.model import Params
 from oreal_jax.sampling import Engine
 from oreal_jax.verify import Pool
 from oreal_jax.verify.extract import answer
+from oreal_jax.verify.rule import canonical
 
 Groups = Sequence[Sequence[Attempt]]  # the attempts at each problem
 
@@ -167,7 +167,7 @@ def vote(attempt: Attempt) -> str | None:
     if attempt.drawn.finish_reason != "stop":
         return None
     found, _ = answer(attempt.drawn.completion)
-    return None if found is None else normalised_answer(found)
+    return None if found is None else canonical(found)
 
 
 def broken_down(

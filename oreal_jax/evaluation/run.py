@@ -13,6 +13,7 @@ from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.model import Params
 from oreal_jax.sampling import Engine
 from oreal_jax.verify import Pool
+from oreal_jax.verify.llm_judge import Judge
 
 
 class Plan(NamedTuple):
@@ -46,9 +47,10 @@ def measure(
     by: Sequence[str] = (),
     seed: int = 0,
     finished: Finished | None = None,
+    second: Judge | None = None,
     screen: Screen,
 ) -> dict[str, Report]:
-    """A report for each set, by name.
+    """A report for each set, by name; `second` judges after the pool's rule.
 
     Raises:
         BadInput: a problem and its completion exceed the model.
@@ -73,7 +75,7 @@ def measure(
                 on_progress=lambda tokens, finished: advance(finished, tokens),
             )
         with screen.phase("testing", total=total, label=label) as advance:
-            return judge(pool, of.problems, drawn, advance)
+            return judge(pool, of.problems, drawn, advance, second)
 
     def report_on(each: ProblemSet) -> Report:
         greedy: list[list[Attempt]] = attempts(plan.greedy, 1, each, "greedy")

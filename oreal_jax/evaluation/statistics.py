@@ -61,8 +61,8 @@ def majority(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
 def mean(per_problem: Float[np.ndarray, "N"], seed: int = 0) -> Measure:
     """The mean over problems with a percentile bootstrap over problems.
 
-    Resampling problems that are all alike shows no spread; the interval then is the
-    exact one for 0 (or N) successes of N (Clopper and Pearson), scaled to the value.
+    Resampling problems that are all at 0 (or all at 1) shows no spread; the interval
+    then is the exact one for 0 (or N) successes of N (Clopper and Pearson).
     """
     count, value = len(per_problem), float(per_problem.mean())
     if np.all(per_problem == per_problem[0]) and value in (0.0, 1.0):

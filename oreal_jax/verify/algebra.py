@@ -2,8 +2,9 @@
 
 Text of a model is never evaluated: math-verify's reader for plain expressions, which
 would, is not used, and its LaTeX reader evaluates number literals alone. math-verify
-rounds numbers to compare them; what it calls equal must therefore agree to twelve
-digits of its own size, at a few points where it has variables.
+rounds numbers to compare them; what it calls equal must therefore agree to many digits
+of its own size (to twelve where decimals are in it), at a few points where it has
+variables.
 """
 
 import functools
@@ -11,12 +12,15 @@ import logging
 import re
 from typing import Any
 
+from oreal_jax.verify.numbers import TRIGONOMETRIC
+
 # It warns that it has no time limit of its own; the pool has one.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-DIGITS = 60
+DEGREES = re.compile(r"(\d+)\s*\^\\circ")
+DIGITS = 200
 ROUNDED = "1e-12"  # of their size: how far decimals may differ
-EXACT = "1e-50"  # and numbers without a decimal point
+EXACT = "1e-180"  # and numbers without a decimal point
 POINTS = (0.37, 1.93, -2.71)  # where formulas with variables are compared
 
 
@@ -25,6 +29,10 @@ def read(text: str) -> tuple | None:
     """math-verify's reading of a LaTeX formula, or None."""
     from math_verify import LatexExtractionConfig, parse
 
+    if TRIGONOMETRIC.search(text):  # where the reader takes degrees for radians
+        text = DEGREES.sub(r"\\left(\\frac{\1\\pi}{180}\\right)", text)
+        if r"^\circ" in text:
+            return None
     parsed = parse(
         f"${text}$",
         extraction_config=[LatexExtractionConfig()],
@@ -41,6 +49,8 @@ def same(ours: str, golds: str) -> bool | None:
         return None
     first, other = imaginary(gold[0]), imaginary(mine[0])
     if is_formula(first) and is_formula(other) and "%" not in ours + golds:
+        if not at_points(first, other) and (undefined(first) or undefined(other)):
+            return None  # and who knows what simplifying makes of it
         if differ(first, other):
             return False  # far cheaper to see than to prove
         if constant(first) and constant(other):
@@ -131,6 +141,15 @@ def comparable(one: Any, other: Any) -> bool:
     )
 
 
+def undefined(formula: Any) -> bool:
+    """Whether it has no value, not even an infinite one, as 1/0."""
+    import sympy
+
+    point = dict.fromkeys(formula.free_symbols, sympy.Rational(str(POINTS[0])))
+    return exact(formula.subs(point)).has(sympy.zoo, sympy.nan)
+
+
+@functools.lru_cache(maxsize=4096)
 def at_points(gold: Any, mine: Any) -> list[tuple[Any, Any]]:
     """Both formulas in numbers at the same points, where they have a value there."""
     import sympy
@@ -149,7 +168,7 @@ def at_points(gold: Any, mine: Any) -> list[tuple[Any, Any]]:
 
 
 def exact(constant: Any) -> Any:
-    """A rational number as it is, another to sixty digits."""
+    """A rational number as it is, another to `DIGITS`."""
     import sympy
 
     done = constant.doit()

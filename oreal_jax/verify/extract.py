@@ -7,7 +7,9 @@ Only the text after the last thinking marker counts. There the last boxed answer
 
 import re
 
-MARKERS = ("<conclude>", "**Final Answer**", "</think>")
+THINKING = r"(?:think|thinking|thought|reasoning)>"
+MARKER = re.compile(rf"<conclude>|\*\*Final Answer\*\*|</{THINKING}", re.IGNORECASE)
+STILL_THINKING = re.compile(f"<{THINKING}", re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 FINAL = re.compile(r"final answer\s*(?:is|:)", re.IGNORECASE)
 SAID = re.compile(r"answer\s*(?:is|:|=)\s*:?", re.IGNORECASE)
@@ -24,10 +26,9 @@ MOST_BOXES = 3  # different boxed answers; more is hedging
 
 def final_text(completion: str) -> str:
     """What follows the last thinking marker; nothing while thinking goes on."""
-    found = ((completion.rfind(marker), len(marker)) for marker in MARKERS)
-    end = max((place + size for place, size in found if place >= 0), default=0)
+    end = max((match.end() for match in MARKER.finditer(completion)), default=0)
     text = completion[end:]
-    return "" if "<think>" in text else text
+    return "" if STILL_THINKING.search(text) else text
 
 
 def answer(completion: str) -> tuple[str | None, str]:

@@ -11,6 +11,7 @@ DEEPEST = 20  # nested brackets
 EXPANDED = 50  # the highest power of a bracket with letters: it may be multiplied out
 POWER = 10_000  # the highest product of exponents where a power is raised to a power
 
+SERIES = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")  # sums, integrals, limits
 EXPONENT = re.compile(r"\^\s*[{(]?\s*[-+]?(\d+)")
 BRACKET_POWER = re.compile(r"[)}\]]\s*\^\s*[{(]?\s*[-+]?(\d+)")
 LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
@@ -21,7 +22,6 @@ DANGER = [
     (re.compile(r"\d{5,}\s*\)*\s*!|!\s*[)}\]]*\s*!|\^[^!]{0,20}!"), "a huge factorial"),
     (re.compile(r"\d{3}.*[)}\]]\s*!"), "a huge factorial"),
     (re.compile(r"binom[^a-z]*(?:\^|\d{6})"), "a huge binomial"),
-    (re.compile(r"\\(?:sum|prod|int|lim)\b"), "a sum, product, integral or limit"),
     # Not mathematics. The reader passes only numbers to sympy's evaluator (a test
     # holds it to that); this keeps code out of its sight altogether.
     (re.compile(r"__|[\"`]|\b(?:lambda|import|exec|eval|open)\b"), "code"),

@@ -3,8 +3,6 @@
 import re
 from fractions import Fraction
 
-from oreal_jax.verify.spelling import flat
-
 LONGEST = 100  # characters of a number
 PRECISE = 10  # digits from which a rounded decimal stands for its fraction
 LARGEST_EXPONENT = 300
@@ -15,6 +13,7 @@ REPEATING = re.compile(
     r"^(\d*)\.(\d*)(?:\\overline\s*\{(\d+)\}|\\overline (\d)|\\bar\s*\{(\d+)\}"
     r"|\\dot\s*\{(\d)\}|\((\d+)\))(?:\s*\\ldots)?$"
 )
+DOTTED = re.compile(r"\\dot\s*\{(\d)\}(\d*)\\dot\s*\{(\d)\}")
 OVER = re.compile(r"^(?:(\d+)\s*)?\\frac\{\s*(-?[\d.]+)\s*\}\{\s*(-?[\d.]+)\s*\}$")
 SLASH = re.compile(r"^(?:(\d+) )?(\d[\d.]*)\s*/\s*(\d[\d.]*)$")
 POWER = re.compile(
@@ -46,6 +45,8 @@ KINDS: dict[str, tuple[str, str]] = {  # how much of what: the words for it
     f"1 {MONEY}": ("dollar", "usd"),
     "1 euro": ("euro", "€"),
     "1 pound": ("lb", "pound £"),
+    "1 yen": ("yen", "¥"),
+    "1 rupee": ("rupee", "₹"),
     "1 degree": ("degree", "deg"),
     "1 unit": ("unit", "unit"),
 }
@@ -62,9 +63,12 @@ QUALIFIERS = frozenset(
         approximately nearly almost over under above below between if when where for
         with wrong right incorrect correct true false any all none never other of plus
         minus times mod base percent vs versus up down only but either neither nor
-        cannot undefined million billion thousand hundred dozen half""",
+        cannot undefined k ten dozen hundred thousand million billion trillion
+        half halve third fifth tenth hundredth thousandth factorial""",
     )
 )
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
+SPELLED = re.compile(r"^\\text\{\s*([-+]?\d[\d.,/]*)\s+([^{}]*)\}$")
 WORDED = re.compile(r"^(.+?)\s*\\text\{([^{}]*)\}\s*(?:\^\{?(\d)\}?)?$", re.DOTALL)
 SPOKEN = re.compile(
     r"^(.*?(?:[\d)}]|\\pi))\s*([a-zA-Z€£][a-zA-Z€£\s./]*)(?:\^\{?(\d)\}?)?$", re.DOTALL
@@ -101,8 +105,8 @@ def decimal(text: str) -> Fraction | None:
 
 
 def repeating(text: str) -> Fraction | None:
-    r"""0.1\overline{6}."""
-    match = REPEATING.match(text)
+    r"""0.1\overline{6}, or with dots over its first and last repeating digit."""
+    match = REPEATING.match(DOTTED.sub(r"(\1\2\3)", text))
     if not match:
         return None
     whole, start = match[1] or "0", match[2]
@@ -166,9 +170,9 @@ def rounds(text: str, mine: Fraction, theirs: Fraction) -> bool:
 
 def split_unit(text: str) -> tuple[str, str]:
     """A formula and the unit behind it, as words ("" where there is none)."""
-    if text.endswith(r"^\circ"):
+    if text.endswith(r"^\circ") and not TRIGONOMETRIC.search(text):
         return text.removesuffix(r"^\circ").strip(), "degree"
-    if match := WORDED.match(text):
+    if match := WORDED.match(SPELLED.sub(r"\1\\text{\2}", text)):
         value, unit, raised = match.groups()
         inner_value, inner = split_unit(value)
         if inner and "/" in value[-3:]:
@@ -205,20 +209,15 @@ def singular(word: str) -> str:
     return one
 
 
-def same_unit(ours: str, golds: str, mine: str, theirs: str) -> bool | None:
-    """Whether values with two different units are the same; None where unknown."""
-    one, other = measured(ours, mine), measured(golds, theirs)
-    if one is None or other is None:
+def conversion(ours: str, golds: str) -> Fraction | None:
+    """How many of the gold unit one of ours is; 0 where their kinds differ, None where
+    one is unknown."""
+    (one, _, raised), (other, _, gold_raised) = (
+        u.partition(" ^") for u in (ours, golds)
+    )
+    if one not in UNITS or other not in UNITS:
         return None
-    return one == other
-
-
-def measured(value: str, unit: str) -> tuple[Fraction, str, int] | None:
-    """A value in the basic unit of its kind."""
-    name, _, raised = unit.partition(" ^")
-    exact = number(flat(value))
-    if exact is None or name not in UNITS:
-        return None
-    factor, kind = UNITS[name]
-    exponent = int(raised or 1)
-    return exact * factor**exponent, kind, exponent
+    (factor, kind), (gold_factor, gold_kind) = UNITS[one], UNITS[other]
+    if (kind, raised) != (gold_kind, gold_raised):
+        return Fraction(0)
+    return (factor / gold_factor) ** int(raised or 1)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 
 from oreal_jax.verify import algebra, extract
-from oreal_jax.verify.guard import dangerous
-from oreal_jax.verify.numbers import number, same_number, same_unit, split_unit
+from oreal_jax.verify.guard import SERIES, dangerous
+from oreal_jax.verify.numbers import conversion, number, same_number, split_unit
 from oreal_jax.verify.regions import same_region
 from oreal_jax.verify.spelling import flat, normalised
 from oreal_jax.verify.verdict import Verdict
@@ -20,21 +20,27 @@ from oreal_jax.verify.verdict import Verdict
 LONGEST = 1000  # characters of an answer that is read at all
 MOST_PARTS = 8  # of a list that is compared part by part
 
-BASE = re.compile(r"^\(?([0-9A-Za-z]+)\)?\s*_\s*(?:\{\s*)?(?:\\text\{)?(\w+)\}*$")
+BASE = re.compile(
+    r"^\(?([0-9A-Za-z]+)\)?\s*(?:_\s*(?:\{\s*)?(?:\\text\{)?\s*\(?(?:base)?\s*\}?\s*"
+    r"|(?:\\text\{)?\s*\(?base\s*\}?\s*)(\w+)\s*\)?\}*$"
+)
 BASES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
     "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
+LETTERED = ("11", "12", "16")  # bases that have letters for digits
 NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\s*\([^()=]*\))?"
 NAMED = re.compile(
     rf"^(?:\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*\w+|{NAME}(?:\s*:\s*{NAME})?)\s*(?:=|\\in\b)(.*)$"
 )
+NAMED_LAST = re.compile(r"^([^=a-zA-Z]+)=\s*[a-zA-Z]$")
 RESIDUE = re.compile(
     r"^(?:[a-z]\s*\\equiv\s*)?(-?\d+)\s*(?:\(\s*)?\\?(?:pmod|bmod|mod)\s*\{?\s*(\d+)\s*\}?\)?$"
 )
 CLOCK = re.compile(r"^(\d+(?:\s*:\s*\d+)+)\s*([ap])?\.?\s*(?:m\.?)?$")
 WORDS = re.compile(r"^[A-Za-z][A-Za-z ,.'()&-]*$")
 CHOICE = re.compile(r"^(?:\\text\{)?\(?\s*([A-Za-z])\s*\)?[.:]?\}?$")
+CHOSEN = re.compile(r"^\(([A-Z])\)[\s.:]*([^\s.:].*)$")
 JOINTS = re.compile(
     r"\\text\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|(?<=[\d)}])(?:and|or)(?=[A-Za-z(\\])"
 )
@@ -93,6 +99,13 @@ def judge(completion: str, gold: str) -> Verdict:
     )
 
 
+def canonical(answer: str) -> str:
+    """One name for what differs in spelling or is the same number; no algebra."""
+    text = normalised(answer[:LONGEST])
+    exact = number(flat(text))
+    return bare(text) if exact is None else str(exact)
+
+
 def warm_up() -> None:
     """Loads what is otherwise loaded at the first formula."""
     importlib.import_module("sympy.physics.units")  # simplifying does, late
@@ -122,6 +135,8 @@ def same(ours: str, golds: str) -> bool | None:
         danger = dangerous(flat(text))
         if danger:
             raise Unsure(f"the {whose} holds {danger}")
+    if SERIES.search(ours) and not SERIES.search(golds):
+        raise Unsure("the answer holds a sum, product, integral or limit")
     for rule in DEEP:
         equal = rule(ours, golds)
         if equal is not None:
@@ -145,13 +160,22 @@ def by_base(ours: str, golds: str) -> bool | None:
     if one and other:
         base = lambda match: str(BASES.get(match[2].lower(), match[2]))
         mine, theirs = one[1], other[1]
-        if re.search(r"\d", mine):
+        if re.search(r"\d", mine) or (len(mine) > 1 and base(one) in LETTERED):
             mine, theirs = mine.upper(), theirs.upper()
         return (mine, base(one)) == (theirs, base(other))
     told, plain = (one, golds) if one else (other, ours)
     if told and re.search(r"\d", told[1]) and told[2] in ("10", "ten"):
         return same_number(told[1], plain)
     return None
+
+
+def by_choice(ours: str, golds: str) -> bool | None:
+    """A choice with what it stands for, as in (C) 12, against either of them."""
+    match = CHOSEN.match(flat(ours))
+    if not match or CHOSEN.match(flat(golds)) or re.search(r"\([A-Z]\)", match[2]):
+        return None
+    gold = CHOICE.match(golds)
+    return match[1] == gold[1].upper() if gold else same(match[2], golds) or None
 
 
 def by_number(ours: str, golds: str) -> bool | None:
@@ -174,7 +198,9 @@ def by_residue(ours: str, golds: str) -> bool | None:
         return (int(one[1]) - int(other[1])) % modulus == 0
     told, plain = (one, golds) if one else (other, ours)
     exact = number(plain)
-    return None if exact is None or not told else exact == int(told[1])
+    if exact is None or not told or not 0 <= int(told[1]) < int(told[2]):
+        return None
+    return exact == int(told[1])
 
 
 def by_clock(ours: str, golds: str) -> bool | None:
@@ -235,8 +261,8 @@ def by_name(ours: str, golds: str) -> bool | None:
 
 
 def value(text: str) -> str:
-    """The right side of a named value; other text as it is."""
-    match = NAMED.match(text)
+    """The other side of a named value; other text as it is."""
+    match = NAMED.match(text) or NAMED_LAST.match(text)
     return match[1].strip() if match else text
 
 
@@ -245,9 +271,16 @@ def by_unit(ours: str, golds: str) -> bool | None:
     (mine, unit), (theirs, gold_unit) = split_unit(ours), split_unit(golds)
     if not unit and not gold_unit:
         return None
-    if unit and gold_unit and unit != gold_unit:
-        return same_unit(mine, theirs, unit, gold_unit)
-    return same(mine, theirs)
+    if not unit or not gold_unit or unit == gold_unit:
+        return same(mine, theirs)
+    factor = conversion(unit, gold_unit)
+    if not factor:
+        return None if factor is None else False
+    scale = rf"\frac{{{factor.numerator}}}{{{factor.denominator}}}"
+    exact, golds_exact = number(flat(mine)), number(flat(theirs))
+    if exact is None or golds_exact is None:
+        return same(rf"{scale}\cdot({mine})", theirs)
+    return exact * factor == golds_exact
 
 
 def by_exact(ours: str, golds: str) -> bool | None:
@@ -261,7 +294,7 @@ def by_exact(ours: str, golds: str) -> bool | None:
 
 def by_chain(ours: str, golds: str) -> bool | None:
     """A computation such as 1+1=2, all of whose sides must agree."""
-    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", ours)]
+    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", value(ours))]
     if (
         len(sides) < 2
         or "=" in golds
@@ -285,9 +318,10 @@ def by_parts(ours: str, golds: str) -> bool | None:
         return False if numbers and number(one) is not None else None
     if len(mine[1]) != len(theirs[1]) or len(mine[1]) > MOST_PARTS:
         return None
-    if mine[0] != theirs[0]:
+    unordered = [kind in ("", r"\{\}") for kind in (mine[0], theirs[0])]
+    if mine[0] != theirs[0] and not all(unordered):
         return None
-    if mine[0] not in ("", r"\{\}"):
+    if not all(unordered):
         pairs = zip(mine[1], theirs[1], strict=True)
         return True if all(same(a, b) for a, b in pairs) else None
     left = list(mine[1])
@@ -297,6 +331,15 @@ def by_parts(ours: str, golds: str) -> bool | None:
             return None
         left.remove(match)
     return True
+
+
+def by_brackets(ours: str, golds: str) -> bool | None:
+    """A set is neither a point nor an interval, whatever stands in it."""
+    mine, theirs = parts(ours), parts(golds)
+    kinds = {mine[0], theirs[0]} if mine and theirs else set()
+    if len(kinds) == 2 and r"\{\}" in kinds and "" not in kinds:
+        raise Unsure(f"{shortened(ours)} against {shortened(golds)}: a set?")
+    return None
 
 
 def parts(text: str) -> tuple[str, list[str]] | None:
@@ -348,7 +391,7 @@ def by_algebra(ours: str, golds: str) -> bool | None:
             and sorted("".join(mine)) == sorted("".join(theirs))
         ):
             return None
-        if has_base(ours) != has_base(golds):
+        if has_base(ours) or has_base(golds):
             return None
     return equal
 
@@ -359,7 +402,10 @@ def has_base(text: str) -> bool:
 
 
 Rule = Callable[[str, str], bool | None]
-CHEAP: tuple[Rule, ...] = (by_base, by_number, by_residue, by_clock, by_words)
+CHEAP: tuple[Rule, ...] = (
+    by_base, by_choice, by_number, by_residue, by_clock, by_words,
+)  # fmt: skip
 DEEP: tuple[Rule, ...] = (
-    by_exact, by_unit, by_name, by_chain, by_parts, same_region, by_algebra,
+    by_exact, by_unit, by_name, by_chain, by_parts, same_region, by_brackets,
+    by_algebra,
 )  # fmt: skip

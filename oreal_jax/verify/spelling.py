@@ -9,7 +9,8 @@ SIGNS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ",
     "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/", "≤": r"\le ",
     "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "∞": r"\infty ",
-    "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
     "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "≡": r"\equiv ", "∖": r"\setminus ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
     "ℂ": r"\mathbb{C}", "∠": r"\angle ", "△": r"\triangle ", "∣": r"\mid ",
@@ -27,6 +28,8 @@ COMMANDS = {
     "infin": "infty", "dots": "ldots", "cdots": "ldots", "colon": ":", "land": "wedge",
     "lor": "vee",
 }  # fmt: skip
+MONEY = {"\\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
+PRICE = re.compile(r"^\s*\$?\s*(\\\$|[€£¥₹])\s*([\d,]*\.?\d+)[\s.]*\$?\s*$")
 BARE = {"", " ", "<", ">", "|", ":"}  # what needs no backslash
 COMMAND = re.compile(r"\\([a-zA-Z]+)\s*")
 FONT = re.compile(
@@ -37,7 +40,8 @@ DIGIT = r"(\d|\\pi|[a-zA-Z])"
 FRACTION = re.compile(
     r"\\frac\s*(?:\{([^{}]*)\}|" + DIGIT + r")\s*(?:\{([^{}]*)\}|" + DIGIT + ")"
 )
-ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z])")
+ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z])")
 RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
 LOWERED = re.compile(r"[₀-₉₊₋]+")
 WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
@@ -49,9 +53,7 @@ def normalised(text: str) -> str:
     text = ascii_signs(text)
     if "begin{" not in text:  # where a matrix ends its rows with two
         text = re.sub(r"\\\\(?=[a-zA-Z({\[)}\]])", lambda m: "\\", text)
-    text = re.sub(
-        r"^\s*\$?\s*\\\$\s*([\d,]*\.?\d+)[\s.]*\$?\s*$", r"\1\\text{dollars}", text
-    )
+    text = PRICE.sub(lambda m: m[2] + "\\text{" + MONEY[m[1]] + "}", text)
     text = text.replace("\\$", "").replace("\\%", "%").replace("\\#", "#")
     text = re.sub(r"(?<![a-zA-Z])\{([,:])\}|(,)\\!\s*", lambda m: m[1] or m[2], text)
     text = re.sub(r"(?<!\\)\\!", "", text)
@@ -76,8 +78,8 @@ def ascii_signs(text: str) -> str:
     raised = lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"
     lowered = lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"
     text = LOWERED.sub(lowered, RAISED.sub(raised, text)).replace("\u2212", "-")
-    text = re.sub("∛" + ROOT.pattern[1:], r"\\sqrt[3]{\1}", text)
-    text = ROOT.sub(lambda m: "\\sqrt{" + m[1].strip("{}") + "}", text)
+    root = lambda m: ROOTS[m[1]] + "{" + m[2].strip("{}") + "}"
+    text = ROOT.sub(root, text)
     return "".join(map(ascii_sign, text))
 
 
