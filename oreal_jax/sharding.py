@@ -91,17 +91,19 @@ class EngineMeshes(NamedTuple):
 
 
 def engine_meshes(
-    mesh: Mesh, config: ModelConfig, tensor: int = 0, process: int | None = None
+    mesh: Mesh, config: ModelConfig, tensor: int = 0, own: Sequence | None = None
 ) -> EngineMeshes:
-    """The engines of a run's devices, `tensor` devices each (0: as in the mesh).
+    """The engines of a run's devices, `tensor` devices each (0: as in the mesh); `own`
+    are a process's devices, this one's unless given.
 
     Raises:
         BadInput: a process cannot make whole engines of its devices.
     """
     tensor = tensor or mesh.shape["tensor"]
-    process = jax.process_index() if process is None else process
     devices = list(mesh.devices.flat)
-    own = [device for device in devices if device.process_index == process]
+    if own is None:
+        here = jax.process_index()
+        own = [device for device in devices if device.process_index == here]
     if len(own) % tensor:
         raise BadInput(
             f"an engine of {tensor} devices: a process has {len(own)}, which is no "

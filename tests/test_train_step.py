@@ -142,9 +142,9 @@ def test_what_is_kept_trades_memory_for_products():
         )
         work = jax.jit(jax.grad(lambda params: jnp.sum(states(params) ** 2)))
         made = work.lower(params).compile()
-        memory = made.memory_analysis()
-        assert memory
-        return memory.temp_size_in_bytes, made.cost_analysis()["flops"]
+        memory, counted = made.memory_analysis(), made.cost_analysis()
+        assert memory and counted
+        return memory.temp_size_in_bytes, counted["flops"]
 
     everything, elementwise, nothing = map(
         cost, ("everything", "elementwise", "nothing")

@@ -17,7 +17,7 @@ from oreal_jax.efficiency import PEAKS
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import programs, roofline
-from oreal_jax.plan.compiler import Compiled, compile, devices_of, memory_of
+from oreal_jax.plan.compiler import Compiled, compile, devices_of, host_of, memory_of
 from oreal_jax.sampling.engine import PAGE
 
 HEADROOM = 0.1  # of the memory, for what a compiler cannot know
@@ -96,7 +96,8 @@ def plan(
     """
     shape = shape_of(config)
     devices = devices_of(topology)
-    run = programs.layout(config, shape, devices, mean_tokens)
+    host = host_of(topology, devices)
+    run = programs.layout(config, shape, devices, host, mean_tokens)
     compiled = []
     for program in programs.programs(config, shape, run):
         on_program(program.name)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -60,6 +61,21 @@ def devices_of(topology: str) -> list:
         hint = "; is libtpu installed (pip install 'jax[tpu]')?"
         raise BadInput(f"--topology {topology}: {reason}{hint}") from None
     return list(made.devices)
+
+
+def host_of(topology: str, devices: list) -> list:
+    """The devices of one process, as a topology of its own: the compiler takes no part
+    of a larger one.
+
+    Raises:
+        BadInput: as `devices_of`.
+    """
+    kind, _, dimensions = topology.partition(":")
+    first = devices[0].process_index
+    coordinates = np.array([d.coords for d in devices if d.process_index == first])
+    extent = np.ptp(coordinates, axis=0) + 1
+    own = "x".join(str(size) for size in extent[: dimensions.count("x") + 1])
+    return devices_of(f"{kind}:{own}")
 
 
 def memory_of(device) -> int:

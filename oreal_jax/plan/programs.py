@@ -71,10 +71,15 @@ class Layout(NamedTuple):
 
 
 def layout(
-    config: TrainConfig, shape: ModelConfig, devices: list, mean_tokens: int
+    config: TrainConfig,
+    shape: ModelConfig,
+    devices: list,
+    host: list,
+    mean_tokens: int,
 ) -> Layout:
-    """Lays a run out. `mean_tokens` is how long a completion is on average; the longest
-    is as long as the config allows.
+    """Lays a run out on `devices`, of which `host` is one process's part.
+    `mean_tokens` is how long a completion is on average; the longest is as long as the
+    config allows.
 
     Raises:
         BadInput: mesh and model do not go together.
@@ -84,7 +89,7 @@ def layout(
     # Stop tokens and strings are the tokenizer's, which a plan does not have; they
     # take a few kilobytes.
     engine = engines_of(config, shape, mesh, [0], None)(
-        config.sampling, renormalise=config.log_probs == "sampled"
+        config.sampling, renormalise=config.log_probs == "sampled", devices=host
     )
     processes = len({device.process_index for device in devices})
     prompts = -(-config.prompts_per_step // processes)

@@ -114,9 +114,11 @@ class Engine:
         weights: Literal["full", "int8"] = "full",
         cache: Literal["full", "float8"] = "full",
         tensor: int = 0,
+        devices: Sequence | None = None,
     ):
         """`rows` slots on all devices of the trainer's `mesh`, of which every `tensor`
-        are an engine (0: as in the mesh), decoded in `dtype`; `cache_tokens` of cache
+        are an engine (0: as in the mesh) and `devices` this engine's (None: those of
+        this process), decoded in `dtype`; `cache_tokens` of cache
         in each (0: enough for the longest completion in every slot). `stop_table` is
         `stops.token_table` of stop strings. `renormalise` asks for
         `Completion.sampled_log_probs` too: finding all of the nucleus costs some passes
@@ -131,7 +133,7 @@ class Engine:
                     f"sampling: logit_bias: no token {token}, the model has "
                     f"{config.vocab}"
                 )
-        meshes = sharding.engine_meshes(mesh, config, tensor)
+        meshes = sharding.engine_meshes(mesh, config, tensor, devices)
         self.config, self.mesh, self.sampling = config, meshes.own, sampling
         self.engines = sharding.row_ways(meshes.own)
         self.slots = -(-rows // sharding.row_ways(meshes.all))
