@@ -108,7 +108,7 @@ def plan(
     size, engine = run.size, run.engine
     cache = programs.on_device(engine.programs.abstract(size.slots, size.pages).cache)
     tensor = engine.mesh.shape["tensor"]
-    in_cache = size.pages * PAGE // (programs.PROMPT + mean_tokens // 2)
+    in_cache = size.pages * PAGE // (programs.mean_prompt(config) + mean_tokens // 2)
     rows = max(1, min(size.slots, in_cache))
     used = roofline.Devices(len(devices), tensor, rows, PEAKS[device.device_kind])
     held = run.bytes

@@ -24,6 +24,8 @@ from oreal_jax.plan.programs import Program
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is held: others may have theirs
 }
 GIB = 2**30
 

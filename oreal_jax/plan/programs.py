@@ -28,8 +28,6 @@ from oreal_jax.train.programs import (
 from oreal_jax.train.state import Learners, TrainState
 from oreal_jax.train.step import of_batch, reference_scorer
 
-PROMPT = 256  # tokens of a prompt on average
-
 
 class Program(NamedTuple):
     """A program of a phase: how it is lowered, and the bytes a device holds beside its
@@ -95,7 +93,7 @@ def layout(
     prompts = -(-config.prompts_per_step // processes)
     size = engine.size(prompts * config.samples_per_prompt, config.max_prompt_tokens)
     lengths = [(config.max_prompt_tokens, config.sampling.max_tokens)]
-    lengths += [(PROMPT, mean_tokens)] * (2 * config.prompts_per_step - 1)
+    lengths += [(mean_prompt(config), mean_tokens)] * (2 * config.prompts_per_step - 1)
     batch, _ = pack(
         [Example([0] * prompt, [0] * drawn) for prompt, drawn in lengths],
         rows=config.packing.rows * sharding.row_ways(mesh),
@@ -115,6 +113,11 @@ def layout(
         lengths,
         processes,
     )
+
+
+def mean_prompt(config: TrainConfig) -> int:
+    """Tokens of a prompt on average, as problems of competitions have them."""
+    return min(256, config.max_prompt_tokens)
 
 
 def _weights(engine: Engine, params: Any) -> Any:

@@ -13,7 +13,7 @@ from oreal_jax import efficiency
 from oreal_jax.config import TrainConfig
 from oreal_jax.efficiency import Peak, Work
 from oreal_jax.model import ModelConfig
-from oreal_jax.plan.programs import PROMPT
+from oreal_jax.plan.programs import mean_prompt
 
 # What recomputing costs, in forward passes; attention's alone is small beside it.
 RECOMPUTED = {
@@ -74,6 +74,7 @@ def phases(
     an update reads and writes on a device; `moved` is bytes through a device's links by
     phase (in "decode", for one token a row).
     """
+    prompt = mean_prompt(config)
     peak, count = devices.peak, devices.all
     work = efficiency.whole(learned)._replace(tokens=packed)
     forward = efficiency.forward_flops(shape, work)
@@ -84,9 +85,9 @@ def phases(
     weights = 2 * (efficiency.layer_weights(shape) + efficiency.head_weights(shape))
     reads = weights * micros
     drawn = config.prompts_per_step * config.samples_per_prompt
-    prompts = efficiency.prefill([PROMPT] * config.prompts_per_step)
+    prompts = efficiency.prefill([prompt] * config.prompts_per_step)
     prefill = efficiency.forward_flops(shape, prompts)
-    context = PROMPT + mean_tokens // 2
+    context = prompt + mean_tokens // 2
     steps = drawn * mean_tokens / (count / devices.tensor) / devices.rows
     width = {"weight_bytes": 1 if config.decode_weights == "int8" else 2}
     width["cache_bytes"] = 1 if config.decode_cache == "float8" else 2

@@ -1,0 +1,186 @@
+"""What a plan says, against programs whose answer is known; and one small plan by the
+TPU's own compiler."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from oreal_jax import efficiency, sharding
+from oreal_jax.cli import main
+from oreal_jax.plan import roofline
+from oreal_jax.plan.collectives import moved
+from oreal_jax.plan.programs import layout, on_device, programs
+
+WAYS = 4
+
+
+def compiled_text(work, *specs, shape=(64, 64)) -> str:
+    mesh = Mesh(np.array(jax.devices()[:WAYS]), ("x",))
+    arguments = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for spec in specs
+    ]
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(work, out_shardings=whole).lower(*arguments).compile().as_text()
+
+
+def test_a_gathered_array_counts_with_its_whole_size():
+    text = compiled_text(lambda x: x + 1, ("x",))
+    assert moved(text) == {"all-gather": 64 * 64 * 4}
+
+
+def test_a_reduced_array_counts_with_its_size():
+    text = compiled_text(lambda x: jnp.sum(x, axis=0), ("x",))
+    assert moved(text) == {"all-reduce": 64 * 4}
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def work(x, count):
+        step = lambda i, total: total + jnp.sum(x * (i + total[0]), axis=0)
+        return jax.lax.fori_loop(0, count, step, jnp.zeros(64))
+
+    once = 64 * 4
+    text = compiled_text(lambda x: work(x, 5), ("x",))
+    assert moved(text) == {"all-reduce": 5 * once}
+    text = compiled_text(lambda x: work(x, jnp.int32(x[0, 0])), ("x",))
+    found = moved(text, repeats=7)
+    assert found["all-reduce"] >= 7 * once  # the limit itself is reduced too, once
+    assert found["all-reduce"] < 8 * once
+
+
+def config(**changes):
+    """A small run of a model that TPU kernels take."""
+    from oreal_7b import config
+
+    return dataclasses.replace(
+        config,
+        prompts_per_step=4,
+        samples_per_prompt=4,
+        decode_rows=16,
+        decode_tensor=1,
+        cache_tokens=0,
+        max_prompt_tokens=128,
+        sampling=dataclasses.replace(config.sampling, max_tokens=128),
+        packing=dataclasses.replace(config.packing, row_length=256),
+        **changes,
+    )
+
+
+SHAPE = efficiency.ModelConfig(
+    vocab=512, embed=256, layers=2, heads=2, kv_heads=2, head_dim=128, mlp=512
+)
+
+
+def test_a_layout_is_made_of_what_the_run_would_hold():
+    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], 64)
+    numbers = efficiency.layer_weights(SHAPE) + 2 * efficiency.head_weights(SHAPE)
+    norms = 256 * (2 * SHAPE.layers + 1) + SHAPE.layers * 4 * 256  # biases: none
+    held = run.bytes
+    policy, reward = numbers, numbers - efficiency.head_weights(SHAPE)
+    assert held["parameters"] == pytest.approx((policy + reward) * 4 / 4, rel=0.02)
+    assert held["optimizer"] == pytest.approx(2 * held["parameters"], rel=0.001)
+    assert norms < 0.02 * numbers
+    assert on_device(run.reference) == held["reference"]
+
+
+def test_every_program_of_a_run_is_planned_and_lowers():
+    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], 64)
+    names = []
+    for program in programs(config(), SHAPE, run):
+        program.lower()
+        names.append(program.name)
+    assert names[0] == "start" and names[-2:] == [
+        "train step",
+        "train step, policy frozen",
+    ]
+    assert {name.split()[0] for name in names} >= {
+        "reshard",
+        "prefill",
+        "admission",
+        "decode",
+        "collection",
+        "reference",
+    }
+
+
+def test_a_phase_takes_as_long_as_its_slowest_part():
+    phase = roofline.Phase(flops=1e12, products=2.0, memory=3.0, links=1.0)
+    assert (phase.seconds, phase.limit) == (3.0, "memory")
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    """A directory with the config.json of a small model."""
+    from oreal_jax.model.families import to_hugging_face
+
+    (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(SHAPE, "float32")))
+    return tmp_path
+
+
+CONFIG_FILE = """
+import dataclasses
+import test_plan
+config = dataclasses.replace(test_plan.config(), model={model!r})
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path, model_file):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG_FILE.format(model=str(model_file)))
+    return path
+
+
+def test_a_small_plan_fits_and_a_large_one_names_its_culprit(config_file, capsys):
+    pytest.importorskip("libtpu")
+    arguments = ["plan", str(config_file), "--topology", "v5e:2x2", "--json"]
+    assert main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"] and said["device"] == "TPU v5 lite" and said["devices"] == 4
+    assert said["capacity"] == pytest.approx(15.75 * 2**30)
+    step = next(p for p in said["programs"] if p["name"] == "train step")
+    state = said["held"]["parameters"] + said["held"]["optimizer"]
+    assert step["arguments"] == pytest.approx(state, rel=0.2)
+    assert sum(step["moved"].values()) > 0
+    for setting in (
+        "prompts_per_step=1024",
+        "samples_per_prompt=256",
+        "decode_rows=262144",
+    ):
+        arguments += ["--set", setting]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert not json.loads(captured.out)["fits"]
+    assert "cache" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology", "v5x:2x2"], "--topology v5x:2x2"),
+        (["--topology", "v5e:2x2", "--set", "mesh.tensor=3"], "tensor=3"),
+        (["--topology", "v5e:2x2", "--set", "decode_tensor=8"], "engine of 8 devices"),
+        (["--topology", "v5e:2x2", "--mean-tokens", "0"], "--mean-tokens 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(config_file, arguments, said, capsys):
+    if "mean" not in said:
+        pytest.importorskip("libtpu")
+    assert main(["plan", str(config_file), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here_is_planned_as_published(capsys):
+    from oreal_jax.plan import shape_of
+
+    assert shape_of(config()).embed == 3584
+    unknown = dataclasses.replace(config(), model="nobody/knows")
+    with pytest.raises(sharding.BadInput, match="nobody/knows"):
+        shape_of(unknown)
