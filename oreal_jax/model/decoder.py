@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from oreal_jax.model.attention import ATTENDED
 from oreal_jax.model.cache import Cached
 from oreal_jax.model.config import ModelConfig
 from oreal_jax.model.execution import INPUT, Execution, named
-from oreal_jax.model.flash import ATTENDED
 
 INITIAL_SCALE = 0.02
 
