@@ -26,6 +26,10 @@ class Screen:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
         self.timings: dict[str, float] = {}
+        # A phase's context by its name: a profiler may want to see it.
+        self.annotate: Callable[[str], contextlib.AbstractContextManager] = (
+            contextlib.nullcontext
+        )
 
     @classmethod
     def on_stderr(cls) -> "Screen":
@@ -50,12 +54,15 @@ class Screen:
             TimeElapsedColumn(),
             TextColumn("{task.fields[rate]}"),
         )
-        with Progress(
-            *columns,
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        ) as progress:
+        with (
+            self.annotate(name),
+            Progress(
+                *columns,
+                console=self.console,
+                transient=True,
+                disable=not self.console.is_terminal,
+            ) as progress,
+        ):
             task = progress.add_task(f"{label}{name}", total=total, rate="")
 
             def advance(done: int = 1, tokens: int = 0) -> None:

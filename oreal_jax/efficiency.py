@@ -133,11 +133,12 @@ def metrics(
 ) -> dict[str, float]:
     """Of each phase that took `seconds`: `perf/<phase>_throughput` in tokens/s of all
     devices, `perf/tflops/<phase>` in TFLOP/s of one, and, where its peak is known,
-    the share of it as `perf/mfu/<phase>`."""
+    the share of it as `perf/mfu/<phase>`; the phase "update_actor" is "actor"."""
     found: dict[str, float] = {}
-    for phase, (tokens, flops) in done.items():
-        rate = flops / seconds[phase] / devices
-        found[f"perf/{phase}_throughput"] = tokens / seconds[phase]
+    for name, (tokens, flops) in done.items():
+        phase = name.removeprefix("update_")
+        rate = flops / seconds[name] / devices
+        found[f"perf/{phase}_throughput"] = tokens / seconds[name]
         found[f"perf/tflops/{phase}"] = rate / 1e12
         if peak:
             found[f"perf/mfu/{phase}"] = rate / peak.flops

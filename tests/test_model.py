@@ -81,25 +81,67 @@ def test_log_probs_in_chunks_equal_those_of_whole_logits(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("block", [5, 8, 12])
-def test_attention_in_blocks_of_queries_changes_nothing(monkeypatch, block):
-    params = model.init(TINY, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 50)
-    segments = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24])
-    positions = jnp.asarray([[*range(9), *range(12), *range(3)], [*range(24)]])
+def in_a_square(query, key, value, segments):
+    """Attention with all scores at once."""
+    B, S, H, K = query.shape
+    key, value = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (key, value))
+    scores = jnp.einsum("bthk,bshk->bhts", query, key) / np.sqrt(K)
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    sees = same & np.tri(S, dtype=bool)[None, None]
+    weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshk->bthk", weights, value)
 
-    def total(params):
-        states = model.hidden(TINY, params, tokens, positions, segments)
-        return jnp.sum(jnp.sin(states) * (segments > 0)[..., None])
 
-    whole = jax.value_and_grad(total)(params)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    for ours, expected in zip(
-        jax.tree.leaves(jax.value_and_grad(total)(params)),
-        jax.tree.leaves(whole),
-        strict=True,
+SEGMENTS = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24])
+
+
+def random_heads():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, 24, 6, 8), (2, 24, 2, 8), (2, 24, 2, 8), (2, 24, 6, 8)]
+    return [
+        3 * jax.random.normal(key, shape)
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("block", [1, 5, 8, 12, 24])
+def test_attention_in_blocks_is_attention_and_so_is_its_gradient(monkeypatch, block):
+    *heads, slope = random_heads()
+    slope = slope * (SEGMENTS > 0)[..., None, None]
+
+    def with_gradient(attend):
+        total = lambda *heads: jnp.sum(attend(*heads, SEGMENTS) * slope)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*heads)
+
+    monkeypatch.setattr(attention, "BLOCK", block)
+    ours, expected = map(with_gradient, (attention.attend_packed, in_a_square))
+    for one, other in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 5, 16])
+def test_a_part_of_the_queries_gets_its_part_of_attention(monkeypatch, first):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    query, key, value, _ = random_heads()
+    part = slice(first, first + 8)
+    ours = jax.jit(attention.attend_part)(
+        query[:, part], key, value, SEGMENTS[:, part], SEGMENTS, first
+    )
+    expected = in_a_square(query, key, value, SEGMENTS)[:, part]
+    where = SEGMENTS[:, part] > 0
+    np.testing.assert_allclose(ours[where], expected[where], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_never_visits_keys_that_no_query_of_a_block_sees(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    query, key, value, _ = random_heads()
+    segments = jnp.repeat(jnp.asarray([1, 2]), 12)[None].repeat(2, axis=0)
+    unseen = lambda x: x.at[:, :12].set(jnp.nan)  # who looks has NaN for it
+    ours = attention.attend_packed(query, unseen(key), unseen(value), segments)
+    expected = in_a_square(query, key, value, segments)
+    np.testing.assert_allclose(ours[:, 12:], expected[:, 12:], rtol=1e-4, atol=1e-4)
 
 
 def test_the_scan_over_layers_equals_a_loop():

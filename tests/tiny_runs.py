@@ -52,7 +52,11 @@ def fine_tuned(home: Path) -> Path:
 
 
 def train(
-    tiny: Path, run: Path, *settings: str, config: Path = ROOT / "configs/tiny.py"
+    tiny: Path,
+    run: Path,
+    *settings: str,
+    config: Path = ROOT / "configs/tiny.py",
+    flags: tuple[str, ...] = (),
 ) -> subprocess.Popen:
     given = [
         f"model={tiny / 'sft'}",
@@ -61,5 +65,5 @@ def train(
         "steps=5",
         *settings,
     ]
-    flags = [word for setting in given for word in ("--set", setting)]
-    return oreal("train", config, *flags, "--run", run)
+    sets = [word for setting in given for word in ("--set", setting)]
+    return oreal("train", config, *sets, "--run", run, *flags)

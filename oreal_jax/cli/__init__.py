@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
+from oreal_jax import hardware
 from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
 from oreal_jax.errors import BadInput, Failure
 
@@ -13,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb. Exit codes: 0 done, 1 it cannot go on, 2 bad input,
     130 interrupted."""
     parsed = parser().parse_args(arguments)
+    hardware.leave_out_absent()
     try:
         parsed.call(parsed)
     except BadInput as error:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb
+from oreal_jax.cli.options import Verb, at_least
 
 
 def add(verb: Verb) -> None:
@@ -29,6 +29,13 @@ def add(verb: Verb) -> None:
         made.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"
         )
+        made.add_argument(
+            "--profile",
+            type=int,
+            default=0,
+            metavar="N",
+            help="trace N steps behind the first for xprof, into RUN/profile",
+        )
 
 
 def train(parsed: argparse.Namespace) -> None:
@@ -51,10 +58,12 @@ def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
     from oreal_jax import config
     from oreal_jax.console import Screen
 
+    at_least(0, "--profile", parsed.profile)
     run = parsed.run or Path("runs") / parsed.config.stem
     screen = Screen()
     try:
-        work(config.load(parsed.config, kind, parsed.set), run, screen)
+        loaded = config.load(parsed.config, kind, parsed.set)
+        work(loaded, run, screen, parsed.profile)
     except KeyboardInterrupt:
         screen.say(f"go on with the same command; the run is in {run}")
         raise

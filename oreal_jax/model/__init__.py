@@ -164,6 +164,7 @@ def log_probs(
     head = {name: execution.gather(params[name])}  # once, not in every chunk
 
     @jax.checkpoint
+    @jax.named_scope("head")
     def one(_, part):
         states, targets = part
         scores = distribution(logits(config, head, states), targets)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from oreal_jax.model.attention import ATTENDED
 from oreal_jax.model.cache import Cached
 from oreal_jax.model.config import ModelConfig
 from oreal_jax.model.execution import INPUT, Execution, named
-from oreal_jax.model.flash import ATTENDED
 
 INITIAL_SCALE = 0.02
 
@@ -128,20 +128,24 @@ class Layer(nnx.Module):
         """The layer on whole rows: every token sees its own segment's past. Also the
         keys and values that it saw, [B, S, G, K]."""
         x = named(x, INPUT)
-        normed = rms_norm(x, self.attention_norm[...], self.epsilon)
-        query, key, value = self.attention.project(normed, cosine, sine)
-        attended = named(execution.attend(query, key, value, segments), ATTENDED)
-        x = execution.place(x + named(self.attention.merge(attended), "merged"))
-        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
+        with jax.named_scope("attention"):
+            normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+            query, key, value = self.attention.project(normed, cosine, sine)
+            attended = named(execution.attend(query, key, value, segments), ATTENDED)
+            x = execution.place(x + named(self.attention.merge(attended), "merged"))
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon))
         return execution.place(x), key, value
 
     def decode(self, x, cosine, sine, positions, table, pages: Cached, attend):
         """The layer on one new token a row: writes it to its page, reads the row's."""
-        normed = rms_norm(x, self.attention_norm[...], self.epsilon)
-        query, key, value = self.attention.project(normed, cosine, sine)
-        pages = pages.write(table, positions, key[:, 0], value[:, 0])
-        x = x + self.attention.merge(attend(pages, query[:, 0])[:, None])
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon)), pages
+        with jax.named_scope("attention"):
+            normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+            query, key, value = self.attention.project(normed, cosine, sine)
+            pages = pages.write(table, positions, key[:, 0], value[:, 0])
+            x = x + self.attention.merge(attend(pages, query[:, 0])[:, None])
+        with jax.named_scope("mlp"):
+            return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.epsilon)), pages
 
 
 class Decoder(nnx.Module):

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from oreal_jax.model.attention import attend_packed
-from oreal_jax.model.flash import ATTENDED
+from oreal_jax.model.attention import ATTENDED, attend_packed
 
 # What is computed again in the backward pass instead of being kept. "everything": all
 # of a layer but its input; "but_attention": attention's result is kept too;

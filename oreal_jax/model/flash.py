@@ -18,13 +18,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
-from oreal_jax.model.attention import attend_part
+from oreal_jax.model.attention import ATTENDED, attend_part
 
 # (heads, tokens of a row, where [heads, tokens] lie) to an `attend_part` for a device's
 # share of the heads and queries, and the specs of its arrays.
 Prepare = Callable[[int, int, NamedSharding], tuple[Partial, Any]]
 
-ATTENDED = "attended"  # what rematerialisation may keep of attention
 SMALLEST, LARGEST = 128, 1024  # blocks of queries and of keys
 
 

@@ -54,8 +54,8 @@ from oreal_jax.verify import Pool
 from oreal_jax.verify.llm_judge import Case, Judge
 
 
-def train(config: TrainConfig, run: Path, screen: Screen) -> None:
-    """Trains, or goes on training, in the run directory `run`.
+def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> None:
+    """Trains, or goes on training, in the run directory `run`; traces `profile` steps.
 
     Raises:
         BadInput: the config, the model, the prompts or the run directory are unusable.
@@ -81,6 +81,7 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
         mesh=mesh,
         chat=chat,
         steps=config.steps,
+        profile=profile,
     )
     if not saved.is_dir():
         build(prompts, saved)
@@ -109,7 +110,10 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
                     session.skip_step()
                 write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
-                session.finish_step(values, rollout.token_count(groups), said)
+                tokens = rollout.token_count(groups)
+                frozen = step < config.freeze_steps
+                done = measures.work(session.learners, groups, kept, frozen)
+                session.finish_step(values, tokens, said, done)
         examination.take(session, pool)
 
 

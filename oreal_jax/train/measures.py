@@ -1,14 +1,17 @@
 """What a step's scores say: does the sampler agree with the trainer, does the token
-reward model tell right from wrong."""
+reward model tell right from wrong; and what the step has computed."""
 
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from oreal_jax import efficiency
 from oreal_jax.data.packing import Batch, Slot
+from oreal_jax.efficiency import Done
 from oreal_jax.errors import Failure
-from oreal_jax.rollout import TokenScores, Trajectory
+from oreal_jax.rollout import Group, TokenScores, Trajectory
+from oreal_jax.train.state import Learners
 from oreal_jax.train.step import Scores
 
 
@@ -45,6 +48,34 @@ def agreement(
         ),
         "token_reward/auc": roc_area(np.array(means), correct),
     }
+
+
+def work(
+    learners: Learners,
+    groups: Sequence[Group],
+    kept: Sequence[Trajectory],
+    frozen: bool,
+) -> dict[str, Done]:
+    """What the phases of a step have computed: every prompt run once and its samples
+    drawn, the reference model on what was kept, and training, of which a frozen policy
+    takes the forward pass alone."""
+    policy, rewarder = learners
+    lengths = lambda some: [
+        (len(t.prompt_tokens), len(t.completion.tokens)) for t in some
+    ]
+    prompts = efficiency.prefill(len(group[0].prompt_tokens) for group in groups)
+    drawn = efficiency.decode(lengths(t for group in groups for t in group))
+    forward = efficiency.forward_flops
+    flops = forward(policy.config, prompts) + forward(policy.config, drawn)
+    done = {"gen": Done(prompts.tokens + drawn.tokens, flops)}
+    if not kept:
+        return done
+    learned = efficiency.whole(lengths(kept))
+    done["ref"] = Done(learned.tokens, forward(policy.config, learned))
+    flops = (1 if frozen else 3) * forward(policy.config, learned)
+    if rewarder:
+        flops += efficiency.training_flops(rewarder.config, learned)
+    return done | {"update_actor": Done(learned.tokens, flops)}
 
 
 def require_agreement(values: dict[str, float], most: float, step: int) -> None:

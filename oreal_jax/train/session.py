@@ -8,6 +8,7 @@
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
     RUN/data/              the prompts as a TFDS data set
+    RUN/profile/           a trace of some steps, where asked for
     RUN/evaluations.jsonl  one object an evaluation, and
     RUN/best/              the best policy by them, where the config asks for it
 
@@ -27,7 +28,7 @@ import jax
 from jax.sharding import Mesh
 
 from oreal_jax import config as configuration
-from oreal_jax import model, sharding
+from oreal_jax import efficiency, model, sharding
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
@@ -35,10 +36,12 @@ from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
+from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
+from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import compute_dtype, learners_of
 from oreal_jax.train.state import TrainState
 from oreal_jax.train.step import Scores, TrainStep
@@ -111,10 +114,12 @@ class Session:
         mesh: Mesh,
         chat: Chat,
         steps: int,
+        profile: int = 0,
     ):
         """Loads the newest state, or the model to start from; then opens the record.
 
-        Nothing is written before everything has been read.
+        Nothing is written before everything has been read. `profile` steps are traced
+        into RUN/profile.
 
         Raises:
             BadInput: the run began with another config, the weights do not fit, or the
@@ -131,6 +136,7 @@ class Session:
         self._write_config()
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
         self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
+        self._profile = Profile(run / "profile", profile, screen)
         self._began = time.perf_counter()
 
     def __enter__(self) -> "Session":
@@ -143,6 +149,7 @@ class Session:
                 self._checkpoints.save(self.state)
             self._checkpoints.close()
             self._log.close()
+            self._profile.close()
 
     @property
     def step(self) -> int:
@@ -215,10 +222,17 @@ class Session:
         """Counts a step that had nothing to learn from."""
         self.state = self.state._replace(step=self.state.step + 1)
 
-    def finish_step(self, values: Mapping[str, float], tokens: int, line: str) -> None:
+    def finish_step(
+        self,
+        values: Mapping[str, float],
+        tokens: int,
+        line: str,
+        done: Mapping[str, Done],
+    ) -> None:
         """Records the step just done, says it, and saves where it is time to.
 
-        `tokens` are all tokens of the step; throughput is per second and device.
+        `tokens` are all tokens of the step; throughput is per second and device. `done`
+        is what each phase that computes has computed.
         """
         seconds = time.perf_counter() - self._began
         self._began = time.perf_counter()
@@ -228,8 +242,15 @@ class Session:
             "perf/total_num_tokens": float(tokens),
             "perf/compilations": float(compilations.take()),
         } | self.screen.take_timings()
-        self._log.write(self.step - 1, dict(values) | timed)
+        rates = efficiency.metrics(
+            done,
+            {phase: timed[f"timing_s/{phase}"] for phase in done},
+            devices=self.mesh.size,
+            peak=efficiency.PEAKS.get(self.mesh.devices.flat[0].device_kind),
+        )
+        self._log.write(self.step - 1, dict(values) | timed | rates)
         self.screen.say(f"{line}  {seconds:.1f} s")
         if self.step % self.config.saving.every == 0 or self.step == self.steps:
             with self.screen.phase("save"):
                 self._checkpoints.save(self.state)
+        self._profile.step_done(self.step, last=self.step == self.steps)

@@ -6,19 +6,21 @@ start that OREAL trains from.
 
 from pathlib import Path
 
-from oreal_jax import sharding
+from oreal_jax import efficiency, sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
 from oreal_jax.data.packing import Example, pack
+from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
 from oreal_jax.train.programs import update_of
 from oreal_jax.train.session import Session, chat_of, source_of, uninterrupted
 from oreal_jax.train.step import place
 
 
-def sft(config: SftConfig, run: Path, screen: Screen) -> None:
-    """Fine-tunes, or goes on fine-tuning, in the run directory `run`.
+def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
+    """Fine-tunes, or goes on fine-tuning, in the run directory `run`; traces `profile`
+    steps.
 
     Raises:
         BadInput: the config, the model, the examples or the run directory are unusable.
@@ -30,14 +32,22 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
     steps = config.steps or config.epochs * len(examples) // config.examples_per_step
     session = Session(
-        config, run, screen, source=source, mesh=mesh, chat=chat, steps=steps
+        config,
+        run,
+        screen,
+        source=source,
+        mesh=mesh,
+        chat=chat,
+        steps=steps,
+        profile=profile,
     )
     with session:
         update = update_of(config, session.learners, mesh)
         while session.step < steps:
             step = session.step
             taken = [example for example, _ in order.batch(step)]
-            tokens = sum(len(e.prompt) + len(e.completion) for e in taken)
+            lengths = ((len(e.prompt), len(e.completion)) for e in taken)
+            learned = efficiency.whole(lengths)
             batch, _ = pack(
                 taken,
                 rows=session.rows,
@@ -48,7 +58,9 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
                     values, _ = session.learn(update, place(batch, mesh))
                 line = f"step {step + 1:>{len(str(steps))}}/{steps}"
                 line += f"  loss {values['actor/pg_loss']:.4f}"
-                session.finish_step(values, tokens, line)
+                flops = efficiency.training_flops(source.config, learned)
+                done = {"update_actor": Done(learned.tokens, flops)}
+                session.finish_step(values, learned.tokens, line, done)
 
 
 def usable_examples(config: SftConfig, chat: Chat, screen: Screen) -> list[Example]:

@@ -105,10 +105,11 @@ class Trained(NamedTuple):
         state = player.optimizer
         if self.at_work is not None:
             state = jax.device_put(state, self.at_work)
-        direction, state = self.optimizer.update(gradient, state, player.params)
-        rate = self.rate(step)
-        move = lambda weight, change: weight - rate * change
-        return Player(jax.tree.map(move, player.params, direction), state)
+        with jax.named_scope("optimizer"):
+            direction, state = self.optimizer.update(gradient, state, player.params)
+            rate = self.rate(step)
+            move = lambda weight, change: weight - rate * change
+            return Player(jax.tree.map(move, player.params, direction), state)
 
 
 class Learners(NamedTuple):

@@ -166,7 +166,9 @@ def train_step(
         states = completion_states(config, weights, part, execution)
         token_scores = unpack(model.token_scores(weights, states), part)
         blank = jnp.zeros_like(token_scores)
-        total, metrics = TokenReward()(scored(part, blank, blank, token_scores), counts)
+        of_part = scored(part, blank, blank, token_scores)
+        with jax.named_scope("loss"):
+            total, metrics = TokenReward()(of_part, counts)
         return total, (metrics, token_scores)
 
     def policy_objective(params, part: Batch, counts: Counts, token_scores):
@@ -175,7 +177,8 @@ def train_step(
             policy.config, model.cast(params, dtype), part, distribution, execution
         )
         of_part = scored(part, log_probs, entropy, token_scores)
-        total, metrics = loss(of_part, counts)
+        with jax.named_scope("loss"):
+            total, metrics = loss(of_part, counts)
         mean_entropy = token_mean(entropy, of_part.completion, counts.all)
         metrics |= {"actor/loss": total, "actor/entropy": mean_entropy}
         return total, (metrics, Scores(log_probs, entropy, token_scores))
