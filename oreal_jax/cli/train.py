@@ -29,6 +29,38 @@ def add(verb: Verb) -> None:
         made.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"
         )
+        process_options(made)
+
+
+def process_options(made: argparse.ArgumentParser) -> None:
+    """Adds what tells a process its place among several."""
+    several = made.add_argument_group(
+        "several processes",
+        "One on each host (or device), all with the same command but for --process. "
+        "Without these options the variables in brackets are looked up; a SLURM step "
+        "of several tasks needs neither.",
+    )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 runs, a free port there (OREAL_COORDINATOR)",
+    )
+    several.add_argument(
+        "--processes",
+        metavar="N",
+        help="how many there are; auto: as TPU pods, SLURM, Open MPI and Kubernetes "
+        "say (OREAL_PROCESSES)",
+    )
+    several.add_argument(
+        "--process", metavar="I", help="number of this one, from 0 (OREAL_PROCESS)"
+    )
+    several.add_argument(
+        "--wait",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long they wait for each other at the start",
+    )
 
 
 def train(parsed: argparse.Namespace) -> None:
@@ -48,14 +80,17 @@ def sft(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
-    from oreal_jax import config
+    from oreal_jax import config, processes
     from oreal_jax.console import Screen
+    from oreal_jax.train.session import preemptible
 
     run = parsed.run or Path("runs") / parsed.config.stem
-    screen = Screen()
-    try:
-        work(config.load(parsed.config, kind, parsed.set), run, screen)
-    except KeyboardInterrupt:
-        screen.say(f"go on with the same command; the run is in {run}")
-        raise
-    screen.say(f"done: {run}")
+    place = processes.place_of(parsed.coordinator, parsed.processes, parsed.process)
+    with preemptible(), processes.joined(place, parsed.wait):
+        screen = Screen() if processes.is_first() else Screen.silent()
+        try:
+            work(config.load(parsed.config, kind, parsed.set), run, screen)
+        except KeyboardInterrupt:
+            screen.say(f"go on with the same command; the run is in {run}")
+            raise
+        screen.say(f"done: {run}")

@@ -36,6 +36,13 @@ def check_fields(sets: Sequence[ProblemSet], by: Sequence[str]) -> None:
             )
 
 
+class Tried(NamedTuple):
+    """The attempts at each problem of a set, by both ways; empty without that way."""
+
+    greedy: list[list[Attempt]]
+    sampled: list[list[Attempt]]
+
+
 def measure(
     plan: Plan,
     params: Params,
@@ -53,9 +60,33 @@ def measure(
     Raises:
         BadInput: a problem and its completion exceed the model.
     """
+    tried = attempt(
+        plan, params, chat, pool, sets, seed=seed, finished=finished, screen=screen
+    )
+    return {name: report(*of, by, seed) for name, of in tried.items()}
+
+
+def attempt(
+    plan: Plan,
+    params: Params,
+    chat: Chat,
+    pool: Pool,
+    sets: Sequence[ProblemSet],
+    *,
+    seed: int = 0,
+    finished: Finished | None = None,
+    screen: Screen,
+) -> dict[str, Tried]:
+    """The attempts at the problems of each set, by its name.
+
+    Raises:
+        BadInput: a problem and its completion exceed the model.
+    """
     finished = {} if finished is None else finished
 
-    def attempts(engine: Engine | None, count: int, of: ProblemSet, kind: str):
+    def attempts(
+        engine: Engine | None, count: int, of: ProblemSet, kind: str
+    ) -> list[list[Attempt]]:
         if engine is None:
             return []
         total = count * len(of.problems)
@@ -75,12 +106,13 @@ def measure(
         with screen.phase("testing", total=total, label=label) as advance:
             return judge(pool, of.problems, drawn, advance)
 
-    def report_on(each: ProblemSet) -> Report:
-        greedy: list[list[Attempt]] = attempts(plan.greedy, 1, each, "greedy")
-        sampled = attempts(plan.sampled, plan.samples, each, "sampled")
-        return report(greedy, sampled, by, seed)
-
-    return {each.name: report_on(each) for each in sets}
+    return {
+        each.name: Tried(
+            attempts(plan.greedy, 1, each, "greedy"),
+            attempts(plan.sampled, plan.samples, each, "sampled"),
+        )
+        for each in sets
+    }
 
 
 def items(reports: Mapping[str, Report]) -> list[dict[str, Any]]:

@@ -74,6 +74,18 @@ class Statistics(NamedTuple):
     decode_seconds: float
     occupancy: float
 
+    @classmethod
+    def together(cls, parts: "Sequence[Statistics]") -> "Statistics":
+        """Of engines that worked side by side: until the slowest was done."""
+        prompt_tokens, new_tokens, prefill, decode, occupancy = zip(*parts, strict=True)
+        return cls(
+            sum(prompt_tokens),
+            sum(new_tokens),
+            max(prefill),
+            max(decode),
+            sum(occupancy) / len(parts),
+        )
+
     def metrics(self) -> dict[str, float]:
         """For the record of a run; rates in tokens a second."""
         rate = lambda tokens, seconds: tokens / seconds if seconds else 0.0
@@ -172,6 +184,7 @@ class Engine:
         """
         drawn: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
+            self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
             return drawn
         jobs = self._jobs(requests, samples)
         work = _Work(self, params, requests, jobs, (seed, step))

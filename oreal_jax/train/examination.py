@@ -9,21 +9,22 @@ What a stopped run has measured is not measured again.
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from oreal_jax import metrics
+from oreal_jax import metrics, processes
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import Evaluation, TrainConfig
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import BadInput
-from oreal_jax.evaluation import load_sets
-from oreal_jax.evaluation.run import Plan, measure
+from oreal_jax.evaluation import load_sets, report
+from oreal_jax.evaluation.run import Plan, Tried, attempt
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.files import write_lines
 from oreal_jax.sampling import Engine, Sampling
+from oreal_jax.train import exchange
 from oreal_jax.train.session import Session, uninterrupted
 from oreal_jax.verify import Pool
 
@@ -46,30 +47,55 @@ class Examination:
     def take(self, session: Session, pool: Pool) -> None:
         """Evaluates the policy as it is, if that is due and not done."""
         step, path = session.step, session.run / "evaluations.jsonl"
+        if not self.due(step, session.steps):
+            return
         done = metrics.read(path) if path.exists() else []
+        with uninterrupted():
+            done = processes.gathered(done)[0]  # as process 0 sees the file
         rows = [row for row in done if row["step"] <= step]
-        if not self.due(step, session.steps) or step in [row["step"] for row in rows]:
+        if step in [row["step"] for row in rows]:
             return
         with session.aside():
-            reports = measure(
+            mine = [
+                ProblemSet(name, processes.share(problems))
+                for name, problems in self.sets
+            ]
+            tried = attempt(
                 self.plan,
                 session.state.policy.params,
                 session.chat,
                 pool,
-                self.sets,
+                mine,
                 seed=session.config.seed,
                 screen=session.screen,
             )
+        with uninterrupted():
+            self._record(session, rows, path, tried)
+
+    def _record(
+        self,
+        session: Session,
+        rows: list[dict],
+        path: Path,
+        tried: Mapping[str, Tried],
+    ) -> None:
+        """Adds what all processes have measured to the `rows` of earlier evaluations,
+        and keeps the policy if it is the best."""
+        reports = {}
+        for name, problems in self.sets:
+            whole = (exchange.all_attempts(problems, mine) for mine in tried[name])
+            reports[name] = report(*whole, (), session.config.seed)
+        step = session.step
         values = {
             f"val-core/{name}/{report.name}": report.accuracy
             for name, report in reports.items()
         }
         score = float(np.mean(list(values.values())))
         best = all(score > row["score"] for row in rows)
-        with uninterrupted():
-            if best:
-                keep(session, step)
-            rows.append({"step": step, "score": score, "best": best} | values)
+        if best:
+            keep(session, step)
+        rows.append({"step": step, "score": score, "best": best} | values)
+        if processes.is_first():
             write_lines(path, rows)
         said = ", ".join(f"{name} {report}" for name, report in reports.items())
         mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
@@ -80,16 +106,19 @@ def keep(session: Session, step: int) -> None:
     """Writes the policy as RUN/best, in place of the one that was there."""
     best = session.run / "best"
     new, old = (session.run / f".best.{word}" for word in ("incomplete", "old"))
-    for left in (new, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(session.run / "model", new / "model")
-    shutil.copy2(session.run / "config.json", new / "config.json")
+    if processes.is_first():
+        for left in (new, old):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(session.run / "model", new / "model")
+        shutil.copy2(session.run / "config.json", new / "config.json")
+    processes.barrier(f"{new} was made")
     directory = new / "checkpoints" / str(step) / "policy"
     checkpoints.save_params(directory, session.state.policy.params)
-    if best.exists():
-        best.rename(old)
-    new.rename(best)
-    shutil.rmtree(old, ignore_errors=True)
+    if processes.is_first():
+        if best.exists():
+            best.rename(old)
+        new.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def examination_of(

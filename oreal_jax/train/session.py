@@ -11,7 +11,9 @@
     RUN/evaluations.jsonl  one object an evaluation, and
     RUN/best/              the best policy by them, where the config asks for it
 
-Opening a run that has checkpoints goes on from the newest one.
+Opening a run that has checkpoints goes on from the newest one. Where several processes
+run it, they share the directory: all write their part of checkpoints and of the
+reference, process 0 alone writes the rest.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ import jax
 from jax.sharding import Mesh
 
 from oreal_jax import config as configuration
-from oreal_jax import model, sharding
+from oreal_jax import model, processes, sharding
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
@@ -48,7 +50,15 @@ IDENTITY = ("class", "model", "seed", "prompts", "examples")
 
 
 def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
-    """The model a run works on: its own once it has begun, else the config's."""
+    """The model a run works on: its own once it has begun, else the config's.
+
+    Raises:
+        BadInput: it is unusable, or not the same to all processes.
+    """
+    for name, value in configuration.as_json(config).items():
+        processes.agree(f"config: {name}", value)
+    newest = [str(step) for step in checkpoints.steps(run)[-1:]]
+    processes.agree(f"{run}: steps of the newest checkpoint, seen by all", newest)
     if not checkpoints.steps(run):
         return open_model(config.model)
     if not (run / "config.json").is_file():
@@ -87,6 +97,7 @@ def uninterrupted() -> Iterator[None]:
 
     def note(*_) -> None:
         pending.append(True)
+        processes.ask_to_stop()
         os.write(2, b"\nstopping as soon as this step is whole\n")
 
     usual = signal.signal(signal.SIGINT, note)
@@ -96,6 +107,30 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
     if pending:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """SIGTERM, which a machine sends before it is taken away, is heeded as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so
+        return
+    heed = lambda *_: signal.raise_signal(signal.SIGINT)
+    usual = signal.signal(signal.SIGTERM, heed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+class Unwritten:
+    """The record of a run in processes that leave it to process 0."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Process 0 writes it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Session:
@@ -130,7 +165,9 @@ class Session:
         self.state = self._restore_or_start(source)
         self._write_config()
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
-        self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
+        self._log = Unwritten()
+        if processes.is_first():
+            self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
         self._began = time.perf_counter()
 
     def __enter__(self) -> "Session":
@@ -139,6 +176,7 @@ class Session:
     def __exit__(self, kind, error, trace) -> None:
         with uninterrupted():
             if kind is KeyboardInterrupt:
+                processes.ask_to_stop()
                 self.screen.say(f"stopped after step {self.step}; saving")
                 self._checkpoints.save(self.state)
             self._checkpoints.close()
@@ -165,7 +203,15 @@ class Session:
     def _write_config(self) -> None:
         """Makes the run directory."""
         text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
-        write_text(self.run / "config.json", text)
+        path = self.run / "config.json"
+        if processes.is_first():
+            write_text(path, text)
+        processes.barrier(f"{path} was written")
+        if not path.exists():
+            raise BadInput(
+                f"{path}: written by process 0 and not to be seen from here; --run "
+                "must be on a file system that all processes share"
+            )
 
     def _restore_or_start(self, source: ModelSource) -> TrainState:
         done = checkpoints.steps(self.run)
@@ -180,10 +226,11 @@ class Session:
             params = source.load(self.mesh, on_tensor=lambda name: advance())
         self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
         self._write_config()
-        copy_files(source, self.run / "model")
-        if self.config.chat_template:
-            template = self.chat.tokenizer.chat_template
-            write_text(self.run / "model" / "chat_template.jinja", template)
+        if processes.is_first():
+            copy_files(source, self.run / "model")
+            if self.config.chat_template:
+                template = self.chat.tokenizer.chat_template
+                write_text(self.run / "model" / "chat_template.jinja", template)
         if not (self.run / "reference").is_dir():
             cast = jax.jit(model.cast, static_argnums=1)
             with uninterrupted():

@@ -4,9 +4,10 @@ With solutions that a model found itself and a verifier judged right, this is RF
 start that OREAL trains from.
 """
 
+import hashlib
 from pathlib import Path
 
-from oreal_jax import sharding
+from oreal_jax import processes, sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
@@ -27,6 +28,8 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
     mesh = sharding.make_mesh(config.mesh, source.config)
     chat = chat_of(config, run, source)
     examples = usable_examples(config, chat, screen)
+    of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    processes.agree(f"{config.examples}: fingerprint", of_all)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
     steps = config.steps or config.epochs * len(examples) // config.examples_per_step
     session = Session(
@@ -44,6 +47,7 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
                 row_length=config.packing.row_length,
             )
             with uninterrupted():
+                processes.go_on()
                 with screen.phase("update_actor", label=f"step {step + 1}: "):
                     values, _ = session.learn(update, place(batch, mesh))
                 line = f"step {step + 1:>{len(str(steps))}}/{steps}"
