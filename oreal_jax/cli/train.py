@@ -82,11 +82,10 @@ def sft(parsed: argparse.Namespace) -> None:
 def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
     from oreal_jax import config, processes
     from oreal_jax.console import Screen
-    from oreal_jax.train.session import preemptible
 
     run = parsed.run or Path("runs") / parsed.config.stem
     place = processes.place_of(parsed.coordinator, parsed.processes, parsed.process)
-    with preemptible(), processes.joined(place, parsed.wait):
+    with processes.preemptible(), processes.joined(place, parsed.wait):
         screen = Screen() if processes.is_first() else Screen.silent()
         try:
             work(config.load(parsed.config, kind, parsed.set), run, screen)

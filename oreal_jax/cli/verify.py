@@ -63,7 +63,7 @@ def verify(parsed: argparse.Namespace) -> None:
 
 
 def _second_opinions(parsed: argparse.Namespace, screen, pairs, verdicts) -> list:
-    from oreal_jax.verify.llm_judge import Case, Judge
+    from oreal_jax.verify.llm_judge import Case, Judge, judge_metrics
 
     # Without the question, which `verify` is not given.
     cases = [
@@ -71,7 +71,7 @@ def _second_opinions(parsed: argparse.Namespace, screen, pairs, verdicts) -> lis
     ]
     with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
         judged = judge.verdicts(cases)
-        counts = judge.take_metrics()
+        counts = judge_metrics([judge.take_counts()])
     told = {name: n for name, n in counts.items() if n}
     screen.say("  ".join(f"{name} {n:g}" for name, n in told.items()))
     return judged

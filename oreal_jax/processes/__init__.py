@@ -32,6 +32,7 @@ from oreal_jax.processes import wire
 from oreal_jax.processes.hub import Hub
 from oreal_jax.processes.link import Link
 from oreal_jax.processes.place import Place, place_of
+from oreal_jax.processes.signals import deferred, preemptible
 
 __all__ = [
     "Place",
@@ -46,7 +47,9 @@ __all__ = [
     "is_first",
     "joined",
     "place_of",
+    "preemptible",
     "share",
+    "uninterrupted",
 ]
 
 PATIENCE = 600.0  # seconds at a barrier: what process 0 writes there is small
@@ -207,3 +210,9 @@ def ask_to_stop() -> None:
     """Lets all processes stop at the next gathering; may be called by a signal."""
     if _link:
         _link.ask_to_stop()
+
+
+def uninterrupted() -> contextlib.AbstractContextManager[None]:
+    """Lets what is inside finish before Ctrl-C is heeded: a step is whole or absent.
+    Only a gathering within it may stop it, in all processes."""
+    return deferred(ask_to_stop)

@@ -147,7 +147,7 @@ class Hub:
             self._end(number, f"{self._name(process)}: {body.decode()}")
 
     def _tell(self, message: Message) -> None:
-        for process, connection in self._members.items():
+        for process, connection in self._to_all():
             try:
                 wire.send(connection, message)
             except OSError:
@@ -158,9 +158,13 @@ class Hub:
         """Ends everybody."""
         if not self._done:
             self._done = True
-            for connection in self._members.values():
+            for _, connection in self._to_all():
                 with contextlib.suppress(OSError):
                     wire.send(connection, Message("end", code, text.encode()))
+
+    def _to_all(self) -> list[tuple[int, socket.socket]]:
+        """Process 0 comes last: it may end at once, and the hub with it."""
+        return sorted(self._members.items(), reverse=True)
 
     def _name(self, process: int) -> str:
         return f"process {process} of {self._count} on {self._hosts[process]}"

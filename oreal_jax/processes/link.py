@@ -40,7 +40,8 @@ class Link:
         self._numbers = {"gather": 0, "barrier": 0}
         self._waits_for: int | None = None  # the gathering that it waits for
         self._stopped: int | None = None  # the gathering that will not be
-        self._last = False  # behind the last barrier connections may close
+        self._asked = False  # for that
+        self._closing = self._closed = False  # behind the last barrier links may break
         self._hub = f"process 0 of {place.count} on {place.host}"
         self._connection = self._connect(patience)
         wire.watch(self._connection)
@@ -106,7 +107,8 @@ class Link:
 
     def ask_to_stop(self) -> None:
         """Lets all processes stop before the next gathering. Safe in signal handlers,
-        which may come while another message is being sent."""
+        which may come while another message is being sent. This one stops itself."""
+        self._asked = True
         threading.Thread(target=self.say, args=("stop",), daemon=True).start()
 
     def leave(self, code: int, why: str) -> NoReturn:
@@ -138,7 +140,7 @@ class Link:
             try:
                 kind, number, body = wire.receive(self._connection)
             except OSError:
-                if self._last:
+                if self._closed:
                     return
                 self.end(1, f"{self._hub} died")
             if kind == "end":
@@ -146,13 +148,14 @@ class Link:
             with self._news:
                 if kind == "stop":
                     self._stopped = number
-                    if self._waits_for != number:
+                    if self._waits_for != number and not self._asked:
                         signal.pthread_kill(MAIN, signal.SIGINT)
                 else:
                     self._answers[kind, number] = body
+                    self._closed = self._closing and kind == "passed"
                 self._news.notify_all()
 
     def close(self, patience: float) -> None:
         """Waits until all have come to the end."""
-        self._last = True
+        self._closing = True
         self.barrier(END, patience)

@@ -1,8 +1,8 @@
 """Which of how many processes this one is: options, environment, or JAX's detection."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from oreal_jax.errors import BadInput
 
@@ -11,7 +11,8 @@ VARIABLES = ("OREAL_COORDINATOR", "OREAL_PROCESSES", "OREAL_PROCESS")
 SLURM_STEP = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Process `index` of `count`; process 0 listens at `host`:`port`.
 
     `devices` are the numbers of this host's devices that are its own, None for all.

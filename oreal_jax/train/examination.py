@@ -23,9 +23,10 @@ from oreal_jax.evaluation import load_sets, report
 from oreal_jax.evaluation.run import Plan, Tried, attempt
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.files import write_lines
+from oreal_jax.processes import uninterrupted
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train import exchange
-from oreal_jax.train.session import Session, uninterrupted
+from oreal_jax.train.session import Session
 from oreal_jax.verify import Pool
 
 
@@ -57,7 +58,7 @@ class Examination:
             return
         with session.aside():
             mine = [
-                ProblemSet(name, processes.share(problems))
+                ProblemSet(name, list(processes.share(problems)))
                 for name, problems in self.sets
             ]
             tried = attempt(
@@ -83,8 +84,10 @@ class Examination:
         and keeps the policy if it is the best."""
         reports = {}
         for name, problems in self.sets:
-            whole = (exchange.all_attempts(problems, mine) for mine in tried[name])
-            reports[name] = report(*whole, (), session.config.seed)
+            greedy, sampled = (
+                exchange.all_attempts(problems, mine) for mine in tried[name]
+            )
+            reports[name] = report(greedy, sampled, (), session.config.seed)
         step = session.step
         values = {
             f"val-core/{name}/{report.name}": report.accuracy

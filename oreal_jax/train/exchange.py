@@ -38,17 +38,15 @@ def encode(groups: Sequence[Samples]) -> bytes:
     text = json.dumps({"groups": list(map(len, groups)), "completions": plain})
     completions = [one.completion for one in flat]
     sampled = [c.sampled_log_probs for c in completions]
-    arrays = {
+    lists = {
         "tokens": [np.asarray(c.tokens, np.int32) for c in completions],
         "log_probs": [c.log_probs for c in completions],
         "sampled": [values for values in sampled if values is not None],
     }
+    arrays = {name: np.concatenate(each) for name, each in lists.items() if each}
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        plain=np.frombuffer(text.encode(), np.uint8),
-        **{k: np.concatenate(v) for k, v in arrays.items() if v},
-    )
+    plain = np.frombuffer(text.encode(), np.uint8)
+    np.savez(buffer, allow_pickle=False, plain=plain, **arrays)
     return buffer.getvalue()
 
 

@@ -36,6 +36,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.evaluation.attempts import fingerprint
 from oreal_jax.files import write_lines
 from oreal_jax.model import Params
+from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import (
     Completion,
@@ -52,7 +53,6 @@ from oreal_jax.train.session import (
     Session,
     chat_of,
     source_of,
-    uninterrupted,
 )
 from oreal_jax.train.step import TrainStep, place, reference_scorer
 from oreal_jax.verify import Pool

@@ -18,9 +18,6 @@ reference, process 0 alone writes the rest.
 
 import contextlib
 import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +40,7 @@ from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.train.programs import compute_dtype, learners_of
 from oreal_jax.train.state import TrainState
+from oreal_jax.processes import uninterrupted
 from oreal_jax.train.step import Scores, TrainStep
 
 # What a run is made of; changing it would make another run.
@@ -85,42 +83,6 @@ def chat_of(
         None if begun else template,
         stop_strings,
     )
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Lets what is inside finish before Ctrl-C is heeded: a step is whole or absent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
-        return
-    pending = []
-
-    def note(*_) -> None:
-        pending.append(True)
-        processes.ask_to_stop()
-        os.write(2, b"\nstopping as soon as this step is whole\n")
-
-    usual = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pending:
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def preemptible() -> Iterator[None]:
-    """SIGTERM, which a machine sends before it is taken away, is heeded as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say so
-        return
-    heed = lambda *_: signal.raise_signal(signal.SIGINT)
-    usual = signal.signal(signal.SIGTERM, heed)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, usual)
 
 
 class Unwritten:

@@ -14,8 +14,9 @@ from oreal_jax.data import Chat, PromptOrder, read_examples
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.train.programs import update_of
-from oreal_jax.train.session import Session, chat_of, source_of, uninterrupted
+from oreal_jax.train.session import Session, chat_of, source_of
 from oreal_jax.train.step import place
+from oreal_jax.processes import uninterrupted
 
 
 def sft(config: SftConfig, run: Path, screen: Screen) -> None:
