@@ -92,7 +92,7 @@ def test_parts_of_any_size_are_told_apart():
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("at", ["time.sleep(60)", "processes.go_on()"])
+@pytest.mark.parametrize("at", ["time.sleep(60)", "with processes.together(): pass"])
 def test_the_death_of_one_ends_all_with_its_name(victim, at):
     body = f"""
     print("here", flush=True)
@@ -193,8 +193,7 @@ step = {step}
 try:
     while True:
         {outside}
-        with processes.uninterrupted():
-            processes.go_on()
+        with processes.together():
             time.sleep({inside})
             step += 1
             print(step, flush=True)
@@ -266,7 +265,7 @@ def test_a_place_comes_from_options_variables_or_the_cluster(
 ):
     for name, value in environment.items():  # JAX looks for itself
         monkeypatch.setenv(name, value)
-    assert place_of(*options, environment) == place
+    assert place_of(*options, environment=environment) == place
 
 
 @pytest.mark.parametrize(
@@ -282,5 +281,5 @@ def test_a_place_comes_from_options_variables_or_the_cluster(
 )
 def test_half_a_place_is_bad_input(options, said):
     with pytest.raises(BadInput) as caught:
-        place_of(*options, {})
+        place_of(*options, environment={})
     assert said in str(caught.value)

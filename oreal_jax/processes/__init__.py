@@ -10,9 +10,9 @@ What is on the hosts is exchanged here, between two computations:
     agree      all processes see the same config and the same files
 
 Ctrl-C and SIGTERM reach one process, but all must stop at the same place: a gathering
-(in `all_of`, `agree`, `go_on`) is answered for all or, once somebody was asked to stop,
-raises KeyboardInterrupt in all. Elsewhere KeyboardInterrupt may come at any time, so
-that a gathering and the computations that follow it belong into one block that is
+(in `all_of`, `agree`, `together`) is answered for all or, once somebody was asked to
+stop, raises KeyboardInterrupt in all. Elsewhere KeyboardInterrupt may come at any time,
+so that a gathering and the computations that follow it belong into one block that is
 `uninterrupted`. Whatever else ends one process, ends all, with a line that names it.
 
 With one process nothing is exchanged and nothing costs anything.
@@ -42,17 +42,18 @@ __all__ = [
     "barrier",
     "count",
     "gathered",
-    "go_on",
     "index",
     "is_first",
     "joined",
     "place_of",
     "preemptible",
     "share",
+    "together",
     "uninterrupted",
 ]
 
 PATIENCE = 600.0  # seconds at a barrier: what process 0 writes there is small
+INTERRUPTED = 60.0  # seconds for the others to be interrupted, too
 CULPRIT = 5.0  # seconds in which an error may turn out to be another's death
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ def joined(place: Place | None, patience: float = 300.0) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _link.ask_to_stop()
-        _link.close(PATIENCE)
+        _link.close(INTERRUPTED)
         raise
     except BaseException as error:
         _leave(_link, error)
@@ -183,10 +184,14 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(part) for part in parts]
 
 
-def go_on() -> None:
-    """Raises KeyboardInterrupt in all processes where one was asked to stop."""
-    if _link:
-        _link.gather(b"")
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes enter, or none where one was asked to stop; then all
+    have a KeyboardInterrupt. It is `uninterrupted`."""
+    with uninterrupted():
+        if _link:
+            _link.gather(b"")
+        yield
 
 
 def agree(what: str, value: Any) -> None:

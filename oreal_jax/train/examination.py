@@ -19,8 +19,8 @@ from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import Evaluation, TrainConfig
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import BadInput
-from oreal_jax.evaluation import load_sets, report
-from oreal_jax.evaluation.run import Plan, Tried, attempt
+from oreal_jax.evaluation import Attempt, load_sets, report
+from oreal_jax.evaluation.run import attempt
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.files import write_lines
 from oreal_jax.processes import uninterrupted
@@ -35,11 +35,8 @@ class Examination:
 
     def __init__(self, config: Evaluation, sets: Sequence[ProblemSet], engine: Engine):
         """`engine` draws as `config.samples` wants it: greedily, or as in training."""
-        self.config, self.sets = config, sets
-        alone = config.samples == 1
-        self.plan = (
-            Plan(engine, None, 0) if alone else Plan(None, engine, config.samples)
-        )
+        self.config, self.sets, self.engine = config, sets, engine
+        self.kind = "greedy" if config.samples == 1 else "sampled"
 
     def due(self, step: int, steps: int) -> bool:
         """Whether the policy after `step` of `steps` training steps is evaluated."""
@@ -50,24 +47,28 @@ class Examination:
         step, path = session.step, session.run / "evaluations.jsonl"
         if not self.due(step, session.steps):
             return
-        done = metrics.read(path) if path.exists() else []
+        rows = metrics.read(path) if path.exists() else []
         with uninterrupted():
-            done = processes.gathered(done)[0]  # as process 0 sees the file
-        rows = [row for row in done if row["step"] <= step]
-        if step in [row["step"] for row in rows]:
-            return
+            rows = processes.gathered(rows)[0]  # as process 0 sees the file
+            rows = [row for row in rows if row["step"] <= step]
+            if step in [row["step"] for row in rows]:
+                return
+            weights = self.engine.weights(session.state.policy.params)
         with session.aside():
             mine = [
                 ProblemSet(name, list(processes.share(problems)))
                 for name, problems in self.sets
             ]
             tried = attempt(
-                self.plan,
-                session.state.policy.params,
+                self.engine,
+                weights,
+                self.config.samples,
+                self.kind,
                 session.chat,
                 pool,
                 mine,
                 seed=session.config.seed,
+                finished={},
                 screen=session.screen,
             )
         with uninterrupted():
@@ -78,16 +79,15 @@ class Examination:
         session: Session,
         rows: list[dict],
         path: Path,
-        tried: Mapping[str, Tried],
+        tried: Mapping[str, list[list[Attempt]]],
     ) -> None:
         """Adds what all processes have measured to the `rows` of earlier evaluations,
         and keeps the policy if it is the best."""
         reports = {}
         for name, problems in self.sets:
-            greedy, sampled = (
-                exchange.all_attempts(problems, mine) for mine in tried[name]
-            )
-            reports[name] = report(greedy, sampled, (), session.config.seed)
+            found = exchange.all_attempts(problems, tried[name])
+            both = (found, []) if self.kind == "greedy" else ([], found)
+            reports[name] = report(*both, seed=session.config.seed)
         step = session.step
         values = {
             f"val-core/{name}/{report.name}": report.accuracy

@@ -91,5 +91,5 @@ def all_attempts(
             Attempt(problem, sample, Drawn(*drawn), Verdict(*verdict))
             for sample, drawn, verdict in group
         ]
-        for problem, group in zip(problems, found, strict=False)
+        for problem, group in zip(problems, found, strict=True)
     ]

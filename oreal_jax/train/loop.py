@@ -103,7 +103,8 @@ def train(config: TrainConfig, run: Path, screen: Screen) -> None:
     verification = config.verification
     pool = Pool(verification.workers, verification.deadline)
     with session, pool, judging as judge:
-        reference = session.load_reference()
+        with processes.together():
+            reference = session.load_reference()
         add_reference = reference_scorer(session.model, mesh, session.dtype)
         update = update_of(config, session.learners, mesh)
         while session.step < config.steps:
@@ -301,11 +302,13 @@ def sample(
             # The pool remembers the verdict.
             pool.submit(text, asked[n].prompt.gold_answer)
 
+    with processes.together():
+        weights = engine.weights(session.state.policy.params)
     label, total = f"step {step + 1}: ", len(asked) * K
     try:
         with session.screen.phase("gen", total=total, label=label) as advance:
             engine.sample(
-                session.state.policy.params,
+                weights,
                 [Request(q.tokens, q.prompt.key, q.first_sample) for q in asked],
                 K,
                 seed=config.seed,

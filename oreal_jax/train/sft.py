@@ -16,7 +16,6 @@ from oreal_jax.errors import BadInput
 from oreal_jax.train.programs import update_of
 from oreal_jax.train.session import Session, chat_of, source_of
 from oreal_jax.train.step import place
-from oreal_jax.processes import uninterrupted
 
 
 def sft(config: SftConfig, run: Path, screen: Screen) -> None:
@@ -47,8 +46,7 @@ def sft(config: SftConfig, run: Path, screen: Screen) -> None:
                 rows=session.rows,
                 row_length=config.packing.row_length,
             )
-            with uninterrupted():
-                processes.go_on()
+            with processes.together():
                 with screen.phase("update_actor", label=f"step {step + 1}: "):
                     values, _ = session.learn(update, place(batch, mesh))
                 line = f"step {step + 1:>{len(str(steps))}}/{steps}"
