@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 PATIENCE = 600.0  # seconds at a barrier: what process 0 writes there is small
+DEVICES = 60  # seconds for JAX to connect processes that are there
 INTERRUPTED = 60.0  # seconds for the others to be interrupted, too
 CULPRIT = 5.0  # seconds in which an error may turn out to be another's death
 
@@ -106,6 +107,7 @@ def _join_devices(place: Place, service: int) -> None:
         place.index,
         place.devices,
         cluster_detection_method="deactivate",
+        initialization_timeout=DEVICES,
     )
 
 
@@ -125,7 +127,7 @@ def _tunnel(host: str, port: int) -> int:
     def serve() -> None:
         while True:
             near, _ = door.accept()
-            far = socket.create_connection((host, port))
+            far = wire.connect(host, port, patience=DEVICES)
             for ends in ((near, far), (far, near)):
                 threading.Thread(target=copy, args=ends, daemon=True).start()
 

@@ -19,7 +19,6 @@ from oreal_jax.processes.hub import END, split
 from oreal_jax.processes.place import Place
 from oreal_jax.processes.wire import Message
 
-AGAIN = 0.5  # seconds between two tries to reach process 0
 ANSWER = 30  # seconds for the hub to end everybody once it was asked to
 MAIN = threading.main_thread().ident or 0
 
@@ -52,20 +51,14 @@ class Link:
 
     def _connect(self, patience: float) -> socket.socket:
         host, port = self.place.host, self.place.port
-        host = "localhost" if self.place.index == 0 else host
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                connection = socket.create_connection((host, port), timeout=5)
-                connection.settimeout(None)
-                return connection
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise Failure(
-                        f"--coordinator {host}:{port} does not answer for "
-                        f"{patience:g} s: {error}; does process 0 run there?"
-                    ) from None
-                time.sleep(AGAIN)
+        try:
+            there = "localhost" if self.place.index == 0 else host
+            return wire.connect(there, port, patience)
+        except OSError as error:
+            raise Failure(
+                f"--coordinator {host}:{port} does not answer for {patience:g} s: "
+                f"{error}; does process 0 run there?"
+            ) from None
 
     def say(self, kind: str, number: int = 0, body: bytes = b"") -> None:
         """Sends a message to the hub."""

@@ -3,9 +3,11 @@
 import contextlib
 import socket
 import struct
+import time
 from typing import NamedTuple
 
 SMALL = 2**16  # bytes of a message that is not data
+AGAIN = 0.2  # seconds between two tries to connect
 LOST = 45  # seconds without a sign from a host after which it is lost
 
 _HEAD = struct.Struct("!8sIQ")  # kind, number, bytes that follow
@@ -70,6 +72,20 @@ def is_closed(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def connect(host: str, port: int, patience: float) -> socket.socket:
+    """A connection, tried again for `patience` seconds. Raises OSError."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            connection = socket.create_connection((host, port), timeout=5)
+            connection.settimeout(None)
+            return connection
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(AGAIN)
 
 
 def listen(port: int, host: str = "") -> socket.socket:
