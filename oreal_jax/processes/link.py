@@ -47,7 +47,9 @@ class Link:
         hello = {"host": socket.gethostname(), "count": place.count}
         self.say("hello", place.index, json.dumps(hello).encode())
         threading.Thread(target=self._listen, daemon=True).start()
-        self.notice: Any = json.loads(self._await(("welcome", 0)))["notice"]
+        welcome = json.loads(self._await(("welcome", 0)))
+        self.notice: Any = welcome["notice"]
+        self._hub = f"process 0 of {place.count} on {welcome['hosts'][0]}"
 
     def _connect(self, patience: float) -> socket.socket:
         host, port = self.place.host, self.place.port
