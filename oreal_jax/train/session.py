@@ -38,9 +38,9 @@ from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
+from oreal_jax.processes import uninterrupted
 from oreal_jax.train.programs import compute_dtype, learners_of
 from oreal_jax.train.state import TrainState
-from oreal_jax.processes import uninterrupted
 from oreal_jax.train.step import Scores, TrainStep
 
 # What a run is made of; changing it would make another run.
