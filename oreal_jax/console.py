@@ -36,6 +36,11 @@ class Screen:
         """For verbs whose output is meant for a pipe."""
         return cls(Console(stderr=True, highlight=False))
 
+    @classmethod
+    def silent(cls) -> "Screen":
+        """For processes that leave talking to process 0."""
+        return cls(Console(quiet=True))
+
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)

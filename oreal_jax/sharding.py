@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from oreal_jax import model
 from oreal_jax.errors import BadInput
@@ -155,6 +155,12 @@ def of_rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
 def of_tokens(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """Rows over the data axes and the tokens of each over context."""
     return _on(mesh, *(None,) * leading, "rows", "sequence")
+
+
+def put(value: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array of the host, the same on every process, put where it lies. (Given
+    devices of several processes, `jax.device_put` would compare all of it first.)"""
+    return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
 
 
 def row_ways(mesh: Mesh) -> int:

@@ -19,6 +19,7 @@ from oreal_jax.evaluation.published import PASS_AT_1, SETS, published
 from oreal_jax.evaluation.report import report
 from oreal_jax.evaluation.tables import beside_the_paper
 from oreal_jax.verify import Verdict
+from oreal_jax.verify.verdict import Outcome
 
 ALONE = os.environ | {
     "XLA_FLAGS": "",
@@ -151,7 +152,11 @@ def test_lengths_are_told_apart_by_verdict():
 
 
 def test_wrong_answers_that_are_one_number_vote_as_one():
-    said = [("\\boxed{0.5}", "wrong"), ("\\boxed{\\frac12}", "wrong"), ("7", "right")]
+    said: list[tuple[str, Outcome]] = [
+        ("\\boxed{0.5}", "wrong"),
+        ("\\boxed{\\frac12}", "wrong"),
+        ("7", "right"),
+    ]
     group = [
         Attempt(Prompt("a", "q", "7"), k, Drawn(text, 9, "stop"), Verdict(outcome, ""))
         for k, (text, outcome) in enumerate(said)

@@ -8,7 +8,7 @@ from judge_stub import MISBEHAVIOURS, honest, says, serving, slow
 
 from oreal_jax.errors import BadInput
 from oreal_jax.verify import Verdict
-from oreal_jax.verify.llm_judge import Case, Judge, prompt, verdict_in
+from oreal_jax.verify.llm_judge import Case, Judge, judge_metrics, prompt, verdict_in
 
 WRONG = Verdict("wrong", "by rule")
 UNDECIDED = Verdict("undecided", "by rule")
@@ -36,7 +36,7 @@ def test_an_honest_judge_decides_what_the_rule_does_not_call_right():
     ]
     with serving(honest) as stub, Judge([stub.url], "m", **QUICK) as judge:
         verdicts = judge.verdicts(cases)
-        metrics = judge.take_metrics()
+        metrics = judge_metrics([judge.take_counts()])
     assert [v.outcome for v in verdicts] == [
         "right", "wrong", "right", "wrong", "right", "wrong", "wrong",
     ]  # fmt: skip
@@ -47,7 +47,7 @@ def test_an_honest_judge_decides_what_the_rule_does_not_call_right():
     assert metrics["judge/prompt_tokens"] == 400
     assert metrics["judge/completion_tokens"] == 40
     assert 0 < metrics["judge/latency/mean"] <= metrics["judge/latency/max"] < 1
-    assert judge.take_metrics()["judge/asked"] == 0
+    assert judge_metrics([judge.take_counts()])["judge/asked"] == 0
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
@@ -57,7 +57,7 @@ def test_a_misbehaving_host_decides_nothing(name):
         start = time.monotonic()
         verdict = judge.submit(case("right")).result()
         seconds = time.monotonic() - start
-        metrics = judge.take_metrics()
+        metrics = judge_metrics([judge.take_counts()])
     assert (verdict.outcome, verdict.by) == ("undecided", "judge")
     assert verdict.reason == f"the judge gave no verdict: {kind}"
     assert metrics["judge/asked"] == metrics["judge/undecided"] == 1
@@ -78,7 +78,7 @@ def test_counts_add_up_over_all_misbehaviours_in_turn():
         how = quick(patience=30.0, concurrency=2)
         with Judge([stub.url], "m", **how) as judge:
             verdicts = judge.verdicts(cases)
-            metrics = judge.take_metrics()
+            metrics = judge_metrics([judge.take_counts()])
     for asked, verdict in zip(cases, verdicts, strict=True):
         truth = "right" if "right" in asked.completion else "wrong"
         assert verdict.outcome in (truth, "undecided")
@@ -94,7 +94,7 @@ def test_a_try_that_fails_is_made_again():
     behave = lambda handler, question: next(turns)(handler, question)
     with serving(behave) as stub, Judge([stub.url], "m", **quick(tries=3)) as j:
         assert j.verdicts([case("right")])[0].outcome == "right"
-        assert j.take_metrics()["judge/retries"] == 2
+        assert judge_metrics([j.take_counts()])["judge/retries"] == 2
 
 
 def test_a_failing_host_is_taken_out_and_comes_back():
@@ -105,12 +105,12 @@ def test_a_failing_host_is_taken_out_and_comes_back():
         with Judge([bad.url, good.url], "m", **how) as judge:
             cases = [case("right", number=n) for n in range(20)]
             assert {v.outcome for v in judge.verdicts(cases)} == {"right"}
-            metrics = judge.take_metrics()
+            metrics = judge_metrics([judge.take_counts()])
             assert (metrics["judge/taken_out"], metrics["judge/hosts_up"]) == (1, 1)
             assert bad.requests == 3
             bad.healthy, bad.behave = True, honest
             until = time.monotonic() + 5
-            while judge.take_metrics()["judge/hosts_up"] < 2:
+            while judge_metrics([judge.take_counts()])["judge/hosts_up"] < 2:
                 assert time.monotonic() < until
                 time.sleep(0.02)
             again = [case("right", number=n) for n in range(100, 120)]
@@ -139,12 +139,12 @@ def test_without_hosts_the_rule_goes_on_alone_if_it_may():
         stub.healthy = False
         with Judge([stub.url], "m", lost="rule", say=said.append, **QUICK) as judge:
             lose(judge)
-            judge.take_metrics()
+            judge_metrics([judge.take_counts()])
             assert judge.verdicts([case("right"), case("x", UNDECIDED)]) == [
                 WRONG,
                 UNDECIDED,
             ]
-            assert judge.take_metrics()["judge/left_to_rule"] == 2
+            assert judge_metrics([judge.take_counts()])["judge/left_to_rule"] == 2
     assert said == [f"judge: no host answers ({stub.url}); going on by rule alone"]
 
 

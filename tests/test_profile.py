@@ -52,7 +52,7 @@ def test_the_scopes_of_the_model_are_in_the_program():
 @pytest.fixture(scope="module")
 def traced(tiny):
     run = tiny / "traced"
-    said = finish(train(tiny, run, "steps=3", flags=("--profile", "1")))
+    said = finish(train(tiny, run, "steps=3", options=("--profile", "1")))
     return said, run
 
 

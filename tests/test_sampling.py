@@ -73,7 +73,9 @@ def draw(params, requests, samples=3, *, seed=1, step=0, **options):
     unhashable = "stop_table" in options
     engine = engine_of(**options) if unhashable else kept_engine(**options)
     placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
-    return engine.sample(placed, requests, samples, seed=seed, step=step)
+    return engine.sample(
+        engine.weights(placed), requests, samples, seed=seed, step=step
+    )
 
 
 def tokens_of(drawn):
@@ -156,7 +158,7 @@ def test_finished_completions_are_heard_of_one_by_one(params, requests, drawn):
     heard = {}
     engine = engine_of(rows=4)
     engine.sample(
-        params,
+        engine.weights(params),
         requests,
         3,
         seed=1,
@@ -169,7 +171,7 @@ def test_finished_completions_are_heard_of_one_by_one(params, requests, drawn):
 
 def test_statistics_count_every_prompt_once_and_every_token(params, requests):
     engine = engine_of(rows=4)
-    drawn = engine.sample(params, requests, 3, seed=1)
+    drawn = engine.sample(engine.weights(params), requests, 3, seed=1)
     found = engine.statistics
     assert found.prompt_tokens == sum(len(r.prompt) - 1 for r in requests)
     assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
@@ -213,7 +215,9 @@ def test_progress_counts_every_token_and_row_once(params, requests, drawn):
     def count(tokens: int, finished: int) -> None:
         seen[:] += tokens, finished
 
-    again = engine.sample(params, requests, 3, seed=1, on_progress=count)
+    again = engine.sample(
+        engine.weights(params), requests, 3, seed=1, on_progress=count
+    )
     total = sum(len(c.tokens) for group in again for c in group)
     assert seen.tolist() == [total, 15]
 
@@ -228,7 +232,7 @@ def test_greedy_equals_transformers_on_64_prompts(tmp_path, penalty):
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 96, 1 + n % 13).tolist() for n in range(64)]
     requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
-    ours = engine.sample(hf.load(tmp_path), requests, 1, seed=0)
+    ours = engine.sample(engine.weights(hf.load(tmp_path)), requests, 1, seed=0)
     for prompt, (completion,) in zip(prompts, ours, strict=True):
         with torch.no_grad():
             expected = theirs.generate(

@@ -82,7 +82,7 @@ def test_greedy_completions_equal_transformers(both):
     sampling = Sampling(max_tokens=24, temperature=0.0)
     engine = Engine(config, mesh, sampling, chat.stop_tokens())
     requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
-    ours = engine.sample(hf.load(directory), requests, 1, seed=0)
+    ours = engine.sample(engine.weights(hf.load(directory)), requests, 1, seed=0)
     for request, (completion,) in zip(requests, ours, strict=True):
         prompt = torch.tensor([list(request.prompt)])
         with torch.no_grad():

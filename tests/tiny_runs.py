@@ -3,9 +3,14 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import make_tiny
+import numpy as np
+import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[1]
 ALONE = os.environ | {
@@ -15,17 +20,16 @@ ALONE = os.environ | {
 }
 
 
-def oreal(*arguments, **options) -> subprocess.Popen:
-    """`oreal` in a process of its own, with one device."""
+def oreal(*arguments, environment: Mapping[str, str] = ALONE) -> subprocess.Popen:
+    """`oreal` in a process of its own, with one device unless told otherwise."""
     command = [sys.executable, "-c", "import sys; from oreal_jax.cli import main; "]
     command[-1] += "sys.exit(main())"
     return subprocess.Popen(
         [*command, *map(str, arguments)],
-        env=ALONE,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -56,7 +60,8 @@ def train(
     run: Path,
     *settings: str,
     config: Path = ROOT / "configs/tiny.py",
-    flags: tuple[str, ...] = (),
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] = ALONE,
 ) -> subprocess.Popen:
     given = [
         f"model={tiny / 'sft'}",
@@ -65,5 +70,28 @@ def train(
         "steps=5",
         *settings,
     ]
-    sets = [word for setting in given for word in ("--set", setting)]
-    return oreal("train", config, *sets, "--run", run, *flags)
+    flags = [word for setting in given for word in ("--set", setting)]
+    command = ["train", config, *flags, "--run", run, *options]
+    return oreal(*command, environment=environment)
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    """Returns when the run has done so many steps."""
+    path = run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def arrays(run: Path, step: int) -> list[np.ndarray]:
+    """Every number of a checkpoint, whatever devices saved it."""
+    found = []
+    for item in ("policy", "trainer"):
+        path = (run / "checkpoints" / str(step) / item).absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            plain = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+            tree = checkpointer.restore(path, restore_args=jax.tree.map(plain, tree))
+        found += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return found

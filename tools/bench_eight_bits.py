@@ -57,7 +57,7 @@ def main() -> None:
             rows=len(requests),
             **options,
         )
-        drawn = engine.sample(params, requests, 1, seed=0)
+        drawn = engine.sample(engine.weights(params), requests, 1, seed=0)
         completions = [group[0] for group in drawn]
         tokens = np.zeros((len(requests), longest + 1), np.int32)
         for row, request, c in zip(tokens, requests, completions, strict=True):

@@ -190,7 +190,7 @@ def main() -> None:
     weights = decoding.weights(source.config, params, decoding.in_dtype(jnp.float32))
     products = matrix_products(source.config, weights, parsed.rows)
     products()
-    drawn = engine.sample(params, requests, SAMPLES, seed=0)  # compiles
+    drawn = engine.sample(engine.weights(params), requests, SAMPLES, seed=0)  # compiles
     lengths = [
         len(one.tokens) for samples in zip(*drawn, strict=True) for one in samples
     ]
@@ -210,13 +210,17 @@ def main() -> None:
 
     def full_slots(renormalise: bool) -> float:
         engine = full[renormalise]
-        engine.sample(params, requests, parsed.rows // len(requests), seed=1)
+        engine.sample(
+            engine.weights(params), requests, parsed.rows // len(requests), seed=1
+        )
         return engine.statistics.metrics()["perf/decode_throughput"]
 
     def measure(seed: int) -> None:
         rates = lambda: [parsed.rows / seconds(products) for _ in range(9)]
         before = rates()
-        took = seconds(lambda: engine.sample(params, requests, SAMPLES, seed=seed))
+        took = seconds(
+            lambda: engine.sample(engine.weights(params), requests, SAMPLES, seed=seed)
+        )
         found = engine.statistics
         ours.append(found.new_tokens / took)
         decode.append(full_slots(False))

@@ -25,6 +25,7 @@ from oreal_jax.data.prompts import read_text
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
+from oreal_jax.sharding import put
 
 OnTensor = Callable[[str], None]
 ignore: OnTensor = lambda name: None
@@ -170,7 +171,7 @@ def assemble(
         whole = shape.shape if tensor.layer is None else shape.shape[1:]
         value = tensor.to_ours(np.asarray(read()).astype(dtype), whole)
         if tensor.layer is None:
-            _set(params, tensor.path, jax.device_put(value, sharding))
+            _set(params, tensor.path, put(value, sharding))
         else:
             if tensor.layer == 0:
                 start = _zeros(shape.shape, jnp.dtype(dtype), sharding)
@@ -202,12 +203,12 @@ def _write_program(sharding):
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
-def _write_layer(stacked, value: np.ndarray, layer: int, sharding):
+def _write_layer(stacked, value: Any, layer: int, sharding):
     """`stacked` with one layer replaced, in place; each device gets its part only."""
     if isinstance(sharding, jax.sharding.NamedSharding):
         spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
         place = jax.sharding.NamedSharding(sharding.mesh, spec)
-        value = jax.device_put(value, place)
+        value = put(value, place)
     return _write_program(sharding)(stacked, value, layer)
 
 

@@ -243,7 +243,7 @@ def label(parsed: argparse.Namespace) -> None:
     ):
         drawn = draw(
             opened.engine,
-            opened.load(),
+            opened.engine.weights(opened.load()),
             opened.chat,
             requests,
             1,
@@ -320,11 +320,11 @@ def _attempts(
     total = len(prompts) * parsed.k
     with kept_beside(parsed.out, work, screen.say) as finished:
         with screen.phase("load"):
-            params = opened.load()
+            weights = opened.engine.weights(opened.load())
         with screen.phase("gen", total=total) as advance:
             drawn = draw(
                 opened.engine,
-                params,
+                weights,
                 opened.chat,
                 prompts,
                 parsed.k,

@@ -127,7 +127,7 @@ def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
 
     Where its hosts are lost the rule goes on alone, which is said, too.
     """
-    from oreal_jax.verify.llm_judge import Judge
+    from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
     if not parsed.judge:
         if parsed.judge_model:
@@ -136,7 +136,8 @@ def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
         return
     with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
         yield judge
-        told = {name: n for name, n in judge.take_metrics().items() if n}
+        metrics = judge_metrics([judge.take_counts()])
+        told = {name: n for name, n in metrics.items() if n}
         screen.say("  ".join(f"{name} {n:g}" for name, n in told.items()))
 
 

@@ -49,7 +49,7 @@ def sample(parsed: argparse.Namespace) -> None:
     opened = Opened(parsed, sampling_of(parsed, parsed.greedy), parsed.stop)
     requests = [Request(opened.chat.encode(q), i) for i, q in enumerate(questions)]
     with screen.phase("load"):
-        params = opened.load()
+        weights = opened.engine.weights(opened.load())
     rows: dict[tuple[int, int], dict] = {}
 
     def finished(request: int, sample: int, completion: Completion) -> None:
@@ -64,7 +64,7 @@ def sample(parsed: argparse.Namespace) -> None:
     try:
         with screen.phase("gen", total=len(requests) * parsed.n) as advance:
             opened.engine.sample(
-                params,
+                weights,
                 requests,
                 parsed.n,
                 seed=parsed.seed,

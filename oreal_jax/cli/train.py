@@ -36,6 +36,38 @@ def add(verb: Verb) -> None:
             metavar="N",
             help="trace N steps behind the first for xprof, into RUN/profile",
         )
+        process_options(made)
+
+
+def process_options(made: argparse.ArgumentParser) -> None:
+    """Adds what tells a process its place among several."""
+    several = made.add_argument_group(
+        "several processes",
+        "One on each host (or device), all with the same command but for --process. "
+        "Without these options the variables in brackets are looked up; a SLURM step "
+        "of several tasks needs neither.",
+    )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 runs, a free port there (OREAL_COORDINATOR)",
+    )
+    several.add_argument(
+        "--processes",
+        metavar="N",
+        help="how many there are; auto: as TPU pods, SLURM, Open MPI and Kubernetes "
+        "say (OREAL_PROCESSES)",
+    )
+    several.add_argument(
+        "--process", metavar="I", help="number of this one, from 0 (OREAL_PROCESS)"
+    )
+    several.add_argument(
+        "--wait",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long they wait for each other at the start",
+    )
 
 
 def train(parsed: argparse.Namespace) -> None:
@@ -55,16 +87,18 @@ def sft(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
-    from oreal_jax import config
+    from oreal_jax import config, processes
     from oreal_jax.console import Screen
 
     at_least(0, "--profile", parsed.profile)
     run = parsed.run or Path("runs") / parsed.config.stem
-    screen = Screen()
-    try:
-        loaded = config.load(parsed.config, kind, parsed.set)
-        work(loaded, run, screen, parsed.profile)
-    except KeyboardInterrupt:
-        screen.say(f"go on with the same command; the run is in {run}")
-        raise
-    screen.say(f"done: {run}")
+    place = processes.place_of(parsed.coordinator, parsed.processes, parsed.process)
+    with processes.preemptible(), processes.joined(place, parsed.wait):
+        screen = Screen() if processes.is_first() else Screen.silent()
+        try:
+            loaded = config.load(parsed.config, kind, parsed.set)
+            work(loaded, run, screen, parsed.profile)
+        except KeyboardInterrupt:
+            screen.say(f"go on with the same command; the run is in {run}")
+            raise
+        screen.say(f"done: {run}")

@@ -21,7 +21,7 @@ from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
-from oreal_jax.model import Params
+from oreal_jax.model.decoding import Weights
 from oreal_jax.rollout import judged
 from oreal_jax.sampling import Completion, Engine, Request
 from oreal_jax.verify import Pool, Verdict
@@ -182,7 +182,7 @@ def drawing(
 
 def draw(
     engine: Engine,
-    params: Params,
+    weights: Weights,
     chat: Chat,
     prompts: Sequence[Prompt],
     samples: int,
@@ -194,7 +194,7 @@ def draw(
 ) -> list[list[Drawn]]:
     """`samples` completions of each prompt, those in `finished` not drawn again.
 
-    `part` tells apart what shares `finished`.
+    `weights` are the engine's; `part` tells apart what shares `finished`.
 
     Raises:
         BadInput: a prompt and its completion exceed the model.
@@ -215,7 +215,7 @@ def draw(
             finished[part, prompt.id, first + sample] = drawn
 
         engine.sample(
-            params,
+            weights,
             [Request(chat.encode(p.question), p.key, first) for p, first in firsts],
             count,
             seed=seed,

@@ -100,7 +100,7 @@ def evaluate(
     """
     drawn = draw(
         engine,
-        params,
+        engine.weights(params),
         chat,
         prompts,
         samples,

@@ -11,6 +11,7 @@ from oreal_jax.evaluation.attempts import Attempt, Finished, draw, judge
 from oreal_jax.evaluation.report import Report, report
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.model import Params
+from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Engine
 from oreal_jax.verify import Pool
 from oreal_jax.verify.llm_judge import Judge
@@ -57,32 +58,60 @@ def measure(
     """
     finished = {} if finished is None else finished
 
-    def attempts(engine: Engine | None, count: int, of: ProblemSet, kind: str):
+    def attempts(engine: Engine | None, samples: int, kind: str):
         if engine is None:
-            return []
-        total = count * len(of.problems)
-        label = f"{of.name}, {kind}: "
+            return {each.name: [] for each in sets}
+        weights = engine.weights(params)
+        given = (engine, weights, samples, kind, chat, pool, sets)
+        return attempt(
+            *given, seed=seed, finished=finished, second=second, screen=screen
+        )
+
+    greedy = attempts(plan.greedy, 1, "greedy")
+    sampled = attempts(plan.sampled, plan.samples, "sampled")
+    return {name: report(greedy[name], sampled[name], by, seed) for name in greedy}
+
+
+def attempt(
+    engine: Engine,
+    weights: Weights,
+    samples: int,
+    kind: str,
+    chat: Chat,
+    pool: Pool,
+    sets: Sequence[ProblemSet],
+    *,
+    seed: int,
+    finished: Finished,
+    second: Judge | None = None,
+    screen: Screen,
+) -> dict[str, list[list[Attempt]]]:
+    """The attempts at the problems of each set, by its name; `kind` says what they are
+    for people and in `finished`.
+
+    Raises:
+        BadInput: a problem and its completion exceed the model.
+    """
+    found = {}
+    for name, problems in sets:
+        total, label = samples * len(problems), f"{name}, {kind}: "
         with screen.phase("testing", total=total, label=label) as advance:
             drawn = draw(
                 engine,
-                params,
+                weights,
                 chat,
-                of.problems,
-                count,
+                problems,
+                samples,
                 seed=seed,
                 finished=finished,
-                part=f"{of.name}, {kind}",
-                on_progress=lambda tokens, finished: advance(finished, tokens),
+                part=f"{name}, {kind}",
+                on_progress=lambda tokens, finished, advance=advance: advance(
+                    finished, tokens
+                ),
             )
         with screen.phase("testing", total=total, label=label) as advance:
-            return judge(pool, of.problems, drawn, advance, second)
-
-    def report_on(each: ProblemSet) -> Report:
-        greedy: list[list[Attempt]] = attempts(plan.greedy, 1, each, "greedy")
-        sampled = attempts(plan.sampled, plan.samples, each, "sampled")
-        return report(greedy, sampled, by, seed)
-
-    return {each.name: report_on(each) for each in sets}
+            found[name] = judge(pool, problems, drawn, advance, second)
+    return found
 
 
 def items(reports: Mapping[str, Report]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The sampling room: an engine that draws completions, and how a token is chosen."""
 
 from oreal_jax.sampling.choice import Sampling, sampled_from
-from oreal_jax.sampling.engine import Completion, Engine, Request
+from oreal_jax.sampling.engine import Completion, Engine, Request, Statistics
 from oreal_jax.sampling.stops import token_table
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Engine",
     "Request",
     "Sampling",
+    "Statistics",
     "sampled_from",
     "token_table",
 ]

@@ -25,6 +25,7 @@ from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, Params, decoding
+from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import Sampling
 from oreal_jax.sampling.programs import Programs
 from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler
@@ -73,6 +74,18 @@ class Statistics(NamedTuple):
     prefill_seconds: float
     decode_seconds: float
     occupancy: float
+
+    @classmethod
+    def together(cls, parts: "Sequence[Statistics]") -> "Statistics":
+        """Of engines that worked side by side: until the slowest was done."""
+        prompt_tokens, new_tokens, prefill, decode, occupancy = zip(*parts, strict=True)
+        return cls(
+            sum(prompt_tokens),
+            sum(new_tokens),
+            max(prefill),
+            max(decode),
+            sum(occupancy) / len(parts),
+        )
 
     def metrics(self) -> dict[str, float]:
         """For the record of a run; rates in tokens a second."""
@@ -151,9 +164,15 @@ class Engine:
         )
         self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
 
+    def weights(self, params: Params) -> Weights:
+        """The trainer's parameters as decoding reads them, for `sample`. Where they lie
+        on the devices of several processes, all of them must ask for it together; each
+        then samples by itself."""
+        return self.programs.weights(params)
+
     def sample(
         self,
-        params: Params,
+        weights: Weights,
         requests: Sequence[Request],
         samples: int,
         *,
@@ -174,9 +193,10 @@ class Engine:
         """
         drawn: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
+            self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
             return drawn
         jobs = self._jobs(requests, samples)
-        work = _Work(self, params, requests, jobs, (seed, step))
+        work = _Work(self, weights, requests, jobs, (seed, step))
         seen = 0
         for finished in work.rounds():
             for request, sample, completion in finished:
@@ -227,10 +247,10 @@ class Engine:
 class _Work:
     """One call of `Engine.sample`: its weights, its scheduler, its device state."""
 
-    def __init__(self, engine: Engine, params, requests, jobs, seed_and_step):
+    def __init__(self, engine: Engine, weights, requests, jobs, seed_and_step):
         self.engine, self.programs, self.requests = engine, engine.programs, requests
         self.seed_and_step = seed_and_step
-        self.weights = self.programs.weights(params)
+        self.weights = weights
         total = sum(len(job.samples) for job in jobs)
         size = engine.size(total, max(job.length for job in jobs))
         self.slots, self.longest_prompt, self.table_pages, pages = size

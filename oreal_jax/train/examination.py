@@ -9,22 +9,24 @@ What a stopped run has measured is not measured again.
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from oreal_jax import metrics
+from oreal_jax import metrics, processes
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import Evaluation, TrainConfig
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import BadInput
-from oreal_jax.evaluation import load_sets
-from oreal_jax.evaluation.run import Plan, measure
+from oreal_jax.evaluation import Attempt, load_sets, report
+from oreal_jax.evaluation.run import attempt
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.files import write_lines
+from oreal_jax.processes import uninterrupted
 from oreal_jax.sampling import Engine, Sampling
-from oreal_jax.train.session import Session, uninterrupted
+from oreal_jax.train import exchange
+from oreal_jax.train.session import Session
 from oreal_jax.verify import Pool
 
 
@@ -33,11 +35,8 @@ class Examination:
 
     def __init__(self, config: Evaluation, sets: Sequence[ProblemSet], engine: Engine):
         """`engine` draws as `config.samples` wants it: greedily, or as in training."""
-        self.config, self.sets = config, sets
-        alone = config.samples == 1
-        self.plan = (
-            Plan(engine, None, 0) if alone else Plan(None, engine, config.samples)
-        )
+        self.config, self.sets, self.engine = config, sets, engine
+        self.kind = "greedy" if config.samples == 1 else "sampled"
 
     def due(self, step: int, steps: int) -> bool:
         """Whether the policy after `step` of `steps` training steps is evaluated."""
@@ -46,30 +45,60 @@ class Examination:
     def take(self, session: Session, pool: Pool) -> None:
         """Evaluates the policy as it is, if that is due and not done."""
         step, path = session.step, session.run / "evaluations.jsonl"
-        done = metrics.read(path) if path.exists() else []
-        rows = [row for row in done if row["step"] <= step]
-        if not self.due(step, session.steps) or step in [row["step"] for row in rows]:
+        if not self.due(step, session.steps):
             return
+        rows = metrics.read(path) if path.exists() else []
+        with uninterrupted():
+            rows = processes.gathered(rows)[0]  # as process 0 sees the file
+            rows = [row for row in rows if row["step"] <= step]
+            if step in [row["step"] for row in rows]:
+                return
+            weights = self.engine.weights(session.state.policy.params)
         with session.aside():
-            reports = measure(
-                self.plan,
-                session.state.policy.params,
+            mine = [
+                ProblemSet(name, list(processes.share(problems)))
+                for name, problems in self.sets
+            ]
+            tried = attempt(
+                self.engine,
+                weights,
+                self.config.samples,
+                self.kind,
                 session.chat,
                 pool,
-                self.sets,
+                mine,
                 seed=session.config.seed,
+                finished={},
                 screen=session.screen,
             )
+        with uninterrupted():
+            self._record(session, rows, path, tried)
+
+    def _record(
+        self,
+        session: Session,
+        rows: list[dict],
+        path: Path,
+        tried: Mapping[str, list[list[Attempt]]],
+    ) -> None:
+        """Adds what all processes have measured to the `rows` of earlier evaluations,
+        and keeps the policy if it is the best."""
+        reports = {}
+        for name, problems in self.sets:
+            found = exchange.all_attempts(problems, tried[name])
+            both = (found, []) if self.kind == "greedy" else ([], found)
+            reports[name] = report(*both, seed=session.config.seed)
+        step = session.step
         values = {
             f"val-core/{name}/{report.name}": report.accuracy
             for name, report in reports.items()
         }
         score = float(np.mean(list(values.values())))
         best = all(score > row["score"] for row in rows)
-        with uninterrupted():
-            if best:
-                keep(session, step)
-            rows.append({"step": step, "score": score, "best": best} | values)
+        if best:
+            keep(session, step)
+        rows.append({"step": step, "score": score, "best": best} | values)
+        if processes.is_first():
             write_lines(path, rows)
         said = ", ".join(f"{name} {report}" for name, report in reports.items())
         mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
@@ -80,16 +109,19 @@ def keep(session: Session, step: int) -> None:
     """Writes the policy as RUN/best, in place of the one that was there."""
     best = session.run / "best"
     new, old = (session.run / f".best.{word}" for word in ("incomplete", "old"))
-    for left in (new, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(session.run / "model", new / "model")
-    shutil.copy2(session.run / "config.json", new / "config.json")
+    if processes.is_first():
+        for left in (new, old):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(session.run / "model", new / "model")
+        shutil.copy2(session.run / "config.json", new / "config.json")
+    processes.barrier(f"{new} was made")
     directory = new / "checkpoints" / str(step) / "policy"
     checkpoints.save_params(directory, session.state.policy.params)
-    if best.exists():
-        best.rename(old)
-    new.rename(best)
-    shutil.rmtree(old, ignore_errors=True)
+    if processes.is_first():
+        if best.exists():
+            best.rename(old)
+        new.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def examination_of(

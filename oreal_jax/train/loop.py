@@ -8,17 +8,19 @@
         update the token reward model and the policy
 
 Everything random is a function of (seed, step), so a run that was stopped goes on as
-if it had not been.
+if it had not been. Where several processes run it, each draws and judges its share of
+the prompts; from there on all of them have all completions and do the same.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from oreal_jax import rollout, sharding
+from oreal_jax import processes, rollout, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -31,27 +33,40 @@ from oreal_jax.data import (
 )
 from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
+from oreal_jax.evaluation.attempts import fingerprint
 from oreal_jax.files import write_lines
 from oreal_jax.model import Params
+from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import (
     Completion,
     Engine,
     Request,
+    Statistics,
     token_table,
 )
-from oreal_jax.train import measures
+from oreal_jax.train import exchange, measures
 from oreal_jax.train.examination import examination_of
+from oreal_jax.train.exchange import Judged, Samples
 from oreal_jax.train.programs import engines_of, update_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
     source_of,
-    uninterrupted,
 )
 from oreal_jax.train.step import TrainStep, place, reference_scorer
 from oreal_jax.verify import Pool
-from oreal_jax.verify.llm_judge import Case, Judge
+from oreal_jax.verify.llm_judge import Case, Judge, judge_metrics
+
+
+class Question(NamedTuple):
+    """A prompt of a step, its number there, its tokens, and the first of its samples'
+    numbers."""
+
+    prompt: Prompt
+    group: int
+    tokens: list[int]
+    first_sample: int
 
 
 def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> None:
@@ -63,11 +78,12 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     source = source_of(config, run)
     mesh = sharding.make_mesh(config.mesh, source.config)
     chat = chat_of(config, run, source, config.stop_strings)
-    asked = judge_of(config, screen)
+    judging = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
     stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
+    processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
     repeated = usable_prompts(config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
     engine_of = engines_of(config, source.config, mesh, stop_tokens, stop_table)
@@ -83,32 +99,37 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         steps=config.steps,
         profile=profile,
     )
-    if not saved.is_dir():
+    if processes.is_first() and not saved.is_dir():
         build(prompts, saved)
     verification = config.verification
     pool = Pool(verification.workers, verification.deadline)
-    with session, pool, asked as judge:
-        reference = session.load_reference()
+    with session, pool, judging as judge:
+        with processes.together():
+            reference = session.load_reference()
         add_reference = reference_scorer(session.model, mesh, session.dtype)
         update = update_of(config, session.learners, mesh)
         while session.step < config.steps:
             examination.take(session, pool)
             step = session.step
-            groups = sample_and_judge(session, config, order, engine, pool, judge)
-            usable = groups
-            if verification.undecided == "drop":
-                usable = [rollout.decided(group) for group in groups]
-            kept = rollout.keep_some(usable, config.keep, config.seed, step)
-            values = rollout.metrics(groups, kept) | engine.statistics.metrics()
-            values |= judge.take_metrics() if judge else {}
+            asked = questions(session, config, order)
+            mine = processes.share(asked)
+            judged = sample_and_judge(session, config, mine, engine, pool, judge)
             with uninterrupted():
+                judged = processes.all_of(judged, exchange.encode, exchange.decode)
+                groups = trajectories(config, asked, judged)
+                usable = groups
+                if verification.undecided == "drop":
+                    usable = [rollout.decided(group) for group in groups]
+                kept = rollout.keep_some(usable, config.keep, config.seed, step)
+                values = rollout.metrics(groups, kept) | how_it_went(engine, judge)
                 if kept:
                     values |= learn(session, kept, reference, add_reference, update)
                     most = config.max_disagreement
                     measures.require_agreement(values, most, session.step)
                 else:
                     session.skip_step()
-                write_trajectories(run, step, groups, chat)
+                if processes.is_first():
+                    write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
                 tokens = rollout.token_count(groups)
                 frozen = step < config.freeze_steps
@@ -131,7 +152,7 @@ def judge_of(
     return Judge(
         chosen.judge_hosts,
         chosen.judge_model,
-        concurrency=chosen.judge_concurrency,
+        concurrency=max(1, chosen.judge_concurrency // processes.count()),
         timeout=chosen.judge_timeout,
         tries=chosen.judge_tries,
         lost=chosen.judge_lost,
@@ -184,77 +205,97 @@ def usable_prompts(
     return repeated
 
 
+def questions(
+    session: Session, config: TrainConfig, order: PromptOrder
+) -> list[Question]:
+    """This step's prompts."""
+    return [
+        Question(
+            prompt,
+            group,
+            session.chat.encode(prompt.question),
+            occurrence * config.samples_per_prompt,
+        )
+        for group, (prompt, occurrence) in enumerate(order.batch(session.step))
+    ]
+
+
 def sample_and_judge(
     session: Session,
     config: TrainConfig,
-    order: PromptOrder,
+    asked: Sequence[Question],
     engine: Engine,
     pool: Pool,
     judge: Judge | None = None,
-) -> list[Group]:
-    """K judged completions of each of this step's prompts."""
-    step, K = session.step, config.samples_per_prompt
-    label = f"step {step + 1}: "
-    drawn = order.batch(step)
-    prompts = [session.chat.encode(prompt.question) for prompt, _ in drawn]
-    requests = [
-        Request(tokens, prompt.key, occurrence * K)
-        for tokens, (prompt, occurrence) in zip(prompts, drawn, strict=True)
-    ]
-    completions, texts = sample(session, config, drawn, requests, engine, pool)
-    pairs = [
-        (text, prompt.gold_answer)
-        for (prompt, _), group in zip(drawn, texts, strict=True)
-        for text in group
-    ]
-    flat = [completion for group in completions for completion in group]
+) -> list[Samples]:
+    """K judged completions of each question."""
+    label = f"step {session.step + 1}: "
+    drawn = sample(session, config, asked, engine, pool)
+    texts = [text for group in drawn for _, text in group]
+    flat = [completion for group in drawn for completion, _ in group]
+    prompts = [question.prompt for question in asked]
+    prompts = [p for p in prompts for _ in range(config.samples_per_prompt)]
+    pairs = [(text, p.gold_answer) for text, p in zip(texts, prompts, strict=True)]
     with session.screen.phase("verify", total=len(flat), label=label) as advance:
         verdicts = rollout.judged(pool, flat, pairs, advance)
         if judge:
-            questions = [prompt.question for prompt, _ in drawn for _ in range(K)]
             verdicts = judge.verdicts(
                 [
-                    Case(question, gold, text, verdict)
-                    for question, (text, gold), verdict in zip(
-                        questions, pairs, verdicts, strict=True
+                    Case(prompt.question, prompt.gold_answer, text, verdict)
+                    for prompt, text, verdict in zip(
+                        prompts, texts, verdicts, strict=True
                     )
                 ]
             )
-    grouped = [verdicts[i : i + K] for i in range(0, len(verdicts), K)]
+    said = iter(verdicts)
+    return [[Judged(*each, next(said)) for each in group] for group in drawn]
+
+
+def trajectories(
+    config: TrainConfig, asked: Sequence[Question], judged: Sequence[Samples]
+) -> list[Group]:
+    """The judged completions of each question with their advantages."""
     weigh = rollout.advantages
     if config.verification.undecided == "drop":
         weigh = rollout.advantages_of_decided
-    advantages = weigh(grouped, config.loss.advantage)
+    verdicts = [[one.verdict for one in group] for group in judged]
+    advantages = weigh(verdicts, config.loss.advantage)
     return [
         [
             Trajectory(
-                prompt=prompt,
-                group=n,
-                sample=requests[n].first_sample + k,
-                prompt_tokens=prompts[n],
-                completion=completions[n][k],
-                old_log_probs=old_log_probs(completions[n][k]),
-                text=texts[n][k],
-                verdict=grouped[n][k],
-                advantage=float(advantages[n, k]),
+                prompt=question.prompt,
+                group=question.group,
+                sample=question.first_sample + k,
+                prompt_tokens=question.tokens,
+                completion=one.completion,
+                old_log_probs=old_log_probs(one.completion),
+                text=one.text,
+                verdict=one.verdict,
+                advantage=float(advantages[question.group, k]),
             )
-            for k in range(K)
+            for k, one in enumerate(group)
         ]
-        for n, (prompt, _) in enumerate(drawn)
+        for question, group in zip(asked, judged, strict=True)
     ]
+
+
+def how_it_went(engine: Engine, judge: Judge | None) -> dict[str, float]:
+    """What engines and judges of all processes say of this step."""
+    said = processes.gathered([engine.statistics, judge and judge.take_counts()])
+    found = Statistics.together([Statistics(*each) for each, _ in said]).metrics()
+    return found | (judge_metrics([counts for _, counts in said]) if judge else {})
 
 
 def sample(
     session: Session,
     config: TrainConfig,
-    drawn: Sequence[tuple[Prompt, int]],
-    requests: Sequence[Request],
+    asked: Sequence[Question],
     engine: Engine,
     pool: Pool,
-) -> tuple[list[list[Completion]], list[list[str]]]:
-    """K completions of each request and their texts; those that are finished are judged
-    while others are drawn. Interrupted, it leaves them in `RUN/interrupted/`; the step
-    will be done anew, and draw the same."""
+) -> list[list[tuple[Completion, str]]]:
+    """K completions of each question with their texts; those that are finished are
+    judged while others are drawn. Interrupted, it leaves them in `RUN/interrupted/`;
+    the step will be done anew, and draw the same."""
     step, K = session.step, config.samples_per_prompt
     finished: dict[tuple[int, int], tuple[Completion, str]] = {}
 
@@ -262,14 +303,17 @@ def sample(
         text = session.chat.decode(completion.tokens)
         finished[n, k] = completion, text
         if completion.finish_reason == "stop":
-            pool.submit(text, drawn[n][0].gold_answer)  # which remembers the verdict
+            # The pool remembers the verdict.
+            pool.submit(text, asked[n].prompt.gold_answer)
 
-    label, total = f"step {step + 1}: ", len(requests) * K
+    with processes.together():
+        weights = engine.weights(session.state.policy.params)
+    label, total = f"step {step + 1}: ", len(asked) * K
     try:
         with session.screen.phase("gen", total=total, label=label) as advance:
-            completions = engine.sample(
-                session.state.policy.params,
-                requests,
+            engine.sample(
+                weights,
+                [Request(q.tokens, q.prompt.key, q.first_sample) for q in asked],
                 K,
                 seed=config.seed,
                 step=step,
@@ -280,11 +324,11 @@ def sample(
         rows = [
             {
                 "step": step,
-                "id": drawn[n][0].id,
-                "group": n,
-                "sample": requests[n].first_sample + k,
-                "question": drawn[n][0].question,
-                "gold_answer": drawn[n][0].gold_answer,
+                "id": asked[n].prompt.id,
+                "group": asked[n].group,
+                "sample": asked[n].first_sample + k,
+                "question": asked[n].prompt.question,
+                "gold_answer": asked[n].prompt.gold_answer,
                 "completion": text,
                 "tokens": len(completion.tokens),
                 "finish_reason": completion.finish_reason,
@@ -293,12 +337,11 @@ def sample(
                 finished.items(), key=lambda item: item[0]
             )
         ]
-        path = interrupted_path(session.run, step)
+        path = interrupted_path(session.run, step, processes.index())
         write_lines(path, rows)
         session.screen.say(f"{len(rows)} of {total} completions are in {path}")
         raise
-    texts = [[finished[n, k][1] for k in range(K)] for n in range(len(requests))]
-    return completions, texts
+    return [[finished[n, k] for k in range(K)] for n in range(len(asked))]
 
 
 def old_log_probs(completion: Completion) -> np.ndarray:
@@ -313,12 +356,15 @@ def write_trajectories(
     """All completions of a step as JSON lines, whole or not at all."""
     rows = [t.as_json(step, chat.pieces) for group in groups for t in group]
     write_lines(run / "trajectories" / f"step_{step:06d}.jsonl", rows)
-    interrupted_path(run, step).unlink(missing_ok=True)
+    for left in interrupted_path(run, step, 0).parent.glob(f"step_{step:06d}.*"):
+        left.unlink()
 
 
-def interrupted_path(run: Path, step: int) -> Path:
-    """Where completions of a step that was interrupted lie until it is whole."""
-    return run / "interrupted" / f"step_{step:06d}.jsonl"
+def interrupted_path(run: Path, step: int, process: int) -> Path:
+    """Where a process's completions of a step that was interrupted lie until the step
+    is whole."""
+    of = f".process_{process}" if process else ""
+    return run / "interrupted" / f"step_{step:06d}{of}.jsonl"
 
 
 def line(step: int, steps: int, values: dict[str, float]) -> str:

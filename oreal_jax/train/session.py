@@ -12,14 +12,13 @@
     RUN/evaluations.jsonl  one object an evaluation, and
     RUN/best/              the best policy by them, where the config asks for it
 
-Opening a run that has checkpoints goes on from the newest one.
+Opening a run that has checkpoints goes on from the newest one. Where several processes
+run it, they share the directory: all write their part of checkpoints and of the
+reference, process 0 alone writes the rest.
 """
 
 import contextlib
 import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import jax
 from jax.sharding import Mesh
 
 from oreal_jax import config as configuration
-from oreal_jax import efficiency, model, sharding
+from oreal_jax import efficiency, model, processes, sharding
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
@@ -41,6 +40,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
+from oreal_jax.processes import uninterrupted
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import compute_dtype, learners_of
 from oreal_jax.train.state import TrainState
@@ -51,7 +51,15 @@ IDENTITY = ("class", "model", "seed", "prompts", "examples")
 
 
 def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
-    """The model a run works on: its own once it has begun, else the config's."""
+    """The model a run works on: its own once it has begun, else the config's.
+
+    Raises:
+        BadInput: it is unusable, or not the same to all processes.
+    """
+    for name, value in configuration.as_json(config).items():
+        processes.agree(f"config: {name}", value)
+    newest = [str(step) for step in checkpoints.steps(run)[-1:]]
+    processes.agree(f"{run}: steps of the newest checkpoint, seen by all", newest)
     if not checkpoints.steps(run):
         return open_model(config.model)
     if not (run / "config.json").is_file():
@@ -80,25 +88,14 @@ def chat_of(
     )
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Lets what is inside finish before Ctrl-C is heeded: a step is whole or absent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
-        return
-    pending = []
+class Unwritten:
+    """The record of a run in processes that leave it to process 0."""
 
-    def note(*_) -> None:
-        pending.append(True)
-        os.write(2, b"\nstopping as soon as this step is whole\n")
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Process 0 writes it."""
 
-    usual = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pending:
-        raise KeyboardInterrupt
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Session:
@@ -135,7 +132,9 @@ class Session:
         self.state = self._restore_or_start(source)
         self._write_config()
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
-        self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
+        self._log = Unwritten()
+        if processes.is_first():
+            self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
         self._profile = Profile(run / "profile", profile, screen)
         self._began = time.perf_counter()
 
@@ -145,6 +144,7 @@ class Session:
     def __exit__(self, kind, error, trace) -> None:
         with uninterrupted():
             if kind is KeyboardInterrupt:
+                processes.ask_to_stop()
                 self.screen.say(f"stopped after step {self.step}; saving")
                 self._checkpoints.save(self.state)
             self._checkpoints.close()
@@ -172,7 +172,15 @@ class Session:
     def _write_config(self) -> None:
         """Makes the run directory."""
         text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
-        write_text(self.run / "config.json", text)
+        path = self.run / "config.json"
+        if processes.is_first():
+            write_text(path, text)
+        processes.barrier(f"{path} was written")
+        if not path.exists():
+            raise BadInput(
+                f"{path}: written by process 0 and not to be seen from here; --run "
+                "must be on a file system that all processes share"
+            )
 
     def _restore_or_start(self, source: ModelSource) -> TrainState:
         done = checkpoints.steps(self.run)
@@ -187,10 +195,11 @@ class Session:
             params = source.load(self.mesh, on_tensor=lambda name: advance())
         self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
         self._write_config()
-        copy_files(source, self.run / "model")
-        if self.config.chat_template:
-            template = self.chat.tokenizer.chat_template
-            write_text(self.run / "model" / "chat_template.jinja", template)
+        if processes.is_first():
+            copy_files(source, self.run / "model")
+            if self.config.chat_template:
+                template = self.chat.tokenizer.chat_template
+                write_text(self.run / "model" / "chat_template.jinja", template)
         if not (self.run / "reference").is_dir():
             cast = jax.jit(model.cast, static_argnums=1)
             with uninterrupted():

@@ -4,9 +4,10 @@ With solutions that a model found itself and a verifier judged right, this is RF
 start that OREAL trains from.
 """
 
+import hashlib
 from pathlib import Path
 
-from oreal_jax import efficiency, sharding
+from oreal_jax import efficiency, processes, sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
@@ -14,7 +15,7 @@ from oreal_jax.data.packing import Example, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
 from oreal_jax.train.programs import update_of
-from oreal_jax.train.session import Session, chat_of, source_of, uninterrupted
+from oreal_jax.train.session import Session, chat_of, source_of
 from oreal_jax.train.step import place
 
 
@@ -29,6 +30,8 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     mesh = sharding.make_mesh(config.mesh, source.config)
     chat = chat_of(config, run, source)
     examples = usable_examples(config, chat, screen)
+    of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    processes.agree(f"{config.examples}: fingerprint", of_all)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
     steps = config.steps or config.epochs * len(examples) // config.examples_per_step
     session = Session(
@@ -53,7 +56,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 rows=session.rows,
                 row_length=config.packing.row_length,
             )
-            with uninterrupted():
+            with processes.together():
                 with screen.phase("update_actor", label=f"step {step + 1}: "):
                     values, _ = session.learn(update, place(batch, mesh))
                 line = f"step {step + 1:>{len(str(steps))}}/{steps}"

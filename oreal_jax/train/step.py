@@ -60,7 +60,7 @@ def micro(batch: Batch, index) -> Batch:
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
     """Puts a batch on the mesh."""
-    return Batch(*map(jax.device_put, batch, of_batch(mesh)))
+    return Batch(*map(sharding.put, batch, of_batch(mesh)))
 
 
 def of_batch(mesh: Mesh) -> Batch:

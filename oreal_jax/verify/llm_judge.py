@@ -17,7 +17,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
@@ -161,18 +161,12 @@ class Judge:
         """A verdict for each case, in order."""
         return [future.result() for future in [self.submit(case) for case in cases]]
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_counts(self) -> dict[str, float]:
         """What was counted since the last call, and the hosts in use."""
         with self._state:
             counts, self._counts = self._counts, {}
             up = sum(not host.out for host in self._hosts)
-        counts = dict.fromkeys(COUNTED, 0.0) | counts
-        replies = counts.pop("latency/count", 0.0)
-        seconds = counts.pop("latency/sum", 0.0)
-        counts["latency/mean"] = seconds / replies if replies else 0.0
-        return {f"judge/{name}": n for name, n in counts.items()} | {
-            "judge/hosts_up": float(up)
-        }
+        return counts | {"hosts_up": float(up)}
 
     def _serve(self) -> None:
         """Judges one case after the other until the judge is closed."""
@@ -360,6 +354,18 @@ COUNTED = (
     "failed_garbage", "failed_cut_short", "failed_no_verdict", "failed_closed",
     "taken_out", "taken_back", "prompt_tokens", "completion_tokens", "latency/max",
 )  # fmt: skip
+
+
+def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """For the record of a run, from what the judges of its processes counted."""
+    names = (*COUNTED, "latency/sum", "latency/count")
+    total: dict[str, float] = dict.fromkeys(names, 0.0)
+    for name in {name for each in counts for name in each}:
+        whole = {"latency/max": max, "hosts_up": min}.get(name, sum)
+        total[name] = whole([each.get(name, 0.0) for each in counts])
+    seconds, replies = total.pop("latency/sum"), total.pop("latency/count")
+    total["latency/mean"] = seconds / replies if replies else 0.0
+    return {f"judge/{name}": number for name, number in total.items()}
 
 
 def needs_judge(case: Case) -> bool:

@@ -1,0 +1,156 @@
+"""A process's connection to the hub: what it says, and what it hears at any time.
+
+Bad news comes when the process is busy: in a collective that waits for the dead, in
+sampling, in judging. The thread that hears it says it and ends the process.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+from oreal_jax.errors import Failure
+from oreal_jax.processes import wire
+from oreal_jax.processes.hub import END, split
+from oreal_jax.processes.place import Place
+from oreal_jax.processes.wire import Message
+
+ANSWER = 30  # seconds for the hub to end everybody once it was asked to
+MAIN = threading.main_thread().ident or 0
+
+
+class Link:
+    """An open connection to the hub, and the thread that listens to it."""
+
+    def __init__(self, place: Place, patience: float):
+        """Connects, and waits until all processes have come.
+
+        Raises:
+            Failure: process 0 is not reached for `patience` seconds.
+        """
+        self.place = place
+        self._news = threading.Condition()
+        self._saying = threading.Lock()
+        self._answers: dict[tuple[str, int], bytes] = {}
+        self._numbers = {"gather": 0, "barrier": 0}
+        self._waits_for: int | None = None  # the gathering that it waits for
+        self._stopped: int | None = None  # the gathering that will not be
+        self._asked = False  # for that
+        self._closing = self._closed = False  # behind the last barrier links may break
+        self._hub = f"process 0 of {place.count} on {place.host}"
+        self._connection = self._connect(patience)
+        wire.watch(self._connection)
+        hello = {"host": socket.gethostname(), "count": place.count}
+        self.say("hello", place.index, json.dumps(hello).encode())
+        threading.Thread(target=self._listen, daemon=True).start()
+        welcome = json.loads(self._await(("welcome", 0)))
+        self.notice: Any = welcome["notice"]
+        self._hub = f"process 0 of {place.count} on {welcome['hosts'][0]}"
+
+    def _connect(self, patience: float) -> socket.socket:
+        host, port = self.place.host, self.place.port
+        try:
+            there = "localhost" if self.place.index == 0 else host
+            return wire.connect(there, port, patience)
+        except OSError as error:
+            raise Failure(
+                f"--coordinator {host}:{port} does not answer for {patience:g} s: "
+                f"{error}; does process 0 run there?"
+            ) from None
+
+    def say(self, kind: str, number: int = 0, body: bytes = b"") -> None:
+        """Sends a message to the hub."""
+        try:
+            with self._saying:
+                wire.send(self._connection, Message(kind, number, body))
+        except OSError:
+            time.sleep(ANSWER)  # the listening thread knows more
+            self.end(1, f"{self._hub} died")
+
+    def gather(self, part: bytes) -> list[bytes]:
+        """The parts of all processes, in their order.
+
+        Raises:
+            KeyboardInterrupt: in all of them, where one was asked to stop.
+        """
+        number = self._next("gather")
+        with self._news:
+            self._waits_for = number
+        self.say("gather", number, part)
+        with self._news:
+            while ("answer", number) not in self._answers:
+                if self._stopped == number:
+                    raise KeyboardInterrupt
+                self._news.wait()
+            self._waits_for = None
+            return split(self._answers.pop(("answer", number)), self.place.count)
+
+    def barrier(self, what: str, patience: float) -> None:
+        """Returns when all have come; after `patience` seconds all are ended, with the
+        names of those who have not."""
+        number = self._next("barrier")
+        self.say("barrier", number, what.encode())
+        try:
+            self._await(("passed", number), patience)
+        except TimeoutError:
+            self.say("late", number, f"{what}, for {patience:g} s".encode())
+            self._await(("passed", number))
+
+    def ask_to_stop(self) -> None:
+        """Lets all processes stop before the next gathering. Safe in signal handlers,
+        which may come while another message is being sent. This one stops itself."""
+        self._asked = True
+        threading.Thread(target=self.say, args=("stop",), daemon=True).start()
+
+    def leave(self, code: int, why: str) -> NoReturn:
+        """Ends all processes."""
+        self.say("leave", code, why.encode("utf-8", "backslashreplace"))
+        time.sleep(ANSWER)  # the hub's answer ends this one
+        self.end(code, why)
+
+    def end(self, code: int, text: str) -> NoReturn:
+        """Ends this process from any thread, whatever it is at: no clean-up could be
+        trusted to come to its end without the others."""
+        sys.stdout.flush()
+        print(f"oreal: {text}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    def _next(self, kind: str) -> int:
+        number = self._numbers[kind]
+        self._numbers[kind] += 1
+        return number
+
+    def _await(self, key: tuple[str, int], patience: float | None = None) -> bytes:
+        with self._news:
+            if not self._news.wait_for(lambda: key in self._answers, patience):
+                raise TimeoutError
+            return self._answers.pop(key)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                kind, number, body = wire.receive(self._connection)
+            except OSError:
+                if self._closed:
+                    return
+                self.end(1, f"{self._hub} died")
+            if kind == "end":
+                self.end(number, body.decode())
+            with self._news:
+                if kind == "stop":
+                    self._stopped = number
+                    if self._waits_for != number and not self._asked:
+                        signal.pthread_kill(MAIN, signal.SIGINT)
+                else:
+                    self._answers[kind, number] = body
+                    self._closed = self._closing and kind == "passed"
+                self._news.notify_all()
+
+    def close(self, patience: float) -> None:
+        """Waits until all have come to the end."""
+        self._closing = True
+        self.barrier(END, patience)

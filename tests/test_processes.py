@@ -1,0 +1,161 @@
+"""Runs of the tiny model in several real processes on loopback, a device each."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import ALONE, arrays, finish, train, wait_for_steps
+
+from oreal_jax import metrics
+from oreal_jax.processes import wire
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """What all runs here compile is compiled once."""
+    return ALONE | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="module")
+def start(tiny, environment):
+    """`start(count, run, *settings)`: that many processes of one run."""
+
+    def begin(count: int, run: Path, *settings: str) -> list[subprocess.Popen]:
+        with wire.listen(0) as door:
+            port = door.getsockname()[1]
+        several = ["--coordinator", f"localhost:{port}", "--processes", str(count)]
+        return [
+            train(
+                tiny,
+                run,
+                *settings,
+                options=[*several, "--process", str(me)],
+                environment=environment,
+            )
+            for me in range(count)
+        ]
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, environment):
+    """`alone(devices, run, *settings)`: a run of one process with fake devices."""
+
+    def run(devices: int, run: Path, *settings: str) -> None:
+        several = {"JAX_NUM_CPU_DEVICES": str(devices)}
+        finish(train(tiny, run, *settings, environment=environment | several))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(tiny, start) -> Path:
+    """Two steps of two processes."""
+    first, second = start(2, tiny / "two", "steps=2")
+    assert "step 2/2" in finish(first)
+    assert "step" not in finish(second)
+    return tiny / "two"
+
+
+def completions(run: Path) -> list[list[tuple]]:
+    """What was drawn and kept in each step."""
+    names = ("id", "group", "sample", "completion", "verdict", "advantage", "kept")
+    return [
+        [tuple(row[name] for name in names) for row in map(json.loads, file.open())]
+        for file in sorted((run / "trajectories").iterdir())
+    ]
+
+
+def assert_same_metrics(run: Path, other: Path, **tolerance) -> None:
+    """But for what depends on the clock, or on how many engines there are."""
+    ours, theirs = (metrics.read(each / "metrics.jsonl") for each in (run, other))
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row:
+            if not name.startswith(("timing_s/", "perf/", "rollout/", "training/")):
+                assert row[name] == pytest.approx(expected[name], **tolerance), name
+
+
+def test_two_processes_train_as_one_does_bit_for_bit(tiny, two, alone):
+    alone(2, tiny / "one", "steps=2")
+    assert completions(two) == completions(tiny / "one")
+    for ours, expected in zip(arrays(two, 2), arrays(tiny / "one", 2), strict=True):
+        assert ours.tobytes() == expected.tobytes()
+    assert_same_metrics(two, tiny / "one", rel=1e-6)
+    learned = metrics.read(two / "metrics.jsonl")[1]
+    assert learned["actor/grad_norm"] > 0  # there was something to be equal
+
+
+def test_a_run_of_two_processes_holds_what_every_run_holds(two):
+    names = {path.name for path in two.iterdir()}
+    plain = {"config.json", "model", "data", "metrics.jsonl", "trajectories"}
+    assert names == plain | {"checkpoints", "reference"}
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_death_of_one_ends_the_other_with_its_name(tiny, two, start, victim):
+    run = tiny / f"killed-{victim}"
+    shutil.copytree(two, run)
+    started = start(2, run, "steps=500")
+    wait_for_steps(run, 3, started[0])
+    started[victim].kill()
+    killed = time.monotonic()
+    said, complained = started[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - killed < 10
+    assert started[1 - victim].returncode == 1
+    assert f"oreal: process {victim} of 2 on " in complained
+    assert complained.splitlines()[-1].endswith(" died")
+    assert "Traceback" not in said + complained
+    started[victim].communicate()
+
+
+@pytest.mark.slow
+def test_four_processes_train_and_evaluate_as_one_does_bit_for_bit(tiny, start, alone):
+    rows = [{"question": f"max {a} {a}?", "gold_answer": a} for a in range(10, 16)]
+    exam = tiny / "exam.jsonl"
+    exam.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"evaluation.data=({str(exam)!r},)", "evaluation.every=2", "steps=2"]
+    for process in start(4, tiny / "four", *settings):
+        finish(process)
+    alone(4, tiny / "of-four", *settings)
+    assert completions(tiny / "four") == completions(tiny / "of-four")
+    assert_same_metrics(tiny / "four", tiny / "of-four", rel=1e-4, abs=1e-6)
+    both = [arrays(tiny / name, 2) for name in ("four", "of-four")]
+    for ours, expected in zip(*both, strict=True):
+        assert ours.tobytes() == expected.tobytes()
+    found = [
+        (tiny / name / "evaluations.jsonl").read_text() for name in ("four", "of-four")
+    ]
+    assert found[0] == found[1] and found[0].count("\n") == 2
+    assert (tiny / "four" / "best" / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
+    """2, 4, then 1, each but the last preempted: the same as undisturbed."""
+    run = tiny / "handed-on"
+    for count, steps in [(2, 2), (4, 4)]:
+        started = start(count, run, "steps=8")
+        wait_for_steps(run, steps, started[0])
+        started[-1].send_signal(signal.SIGTERM)
+        for process in started:
+            said, complained = process.communicate(timeout=120)
+            assert process.returncode == 130, said + complained
+            assert "Traceback" not in said + complained
+    alone(1, run, "steps=8")
+    alone(1, tiny / "undisturbed", "steps=8")
+    assert completions(run) == completions(tiny / "undisturbed")
+    assert_same_metrics(run, tiny / "undisturbed", rel=1e-3, abs=1e-5)
+    both = arrays(run, 8), arrays(tiny / "undisturbed", 8)
+    for ours, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
