@@ -67,9 +67,10 @@ def _programs(plan: Plan) -> Table:
 def _collectives(plan: Plan) -> Table:
     kinds = sorted({kind for program in plan.programs for kind in program.moved})
     table = Table(
-        "moved by collectives",
-        caption="GiB on a device, once through a program; decoding: one token a row",
+        "moved",
+        caption="GiB by collectives on a device, once through; decode: a token a row",
     )
+    table.columns[0].no_wrap = True
     for kind in kinds:
         table.add_column(kind, justify="right")
     for program in plan.programs:
