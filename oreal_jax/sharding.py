@@ -64,19 +64,25 @@ def make_mesh(
         BadInput: the devices do not fill the shape, or a weight does not split evenly.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = sizes_of(shape, config, len(devices))
+    return _mesh(sorted(devices, key=lambda d: d.process_index), sizes)
+
+
+def sizes_of(shape: MeshShape, config: ModelConfig, devices: int) -> tuple[int, ...]:
+    """The sizes of `AXES` on so many devices. Raises as `make_mesh`."""
     sizes = dataclasses.astuple(shape)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise BadInput(f"{shape}: sizes are positive, at most one is -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
-    rest, left_over = divmod(len(devices), known)
+    rest, left_over = divmod(devices, known)
     if left_over or rest == 0 or (-1 not in sizes and rest != 1):
         raise BadInput(
             f"mesh: {shape} needs {'a multiple of ' if -1 in sizes else ''}{known} "
-            f"devices, there are {len(devices)}"
+            f"devices, there are {devices}"
         )
     sizes = tuple(rest if size == -1 else size for size in sizes)
     _check_splits(config, fsdp=sizes[1], tensor=sizes[3])
-    return _mesh(sorted(devices, key=lambda d: d.process_index), sizes)
+    return sizes
 
 
 class EngineMeshes(NamedTuple):

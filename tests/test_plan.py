@@ -145,8 +145,8 @@ def test_a_small_plan_fits_and_a_large_one_names_its_culprit(config_file, capsys
     arguments = ["plan", str(config_file), "--topology", "v5e:2x2", "--json"]
     assert main(arguments) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["fits"] and said["device"] == "TPU v5 lite" and said["devices"] == 4
-    assert said["capacity"] == pytest.approx(15.75 * 2**30)
+    assert said["fits"] and said["kind"] == "TPU v5 lite" and said["devices"] == 4
+    assert said["memory"] == pytest.approx(15.75 * 2**30)
     step = next(p for p in said["programs"] if p["name"] == "train step")
     state = said["held"]["parameters"] + said["held"]["optimizer"]
     assert step["arguments"] == pytest.approx(state, rel=0.2)
@@ -186,3 +186,24 @@ def test_a_model_that_is_not_here_is_planned_as_published(capsys):
     unknown = dataclasses.replace(config(), model="nobody/knows")
     with pytest.raises(sharding.BadInput, match="nobody/knows"):
         shape_of(unknown)
+
+
+def test_a_plan_for_gpus_counts_the_state_that_a_layout_has(config_file, capsys):
+    arguments = ["plan", str(config_file), "--topology", "h100:4", "--json"]
+    assert main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], 64)
+    for name in ("parameters", "optimizer"):
+        assert said["held"][name] == pytest.approx(run.bytes[name], rel=0.01)
+    cache = run.engine.programs.abstract(run.size.slots, run.size.pages).cache
+    # bfloat16 there, float32 here; some pages are kept in reserve
+    assert said["sampling"]["cache"] == pytest.approx(on_device(cache) / 2, rel=0.3)
+    offloaded = ["--set", "policy.offload=True", "--set", "token_reward.offload=True"]
+    main([*arguments, *offloaded])
+    assert json.loads(capsys.readouterr().out)["held"]["optimizer"] == 0
+
+
+@pytest.mark.parametrize("topology", ["h100", "h100:0", "h100:x"])
+def test_gpus_without_a_number_are_refused(config_file, topology, capsys):
+    assert main(["plan", str(config_file), "--topology", topology]) == 2
+    assert "h100:8" in capsys.readouterr().err

@@ -22,7 +22,8 @@ def add(verb: Verb) -> None:
         action="append",
         required=True,
         metavar="NAME",
-        help="e.g. v4:2x2x4, v5e:8x8, v5p:2x2x4, v6e:4x8; may be repeated",
+        help="e.g. v5e:8x8, v5p:2x2x4, v6e:4x8; by formula alone, without compiling: "
+        "a100:16, h100:8, h200:8; may be repeated",
     )
     made.add_argument(
         "--set",

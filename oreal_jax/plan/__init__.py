@@ -1,7 +1,7 @@
 """A run before its devices are rented: does it fit, how long is a step, what limits it.
 
 `plan` compiles every program of a run for a TPU topology with the TPU's own compiler,
-at the sizes of the config; nothing is executed.
+at the sizes of the config; nothing is executed. For GPUs it estimates by formula.
 """
 
 import dataclasses
@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oreal_jax import sharding
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
+from oreal_jax.data.packing import fill_rows
 from oreal_jax.efficiency import PEAKS
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
-from oreal_jax.plan import programs, roofline
-from oreal_jax.plan.compiler import Compiled, compile, devices_of, host_of, memory_of
+from oreal_jax.plan import estimate, programs, roofline
+from oreal_jax.plan.compiler import compile, devices_of, host_of, memory_of
+from oreal_jax.plan.findings import Compiled, Findings
 from oreal_jax.sampling.engine import PAGE
 
 HEADROOM = 0.1  # of the memory, for what a compiler cannot know
@@ -25,36 +26,27 @@ HEADROOM = 0.1  # of the memory, for what a compiler cannot know
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a topology. Sizes are bytes on one device.
-
-    `held` is what stays from step to step; `needed` what the largest program wants,
-    with all that lies beside it.
-    """
+    """A run on a topology: what was found, and the bounds of a step's phases where
+    completions have `mean_tokens` tokens on average, `rows` of which an engine's cache
+    has room for."""
 
     topology: str
-    device: str
-    devices: int
-    processes: int
-    mesh: dict[str, int]
-    engine: dict[str, int]
-    capacity: int
-    held: dict[str, int]
-    sampling: dict[str, int]
-    programs: list[Compiled]
-    phases: dict[str, roofline.Phase]
     mean_tokens: int
+    rows: int
+    found: Findings
+    phases: dict[str, roofline.Phase]
 
     @property
     def largest(self) -> Compiled:
         """The program that decides whether the run fits: the first that does not
         compile, else that of the highest peak."""
-        failed = [program for program in self.programs if program.error]
-        return failed[0] if failed else max(self.programs, key=lambda p: p.peak)
+        failed = [program for program in self.found.programs if program.error]
+        return failed[0] if failed else max(self.found.programs, key=lambda p: p.peak)
 
     @property
     def headroom(self) -> float:
         """Share of the memory that is left in the worst moment; below 0: too large."""
-        return 1 - self.largest.peak / self.capacity
+        return 1 - self.largest.peak / self.found.memory
 
     @property
     def fits(self) -> bool:
@@ -68,9 +60,13 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """All of it in plain values."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return fields | {
-            "programs": [program._asdict() for program in self.programs],
+        found = self.found._asdict()
+        return {
+            "topology": self.topology,
+            "mean_tokens": self.mean_tokens,
+            "rows": self.rows,
+            **found,
+            "programs": [program._asdict() for program in self.found.programs],
             "phases": {
                 name: phase._asdict() | {"seconds": phase.seconds, "limit": phase.limit}
                 for name, phase in self.phases.items()
@@ -95,56 +91,71 @@ def plan(
         BadInput: an unknown model or topology, or a mesh that does not fit it.
     """
     shape = shape_of(config)
-    devices = devices_of(topology)
-    host = host_of(topology, devices)
-    run = programs.layout(config, shape, devices, host, mean_tokens)
-    compiled = []
-    for program in programs.programs(config, shape, run):
-        on_program(program.name)
-        compiled.append(compile(program))
-        if compiled[-1].error:
-            break
-    device = devices[0]
-    size, engine = run.size, run.engine
-    cache = programs.on_device(engine.programs.abstract(size.slots, size.pages).cache)
-    tensor = engine.mesh.shape["tensor"]
-    in_cache = size.pages * PAGE // (programs.mean_prompt(config) + mean_tokens // 2)
-    rows = max(1, min(size.slots, in_cache))
-    used = roofline.Devices(len(devices), tensor, rows, PEAKS[device.device_kind])
-    held = run.bytes
-    packed = run.micros * run.batch.tokens.shape[1] * config.packing.row_length
+    if topology.split(":")[0] in estimate.GPUS:
+        found = estimate.estimated(config, shape, topology)
+    else:
+        found = compiled(config, shape, topology, mean_tokens, on_program)
+    in_cache = found.cache_tokens // (programs.mean_prompt(config) + mean_tokens // 2)
+    rows = max(1, min(found.slots, in_cache))
+    lengths = programs.learned(config, mean_tokens)
+    length = config.packing.row_length
+    together = config.packing.rows * found.mesh["data"] * found.mesh["fsdp"]
+    filled = fill_rows([sum(pair) for pair in lengths], length)
+    micros = -(-len(filled) // together)
     return Plan(
         topology=topology,
-        device=device.device_kind,
-        devices=len(devices),
-        processes=run.processes,
-        mesh=dict(run.mesh.shape),
-        engine={
-            "devices": tensor,
-            "engines": sharding.row_ways(engine.mesh) * run.processes,
-            "slots": size.slots,
-            "rows": rows,
-            "cache_tokens": size.pages * PAGE,
-        },
-        capacity=memory_of(device),
-        held=held,
-        sampling={
-            "weights": programs.on_device(run.weights),
-            "cache": cache,
-        },
-        programs=compiled,
+        mean_tokens=mean_tokens,
+        rows=rows,
+        found=found,
         phases=roofline.phases(
             config,
             shape,
-            used,
-            run.lengths,
-            packed,
-            run.micros,
-            held["parameters"] + held["optimizer"],
+            roofline.Devices(found.devices, found.tensor, rows, PEAKS[found.kind]),
+            lengths,
+            micros * together * length,
+            micros,
+            found.held["parameters"] + found.held["optimizer"],
             mean_tokens,
-            moved_by_phase(compiled),
+            found.moved,
         ),
-        mean_tokens=mean_tokens,
+    )
+
+
+def compiled(
+    config: TrainConfig,
+    shape: ModelConfig,
+    topology: str,
+    mean_tokens: int,
+    on_program: Callable[[str], None],
+) -> Findings:
+    """What the compiler finds. It stops at the first program that does not fit."""
+    devices = devices_of(topology)
+    host = host_of(topology, devices)
+    run = programs.layout(config, shape, devices, host, mean_tokens)
+    made = []
+    for program in programs.programs(config, shape, run):
+        on_program(program.name)
+        made.append(compile(program))
+        if made[-1].error:
+            break
+    size, engine = run.size, run.engine
+    cache = engine.programs.abstract(size.slots, size.pages).cache
+    return Findings(
+        kind=devices[0].device_kind,
+        memory=memory_of(devices[0]),
+        devices=len(devices),
+        processes=run.processes,
+        mesh=dict(run.mesh.shape),
+        tensor=engine.mesh.shape["tensor"],
+        slots=size.slots,
+        cache_tokens=size.pages * PAGE,
+        held=run.bytes,
+        sampling={
+            "weights": programs.on_device(run.weights),
+            "cache": programs.on_device(cache),
+        },
+        programs=made,
+        moved=moved_by_phase(made),
     )
 
 

@@ -8,7 +8,6 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from oreal_jax.errors import BadInput
 from oreal_jax.plan.collectives import moved
+from oreal_jax.plan.findings import Compiled
 from oreal_jax.plan.programs import Program
 
 # libtpu asks the machine which TPU it is, and the cloud if the machine does not know.
@@ -27,25 +27,6 @@ ENVIRONMENT = {
     "TPU_HOST_BOUNDS": "1,1,1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is held: others may have theirs
 }
-GIB = 2**30
-
-
-class Compiled(NamedTuple):
-    """A program on one device, in bytes: what it is given, makes anew and needs in
-    between, and its peak with what lies beside it. `error` is the compiler's where it
-    does not fit (`peak` then is what it wanted). `moved` is by kind of collective, once
-    through the program."""
-
-    name: str
-    phase: str
-    arguments: int
-    outputs: int
-    temporary: int
-    beside: int
-    peak: int
-    moved: dict[str, int]
-    seconds: float
-    error: str = ""
 
 
 def devices_of(topology: str) -> list:

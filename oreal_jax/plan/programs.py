@@ -53,7 +53,6 @@ class Layout(NamedTuple):
     weights: Any  # as decoding reads them
     batch: Batch
     micros: int  # of which the batch is made
-    lengths: list[tuple[int, int]]  # (prompt, completion) of what is learned from
     processes: int
 
     @property
@@ -92,10 +91,11 @@ def layout(
     processes = len({device.process_index for device in devices})
     prompts = -(-config.prompts_per_step // processes)
     size = engine.size(prompts * config.samples_per_prompt, config.max_prompt_tokens)
-    lengths = [(config.max_prompt_tokens, config.sampling.max_tokens)]
-    lengths += [(mean_prompt(config), mean_tokens)] * (2 * config.prompts_per_step - 1)
     batch, _ = pack(
-        [Example([0] * prompt, [0] * drawn) for prompt, drawn in lengths],
+        [
+            Example([0] * prompt, [0] * drawn)
+            for prompt, drawn in learned(config, mean_tokens)
+        ],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
     )
@@ -110,9 +110,16 @@ def layout(
         _weights(engine, learners.abstract(mesh).policy.params),
         sharding.placed(batch, of_batch(mesh)),
         int(batch.filled),
-        lengths,
         processes,
     )
+
+
+def learned(config: TrainConfig, mean_tokens: int) -> list[tuple[int, int]]:
+    """(prompt, completion) lengths of what a step learns from: a pair of each prompt,
+    the longest possible among them."""
+    usual = (mean_prompt(config), mean_tokens)
+    longest = (config.max_prompt_tokens, config.sampling.max_tokens)
+    return [longest] + [usual] * (2 * config.prompts_per_step - 1)
 
 
 def mean_prompt(config: TrainConfig) -> int:

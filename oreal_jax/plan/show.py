@@ -4,32 +4,35 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_jax.plan import HEADROOM, Plan
+from oreal_jax.plan.findings import Findings
 
 GIB = 2**30
 
 
 def show(plan: Plan, console: Console) -> None:
     """Prints what lies in a device's memory, the programs, and a step's bounds."""
-    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
-    engine = plan.engine
+    found = plan.found
+    axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1)
     console.print(
-        f"{plan.topology}: {plan.devices} x {plan.device} in {plan.processes} "
-        f"process(es), mesh {axes or 'of one device'}; {engine['engines']} engines of "
-        f"{engine['devices']} device(s), {engine['slots']} slots and "
-        f"{engine['cache_tokens']:,} tokens of cache each",
+        f"{plan.topology}: {found.devices} x {found.kind} in {found.processes} "
+        f"process(es), mesh {axes or 'of one device'}; "
+        f"{found.devices // found.tensor} engines of {found.tensor} device(s), "
+        f"{found.slots} slots and {found.cache_tokens:,} tokens of cache each",
         markup=False,
         soft_wrap=True,
     )
-    parts = plan.held | {f"decoding {k}": v for k, v in plan.sampling.items()}
+    parts = found.held | {f"decoding {k}": v for k, v in found.sampling.items()}
     console.print(
         "on a device, GiB: "
         + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-        + f"; capacity {_gib(plan.capacity)}",
+        + f"; capacity {_gib(found.memory)}",
         markup=False,
         soft_wrap=True,
     )
-    for table in (_programs(plan), _collectives(plan), _phases(plan)):
-        console.print(table)
+    console.print(_programs(found))
+    if any(program.moved for program in found.programs):
+        console.print(_collectives(found))
+    console.print(_phases(plan))
     console.print(why(plan), markup=False, soft_wrap=True)
 
 
@@ -38,11 +41,13 @@ def why(plan: Plan) -> str:
     worst = plan.largest
     said = (
         f"{plan.topology}: {worst.name} needs {_gib(worst.peak)} GiB of "
-        f"{_gib(plan.capacity)} GiB"
+        f"{_gib(plan.found.memory)} GiB"
     )
     if plan.fits:
         return f"{said}: fits, {plan.headroom:.0%} left"
-    parts = plan.held if worst.phase != "gen" else plan.held | plan.sampling
+    parts = plan.found.held
+    if worst.phase == "gen":
+        parts = parts | plan.found.sampling
     parts = parts | {"activations and other temporaries": worst.temporary}
     if worst.error:
         parts.pop("activations and other temporaries")
@@ -54,18 +59,18 @@ def why(plan: Plan) -> str:
     )
 
 
-def _programs(plan: Plan) -> Table:
+def _programs(found: Findings) -> Table:
     table = Table("program", caption="GiB on a device")
     for title in ("arguments", "temporary", "beside", "peak"):
         table.add_column(title, justify="right", no_wrap=True)
-    for program in plan.programs:
+    for program in found.programs:
         sizes = (program.arguments, program.temporary, program.beside, program.peak)
         table.add_row(program.name, *map(_gib, sizes))
     return table
 
 
-def _collectives(plan: Plan) -> Table:
-    kinds = sorted({kind for program in plan.programs for kind in program.moved})
+def _collectives(found: Findings) -> Table:
+    kinds = sorted({kind for program in found.programs for kind in program.moved})
     table = Table(
         "moved",
         caption="GiB by collectives on a device, once through; decode: a token a row",
@@ -73,7 +78,7 @@ def _collectives(plan: Plan) -> Table:
     table.columns[0].no_wrap = True
     for kind in kinds:
         table.add_column(kind, justify="right")
-    for program in plan.programs:
+    for program in found.programs:
         if program.moved:
             sizes = (program.moved.get(kind, 0) for kind in kinds)
             table.add_row(program.name, *map(_gib, sizes))
@@ -82,6 +87,7 @@ def _collectives(plan: Plan) -> Table:
 
 def _phases(plan: Plan) -> Table:
     table = Table("phase")
+    table.columns[0].no_wrap = True
     for title in ("TFLOP", "products", "memory", "links", "at least", "limited by"):
         table.add_column(title, justify="right")
     for name, phase in plan.phases.items():
