@@ -137,7 +137,7 @@ class Theirs:
         for first in range(0, len(examples), manner.batch):
             loss = self.loss(examples[first : first + manner.batch]) / answers
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return total
