@@ -28,11 +28,8 @@ def attend_packed(
     value: Float[Array, "B S G K"],
     segments: Int[Array, "B S"],
 ) -> Float[Array, "B S H K"]:
-    """Each token attends to itself and to earlier tokens of its own segment.
-
-    A segment is one stretch of its row; 0 is padding, whose outcome is finite and
-    otherwise left open.
-    """
+    """Each token attends to itself and to earlier tokens of its own segment, which is
+    one stretch of its row."""
     return attend_part(query, key, value, segments, segments)
 
 
@@ -52,7 +49,6 @@ def attend_part(
     begins = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :S]
     start = jax.lax.cummax(jnp.where(begins, jnp.arange(S)[None], 0), axis=1)
     start = jax.lax.dynamic_slice_in_dim(start, first, Q, axis=1)
-    start = jnp.where(of_queries > 0, start, S)  # padding needs to see nothing
 
     heads_first = lambda x: jnp.moveaxis(_blocks(x, T), 2, -2)
     out = _blockwise(
@@ -154,7 +150,7 @@ def _forward(query, key, value, visible: _Visible):
         start = lowest, nothing[..., 0], nothing
         begin, end = visible.keys(i)
         top, total, sums = jax.lax.fori_loop(begin, end, add, start)
-        total = jnp.where(total > 0, total, 1)  # of padding
+        total = jnp.where(total > 0, total, 1)  # behind the last query
         return (sums / total[..., None]).astype(query.dtype), top + jnp.log(total)
 
     kept = jax.lax.map(of_queries, (jnp.arange(len(query)), query))

@@ -60,6 +60,29 @@ def angles(config: ModelConfig, positions: Int[Array, "B S"]):
     return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
 
+@jax.custom_vjp
+def widen(x: Float[Array, "B S D"], wide: Float[Array, "D F"]) -> Float[Array, "B S F"]:
+    """x times a weight with more columns than rows.
+
+    Its gradient is the usual one, with x as the left factor of the weight's: XLA on CPU
+    copies that factor transposed, and JAX would put the wider one there.
+    """
+    return jnp.einsum("bsd,df->bsf", x, wide)
+
+
+def _widen(x, wide):
+    return widen(x, wide), (x, wide)
+
+
+def _of_widen(kept, slope):
+    x, wide = kept
+    of_x = jnp.einsum("bsf,df->bsd", slope, wide)
+    return of_x, jnp.einsum("bsd,bsf->df", x, slope)
+
+
+widen.defvjp(_widen, _of_widen)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -109,8 +132,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """down(silu(gate(x)) * up(x))."""
-        gate = named(jnp.einsum("bsd,df->bsf", x, self.gate[...]), "gate")
-        up = named(jnp.einsum("bsd,df->bsf", x, self.up[...]), "up")
+        gate = named(widen(x, self.gate[...]), "gate")
+        up = named(widen(x, self.up[...]), "up")
         return jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...])
 
 
