@@ -101,12 +101,14 @@ def _join_devices(place: Place, service: int) -> None:
     address = f"localhost:{service}"
     if place.index:
         address = f"localhost:{_tunnel(place.host, service)}"
+    anywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
     jax.distributed.initialize(
         address,
         place.count,
         place.index,
         place.devices,
         cluster_detection_method="deactivate",
+        coordinator_bind_address=f"{anywhere}:{service}",
         initialization_timeout=DEVICES,
     )
 

@@ -122,6 +122,11 @@ class Session:
             BadInput: the run began with another config, the weights do not fit, or the
                 directory cannot be written.
         """
+        if jax.process_count() != processes.count():
+            raise BadInput(
+                f"the devices are those of {jax.process_count()} processes, which do "
+                "not know of each other: --processes auto on each host"
+            )
         self.config, self.run, self.screen = config, run, screen
         self.mesh, self.chat, self.steps = mesh, chat, steps
         self.model: ModelConfig = source.config
