@@ -59,7 +59,7 @@ def mesh_of(shape=None):
 
 def engine_of(mesh=None, rows=64, stop_table=None, **options) -> Engine:
     """An engine for 90 tokens and a nucleus of 0.9, unless options say otherwise."""
-    of_engine = ("cache_tokens", "renormalise", "weights", "cache")
+    of_engine = ("cache_tokens", "renormalise", "weights", "cache", "tensor")
     given = {name: options.pop(name) for name in of_engine if name in options}
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
     make = functools.partial(Engine, CONFIG, mesh or mesh_of(), sampling, [STOP])
@@ -126,6 +126,18 @@ def test_log_probs_are_those_of_the_full_forward_pass(params, requests, drawn):
 def test_devices_do_not_change_a_completion(params, requests, drawn, shape):
     again = draw(params, requests, mesh=mesh_of(shape))
     assert tokens_of(again) == tokens_of(drawn)
+
+
+def test_an_engine_may_have_other_devices_than_a_row_of_the_mesh(
+    params, requests, drawn
+):
+    mesh = mesh_of(sharding.MeshShape(fsdp=4, context=2))
+    engine = kept_engine(mesh=mesh, tensor=2)
+    assert (engine.mesh.shape["data"], engine.mesh.shape["tensor"]) == (4, 2)
+    again = draw(params, requests, mesh=mesh, tensor=2)
+    assert tokens_of(again) == tokens_of(drawn)
+    with pytest.raises(BadInput, match="engine of 3 devices: a process has 8"):
+        engine_of(mesh=mesh, tensor=3)
 
 
 def test_batch_size_order_and_neighbours_do_not_change_a_completion(
