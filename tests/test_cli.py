@@ -118,7 +118,7 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: [wrong_rows(d, "no json")], "wrong.jsonl:1: not JSON"),
         (lambda d: [f"prompts={d / 'gone.jsonl'}"], "gone.jsonl: no such file"),
         (lambda d: [f"model={d / 'gone'}"], "gone: no such model directory"),
-        (lambda d: ["mesh.fsdp=3"], "3 devices, this process sees 8"),
+        (lambda d: ["mesh.fsdp=3"], "3 devices, there are 8"),
         (
             lambda d: ["mesh.fsdp=1", "mesh.tensor=8"],
             "heads=4 does not divide by tensor=8",
