@@ -121,9 +121,9 @@ class TrainConfig:
     `token_reward` None trains no token reward model. `stop_words` are added to the
     model's own stop tokens, `stop_strings` end a completion wherever its text has one.
     An engine is `decode_tensor` devices (0: as many as the mesh's tensor axis) with
-    room for `cache_tokens` tokens (0: for the longest in each row); all together decode
-    `decode_rows` completions at a time;
-    `decode_weights` "int8" and `decode_cache` "float8" halve what a token reads there.
+    room for `cache_tokens` tokens (0: for the longest in each row); together they
+    decode `decode_rows` completions at a time. `decode_weights` "int8" and
+    `decode_cache` "float8" halve what a token reads there.
     A step whose mean difference between sampler's and trainer's token probabilities is
     above `max_disagreement` ends the run. `remat` says what the backward pass computes
     again instead of keeping it (model/execution.py). `compute` "auto" is bfloat16, on

@@ -6,6 +6,7 @@ is imported after pytest has begun.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import families
@@ -13,6 +14,8 @@ import hypothesis
 import jax
 import pytest
 
+# A job in a shell's background ignores Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("any machine", deadline=None)

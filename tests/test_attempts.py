@@ -152,7 +152,7 @@ def test_a_real_interruption_of_the_real_model(start, tmp_path):
         )
 
     process, journal = begin("stopped"), tmp_path / "stopped.jsonl.unfinished"
-    while not journal.exists() or len(journal.read_text().splitlines()) < 1:
+    while not journal.exists() or len(journal.read_text().splitlines()) < 20:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

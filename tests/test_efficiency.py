@@ -9,21 +9,13 @@ import pytest
 from oreal_jax import efficiency, model
 from oreal_jax.efficiency import Done, Work
 from oreal_jax.model import ModelConfig
+from oreal_jax.model.published import PUBLISHED
 
 # Wide for its length: what is not a matrix product is then small.
 WIDE = ModelConfig(
     vocab=512, embed=256, layers=1, heads=8, kv_heads=2, head_dim=32, mlp=768
 )
-QWEN_7B = ModelConfig(
-    vocab=152_064,
-    embed=3584,
-    layers=28,
-    heads=28,
-    kv_heads=4,
-    head_dim=128,
-    mlp=18_944,
-    qkv_bias=True,
-)
+QWEN_7B = PUBLISHED["Qwen/Qwen2.5-7B"]
 B, S = 2, 128
 
 

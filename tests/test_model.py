@@ -15,6 +15,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, attention
 from oreal_jax.model.decoder import angles
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
+from oreal_jax.model.published import PUBLISHED
 
 TINY = ModelConfig(
     vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True
@@ -167,16 +168,7 @@ def test_the_scan_over_layers_equals_a_loop():
 
 
 def test_the_7b_shape_has_the_parameters_of_qwen2_5_7b():
-    config = ModelConfig(
-        vocab=152_064,
-        embed=3584,
-        layers=28,
-        heads=28,
-        kv_heads=4,
-        head_dim=128,
-        mlp=18_944,
-        qkv_bias=True,
-    )
+    config = PUBLISHED["Qwen/Qwen2.5-7B"]
     assert model.parameter_count(config) == 7_615_616_512
     states = jax.eval_shape(
         lambda params, x: model.hidden(config, params, x, x, x),

@@ -98,6 +98,18 @@ def sampling_options(made: argparse.ArgumentParser, *, greedy: bool = True) -> N
         made.add_argument("--greedy", action="store_true", help="always the likeliest")
 
 
+def config_options(made: argparse.ArgumentParser) -> None:
+    """Adds the config file and what is changed in it."""
+    made.add_argument("config", type=Path, help="a Python file defining `config`")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a field, dotted where nested: --set policy.learning_rate=1e-6",
+    )
+
+
 def folder(made: argparse.ArgumentParser) -> None:
     """Adds where presets are looked for."""
     made.add_argument(

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from oreal_jax.cli.options import Verb, at_least
+from oreal_jax.cli.options import Verb, at_least, config_options
 from oreal_jax.errors import Failure
 
 
@@ -16,7 +15,7 @@ def add(verb: Verb) -> None:
         "compile a run for a TPU topology, without one: does it fit, what limits it",
         "oreal plan configs/oreal_7b.py --topology v5p:2x2x4 --topology v5e:8x8",
     )
-    made.add_argument("config", type=Path, help="a Python file defining `config`")
+    config_options(made)
     made.add_argument(
         "--topology",
         action="append",
@@ -24,13 +23,6 @@ def add(verb: Verb) -> None:
         metavar="NAME",
         help="e.g. v5e:8x8, v5p:2x2x4, v6e:4x8; by formula alone, without compiling: "
         "a100:16, h100:8, h200:8; may be repeated",
-    )
-    made.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set a field, dotted where nested: --set mesh.tensor=4",
     )
     made.add_argument(
         "--mean-tokens",

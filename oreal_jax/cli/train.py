@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, at_least
+from oreal_jax.cli.options import Verb, at_least, config_options
 
 
 def add(verb: Verb) -> None:
@@ -18,14 +18,7 @@ def add(verb: Verb) -> None:
         ),
     ]:
         made = verb(name, call, what, f"oreal {name} configs/{name}.py --set steps=20")
-        made.add_argument("config", type=Path, help="a Python file defining `config`")
-        made.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="NAME=VALUE",
-            help="set a field, dotted where nested: --set policy.learning_rate=1e-6",
-        )
+        config_options(made)
         made.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"
         )

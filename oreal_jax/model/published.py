@@ -1,11 +1,14 @@
-"""Shapes of published checkpoints, for plans that are made before anything is loaded.
+"""Sizes of published checkpoints, for plans that are made before anything is loaded.
 
-From the config.json of each; `oreal plan` reads a local copy where there is one.
+`oreal plan` reads the config.json of a local copy where there is one; what does not
+change the shape of a program (the rotary base, the longest length) is left out here.
 """
 
-from oreal_jax.model.config import ModelConfig, Rope
+import dataclasses
 
-_QWEN_7B = ModelConfig(
+from oreal_jax.model.config import ModelConfig
+
+_7B = ModelConfig(
     vocab=152_064,
     embed=3584,
     layers=28,
@@ -13,28 +16,14 @@ _QWEN_7B = ModelConfig(
     kv_heads=4,
     head_dim=128,
     mlp=18_944,
-    rope=Rope(theta=1e6),
     qkv_bias=True,
 )
-_QWEN_32B = ModelConfig(
-    vocab=152_064,
-    embed=5120,
-    layers=64,
-    heads=40,
-    kv_heads=8,
-    head_dim=128,
-    mlp=27_648,
-    rope=Rope(theta=1e6),
-    qkv_bias=True,
-)
+_32B = dataclasses.replace(_7B, embed=5120, layers=64, heads=40, kv_heads=8, mlp=27_648)
 
 PUBLISHED = {
-    "Qwen/Qwen2.5-7B": _QWEN_7B,
-    "Qwen/Qwen2.5-32B": _QWEN_32B,
-    "internlm/OREAL-7B-SFT": _QWEN_7B,
-    "internlm/OREAL-7B": _QWEN_7B,
-    "internlm/OREAL-DeepSeek-R1-Distill-Qwen-7B": _QWEN_7B,
-    "internlm/OREAL-32B-SFT": _QWEN_32B,
-    "internlm/OREAL-32B": _QWEN_32B,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN_7B,
+    "Qwen/Qwen2.5-7B": _7B,
+    "Qwen/Qwen2.5-32B": _32B,
+    "internlm/OREAL-7B-SFT": _7B,
+    "internlm/OREAL-32B-SFT": _32B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _7B,
 }

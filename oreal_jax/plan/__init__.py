@@ -5,21 +5,19 @@ at the sizes of the config; nothing is executed. For GPUs it estimates by formul
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import fill_rows
 from oreal_jax.efficiency import PEAKS
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import estimate, programs, roofline
-from oreal_jax.plan.compiler import compile, devices_of, host_of, memory_of
+from oreal_jax.plan.compiler import compile_program, devices_of, host_of, memory_of
 from oreal_jax.plan.findings import Compiled, Findings
-from oreal_jax.sampling.engine import PAGE
+from oreal_jax.sampling.work import PAGE
 
 HEADROOM = 0.1  # of the memory, for what a compiler cannot know
 
@@ -91,17 +89,14 @@ def plan(
         BadInput: an unknown model or topology, or a mesh that does not fit it.
     """
     shape = shape_of(config)
+    lengths = programs.learned(config, mean_tokens)
     if topology.split(":")[0] in estimate.GPUS:
-        found = estimate.estimated(config, shape, topology)
+        found = estimate.estimated(config, shape, topology, lengths)
     else:
         found = compiled(config, shape, topology, mean_tokens, on_program)
     in_cache = found.cache_tokens // (programs.mean_prompt(config) + mean_tokens // 2)
     rows = max(1, min(found.slots, in_cache))
-    lengths = programs.learned(config, mean_tokens)
-    length = config.packing.row_length
     together = config.packing.rows * found.mesh["data"] * found.mesh["fsdp"]
-    filled = fill_rows([sum(pair) for pair in lengths], length)
-    micros = -(-len(filled) // together)
     return Plan(
         topology=topology,
         mean_tokens=mean_tokens,
@@ -112,8 +107,8 @@ def plan(
             shape,
             roofline.Devices(found.devices, found.tensor, rows, PEAKS[found.kind]),
             lengths,
-            micros * together * length,
-            micros,
+            found.micros * together * config.packing.row_length,
+            found.micros,
             found.held["parameters"] + found.held["optimizer"],
             mean_tokens,
             found.moved,
@@ -135,7 +130,7 @@ def compiled(
     made = []
     for program in programs.programs(config, shape, run):
         on_program(program.name)
-        made.append(compile(program))
+        made.append(compile_program(program))
         if made[-1].error:
             break
     size, engine = run.size, run.engine
@@ -145,6 +140,7 @@ def compiled(
         memory=memory_of(devices[0]),
         devices=len(devices),
         processes=run.processes,
+        micros=run.micros,
         mesh=dict(run.mesh.shape),
         tensor=engine.mesh.shape["tensor"],
         slots=size.slots,
@@ -172,8 +168,11 @@ def shape_of(config: TrainConfig) -> ModelConfig:
 
 def moved_by_phase(compiled: list[Compiled]) -> dict[str, int]:
     """Bytes through a device's links: once through each phase, of "decode" one step."""
-    moved = Counter({"prefill": 0, "decode": 0, "ref": 0, "update_actor": 0})
+    moved: dict[str, int] = dict.fromkeys(
+        ("prefill", "decode", "ref", "update_actor"), 0
+    )
     for program in compiled:
-        phase = program.name.split()[0] if program.phase == "gen" else program.phase
-        moved[phase] = max(moved[phase], sum(program.moved.values()))
-    return dict(moved)
+        if program.phase in moved:
+            most = max(moved[program.phase], sum(program.moved.values()))
+            moved[program.phase] = most
+    return moved

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import time
+from importlib import util
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from oreal_jax.errors import BadInput
 from oreal_jax.plan.collectives import moved
 from oreal_jax.plan.findings import Compiled
-from oreal_jax.plan.programs import Program
+from oreal_jax.plan.programs import Program, on_device
 
 # libtpu asks the machine which TPU it is, and the cloud if the machine does not know.
 ENVIRONMENT = {
@@ -35,14 +36,18 @@ def devices_of(topology: str) -> list:
     Raises:
         BadInput: libtpu is not installed, or knows no such topology.
     """
+    if not util.find_spec("libtpu"):
+        raise BadInput(
+            f"--topology {topology}: the TPU's compiler is not installed: "
+            "pip install 'jax[tpu]'"
+        )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         made = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        hint = "; is libtpu installed (pip install 'jax[tpu]')?"
-        raise BadInput(f"--topology {topology}: {reason}{hint}") from None
+        raise BadInput(f"--topology {topology}: {reason}") from None
     return list(made.devices)
 
 
@@ -74,7 +79,7 @@ def memory_of(device) -> int:
     raise AssertionError(f"{device} holds {huge.shape} bytes")
 
 
-def compile(program: Program) -> Compiled:
+def compile_program(program: Program) -> Compiled:
     """Compiles a program; one that does not fit comes back with its error."""
     start = time.perf_counter()
     lowered = program.lower()
@@ -87,7 +92,8 @@ def compile(program: Program) -> Compiled:
                 raise
             return _too_large(program, str(error), time.perf_counter() - start)
         texts = sorted(Path(scratch).glob("*.after_optimizations.txt"))
-        by_kind = moved(texts[-1].read_text(), program.repeats) if texts else {}
+        assert texts, "the compiler wrote no text"
+        by_kind = moved(texts[-1].read_text(), program.repeats)
     memory = made.memory_analysis()
     assert memory, "TPU's compiler always says"
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -105,13 +111,13 @@ def compile(program: Program) -> Compiled:
 
 
 def _too_large(program: Program, error: str, seconds: float) -> Compiled:
-    wanted = (_sizes(error) or [0])[0]
+    wanted, given = (_sizes(error) or [0])[0], on_device(program.arguments)
     return Compiled(
         program.name,
         program.phase,
+        given,
         0,
-        0,
-        0,
+        max(0, wanted - given),
         program.beside,
         wanted + program.beside,
         {},

@@ -4,15 +4,17 @@ State and cache are exact; what a training step needs in between is what our pro
 keep: layer inputs, gradients, the head's chunk of logits.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import bucket
+from oreal_jax.data.packing import bucket, fill_rows
 from oreal_jax.errors import BadInput
 from oreal_jax.model import HEAD_CHUNK, ModelConfig
+from oreal_jax.plan import roofline
 from oreal_jax.plan.findings import Compiled, Findings
-from oreal_jax.sampling.engine import PAGE
+from oreal_jax.sampling.work import PAGE
 from oreal_jax.train.state import Optimizer
 
 
@@ -46,8 +48,14 @@ def gpus_of(topology: str) -> tuple[Gpu, int]:
     return GPUS[name], int(count)
 
 
-def estimated(config: TrainConfig, shape: ModelConfig, topology: str) -> Findings:
-    """A run on GPUs, eight of which are a process's.
+def estimated(
+    config: TrainConfig,
+    shape: ModelConfig,
+    topology: str,
+    learned: Sequence[tuple[int, int]],
+) -> Findings:
+    """A run on GPUs, eight of which are a process's. `learned` are the (prompt,
+    completion) lengths of what a step learns from.
 
     Raises:
         BadInput: unknown GPUs, or mesh and model do not go together.
@@ -71,16 +79,18 @@ def estimated(config: TrainConfig, shape: ModelConfig, topology: str) -> Finding
     longest = config.max_prompt_tokens + config.sampling.max_tokens
     room = PAGE * (bucket(-(-longest // PAGE)) + 1) * (slots + 1)
     cache_tokens = min(room, config.cache_tokens or room)
-    wide = 1 if config.decode_cache == "float8" else 2
+    width, wide = roofline.widths(config)
     heads = max(shape.kv_heads, tensor)  # repeated where they are fewer
     a_token = 2 * shape.layers * heads * shape.head_dim * wide
-    width = 1 if config.decode_weights == "int8" else 2
     sampling = {
         "weights": numbers * width // tensor,
         "cache": cache_tokens * a_token // tensor,
     }
     beside, drawing = sum(held.values()), sum(sampling.values())
     training = _training(config, shape, mesh, [count for count, _ in trained])
+    packing, parts = config.packing, mesh["data"] * mesh["fsdp"]
+    filled = len(fill_rows([sum(pair) for pair in learned], packing.row_length))
+    micros = -(-filled // (packing.rows * parts))
 
     def program(name: str, phase: str, arguments: int, temporary: int) -> Compiled:
         peak = beside + arguments + temporary
@@ -92,6 +102,7 @@ def estimated(config: TrainConfig, shape: ModelConfig, topology: str) -> Finding
         memory=gpu.memory,
         devices=devices,
         processes=-(-devices // 8),
+        micros=micros,
         mesh=mesh,
         tensor=tensor,
         slots=slots,
@@ -102,7 +113,7 @@ def estimated(config: TrainConfig, shape: ModelConfig, topology: str) -> Finding
             program("sampling", "gen", drawing, 0),
             program("train step", "update_actor", 0, training),
         ],
-        moved=_moved(config, shape, mesh, tensor, slots, len(trained)),
+        moved=_moved(config, shape, mesh, tensor, slots, micros),
     )
 
 
@@ -112,7 +123,7 @@ def _moved(
     mesh: dict[str, int],
     tensor: int,
     slots: int,
-    models: int,
+    micros: int,
 ) -> dict[str, int]:
     """Bytes through a device's links: weights gathered for each pass of a micro-batch
     and gradients scattered (FSDP); two sums a layer of what is split over tensor."""
@@ -120,12 +131,13 @@ def _moved(
     gathered = weights if mesh["fsdp"] > 1 else 0
     tokens = config.packing.rows * config.packing.row_length // mesh["context"]
     sums = lambda rows, ways: 4 * shape.layers * rows * shape.embed * 2 * (ways > 1)
-    passes = 3 if config.remat in ("elementwise", "nothing") else 4
+    forward = micros * (gathered + sums(tokens, mesh["tensor"]))
+    models = 2 if config.token_reward else 1
     return {
         "prefill": sums(config.max_prompt_tokens, tensor),
         "decode": sums(slots, tensor),
-        "ref": gathered + sums(tokens, mesh["tensor"]),
-        "update_actor": models * passes * (gathered + sums(tokens, mesh["tensor"])),
+        "ref": forward,
+        "update_actor": int(models * roofline.passes(config) * forward),
     }
 
 
@@ -143,13 +155,12 @@ def _training(
     ways, tensor = sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
     tokens = config.packing.rows * config.packing.row_length // sizes["context"]
     queries, keys = (n * shape.head_dim for n in (shape.heads, shape.kv_heads))
-    attended = queries // tensor
-    products = (queries + 2 * keys + attended + 2 * shape.mlp) // tensor + shape.embed
+    products = 2 * (queries + keys + shape.mlp) // tensor + shape.embed
     kept = {
         "everything": shape.embed,
-        "but_attention": shape.embed + attended,
+        "but_attention": shape.embed + queries // tensor,
         "elementwise": shape.embed + products,
-        "nothing": 3 * shape.embed + 2 * products,
+        "nothing": 3 * shape.embed + 2 * products,  # norms, rotated, gated: about
         "offloaded": 0,
     }
     layers = 2 * shape.layers * tokens * kept[config.remat]

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+# Phases in which decoding's weights and cache are held.
+DRAWING = ("gen", "prefill", "decode")
+
 
 class Compiled(NamedTuple):
     """A program on one device, in bytes: what it is given, makes anew and needs in
@@ -24,15 +27,17 @@ class Compiled(NamedTuple):
 class Findings(NamedTuple):
     """A run on `devices` of a `kind` in `processes`. Sizes are bytes on one device.
 
-    An engine is `tensor` devices with so many slots and tokens of cache. `held` is what
-    stays from step to step, `sampling` what decoding adds; `moved` is by phase, through
-    a device's links (in "decode", for one token a row).
+    A step's batch is `micros` micro-batches. An engine is `tensor` devices with so many
+    slots and tokens of cache. `held` is what stays from step to step, `sampling` what
+    decoding adds; `moved` is by phase, through a device's links (in "decode", for one
+    token a row).
     """
 
     kind: str
     memory: int
     devices: int
     processes: int
+    micros: int
     mesh: dict[str, int]
     tensor: int
     slots: int

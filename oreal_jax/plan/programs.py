@@ -5,7 +5,7 @@ a copy of one.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, bucket, pack
 from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Engine
-from oreal_jax.sampling.engine import DISPATCH, PAGE, PREFILL, Size
+from oreal_jax.sampling.work import DISPATCH, PAGE, PREFILL, Size
 from oreal_jax.train.programs import (
     compute_dtype,
     engines_of,
@@ -30,15 +30,20 @@ from oreal_jax.train.step import of_batch, reference_scorer
 
 
 class Program(NamedTuple):
-    """A program of a phase: how it is lowered, and the bytes a device holds beside its
-    arguments while it runs. `repeats` is how often a loop of it runs whose length is
-    data: the micro-batches of a step; of decoding, one token is counted."""
+    """A jitted function of a phase, its arguments as shapes, and the bytes a device
+    holds beside them while it runs. `repeats` is how often a loop of it runs whose
+    length is data: the micro-batches of a step; of decoding, one token is counted."""
 
     name: str
     phase: str
-    lower: Callable[[], jax.stages.Lowered]
+    function: Any
+    arguments: tuple
     beside: int
     repeats: int = 1
+
+    def lower(self) -> jax.stages.Lowered:
+        """What the compiler is given."""
+        return self.function.lower(*self.arguments)
 
 
 class Layout(NamedTuple):
@@ -100,14 +105,16 @@ def layout(
         row_length=config.packing.row_length,
     )
     dtype = compute_dtype(config.compute, mesh)
+    state = learners.abstract(mesh)
+    weights = jax.eval_shape(engine.programs.reshard, state.policy.params)
     return Layout(
         mesh,
         learners,
         engine,
         size,
-        learners.abstract(mesh),
+        state,
         sharding.placed(model.abstract(shape, dtype), sharding.of_params(shape, mesh)),
-        _weights(engine, learners.abstract(mesh).policy.params),
+        sharding.placed(weights, engine.programs.own),
         sharding.placed(batch, of_batch(mesh)),
         int(batch.filled),
         processes,
@@ -127,26 +134,20 @@ def mean_prompt(config: TrainConfig) -> int:
     return min(256, config.max_prompt_tokens)
 
 
-def _weights(engine: Engine, params: Any) -> Any:
-    shapes = jax.eval_shape(engine.programs.reshard, params)
-    return sharding.placed(shapes, engine.programs.own)
-
-
 def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[Program]:
     """All programs of a run, in the order in which it meets them."""
     mesh, state, batch = run.mesh, run.state, run.batch
     held = run.bytes
     training, reference = held["parameters"] + held["optimizer"], held["reference"]
     params = state.policy.params
-    yield Program(
-        "start", "load", lambda: run.learners.starter(mesh).lower(params), reference
-    )
+    yield Program("start", "load", run.learners.starter(mesh), (params,), reference)
     yield from _sampling(config, run, training + reference)
     score = reference_scorer(shape, mesh, compute_dtype(config.compute, mesh))
     yield Program(
         "reference",
         "ref",
-        lambda: score.lower(run.reference, batch),
+        score,
+        (run.reference, batch),
         training,
         run.micros,
     )
@@ -158,7 +159,8 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
         yield Program(
             name,
             "update_actor",
-            lambda frozen=frozen: update.program.lower(state, batch, frozen),
+            update.program,
+            (state, batch, frozen),
             reference,
             run.micros,
         )
@@ -167,69 +169,60 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
 def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     """The engine's programs: one process's, on its own devices."""
     programs, mesh, size = run.engine.programs, run.engine.mesh, run.size
-    params = run.state.policy.params
-    reshard = programs.reshard
-    yield Program(
-        "reshard", "gen", lambda: reshard.lower(params), held - on_device(params)
-    )
-    weights = run.weights
-    engines = sharding.row_ways(mesh)
-    rows = sharding.of_rows(mesh)
+    params, weights = run.state.policy.params, run.weights
+    beside = held - on_device(params)
+    yield Program("reshard", "gen", programs.reshard, (params,), beside)
+    engines, rows = sharding.row_ways(mesh), sharding.of_rows(mesh)
     array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         (engines, *shape), dtype, sharding=rows
     )
     state = programs.abstract(size.slots, size.pages)
     length = bucket(config.max_prompt_tokens - 1, PAGE)
-    together = max(1, PREFILL // length)
+    count = max(1, PREFILL // length)
+    prompts = array(count, length), array(count), array(count, length // PAGE)
     yield Program(
-        f"prefill of {together} x {length}",
-        "gen",
-        lambda: programs.prefill.lower(
-            weights,
-            state,
-            array(together, length),
-            array(together),
-            array(together, length // PAGE),
-        ),
+        f"prefill of {count} x {length}",
+        "prefill",
+        programs.prefill,
+        (weights, state, *prompts),
         held,
     )
     seen = size.longest_prompt if config.sampling.penalises else 0
+    starts = array(size.slots, 7), array(size.slots, seen)
+    beside = held + on_device(weights)
     yield Program(
         f"admission of {size.slots}",
         "gen",
-        lambda: programs.admit.lower(
-            state, array(size.slots, 7), array(size.slots, seen), 0, 0
-        ),
-        held + on_device(weights),
+        programs.admit,
+        (state, *starts, 0, 0),
+        beside,
     )
     for slots in sorted({size.slots, bucket(-(-size.slots // 4))}, reverse=True):
-        fewer = programs.abstract(slots, size.pages)
+        left = programs.abstract(slots, size.pages)
+        table, runs = array(slots, size.table_pages), array(slots, dtype=bool)
         yield Program(
             f"decode in {slots} slots",
-            "gen",
-            lambda slots=slots, fewer=fewer: programs.decode.lower(
-                weights,
-                fewer,
-                array(slots, size.table_pages),
-                array(slots, dtype=bool),
-                DISPATCH,
-                0,
-            ),
+            "decode",
+            programs.decode,
+            (weights, left, table, runs, DISPATCH, 0),
             held,
         )
     yield Program(
         f"collection of {size.slots}",
         "gen",
-        lambda: programs.take.lower(state, array(size.slots)),
-        held + on_device(weights),
+        programs.take,
+        (state, array(size.slots)),
+        beside,
     )
 
 
 def on_device(tree: Any) -> int:
-    """Bytes of one device's part of `ShapeDtypeStruct`s, host memory left out."""
+    """Bytes of one device's part of `ShapeDtypeStruct`s, host memory left out; plain
+    numbers do not count."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        if leaf.sharding.memory_kind != "pinned_host":
+        is_array = isinstance(leaf, jax.ShapeDtypeStruct)
+        if is_array and leaf.sharding.memory_kind != "pinned_host":
             part = leaf.sharding.shard_shape(leaf.shape)
             total += math.prod(part) * np.dtype(leaf.dtype).itemsize
     return total

@@ -2,8 +2,7 @@
 
 Every phase is as long as the slowest of three: its products at the peak of the matrix
 units, its bytes at the bandwidth of the memory, its collectives at that of the links.
-Nothing overlaps badly and nothing is perfect, so a real step is longer; what limits it
-is the same.
+As if the three overlapped wholly and each reached its peak: a real step is longer.
 """
 
 from collections.abc import Mapping
@@ -23,6 +22,19 @@ RECOMPUTED = {
     "elementwise": 0.0,
     "nothing": 0.0,
 }
+
+
+def passes(config: TrainConfig) -> float:
+    """Forward passes' worth of products in an update, backward being two."""
+    return 3 + RECOMPUTED[config.remat]
+
+
+def widths(config: TrainConfig) -> tuple[int, int]:
+    """Bytes of a number in decoding's weights and in its cache."""
+    return (
+        1 if config.decode_weights == "int8" else 2,
+        1 if config.decode_cache == "float8" else 2,
+    )
 
 
 class Devices(NamedTuple):
@@ -78,10 +90,9 @@ def phases(
     peak, count = devices.peak, devices.all
     work = efficiency.whole(learned)._replace(tokens=packed)
     forward = efficiency.forward_flops(shape, work)
-    passes = 3 + RECOMPUTED[config.remat]
     models = 2 if config.token_reward else 1
     body = efficiency.forward_flops(shape, work._replace(predicted=0))
-    update = passes * (forward + (models - 1) * body)
+    update = passes(config) * (forward + (models - 1) * body)
     weights = 2 * (efficiency.layer_weights(shape) + efficiency.head_weights(shape))
     reads = weights * micros
     drawn = config.prompts_per_step * config.samples_per_prompt
@@ -89,9 +100,10 @@ def phases(
     prefill = efficiency.forward_flops(shape, prompts)
     context = prompt + mean_tokens // 2
     steps = drawn * mean_tokens / (count / devices.tensor) / devices.rows
-    width = {"weight_bytes": 1 if config.decode_weights == "int8" else 2}
-    width["cache_bytes"] = 1 if config.decode_cache == "float8" else 2
-    step = efficiency.decode_bytes(shape, [context] * devices.rows, **width)
+    width, wide = widths(config)
+    step = efficiency.decode_bytes(
+        shape, [context] * devices.rows, weight_bytes=width, cache_bytes=wide
+    )
     tokens = drawn * mean_tokens
     decode = efficiency.forward_flops(shape, Work(tokens, tokens * context, tokens))
     bound = lambda flops, bytes, through: Phase(
@@ -105,6 +117,8 @@ def phases(
         "decode": bound(decode, steps * step / devices.tensor, steps * moved["decode"]),
         "ref": bound(forward, reads, moved["ref"]),
         "update_actor": bound(
-            update, 2 * state_bytes + passes * models * reads, moved["update_actor"]
+            update,
+            2 * state_bytes + passes(config) * models * reads,
+            moved["update_actor"],
         ),
     }

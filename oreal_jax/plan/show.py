@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_jax.plan import HEADROOM, Plan
-from oreal_jax.plan.findings import Findings
+from oreal_jax.plan.findings import DRAWING, Findings
 
 GIB = 2**30
 
@@ -46,11 +46,9 @@ def why(plan: Plan) -> str:
     if plan.fits:
         return f"{said}: fits, {plan.headroom:.0%} left"
     parts = plan.found.held
-    if worst.phase == "gen":
+    if worst.phase in DRAWING:
         parts = parts | plan.found.sampling
     parts = parts | {"activations and other temporaries": worst.temporary}
-    if worst.error:
-        parts.pop("activations and other temporaries")
     most = max(parts, key=lambda name: parts[name])
     return (
         f"{said}: does not fit with {HEADROOM:.0%} to spare; beside it lie "

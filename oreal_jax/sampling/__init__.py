@@ -1,7 +1,8 @@
 """The sampling room: an engine that draws completions, and how a token is chosen."""
 
 from oreal_jax.sampling.choice import Sampling, sampled_from
-from oreal_jax.sampling.engine import Completion, Engine, Request, Statistics
+from oreal_jax.sampling.completion import Completion, Request, Statistics
+from oreal_jax.sampling.engine import Engine
 from oreal_jax.sampling.stops import token_table
 
 __all__ = [

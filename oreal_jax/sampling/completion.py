@@ -1,0 +1,68 @@
+"""What an engine is asked for, what it gives, and how it went."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Request(NamedTuple):
+    """One prompt to complete.
+
+    `key` names the prompt in random numbers. `first_sample` numbers its samples from
+    there on: two copies of a prompt in a batch draw different completions.
+    """
+
+    prompt: Sequence[int]
+    key: int
+    first_sample: int = 0
+
+
+class Completion(NamedTuple):
+    """Tokens drawn, with the stop token or those that end in a stop string; "length" if
+    neither came in time.
+
+    `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
+    those of the distribution that the tokens were drawn from (None where the engine was
+    not asked for them).
+    """
+
+    tokens: list[int]
+    log_probs: np.ndarray
+    sampled_log_probs: np.ndarray | None
+    finish_reason: str
+
+
+class Statistics(NamedTuple):
+    """Of a call of `Engine.sample`: what was decoded, and how well slots were used.
+
+    `occupancy` is the share of slots that drew a token, over all decoding steps while
+    samples were still waiting (1 if there were none).
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    occupancy: float
+
+    @classmethod
+    def together(cls, parts: "Sequence[Statistics]") -> "Statistics":
+        """Of engines that worked side by side: until the slowest was done."""
+        prompt_tokens, new_tokens, prefill, decode, occupancy = zip(*parts, strict=True)
+        return cls(
+            sum(prompt_tokens),
+            sum(new_tokens),
+            max(prefill),
+            max(decode),
+            sum(occupancy) / len(parts),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """For the record of a run; rates in tokens a second."""
+        rate = lambda tokens, seconds: tokens / seconds if seconds else 0.0
+        return {
+            "perf/prefill_throughput": rate(self.prompt_tokens, self.prefill_seconds),
+            "perf/decode_throughput": rate(self.new_tokens, self.decode_seconds),
+            "rollout/occupancy": self.occupancy,
+        }
