@@ -59,27 +59,42 @@ def test_rope_frequencies_equal_transformers(pair):
     assert factor == pytest.approx(their_factor)
 
 
-def test_log_probs_in_chunks_equal_those_of_whole_logits(monkeypatch):
+def halved(logits, targets):
+    """A distribution over tokens of even number and the target, tempered."""
+    kept = jnp.arange(logits.shape[-1])[None, None] % 2 == 0
+    kept |= jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+    return jnp.where(kept, logits / 0.7, -1e9)
+
+
+@pytest.mark.parametrize("distribution", [model.full, halved])
+@pytest.mark.parametrize("tied", [False, True])
+def test_log_probs_in_chunks_equal_those_of_whole_logits(
+    monkeypatch, tied, distribution
+):
+    """Values and gradients, by states and head, of log-probability and entropy."""
     monkeypatch.setattr(model, "HEAD_CHUNK", 12)
-    params = model.init(TINY, jax.random.key(0))
+    config = dataclasses.replace(TINY, tied=tied)
+    params = model.init(config, jax.random.key(0))
     states = jax.random.normal(jax.random.key(1), (3, 10, 16))
     targets = jax.random.randint(jax.random.key(2), (3, 10), 0, 50)
+    slopes = jax.random.normal(jax.random.key(3), (2, 3, 10))
 
-    def chunked(states):
-        log_probs, entropy = model.log_probs(TINY, params, states, targets)
-        return log_probs, entropy
+    def chunked(params, states):
+        return model.log_probs(config, params, states, targets, distribution)
 
-    def whole(states):
-        full = jax.nn.log_softmax(model.logits(TINY, params, states))
+    def whole(params, states):
+        scores = distribution(model.logits(config, params, states), targets)
+        full = jax.nn.log_softmax(scores)
         chosen = jnp.take_along_axis(full, targets[..., None], -1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(full) * full, axis=-1)
 
-    for ours, expected in zip(chunked(states), whole(states), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-    total = lambda function: lambda states: jnp.sum(function(states)[0])
-    np.testing.assert_allclose(
-        jax.grad(total(chunked))(states), jax.grad(total(whole))(states), atol=1e-6
-    )
+    def with_gradient(function):
+        values, pull = jax.vjp(function, params, states)
+        return values, pull(tuple(slopes))
+
+    ours, expected = with_gradient(chunked), with_gradient(whole)
+    for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
 
 
 def in_a_square(query, key, value, segments):

@@ -7,7 +7,6 @@ same model one token at a time.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from oreal_jax.model import head
 from oreal_jax.model.config import ModelConfig, Rope
 from oreal_jax.model.decoder import Decoder
 from oreal_jax.model.execution import ALONE, Execution, Remat
+from oreal_jax.model.head import Distribution, full
 
 __all__ = [
     "ALONE",
@@ -41,10 +42,6 @@ __all__ = [
 ]
 
 Params = Any  # nested dict of arrays
-
-# [B, C, V] logits and [B, C] targets to scores of the same shape.
-Distribution = Callable[[Array, Array], Array]
-full: Distribution = lambda logits, targets: logits
 
 # Rows of logits alive at a time on a device when log-probabilities are taken.
 HEAD_CHUNK = 1024
@@ -118,9 +115,7 @@ def logits(
     config: ModelConfig, params: Params, states: Float[Array, "B C D"]
 ) -> Float[Array, "B C V"]:
     """Next-token logits, in float32."""
-    form = "bcd,vd->bcv" if config.tied else "bcd,dv->bcv"
-    head = params[head_name(config)]
-    return jnp.einsum(form, states, head, preferred_element_type=jnp.float32)
+    return head.product(states, params[head_name(config)], config.tied)
 
 
 def head_name(config: ModelConfig) -> str:
@@ -139,14 +134,13 @@ def log_probs(
     """Log-probability of each target, and the entropy of its distribution.
 
     `distribution(logits, targets)` gives the scores whose softmax is meant; the model's
-    own unless another is asked for. The vocabulary is visited in chunks of tokens that
-    are computed again in the backward pass, so no [B, C, V] array exists at any time.
+    own unless another is asked for. No [B, C, V] array exists at any time (head.py).
     """
     B, C = targets.shape
     ways = execution.column_ways
-    chunk = max(1, HEAD_CHUNK * execution.row_ways // B)
-    chunk = min(-(-C // ways), chunk)
-    count = -(-C // (ways * chunk))
+    most = max(1, HEAD_CHUNK * execution.row_ways // B)
+    count = -(-C // (ways * most))
+    chunk = -(-C // (ways * count))
     pad = ways * count * chunk - C
 
     def split(x):
@@ -160,22 +154,10 @@ def log_probs(
         x = jnp.moveaxis(x.reshape(count, B, ways, chunk), 0, 2)
         return x.reshape(B, ways * count * chunk)[:, :C]
 
-    name = head_name(config)
-    head = {name: execution.gather(params[name])}  # once, not in every chunk
-
-    @jax.checkpoint
-    @jax.named_scope("head")
-    def one(_, part):
-        states, targets = part
-        scores = distribution(logits(config, head, states), targets)
-        total = jax.nn.logsumexp(scores, axis=-1)
-        # A sum, not a gather: each device looks at its own part of the vocabulary.
-        here = jnp.arange(scores.shape[-1])[None, None] == targets[..., None]
-        chosen = jnp.sum(jnp.where(here, scores, 0), axis=-1)
-        expected = jnp.sum(jnp.exp(scores - total[..., None]) * scores, axis=-1)
-        return None, (chosen - total, total - expected)
-
-    _, outputs = jax.lax.scan(one, None, (split(states), split(targets)))
+    weight = execution.gather(params[head_name(config)])  # once, not in every chunk
+    outputs: Any = head.chunked_log_probs(
+        distribution, config.tied, weight, split(states), split(targets)
+    )
     return join(outputs[0]), join(outputs[1])
 
 
