@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_jax import model
 from oreal_jax.errors import BadInput
-from oreal_jax.model import ModelConfig, attention
+from oreal_jax.model import ModelConfig, attention, head
 from oreal_jax.model.decoder import angles
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
 from oreal_jax.model.published import PUBLISHED
@@ -72,7 +72,7 @@ def test_log_probs_in_chunks_equal_those_of_whole_logits(
     monkeypatch, tied, distribution
 ):
     """Values and gradients, by states and head, of log-probability and entropy."""
-    monkeypatch.setattr(model, "HEAD_CHUNK", 12)
+    monkeypatch.setattr(head, "HEAD_CHUNK", 12)
     config = dataclasses.replace(TINY, tied=tied)
     params = model.init(config, jax.random.key(0))
     states = jax.random.normal(jax.random.key(1), (3, 10, 16))
@@ -95,6 +95,25 @@ def test_log_probs_in_chunks_equal_those_of_whole_logits(
     ours, expected = with_gradient(chunked), with_gradient(whole)
     for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+
+
+def test_the_gradient_of_the_head_is_added_up_in_float32(monkeypatch):
+    """256 chunks of a token, in bfloat16, against all tokens at once in float32."""
+    params = model.init(TINY, jax.random.key(0))
+    states = jax.random.normal(jax.random.key(1), (1, 256, 16))
+    targets = jax.random.randint(jax.random.key(2), (1, 256), 0, 50)
+
+    def gradient(dtype):
+        def total(params):
+            given = TINY, params, states.astype(dtype), targets
+            return model.log_probs(*given)[0].sum()
+
+        return jax.grad(total)(model.cast(params, dtype))["head"].astype(jnp.float32)
+
+    expected = gradient(jnp.float32)
+    monkeypatch.setattr(head, "HEAD_CHUNK", 1)
+    error = jnp.linalg.norm(gradient(jnp.bfloat16) - expected)
+    assert error < 0.005 * jnp.linalg.norm(expected)
 
 
 def in_a_square(query, key, value, segments):

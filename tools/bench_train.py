@@ -7,9 +7,9 @@ Completions of heavy-tailed lengths, float32. A trained token is one of a prompt
 completion, never padding. Ours packs rows; theirs pads batches (prompts left,
 completions right, the head on completions alone, sdpa) and adds up their gradients;
 both do one AdamW step with clipping over all trajectories and the same loss: policy
-alone, mean over completion tokens of -A log p. OREAL itself trains two models. The
-matrix products are those of forward and backward pass, nothing done twice. All in one
-process, ours before and after theirs; medians.
+alone, mean over completion tokens of -A log p; their gradients' norms must agree.
+OREAL itself trains two models. The matrix products are those of forward and backward
+pass, nothing done twice. All in one process, ours before and after theirs; medians.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.losses import Oreal, PolicyLoss, Reinforce
 from oreal_jax.model import ModelConfig, Params
+from oreal_jax.model.head import HEAD_CHUNK
 from oreal_jax.train.state import Optimizer, learners
 from oreal_jax.train.step import place, train_step
 
@@ -181,7 +182,7 @@ def products(config: ModelConfig, work: efficiency.Work, row_length: int) -> Cal
         (normal(G, H // G * m, K), normal(G, K, seen)),
         (normal(G, H // G * m, seen), normal(G, seen, K)),
     ]
-    chunk = min(predicted, model.HEAD_CHUNK)
+    chunk = min(predicted, HEAD_CHUNK)
     head = [(normal(chunk, D), normal(D, config.vocab))]
 
     @jax.jit

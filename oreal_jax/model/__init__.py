@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oreal_jax.model import head
 from oreal_jax.model.config import ModelConfig, Rope
 from oreal_jax.model.decoder import Decoder
 from oreal_jax.model.execution import ALONE, Execution, Remat
-from oreal_jax.model.head import Distribution, full
+from oreal_jax.model.head import Distribution, full, log_probs, logits
 
 __all__ = [
     "ALONE",
@@ -42,9 +41,6 @@ __all__ = [
 ]
 
 Params = Any  # nested dict of arrays
-
-# Rows of logits alive at a time on a device when log-probabilities are taken.
-HEAD_CHUNK = 1024
 
 
 @functools.lru_cache
@@ -109,56 +105,6 @@ def hidden(
 ) -> Float[Array, "B S D"]:
     """Final hidden states of packed rows; a token sees its own segment's past only."""
     return _bound(config, params).packed(tokens, positions, segments, execution)
-
-
-def logits(
-    config: ModelConfig, params: Params, states: Float[Array, "B C D"]
-) -> Float[Array, "B C V"]:
-    """Next-token logits, in float32."""
-    return head.product(states, params[head_name(config)], config.tied)
-
-
-def head_name(config: ModelConfig) -> str:
-    """The weight that gives the logits: [V, D] where tied, else [D, V]."""
-    return "embedding" if config.tied else "head"
-
-
-def log_probs(
-    config: ModelConfig,
-    params: Params,
-    states: Float[Array, "B C D"],
-    targets: Int[Array, "B C"],
-    distribution: Distribution = full,
-    execution: Execution = ALONE,
-) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Log-probability of each target, and the entropy of its distribution.
-
-    `distribution(logits, targets)` gives the scores whose softmax is meant; the model's
-    own unless another is asked for. No [B, C, V] array exists at any time (head.py).
-    """
-    B, C = targets.shape
-    ways = execution.column_ways
-    most = max(1, HEAD_CHUNK * execution.row_ways // B)
-    count = -(-C // (ways * most))
-    chunk = -(-C // (ways * count))
-    pad = ways * count * chunk - C
-
-    def split(x):
-        """[B, C, ...] to [count, B, ways * chunk, ...]: a part of every chunk lies on
-        each of the devices that share the columns."""
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        x = jnp.moveaxis(x.reshape(B, ways, count, chunk, *x.shape[2:]), 2, 0)
-        return x.reshape(count, B, ways * chunk, *x.shape[4:])
-
-    def join(x):
-        x = jnp.moveaxis(x.reshape(count, B, ways, chunk), 0, 2)
-        return x.reshape(B, ways * count * chunk)[:, :C]
-
-    weight = execution.gather(params[head_name(config)])  # once, not in every chunk
-    outputs: Any = head.chunked_log_probs(
-        distribution, config.tied, weight, split(states), split(targets)
-    )
-    return join(outputs[0]), join(outputs[1])
 
 
 def token_scores(params: Params, states: Float[Array, "B C D"]) -> Float[Array, "B C"]:

@@ -22,6 +22,7 @@ from oreal_jax.model.cache import Cached
 from oreal_jax.model.config import ModelConfig
 from oreal_jax.model.decoder import Layer, angles, rms_norm
 from oreal_jax.model.execution import ALONE, Execution
+from oreal_jax.model.head import head_name
 
 Cache = tuple[Cached, ...]  # one a layer
 Weights = Any  # a parameter tree whose "layers" are a tuple; leaves may be `Quantized`
@@ -138,7 +139,7 @@ def decode(
         x, pages = layer.decode(x, cosine, sine, positions, table, pages, read)
         filled.append(pages)
     x = rms_norm(x, weights["final_norm"], config.norm_epsilon)
-    head = model.head_name(config)
+    head = head_name(config)
     logits = model.logits(config, {head: _dense(weights[head], x.dtype)}, x)
     return logits[:, 0], tuple(filled)
 

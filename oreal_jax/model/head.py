@@ -1,43 +1,98 @@
-"""The vocabulary head: log-probabilities without an array of all logits.
+"""The vocabulary head: logits, and log-probabilities without an array of all logits.
 
 The vocabulary is visited in chunks of tokens, forwards and backwards, so no [B, C, V]
 array exists at any time. Of a chunk the gradient needs the log of its sum of
-exponentials and the entropy; the logits are computed again.
+exponentials and the entropy; the logits are computed again. The gradient of the head
+is added up in float32.
 
-Letters: m chunks of c tokens.
+Letters: B rows, C predicting tokens a row, D embed, V vocabulary; m chunks of c tokens.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from oreal_jax.model.config import ModelConfig
+from oreal_jax.model.execution import ALONE, Execution
+
 # [B, C, V] logits and [B, C] targets to scores of the same shape.
 Distribution = Callable[[Array, Array], Array]
 full: Distribution = lambda logits, targets: logits
 
-Head = Float[Array, "_ _"]  # [V, D] where tied, else [D, V]
+Weight = Float[Array, "_ _"]  # [V, D] where tied, else [D, V]
+
+# Rows of logits alive at a time on a device when log-probabilities are taken.
+HEAD_CHUNK = 1024
 
 
-def product(states: Float[Array, "B C D"], head: Head, tied: bool) -> Array:
-    """Logits, [B, C, V], in float32."""
+def head_name(config: ModelConfig) -> str:
+    """The weight that gives the logits: [V, D] where tied, else [D, V]."""
+    return "embedding" if config.tied else "head"
+
+
+def logits(
+    config: ModelConfig, params: Any, states: Float[Array, "B C D"]
+) -> Float[Array, "B C V"]:
+    """Next-token logits, in float32."""
+    return _logits(config.tied, params[head_name(config)], states)
+
+
+def _logits(tied: bool, weight: Weight, states: Array) -> Array:
     form = "bcd,vd->bcv" if tied else "bcd,dv->bcv"
-    return jnp.einsum(form, states, head, preferred_element_type=jnp.float32)
+    return jnp.einsum(form, states, weight, preferred_element_type=jnp.float32)
+
+
+def log_probs(
+    config: ModelConfig,
+    params: Any,
+    states: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+    distribution: Distribution = full,
+    execution: Execution = ALONE,
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-probability of each target, and the entropy of its distribution.
+
+    `distribution(logits, targets)` gives the scores whose softmax is meant; the model's
+    own unless another is asked for.
+    """
+    B, C = targets.shape
+    ways = execution.column_ways
+    most = max(1, HEAD_CHUNK * execution.row_ways // B)
+    count = -(-C // (ways * most))
+    chunk = -(-C // (ways * count))
+    pad = ways * count * chunk - C
+
+    def split(x):
+        """[B, C, ...] to [count, B, ways * chunk, ...]: a part of every chunk lies on
+        each of the devices that share the columns."""
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        x = jnp.moveaxis(x.reshape(B, ways, count, chunk, *x.shape[2:]), 2, 0)
+        return x.reshape(count, B, ways * chunk, *x.shape[4:])
+
+    def join(x):
+        x = jnp.moveaxis(x.reshape(count, B, ways, chunk), 0, 2)
+        return x.reshape(B, ways * count * chunk)[:, :C]
+
+    weight = execution.gather(params[head_name(config)])  # once, not in every chunk
+    outputs: Any = _in_chunks(
+        distribution, config.tied, weight, split(states), split(targets)
+    )
+    return join(outputs[0]), join(outputs[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked_log_probs(
+def _in_chunks(
     distribution: Distribution,
     tied: bool,
-    head: Head,
+    weight: Weight,
     states: Float[Array, "m B c D"],
     targets: Int[Array, "m B c"],
 ) -> tuple[Float[Array, "m B c"], Float[Array, "m B c"]]:
-    """Log-probability of each target under the softmax of what `distribution` makes of
-    the logits, and the entropy of that."""
-    return _forward(distribution, tied, head, states, targets)[0]
+    return _forward(distribution, tied, weight, states, targets)[0]
 
 
 def _is_target(scores: Array, targets: Array) -> Array:
@@ -45,11 +100,13 @@ def _is_target(scores: Array, targets: Array) -> Array:
     return jnp.arange(scores.shape[-1])[None, None] == targets[..., None]
 
 
-def _forward(distribution, tied, head, states, targets):
+def _forward(distribution, tied, weight, states, targets):
+    """The outcome, and what the gradient needs."""
+
     @jax.named_scope("head")
     def one(chunk):
         states, targets = chunk
-        scores = distribution(product(states, head, tied), targets)
+        scores = distribution(_logits(tied, weight, states), targets)
         top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - top[..., None])
         chosen = jnp.where(_is_target(scores, targets), scores, 0)
@@ -64,36 +121,36 @@ def _forward(distribution, tied, head, states, targets):
         return chosen - log_total, log_total - weighted / total, log_total
 
     log_probs, entropy, log_total = jax.lax.map(one, (states, targets))
-    return (log_probs, entropy), (head, states, targets, log_total, entropy)
+    return (log_probs, entropy), (weight, states, targets, log_total, entropy)
 
 
 def _backward(distribution, tied, kept, slopes):
-    head, *of_chunks = kept
+    """With p = softmax(scores) and entropy H, the gradients by scores are 1[target] - p
+    of a log-probability and -p (log p + H) of an entropy."""
+    weight, *of_chunks = kept
 
     @jax.named_scope("head")
-    def one(of_head, chunk):
+    def one(of_weight, chunk):
         states, targets, *of_tokens = chunk
         log_total, entropy, of_log_prob, of_entropy = (x[..., None] for x in of_tokens)
         scores, pull = jax.vjp(
-            lambda logits: distribution(logits, targets), product(states, head, tied)
+            lambda logits: distribution(logits, targets), _logits(tied, weight, states)
         )
-        log_share = scores - log_total
-        share = jnp.exp(log_share)
-        here = _is_target(scores, targets)
-        slope = of_log_prob * (here - share) - of_entropy * share * (
-            log_share + entropy
-        )
-        slope = pull(slope)[0].astype(states.dtype)
+        log_p = scores - log_total
+        p = jnp.exp(log_p)
+        of_scores = of_log_prob * (_is_target(scores, targets) - p)
+        of_scores -= of_entropy * p * (log_p + entropy)
+        slope = pull(of_scores)[0].astype(states.dtype)
         if tied:
             form, pair, back = "bcv,bcd->vd", (slope, states), "bcv,vd->bcd"
         else:
             form, pair, back = "bcd,bcv->dv", (states, slope), "bcv,dv->bcd"
-        of_head += jnp.einsum(form, *pair, preferred_element_type=jnp.float32)
-        return of_head, jnp.einsum(back, slope, head)
+        of_weight += jnp.einsum(form, *pair, preferred_element_type=jnp.float32)
+        return of_weight, jnp.einsum(back, slope, weight)
 
-    nothing = jnp.zeros(head.shape, jnp.float32)
-    of_head, of_states = jax.lax.scan(one, nothing, (*of_chunks, *slopes))
-    return of_head.astype(head.dtype), of_states, None
+    start = jnp.zeros(weight.shape, jnp.float32)
+    of_weight, of_states = jax.lax.scan(one, start, (*of_chunks, *slopes))
+    return of_weight.astype(weight.dtype), of_states, None
 
 
-chunked_log_probs.defvjp(_forward, _backward)
+_in_chunks.defvjp(_forward, _backward)

@@ -11,7 +11,8 @@ from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import bucket, fill_rows
 from oreal_jax.errors import BadInput
-from oreal_jax.model import HEAD_CHUNK, ModelConfig
+from oreal_jax.model import ModelConfig
+from oreal_jax.model.head import HEAD_CHUNK
 from oreal_jax.plan import roofline
 from oreal_jax.plan.findings import Compiled, Findings
 from oreal_jax.sampling.work import PAGE
@@ -166,6 +167,6 @@ def _training(
     layers = 2 * shape.layers * tokens * kept[config.remat]
     gradients = sum(2 * 4 * count // ways for count in trained)  # the sum and its next
     casts = 2 * max(trained) // ways
-    head = 2 * 2 * shape.embed * shape.vocab // tensor  # gathered, and its gradient
+    head = (2 + 4) * shape.embed * shape.vocab // tensor  # gathered, its gradient
     logits = 3 * 4 * min(tokens, HEAD_CHUNK) * shape.vocab // tensor
     return layers + gradients + casts + head + logits
