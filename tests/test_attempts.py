@@ -1,7 +1,6 @@
 """Drawing that is interrupted and goes on: nothing is lost, nothing drawn twice."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,18 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import ALONE
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.data import Chat, Prompt, load_tokenizer
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import Journal
 from oreal_jax.evaluation.attempts import Drawn, drawing, kept_beside
-
-ALONE = os.environ | {
-    "XLA_FLAGS": "",
-    "PYTHONPATH": str(Path(__file__).parents[1]),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 def test_an_interrupted_evaluation_goes_on(home, script, oreal, capsys):

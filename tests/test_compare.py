@@ -1,7 +1,6 @@
 """`oreal compare`: two evaluations, problem by problem."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,6 @@ from scripted import read_lines, write_lines
 from oreal_jax.cli import main
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import compare
-
-ALONE = os.environ | {
-    "XLA_FLAGS": "",
-    "PYTHONPATH": str(Path(__file__).parents[1]),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 def items(path: Path, right_of: dict[str, list[bool]], **change) -> Path:

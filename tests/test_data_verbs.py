@@ -1,7 +1,6 @@
 """`oreal data`: from raw rows to pass rates, an RFT set and weak skills."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,6 @@ from scripted import read_lines, write_lines
 from oreal_jax.cli import main
 from oreal_jax.data import load_prompts, read_examples
 from oreal_jax.sampling import Sampling
-
-ALONE = os.environ | {
-    "XLA_FLAGS": "",
-    "PYTHONPATH": str(Path(__file__).parents[1]),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 def test_the_whole_way_from_raw_rows_to_an_rft_set(home, script, oreal, capsys):

@@ -1,7 +1,6 @@
 """`oreal eval`: measures, sets, presets; a scripted model in place of the engine."""
 
 import json
-import os
 from pathlib import Path
 
 import huggingface_hub
@@ -20,12 +19,6 @@ from oreal_jax.evaluation.report import report
 from oreal_jax.evaluation.tables import beside_the_paper
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.verdict import Outcome
-
-ALONE = os.environ | {
-    "XLA_FLAGS": "",
-    "PYTHONPATH": str(Path(__file__).parents[1]),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 def test_one_sample_is_greedy_and_several_are_not(home, script, oreal):

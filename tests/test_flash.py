@@ -87,10 +87,11 @@ def test_a_kernel_attends_as_xla_does(kernel, monkeypatch):
     [
         (flash.plain, sharding.MeshShape(fsdp=2, context=2, tensor=2), 2),
         (flash.plain, sharding.MeshShape(fsdp=1, context=1, tensor=4), 2),
+        (flash.on_cpu, sharding.MeshShape(fsdp=1, context=2), 2),
         (interpreted["tpu"], sharding.MeshShape(fsdp=1, context=4), 2),
         (interpreted["tpu"], sharding.MeshShape(fsdp=1, context=2, tensor=2), 1),
     ],
-    ids=["everything", "more devices than heads", "splash context", "splash tensor"],
+    ids=["everything", "more devices than heads", "cpu", "splash", "splash tensor"],
 )
 def test_attention_split_over_devices_is_that_of_one(
     kernel, shape, kv_heads, monkeypatch
@@ -113,7 +114,7 @@ def test_attention_split_over_devices_is_that_of_one(
         ("gpu", 64, 1024, 1, flash.on_gpu),
         ("gpu", 64, 1024, 2, flash.plain),
         ("gpu", 64, 1000, 1, flash.plain),
-        ("cpu", 128, 1024, 1, flash.plain),
+        ("cpu", 128, 1024, 1, flash.on_cpu),
     ],
 )
 def test_a_kernel_is_chosen_where_its_blocks_fit(

@@ -1,6 +1,7 @@
 """The decoder against transformers, and against itself by other routes."""
 
 import dataclasses
+import functools
 
 import families
 import jax
@@ -13,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from oreal_jax import model
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, attention, head
-from oreal_jax.model.decoder import angles
+from oreal_jax.model.decoder import angles, rms_norm
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
 from oreal_jax.model.published import PUBLISHED
 
@@ -140,7 +141,7 @@ def random_heads():
 
 
 @pytest.mark.parametrize("block", [1, 5, 8, 12, 24])
-def test_attention_in_blocks_is_attention_and_so_is_its_gradient(monkeypatch, block):
+def test_attention_in_blocks_is_attention_and_so_is_its_gradient(block):
     *heads, slope = random_heads()
     slope = slope * (SEGMENTS > 0)[..., None, None]
 
@@ -148,8 +149,8 @@ def test_attention_in_blocks_is_attention_and_so_is_its_gradient(monkeypatch, bl
         total = lambda *heads: jnp.sum(attend(*heads, SEGMENTS) * slope)
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*heads)
 
-    monkeypatch.setattr(attention, "BLOCK", block)
-    ours, expected = map(with_gradient, (attention.attend_packed, in_a_square))
+    in_blocks = functools.partial(attention.attend_packed, block=block)
+    ours, expected = map(with_gradient, (in_blocks, in_a_square))
     for one, other in zip(
         jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True
     ):
@@ -157,11 +158,10 @@ def test_attention_in_blocks_is_attention_and_so_is_its_gradient(monkeypatch, bl
 
 
 @pytest.mark.parametrize("first", [0, 5, 16])
-def test_a_part_of_the_queries_gets_its_part_of_attention(monkeypatch, first):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def test_a_part_of_the_queries_gets_its_part_of_attention(first):
     query, key, value, _ = random_heads()
     part = slice(first, first + 8)
-    ours = jax.jit(attention.attend_part)(
+    ours = jax.jit(functools.partial(attention.attend_part, block=4))(
         query[:, part], key, value, SEGMENTS[:, part], SEGMENTS, first
     )
     expected = in_a_square(query, key, value, SEGMENTS)[:, part]
@@ -169,14 +169,31 @@ def test_a_part_of_the_queries_gets_its_part_of_attention(monkeypatch, first):
     np.testing.assert_allclose(ours[where], expected[where], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_never_visits_keys_that_no_query_of_a_block_sees(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def test_attention_never_visits_keys_that_no_query_of_a_block_sees():
     query, key, value, _ = random_heads()
     segments = jnp.repeat(jnp.asarray([1, 2]), 12)[None].repeat(2, axis=0)
     unseen = lambda x: x.at[:, :12].set(jnp.nan)  # who looks has NaN for it
-    ours = attention.attend_packed(query, unseen(key), unseen(value), segments)
+    ours = attention.attend_packed(query, unseen(key), unseen(value), segments, block=4)
     expected = in_a_square(query, key, value, segments)
     np.testing.assert_allclose(ours[:, 12:], expected[:, 12:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 4, 16)])
+def test_the_gradient_of_a_norm_is_that_of_its_formula(double, shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, slope = (jax.random.normal(key, shape, jnp.float32) for key in keys[:2])
+    gain = jax.random.normal(keys[2], shape[-1:], jnp.float32)
+
+    def formula(x, gain):
+        x, gain = x.astype(jnp.float64), gain.astype(jnp.float64)
+        root = jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
+        return x / root * gain.reshape((1,) * (x.ndim - 1) + (-1,))
+
+    ours, pull = jax.vjp(lambda x, gain: rms_norm(x, gain, 1e-3), x, gain)
+    theirs, pull_theirs = jax.vjp(formula, x, gain)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    near(ours, theirs)
+    jax.tree.map(near, pull(slope), pull_theirs(slope.astype(jnp.float64)))
 
 
 def test_the_scan_over_layers_equals_a_loop():

@@ -16,17 +16,7 @@ from oreal_jax.processes import wire
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """What all runs here compile is compiled once."""
-    return ALONE | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-@pytest.fixture(scope="module")
-def start(tiny, environment):
+def start(tiny):
     """`start(count, run, *settings)`: that many processes of one run."""
 
     def begin(count: int, run: Path, *settings: str) -> list[subprocess.Popen]:
@@ -39,7 +29,6 @@ def start(tiny, environment):
                 run,
                 *settings,
                 options=[*several, "--process", str(me)],
-                environment=environment,
             )
             for me in range(count)
         ]
@@ -48,12 +37,12 @@ def start(tiny, environment):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny, environment):
+def alone(tiny):
     """`alone(devices, run, *settings)`: a run of one process with fake devices."""
 
     def run(devices: int, run: Path, *settings: str) -> None:
         several = {"JAX_NUM_CPU_DEVICES": str(devices)}
-        finish(train(tiny, run, *settings, environment=environment | several))
+        finish(train(tiny, run, *settings, environment=ALONE | several))
 
     return run
 

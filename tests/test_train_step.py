@@ -288,6 +288,15 @@ def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
         fill_rows([3, 65], 64)
 
 
+def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
+    columns = {}
+    for size in range(257):
+        packed, _ = pack([Example([], [1] * size)], rows=1, row_length=256)
+        columns[size] = packed.predicts.shape[-1]
+    assert all(size <= C < max(size, 1) + 32 for size, C in columns.items())
+    assert len(set(columns.values())) == 8
+
+
 @pytest.mark.parametrize(
     ("shape", "said"),
     [

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[1]
+# What processes of the tests compile is compiled once.
+COMPILED = tempfile.TemporaryDirectory(prefix="oreal_compiled_")
 ALONE = os.environ | {
     "XLA_FLAGS": "",
     "PYTHONPATH": str(ROOT),
-    "JAX_COMPILATION_CACHE_DIR": "",
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
 

@@ -222,7 +222,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--completions", type=int, default=16)
+    parser.add_argument("--completions", type=int, default=40)
     parser.add_argument("--mean", type=int, default=250, help="tokens of a completion")
     parser.add_argument("--row-length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
@@ -236,8 +236,8 @@ def main() -> None:
     parser.add_argument(
         "--remat",
         choices=get_args(model.Remat),
-        default="nothing",
-        help="what the backward pass computes again",
+        default="elementwise",
+        help="what our backward pass computes again",
     )
     parser.add_argument(
         "--compile", action="store_true", help="measure compilation by depth instead"

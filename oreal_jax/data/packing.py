@@ -105,7 +105,9 @@ def pack(
     groups = [packed[i : i + rows] for i in range(0, len(packed), rows)]
     predicted = lambda indices: sum(len(examples[i].completion) for i in indices)
     M = bucket(len(groups))
-    C = bucket(max((predicted(indices) for indices in packed), default=1), 16)
+    # The vocabulary head pays for every column: eighths of a row, not powers of two.
+    eighth = max(16, bucket(row_length) // 8)
+    C = eighth * max(1, -(-max(map(predicted, packed), default=1) // eighth))
     N = bucket(max((sum(map(len, group)) for group in groups), default=1), 8)
     T = bucket(max((len(e.completion) for e in examples), default=1), 16)
 

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 ATTENDED = "attended"  # what rematerialisation may keep of attention
-BLOCK = 128  # queries, and keys, whose scores exist at a time
+BLOCK = 128
 
 
 def attend_packed(
@@ -27,10 +27,11 @@ def attend_packed(
     key: Float[Array, "B S G K"],
     value: Float[Array, "B S G K"],
     segments: Int[Array, "B S"],
+    block: int = BLOCK,
 ) -> Float[Array, "B S H K"]:
     """Each token attends to itself and to earlier tokens of its own segment, which is
     one stretch of its row."""
-    return attend_part(query, key, value, segments, segments)
+    return attend_part(query, key, value, segments, segments, block=block)
 
 
 def attend_part(
@@ -40,12 +41,14 @@ def attend_part(
     of_queries: Int[Array, "B Q"],
     segments: Int[Array, "B S"],
     first: Int[Array, ""] | int = 0,
+    block: int = BLOCK,
 ) -> Float[Array, "B Q H K"]:
     """`attend_packed` of the tokens first .. first + Q - 1 of each row, the part that a
-    device has; `of_queries` are their segments."""
+    device has; `of_queries` are their segments. Scores of `block` queries and as many
+    keys exist at a time."""
     B, Q, H, K = query.shape
     S, G = key.shape[1:3]
-    T = min(S, BLOCK)
+    T = min(S, block)
     begins = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :S]
     start = jax.lax.cummax(jnp.where(begins, jnp.arange(S)[None], 0), axis=1)
     start = jax.lax.dynamic_slice_in_dim(start, first, Q, axis=1)
@@ -164,7 +167,7 @@ def _backward(kept, slope):
 
     def of_queries(slopes, block):
         i, query, out, log_total, slope = block
-        mean = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+        mean = product("bgrtk,bgrtk->bgrt", slope, out)
 
         def add(j, slopes):
             of_query, of_key, of_value = slopes

@@ -23,8 +23,6 @@ from oreal_jax.model.execution import ALONE, Execution
 Distribution = Callable[[Array, Array], Array]
 full: Distribution = lambda logits, targets: logits
 
-Weight = Float[Array, "_ _"]  # [V, D] where tied, else [D, V]
-
 # Rows of logits alive at a time on a device when log-probabilities are taken.
 HEAD_CHUNK = 1024
 
@@ -38,12 +36,12 @@ def logits(
     config: ModelConfig, params: Any, states: Float[Array, "B C D"]
 ) -> Float[Array, "B C V"]:
     """Next-token logits, in float32."""
-    return _logits(config.tied, params[head_name(config)], states)
+    weight = params[head_name(config)]
+    return _logits(weight.T if config.tied else weight, states)
 
 
-def _logits(tied: bool, weight: Weight, states: Array) -> Array:
-    form = "bcd,vd->bcv" if tied else "bcd,dv->bcv"
-    return jnp.einsum(form, states, weight, preferred_element_type=jnp.float32)
+def _logits(weight: Float[Array, "D V"], states: Array) -> Array:
+    return jnp.einsum("bcd,dv->bcv", states, weight, preferred_element_type=jnp.float32)
 
 
 def log_probs(
@@ -78,21 +76,19 @@ def log_probs(
         return x.reshape(B, ways * count * chunk)[:, :C]
 
     weight = execution.gather(params[head_name(config)])  # once, not in every chunk
-    outputs: Any = _in_chunks(
-        distribution, config.tied, weight, split(states), split(targets)
-    )
+    weight = weight.T if config.tied else weight
+    outputs: Any = _in_chunks(distribution, weight, split(states), split(targets))
     return join(outputs[0]), join(outputs[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_chunks(
     distribution: Distribution,
-    tied: bool,
-    weight: Weight,
+    weight: Float[Array, "D V"],
     states: Float[Array, "m B c D"],
     targets: Int[Array, "m B c"],
 ) -> tuple[Float[Array, "m B c"], Float[Array, "m B c"]]:
-    return _forward(distribution, tied, weight, states, targets)[0]
+    return _forward(distribution, weight, states, targets)[0]
 
 
 def _is_target(scores: Array, targets: Array) -> Array:
@@ -100,13 +96,13 @@ def _is_target(scores: Array, targets: Array) -> Array:
     return jnp.arange(scores.shape[-1])[None, None] == targets[..., None]
 
 
-def _forward(distribution, tied, weight, states, targets):
+def _forward(distribution, weight, states, targets):
     """The outcome, and what the gradient needs."""
 
     @jax.named_scope("head")
     def one(chunk):
         states, targets = chunk
-        scores = distribution(_logits(tied, weight, states), targets)
+        scores = distribution(_logits(weight, states), targets)
         top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - top[..., None])
         chosen = jnp.where(_is_target(scores, targets), scores, 0)
@@ -124,7 +120,7 @@ def _forward(distribution, tied, weight, states, targets):
     return (log_probs, entropy), (weight, states, targets, log_total, entropy)
 
 
-def _backward(distribution, tied, kept, slopes):
+def _backward(distribution, kept, slopes):
     """With p = softmax(scores) and entropy H, the gradients by scores are 1[target] - p
     of a log-probability and -p (log p + H) of an entropy."""
     weight, *of_chunks = kept
@@ -134,19 +130,17 @@ def _backward(distribution, tied, kept, slopes):
         states, targets, *of_tokens = chunk
         log_total, entropy, of_log_prob, of_entropy = (x[..., None] for x in of_tokens)
         scores, pull = jax.vjp(
-            lambda logits: distribution(logits, targets), _logits(tied, weight, states)
+            lambda logits: distribution(logits, targets), _logits(weight, states)
         )
         log_p = scores - log_total
         p = jnp.exp(log_p)
         of_scores = of_log_prob * (_is_target(scores, targets) - p)
         of_scores -= of_entropy * p * (log_p + entropy)
         slope = pull(of_scores)[0].astype(states.dtype)
-        if tied:
-            form, pair, back = "bcv,bcd->vd", (slope, states), "bcv,vd->bcd"
-        else:
-            form, pair, back = "bcd,bcv->dv", (states, slope), "bcv,dv->bcd"
-        of_weight += jnp.einsum(form, *pair, preferred_element_type=jnp.float32)
-        return of_weight, jnp.einsum(back, slope, weight)
+        of_weight += jnp.einsum(
+            "bcd,bcv->dv", states, slope, preferred_element_type=jnp.float32
+        )
+        return of_weight, jnp.einsum("bcv,dv->bcd", slope, weight)
 
     start = jnp.zeros(weight.shape, jnp.float32)
     of_weight, of_states = jax.lax.scan(one, start, (*of_chunks, *slopes))
