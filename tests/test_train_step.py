@@ -98,6 +98,17 @@ def whole():
     return run(row_length=256)
 
 
+def test_the_step_is_compiled_once():
+    mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
+    both = learners(CONFIG, POLICY, POLICY, 10, mesh)
+    state = both.start(model.init(CONFIG, jax.random.key(0)), mesh)
+    packed = place(pack(examples(), rows=1, row_length=256)[0], mesh)
+    update = train_step(both, Oreal(), mesh)
+    for _ in range(3):
+        state, *_ = update(state, packed)
+    assert update.program._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "row_length", "microbatches"), [(12, 16, 1), (2, 32, 2), (1, 24, 4)]
 )

@@ -30,7 +30,7 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """A weight that starts at `value` everywhere."""
-    return nnx.Param(jnp.full(shape, value), axes=axes)
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
