@@ -8,8 +8,6 @@ Letters: B rows, S tokens, D embed, H heads, G key-value heads, K head size, F m
 V vocabulary, M pages a row.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,7 +31,7 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.custom_vjp
 def rms_norm(
     x: Float[Array, "*batch D"], gain: Float[Array, "D"], epsilon: float
 ) -> Float[Array, "*batch D"]:
@@ -54,18 +52,18 @@ def _normed(x, epsilon):
 
 
 def _rms_norm(x, gain, epsilon):
-    return rms_norm(x, gain, epsilon), (x, gain)
+    return rms_norm(x, gain, epsilon), (x, gain, epsilon)
 
 
-def _of_rms_norm(epsilon, kept, slope):
-    x, gain = kept
+def _of_rms_norm(kept, slope):
+    x, gain, epsilon = kept
     normed, scale = _normed(x, epsilon)
     slope = slope.astype(jnp.float32)
     of_gain = jnp.einsum("...d,...d->d", slope, normed)
     slope = slope * jnp.expand_dims(gain.astype(jnp.float32), range(x.ndim - 1))
     along = jnp.einsum("...d,...d->...", slope, normed)[..., None] / x.shape[-1]
     of_x = scale * (slope - along * normed)
-    return of_x.astype(x.dtype), of_gain.astype(gain.dtype)
+    return of_x.astype(x.dtype), of_gain.astype(gain.dtype), None
 
 
 rms_norm.defvjp(_rms_norm, _of_rms_norm)
