@@ -60,6 +60,37 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert found["all-reduce"] < 8 * once
 
 
+UNROLLED = """
+%body (carried: (f32[8], /*index=1*/u32[])) -> (f32[8], u32[]) {
+  %carried = (f32[8]{0}, /*index=1*/u32[]{:T(128)}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%carried), index=0
+  %counter = u32[]{:T(128)} get-tuple-element(%carried), index=1
+  %one = u32[]{:T(128)} constant(1)
+  %two = u32[]{:T(128)} constant(2)
+  %there = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %back = f32[8]{0} collective-permute(%there), source_target_pairs={{0,1},{1,0}}
+  %more = u32[]{:T(128)} add(%counter, %two), metadata={op_name="one"}
+  ROOT %tuple.1 = (f32[8]{0}, u32[]{:T(128)}) tuple(%back, /*index=1*/%more)
+}
+
+%condition (carried.1: (f32[8], u32[])) -> pred[] {
+  %carried.1 = (f32[8]{0}, u32[]{:T(128)}) parameter(0)
+  %counter.1 = u32[]{:T(128)} get-tuple-element(%carried.1), index=1
+  %limit = u32[]{:T(128)} constant(16)
+  ROOT %less = pred[]{:T(512)} compare(%counter.1, %limit), direction=LT
+}
+
+ENTRY %main (start: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %start = (f32[8]{0}, u32[]{:T(128)}) parameter(0)
+  ROOT %loop = (f32[8]{0}, u32[]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_an_unrolled_loop_counts_in_its_larger_steps():
+    assert moved(UNROLLED, repeats=99) == {"collective-permute": 16 * 8 * 4}
+
+
 def config(**changes):
     """A small run of a model that TPU kernels take."""
     from oreal_7b import config

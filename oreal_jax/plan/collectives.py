@@ -1,9 +1,9 @@
 """Bytes that a compiled program moves between devices, read from its text.
 
 The compiler writes a program as computations that call each other; a loop names its
-body, and its condition compares a counter with a constant where it has one. A
-collective counts with the size of its result on one device, as often as the loops
-around it run.
+body, and its condition compares a counter with a constant where it has one; a loop that
+was unrolled counts in larger steps. A collective counts with the size of its result on
+one device, as often as the loops around it run.
 """
 
 import re
@@ -24,7 +24,10 @@ _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALL = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_NUMBER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ELEMENT = re.compile(r"= [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
+_NAME = re.compile(r"%?([\w.\-]+)")
 _RESULT = re.compile(r"= (.*?) ([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -71,10 +74,28 @@ def moved(text: str, repeats: int = 1) -> dict[str, int]:
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
     """How often a loop runs, if its condition says so."""
-    condition = _CONDITION.search(line)
-    lines = computations.get(condition[1], ()) if condition else ()
-    limits = [int(n) for line in lines for n in _LIMIT.findall(line)]
-    return max(limits, default=None)
+    condition, body = _CONDITION.search(line), _BODY.search(line)
+    asked = computations.get(condition[1], []) if condition else []
+    limit = max((int(n) for _, n in _NUMBER.findall("\n".join(asked))), default=None)
+    counters = _ELEMENT.findall("\n".join(asked))
+    if limit is None or body is None or len(counters) != 1:
+        return limit
+    return -(-limit // _step(computations[body[1]], int(counters[0])))
+
+
+def _step(body: list[str], counter: int) -> int:
+    """What a loop's body adds to an element of what it carries; 1 where it does not
+    say."""
+    carried = next(line for line in body if line.lstrip().startswith("ROOT"))
+    _, _, carried = re.sub(r"/\*.*?\*/", "", carried).partition(" tuple(")
+    next_one = _NAME.findall(carried.split(")")[0])[counter : counter + 1]
+    numbers = dict(_NUMBER.findall("\n".join(body)))
+    for line in body:
+        name, _, rest = line.strip().partition(" = ")
+        if next_one == [name.removeprefix("%")] and " add(" in rest:
+            terms = _NAME.findall(rest.partition(" add(")[2].split(")")[0])
+            return next((int(numbers[t]) for t in terms if t in numbers), 1)
+    return 1
 
 
 def _named(branches: re.Match | None) -> list[str]:
