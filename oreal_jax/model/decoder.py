@@ -33,7 +33,9 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
 
 @jax.custom_vjp
 def rms_norm(
-    x: Float[Array, "*batch D"], gain: Float[Array, "D"], epsilon: float
+    x: Float[Array, "*batch D"],
+    gain: Float[Array, "D"],
+    epsilon: Float[Array, ""] | float,
 ) -> Float[Array, "*batch D"]:
     """Root-mean-square normalisation, in float32 (arXiv:1910.07467).
 
