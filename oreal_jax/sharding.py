@@ -33,8 +33,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 # Decoding: every data shard is an engine of its own with whole weights, split over
-# tensor alone. A token then costs no communication between engines.
-DECODING = RULES | {"embed": None}
+# tensor alone. A token then costs no communication between engines. It is chosen by the
+# device that has the slot's logits; gathered by all, they would be `tensor` times more.
+DECODING = RULES | {"embed": None, "slots": "tensor"}
 
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -308,6 +309,28 @@ def per_head(attend: Callable, mesh: Mesh) -> Callable:
             out_specs=heads,
             check_vma=False,
         )(pages, query, table, lengths)
+
+    return run
+
+
+def per_slot(choose: Callable, mesh: Mesh) -> Callable:
+    """`choose(logits, *state)`, all with a leading axis of slots, each device of an
+    engine for a part of them, inside `per_engine`; what it returns is whole on all.
+    Where the devices do not divide the slots, each does all."""
+    tensor, slots = mesh.shape["tensor"], _on(mesh, "slots", rules=DECODING).spec
+    # Said of what comes in, or the split would spread to all that it is made of.
+    by_token, whole = _constrain(_on(mesh, None, "vocab")), _constrain(_on(mesh))
+
+    def own(*parts):
+        return jax.lax.all_gather(choose(*parts), "tensor", tiled=True)
+
+    def run(logits, *state):
+        if tensor == 1 or len(logits) % tensor:
+            return choose(logits, *state)
+        split = jax.shard_map(
+            own, mesh=mesh, in_specs=slots, out_specs=PartitionSpec(), check_vma=False
+        )
+        return split(by_token(logits), *jax.tree.map(whole, state))
 
     return run
 

@@ -1,6 +1,8 @@
 """The verbs as a person meets them: what they print, and what they refuse."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import make_tiny
@@ -9,7 +11,7 @@ import pytest
 from judge_stub import honest, serving
 from tiny_runs import ROOT
 
-from oreal_jax.cli import main
+from oreal_jax.cli import main, verify
 from oreal_jax.sampling import Engine
 
 
@@ -50,6 +52,20 @@ def test_what_is_finished_is_said_when_sampling_is_interrupted(
     said = capsys.readouterr()
     assert len([json.loads(line) for line in said.out.splitlines()]) == 2
     assert said.err.endswith("oreal: interrupted\n")
+
+
+def test_ctrl_c_is_heeded_also_where_python_drops_it(capsys, monkeypatch):
+    class Leaving:  # exceptions of a destructor reach nobody
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def work(_):
+        Leaving()
+        time.sleep(20)
+
+    monkeypatch.setattr(verify, "verify", work)
+    assert main(["verify", "--answer", "1", "--gold", "1"]) == 130
+    assert capsys.readouterr().err == "oreal: interrupted\n"
 
 
 def test_options_of_sampling_reach_the_sampler(tiny, capsys):

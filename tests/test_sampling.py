@@ -15,6 +15,7 @@ from oreal_jax import model, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
+from oreal_jax.plan.collectives import moved
 from oreal_jax.sampling import (
     Engine,
     Request,
@@ -126,6 +127,37 @@ def test_log_probs_are_those_of_the_full_forward_pass(params, requests, drawn):
 def test_devices_do_not_change_a_completion(params, requests, drawn, shape):
     again = draw(params, requests, mesh=mesh_of(shape))
     assert tokens_of(again) == tokens_of(drawn)
+
+
+def test_logits_are_exchanged_by_slot_and_never_gathered():
+    mesh = mesh_of(sharding.MeshShape(fsdp=2, tensor=4))
+    programs, slots = kept_engine(mesh=mesh).programs, 16
+    weights = jax.eval_shape(programs.reshard, model.abstract(CONFIG))
+    array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+        (2, *shape), dtype, sharding=sharding.of_rows(programs.mesh)
+    )
+    arguments = (
+        sharding.placed(weights, programs.own),
+        programs.abstract(slots, 32),
+        array(slots, 8),
+        array(slots, dtype=bool),
+    )
+    text = programs.decode.lower(*arguments, 1, 0).compile().as_text()
+    assert text
+    of_a_token = moved(text)
+    assert of_a_token["all-to-all"] == slots * CONFIG.vocab * 4 / 4  # a quarter each
+    assert of_a_token.get("all-gather", 0) < slots * 16 * 4
+
+
+def test_slots_that_the_devices_do_not_divide_are_chosen_by_all():
+    def double(logits, state):
+        return logits[:, 0] * state
+
+    one = sharding.per_slot(double, mesh_of(sharding.MeshShape(fsdp=2, tensor=4)))
+    for slots in (3, 4):
+        logits, state = jnp.arange(2.0 * slots).reshape(slots, 2), jnp.arange(slots)
+        found = jax.jit(one)(logits, state)
+        np.testing.assert_array_equal(found, double(logits, state))
 
 
 def test_an_engine_may_have_other_devices_than_a_row_of_the_mesh(

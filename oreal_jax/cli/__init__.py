@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from oreal_jax import hardware
 from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
 from oreal_jax.errors import BadInput, Failure
+from oreal_jax.processes.signals import insistent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     hardware.leave_out_absent()
     try:
-        parsed.call(parsed)
+        with insistent():
+            parsed.call(parsed)
     except BadInput as error:
         print(f"oreal: {error}", file=sys.stderr)
         return 2

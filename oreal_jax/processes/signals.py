@@ -3,8 +3,30 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def insistent() -> Iterator[None]:
+    """Ctrl-C comes again where Python drops it: in a destructor or a callback of the
+    garbage collector (JAX has one), whose exceptions reach nobody."""
+    usual = sys.unraisablehook
+
+    def again(dropped) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            usual(dropped)
+            return
+        # From another thread and later: from here it would be dropped again.
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 @contextlib.contextmanager

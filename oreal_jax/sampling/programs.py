@@ -64,6 +64,12 @@ class Programs:
         self.renormalise, self.cache_dtype = renormalise, cache_dtype
         self.form = pages_for(sharding.platform(mesh), config.head_dim)
         self.attend = sharding.per_head(self.form.attend, mesh)
+        self.choose = sharding.per_slot(
+            lambda logits, keys, seen: choose(
+                logits, keys, sampling, seen, renormalise=renormalise
+            ),
+            mesh,
+        )
         axes = decoding.axes(self.config, store)
         each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
         self.execution = sharding.of_prompts(mesh, self.config)
@@ -218,9 +224,7 @@ class Programs:
     def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
         """Draws and records a token in every row that is not done."""
         keys = jax.vmap(_fold)(state.keys, state.drawn)
-        chosen = choose(
-            logits, keys, self.sampling, state.seen, renormalise=self.renormalise
-        )
+        chosen = self.choose(logits, keys, state.seen)
         going = ~state.done
         limit = self.sampling.max_tokens
         at = (jnp.arange(going.size), jnp.where(going, state.drawn, limit))
