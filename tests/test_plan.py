@@ -91,6 +91,34 @@ def test_an_unrolled_loop_counts_in_its_larger_steps():
     assert moved(UNROLLED, repeats=99) == {"collective-permute": 16 * 8 * 4}
 
 
+ASYNCHRONOUS = """
+%begin (x: f32[8]) -> f32[64] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %gathered = f32[64]{0} all-gather(%x), channel_id=7, dimensions={0}
+}
+
+%go_on (x.1: f32[8], y: f32[8,8], z: f32[8,8]) -> f32[8,8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %z = f32[8,8]{1,0} parameter(2)
+  %gathered.1 = f32[64]{0} all-gather(%x.1), channel_id=7, dimensions={0}
+  ROOT %product = f32[8,8]{1,0} convolution(%y, %z), dim_labels=bf_io->bf
+}
+
+ENTRY %main (start: f32[8], a: f32[8,8]) -> f32[8,8] {
+  %start = f32[8]{0} parameter(0)
+  %a = f32[8,8]{1,0} parameter(1)
+  %begun = f32[64]{0} fusion(%start), kind=kCustom, calls=%begin
+  %b = f32[8,8]{1,0} fusion(%start, %a, %a), kind=kOutput, calls=%go_on
+  ROOT %other = f32[64]{0} all-gather(%start), channel_id=8, dimensions={0}
+}
+"""
+
+
+def test_a_collective_behind_other_work_counts_once():
+    assert moved(ASYNCHRONOUS) == {"all-gather": 2 * 64 * 4}
+
+
 def config(**changes):
     """A small run of a model that TPU kernels take."""
     from oreal_7b import config

@@ -3,7 +3,8 @@
 The compiler writes a program as computations that call each other; a loop names its
 body, and its condition compares a counter with a constant where it has one; a loop that
 was unrolled counts in larger steps. A collective counts with the size of its result on
-one device, as often as the loops around it run.
+one device, as often as the loops around it run. One that goes on behind other work is
+written in each fusion that it goes on in, always with the same channel: it counts once.
 """
 
 import re
@@ -23,6 +24,7 @@ _WIDTH |= {"s64": 8, "u64": 8, "f64": 8}  # others: eight bits are f8..., s8, u8
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALL = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _NUMBER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
@@ -50,11 +52,12 @@ def moved(text: str, repeats: int = 1) -> dict[str, int]:
     def of(name: str) -> Counter:
         if name not in known:
             known[name] = Counter()
+            begun: set[str] = set()
             for line in computations.get(name, ()):
-                known[name] += of_line(line)
+                known[name] += of_line(line, begun)
         return known[name]
 
-    def of_line(line: str) -> Counter:
+    def of_line(line: str, begun: set[str]) -> Counter:
         result = _RESULT.search(line)
         if not result:
             return Counter()
@@ -63,7 +66,11 @@ def moved(text: str, repeats: int = 1) -> dict[str, int]:
             return Counter({operation: _size(result[1], result[2])})
         inside = Counter()
         for called in _CALL.findall(line) + _named(_BRANCHES.search(line)):
-            inside += of(called)
+            lines = "\n".join(computations.get(called, ()))
+            channels = set(_CHANNEL.findall(lines))
+            if operation != "fusion" or not channels or channels - begun:
+                inside += of(called)
+            begun |= channels
         if operation != "while" or not inside:
             return inside
         times = _trips(line, computations) or repeats
