@@ -263,6 +263,22 @@ def test_a_plan_for_gpus_counts_the_state_that_a_layout_has(config_file, capsys)
     assert json.loads(capsys.readouterr().out)["held"]["optimizer"] == 0
 
 
+def test_the_larger_cache_that_a_plan_proposes_lets_all_slots_run(config_file, capsys):
+    def planned(cache_tokens: int) -> dict:
+        asked = ["plan", str(config_file), "--topology", "h100:1", "--json"]
+        assert main([*asked, "--set", f"cache_tokens={cache_tokens}"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    small = planned(512)
+    larger = small["larger_cache"]
+    assert small["rows"] < larger["rows"] == small["slots"]
+    assert larger["seconds"] < small["phases"]["decode"]["seconds"]
+    assert larger["cache_tokens"] > 512
+    again = planned(larger["cache_tokens"])
+    assert again["larger_cache"] is None and again["rows"] == larger["rows"]
+    assert again["phases"]["decode"]["seconds"] == larger["seconds"]
+
+
 @pytest.mark.parametrize("topology", ["h100", "h100:0", "h100:x"])
 def test_gpus_without_a_number_are_refused(config_file, topology, capsys):
     assert main(["plan", str(config_file), "--topology", topology]) == 2

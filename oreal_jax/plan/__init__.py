@@ -7,7 +7,7 @@ at the sizes of the config; nothing is executed. For GPUs it estimates by formul
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
@@ -16,23 +16,33 @@ from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import estimate, programs, roofline
 from oreal_jax.plan.compiler import compile_program, devices_of, host_of, memory_of
-from oreal_jax.plan.findings import Compiled, Findings
+from oreal_jax.plan.findings import DRAWING, Compiled, Findings
 from oreal_jax.sampling.work import PAGE
 
 HEADROOM = 0.1  # of the memory, for what a compiler cannot know
+
+
+class LargerCache(NamedTuple):
+    """A cache for which there is room, how many rows an engine then has at a time, and
+    what decoding then takes at least."""
+
+    cache_tokens: int
+    rows: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run on a topology: what was found, and the bounds of a step's phases where
     completions have `mean_tokens` tokens on average, `rows` of which an engine's cache
-    has room for."""
+    has room for; a larger cache, where there is memory for it and slots wait for it."""
 
     topology: str
     mean_tokens: int
     rows: int
     found: Findings
     phases: dict[str, roofline.Phase]
+    larger_cache: LargerCache | None = None
 
     @property
     def largest(self) -> Compiled:
@@ -70,6 +80,7 @@ class Plan:
                 for name, phase in self.phases.items()
             },
             "largest": self.largest.name,
+            "larger_cache": self.larger_cache and self.larger_cache._asdict(),
             "headroom": self.headroom,
             "fits": self.fits,
             "seconds": self.seconds,
@@ -94,15 +105,12 @@ def plan(
         found = estimate.estimated(config, shape, topology, lengths)
     else:
         found = compiled(config, shape, topology, mean_tokens, on_program)
-    in_cache = found.cache_tokens // (programs.mean_prompt(config) + mean_tokens // 2)
-    rows = max(1, min(found.slots, in_cache))
     together = config.packing.rows * found.mesh["data"] * found.mesh["fsdp"]
-    return Plan(
-        topology=topology,
-        mean_tokens=mean_tokens,
-        rows=rows,
-        found=found,
-        phases=roofline.phases(
+    context = programs.mean_prompt(config) + mean_tokens // 2
+    rows_in = lambda cache_tokens: max(1, min(found.slots, cache_tokens // context))
+
+    def phases(rows: int) -> dict[str, roofline.Phase]:
+        return roofline.phases(
             config,
             shape,
             roofline.Devices(found.devices, found.tensor, rows, PEAKS[found.kind]),
@@ -112,8 +120,33 @@ def plan(
             found.held["parameters"] + found.held["optimizer"],
             mean_tokens,
             found.moved,
-        ),
+        )
+
+    rows = rows_in(found.cache_tokens)
+    made = Plan(
+        topology=topology,
+        mean_tokens=mean_tokens,
+        rows=rows,
+        found=found,
+        phases=phases(rows),
     )
+    if not made.fits:
+        return made
+    longest = config.max_prompt_tokens + config.sampling.max_tokens
+    room = min(_room(found), found.slots * longest) // PAGE * PAGE
+    if rows_in(room) <= rows:
+        return made
+    seconds = phases(rows_in(room))["decode"].seconds
+    larger = LargerCache(room, rows_in(room), seconds)
+    return dataclasses.replace(made, larger_cache=larger)
+
+
+def _room(found: Findings) -> int:
+    """Tokens of cache that fit, `HEADROOM` left, where decoding has the rest."""
+    drawing = max(p.peak for p in found.programs if p.phase in DRAWING)
+    left = (1 - HEADROOM) * found.memory - drawing
+    a_token = found.sampling["cache"] / found.cache_tokens
+    return found.cache_tokens + int(left / a_token)
 
 
 def compiled(

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from oreal_jax.plan import HEADROOM, Plan
+from oreal_jax.plan import HEADROOM, LargerCache, Plan
 from oreal_jax.plan.findings import DRAWING, Findings
 
 GIB = 2**30
@@ -33,6 +33,8 @@ def show(plan: Plan, console: Console) -> None:
     if any(program.moved for program in found.programs):
         console.print(_collectives(found))
     console.print(_phases(plan))
+    if plan.larger_cache:
+        console.print(_advice(plan, plan.larger_cache), markup=False, soft_wrap=True)
     console.print(why(plan), markup=False, soft_wrap=True)
 
 
@@ -54,6 +56,15 @@ def why(plan: Plan) -> str:
         f"{said}: does not fit with {HEADROOM:.0%} to spare; beside it lie "
         f"{_gib(worst.beside)} GiB; largest: {most}, {_gib(parts[most])} GiB"
         + (f" ({worst.error})" if worst.error else "")
+    )
+
+
+def _advice(plan: Plan, larger: LargerCache) -> str:
+    return (
+        f"there is room for cache_tokens={larger.cache_tokens}: {larger.rows} rows of "
+        f"an engine at a time instead of {plan.rows}, decoding takes "
+        f"{larger.seconds:,.0f} s at least instead of "
+        f"{plan.phases['decode'].seconds:,.0f} s"
     )
 
 
