@@ -237,7 +237,7 @@ def execution(
     own part; the vocabulary head whole but for its split over tensor."""
     head = ("vocab", None) if config.tied else (None, "vocab")
     return Execution(
-        attend=per_part(mesh, config.head_dim, rows="rows"),
+        attend=per_part(mesh, rows="rows"),
         place=_constrain(_on(mesh, "rows", "sequence", None)),
         gather=_constrain(_on(mesh, *head)),
         row_ways=row_ways(mesh),
@@ -246,16 +246,16 @@ def execution(
     )
 
 
-def of_prompts(mesh: Mesh, config: ModelConfig) -> Execution:
+def of_prompts(mesh: Mesh) -> Execution:
     """How an engine runs prompts, inside `per_engine`."""
-    return Execution(attend=per_part(mesh, config.head_dim))
+    return Execution(attend=per_part(mesh))
 
 
 def _constrain(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, where)
 
 
-def per_part(mesh: Mesh, head_dim: int, rows: str | None = None) -> Callable:
+def per_part(mesh: Mesh, rows: str | None = None) -> Callable:
     """Attention to packed rows with the mesh's fastest kernel, each device on the heads
     and queries that it has; keys and values of a row are gathered. `rows` None leaves
     the rows to `per_engine`."""
@@ -264,7 +264,7 @@ def per_part(mesh: Mesh, head_dim: int, rows: str | None = None) -> Callable:
     def attend(query, key, value, segments):
         length, heads = query.shape[1:3]
         context, tensor = mesh.shape["context"], mesh.shape["tensor"]
-        prepare = flash.prepare_for(platform(mesh), head_dim, length, context)
+        prepare = flash.prepare_for(platform(mesh), length, context)
         kernel, lies = prepare(heads, length, _on(mesh, "heads", "sequence"))
         if key.shape[2] % tensor:  # fewer than devices: each gets the one it reads
             more = tensor // key.shape[2]

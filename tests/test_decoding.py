@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 )
 
 from oreal_jax import model
+from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, decoding, kernels
 from oreal_jax.model.cache import Pages
 from oreal_jax.model.kernels import GpuPages, TpuPages, pages_for
@@ -226,8 +227,31 @@ def test_the_gpu_kernel_lowers_to_triton():
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_a_backend_decodes_with_its_kernel():
-    assert pages_for("tpu", 128) is TpuPages
-    assert pages_for("tpu", 64) is Pages
-    assert pages_for("gpu", 128) is GpuPages
-    assert pages_for("cpu", 128) is Pages
+@pytest.mark.parametrize(
+    ("backend", "heads", "size", "dtype", "form"),
+    [
+        ("tpu", 1, 128, jnp.bfloat16, TpuPages),
+        ("tpu", 2, 128, jnp.float8_e4m3fn, TpuPages),
+        ("tpu", 3, 128, jnp.bfloat16, Pages),
+        ("tpu", 3, 128, jnp.float8_e4m3fn, Pages),
+        ("tpu", 4, 64, jnp.bfloat16, Pages),
+        ("gpu", 3, 128, jnp.bfloat16, GpuPages),
+        ("gpu", 4, 96, jnp.bfloat16, Pages),
+        ("cpu", 4, 128, jnp.bfloat16, Pages),
+    ],
+)
+def test_a_backend_decodes_with_its_kernel_where_that_takes_the_shape(
+    backend, heads, size, dtype, form
+):
+    assert pages_for(backend, heads, size, dtype) is form
+    if form is TpuPages:  # the kernel's own opinion, asked without a TPU
+        page = form.empty(9, 64, heads, size, dtype)
+        query = jnp.zeros((2, 4 * heads, size), jnp.bfloat16)
+        jax.eval_shape(
+            form.attend, page, query, jnp.ones((2, 4), int), jnp.ones(2, int)
+        )
+
+
+def test_eight_bits_that_the_tpu_kernel_cannot_read_are_refused():
+    with pytest.raises(BadInput, match=r"1 key-value head\(s\) on a device"):
+        pages_for("tpu", 1, 128, jnp.float8_e4m3fn)

@@ -102,10 +102,10 @@ def _triton(query, key, value, of_queries, segments, first, *, interpret):
     )
 
 
-def prepare_for(platform: str, head_dim: int, length: int, context: int) -> Prepare:
+def prepare_for(platform: str, length: int, context: int) -> Prepare:
     """What attends fastest on a platform, where its blocks fit the shape."""
     fits = length % (SMALLEST * context) == 0
-    if platform == "tpu" and fits and head_dim % SMALLEST == 0:
+    if platform == "tpu" and fits:
         return on_tpu
     if platform in ("gpu", "cuda") and fits and context == 1:
         return on_gpu

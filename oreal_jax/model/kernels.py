@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 )
 from jaxtyping import Array, Float
 
+from oreal_jax.errors import BadInput
 from oreal_jax.model.cache import Cached, Pages, in_pages, place
 
 # What a TPU holds in fast memory at a time: tokens of a row, and rows. The kernel's own
@@ -162,17 +163,35 @@ def _attend_stretch(
     highest_out[...], total_out[...], mixed_out[...] = highest, total, mixed
 
 
-def pages_for(backend: str, head_dim: int) -> type[Cached]:
-    """The form that decodes fastest on a backend.
+def pages_for(backend: str, heads: int, head_dim: int, dtype) -> type[Cached]:
+    """The form that decodes fastest on a backend whose devices have so many key-value
+    heads each, kept in `dtype`.
 
-    The TPU kernel reads whole lanes: head sizes other than multiples of 128 are left to
-    XLA.
+    The TPU kernel reads whole lanes and tiles, the GPU kernel powers of two; other
+    shapes are left to XLA.
+
+    Raises:
+        BadInput: eight bits would be left to XLA, and take longer than sixteen.
     """
     if backend == "tpu" and head_dim % 128 == 0:
-        return TpuPages
-    if backend in ("gpu", "cuda"):
+        if _tiles(heads, dtype):
+            return TpuPages
+        if jnp.dtype(dtype).itemsize == 1 and _tiles(heads, jnp.bfloat16):
+            raise BadInput(
+                f"a float8 cache with {heads} key-value head(s) on a device: the TPU "
+                "kernel reads an even number of them; split the engine over fewer "
+                "devices (decode_tensor) or keep bfloat16"
+            )
+    if backend in ("gpu", "cuda") and head_dim == pl.next_power_of_2(head_dim):
         return GpuPages
     return Pages
+
+
+def _tiles(heads: int, dtype) -> bool:
+    """Whether keys and values of so many heads fill rows of 32 bits, and those tiles of
+    one, two, four or eight rows."""
+    rows, rest = divmod(2 * heads * jnp.dtype(dtype).itemsize, 4)
+    return rest == 0 and (rows in (1, 2, 4) or rows % 8 == 0)
 
 
 def _interleave(

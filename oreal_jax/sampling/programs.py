@@ -62,7 +62,10 @@ class Programs:
         self.stop_tokens = jnp.asarray(sorted(stop_tokens))
         self.stop_table = None if stop_table is None else jnp.asarray(stop_table)
         self.renormalise, self.cache_dtype = renormalise, cache_dtype
-        self.form = pages_for(sharding.platform(mesh), config.head_dim)
+        heads = self.config.kv_heads // mesh.shape["tensor"]
+        self.form = pages_for(
+            sharding.platform(mesh), heads, config.head_dim, cache_dtype
+        )
         self.attend = sharding.per_head(self.form.attend, mesh)
         self.choose = sharding.per_slot(
             lambda logits, keys, seen: choose(
@@ -72,7 +75,7 @@ class Programs:
         )
         axes = decoding.axes(self.config, store)
         each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
-        self.execution = sharding.of_prompts(mesh, self.config)
+        self.execution = sharding.of_prompts(mesh)
         self.reshard = jax.jit(
             lambda params: decoding.weights(self.config, params, store),
             out_shardings=sharding.of_weights(axes, meshes.all),
