@@ -7,8 +7,10 @@ functions and losses are set in a config file.
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -29,6 +31,11 @@ def _at_least(least: int, **fields: int) -> None:
     for name, value in fields.items():
         if value < least:
             raise BadInput(f"config: {name}={value} must be at least {least}")
+
+
+def _seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise BadInput(f"config: seed={seed} must be from 0 to {2**31 - 1}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,10 +187,10 @@ class TrainConfig:
             decode_rows=self.decode_rows,
         )
         _at_least(2, samples_per_prompt=self.samples_per_prompt)
+        _seed(self.seed)
         _at_least(
             0,
             freeze_steps=self.freeze_steps,
-            seed=self.seed,
             cache_tokens=self.cache_tokens,
             decode_tensor=self.decode_tensor,
         )
@@ -245,7 +252,8 @@ class SftConfig:
     def __post_init__(self):
         """Raises BadInput where a number is out of range."""
         _at_least(1, epochs=self.epochs, examples_per_step=self.examples_per_step)
-        _at_least(0, steps=self.steps, seed=self.seed)
+        _at_least(0, steps=self.steps)
+        _seed(self.seed)
 
 
 def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
@@ -266,21 +274,56 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
         raise BadInput(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses in the file look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(
+            f"{_place(path, error)}: {type(error).__name__}: {error}"
+        ) from None
     config = getattr(module, "config", None)
     if not isinstance(config, kind):
         found = type(config).__name__ if config is not None else "nothing"
         raise BadInput(f"{path}: `config` must be a {kind.__name__}, found {found}")
+    changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise BadInput(f"--set {setting}: expected name=value")
-        config = _replace(config, key.split("."), text, key)
-    return config
+        _set(changes, config, key.split("."), text, key)
+    return _changed(config, changes)
 
 
-def _replace(config: Any, names: list[str], text: str, key: str) -> Any:
-    """`config` with the field at the path `names` set to what `text` spells."""
+def _place(path: Path, error: Exception) -> str:
+    """The line of a config file that an error comes from."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> Any:
+    """`config` with all changes made at once: what must fit together is checked when
+    all of it is there."""
+    values = {
+        name: _changed(getattr(config, name), value)
+        if isinstance(value, dict)
+        else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **values)
+
+
+def _set(
+    changes: dict[str, Any], config: Any, names: list[str], text: str, key: str
+) -> None:
+    """Adds to `changes` that the field of `config` at the path `names` is to be what
+    `text` spells."""
     name, *rest = names
     known = {field.name for field in dataclasses.fields(config)}
     if name not in known:
@@ -292,7 +335,10 @@ def _replace(config: Any, names: list[str], text: str, key: str) -> Any:
     if rest:
         if not dataclasses.is_dataclass(value):
             raise BadInput(f"--set {key}: {name}={value!r} has no fields")
-        return dataclasses.replace(config, **{name: _replace(value, rest, text, key)})
+        inner = changes.get(name)
+        changes[name] = inner = inner if isinstance(inner, dict) else {}
+        _set(inner, value, rest, text, key)
+        return
     hint = typing.get_type_hints(type(config))[name]
     try:
         new = ast.literal_eval(text)
@@ -306,8 +352,7 @@ def _replace(config: Any, names: list[str], text: str, key: str) -> Any:
             f"--set {key}={text}: {name} must be {wanted}"
             + ("" if _settable(hint) else ", which only a config file can give")
         )
-    new = float(new) if hint is float else new
-    return dataclasses.replace(config, **{name: new})
+    changes[name] = float(new) if hint is float else new
 
 
 def _settable(hint: Any) -> bool:
@@ -349,6 +394,11 @@ def as_json(config: Any) -> Any:
         return {"class": f"{type(config).__module__}.{type(config).__name__}"} | fields
     if isinstance(config, tuple | list):
         return [as_json(item) for item in config]
+    if isinstance(config, functools.partial):
+        given = {str(i): value for i, value in enumerate(config.args)} | config.keywords
+        values = {name: as_json(value) for name, value in given.items()}
+        return {"class": "functools.partial", "of": as_json(config.func)} | values
     if callable(config):
-        return f"{config.__module__}.{config.__qualname__}"
+        named = config if hasattr(config, "__qualname__") else type(config)
+        return f"{named.__module__}.{named.__qualname__}"
     return config

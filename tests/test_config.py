@@ -1,14 +1,17 @@
 """Configs: the published recipe, settings from the command line, your own loss."""
 
 import contextlib
+import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from oreal_jax import config as configuration
-from oreal_jax import losses, rollout
+from oreal_jax import losses, processes, rollout
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data.difficulty import PUBLISHED_BANDS
@@ -115,6 +118,15 @@ def test_a_setting_reaches_its_field(setting, read):
         ("keep=everything", "which only a config file can give"),
         ("steps.more=1", "has no fields"),
         ("loss.threshold=1", "Oreal has no field 'threshold'; it has"),
+        ("seed=-1", "seed=-1 must be from 0 to 2147483647"),
+        ("seed=2147483648", "seed=2147483648 must be from 0 to 2147483647"),
+        ("policy.learning_rate=-1", "learning_rate=-1.0 must be at least 0"),
+        ("policy.final_learning_rate=-1", "final_learning_rate=-1.0 must be"),
+        ("policy.warmup_steps=-1", "warmup_steps=-1 must be at least 0"),
+        ("policy.weight_decay=-1", "weight_decay=-1.0 must be at least 0"),
+        ("policy.clip_norm=0", "clip_norm=0.0 must be above 0"),
+        ("policy.beta1=-1", "beta1=-1.0 must be at least 0 and below 1"),
+        ("policy.beta2=1", "beta2=1.0 must be at least 0 and below 1"),
     ],
 )
 def test_a_wrong_setting_is_named(setting, said):
@@ -136,7 +148,7 @@ def test_a_judge_that_cannot_be_asked_is_refused(setting, said):
         loaded("oreal_7b", setting)
 
 
-def test_every_judge_setting_reaches_the_judge(monkeypatch):
+def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
     given = {}
 
     def judge(*hosts_and_model, **settings):
@@ -149,7 +161,10 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch):
     named = [f"verification.{a}" for a in ("judge_model=m", *asked)]
     assert loop.judge_of(loaded("oreal_7b"), Screen()).__enter__() is None
     loop.judge_of(loaded("oreal_7b", *named), Screen())
-    del given["say"]
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    loop.judge_of(loaded("oreal_7b", *named), Screen.silent())
+    given.pop("say")("lost")  # a process without a screen is heard, too
+    assert re.search("process 0 of 1 on .*: lost", capsys.readouterr().err)
     assert given == {
         "a": (("http://a/v1",), "m"),
         "concurrency": 3,
@@ -166,6 +181,50 @@ def test_advantages_of_decided_completions_know_no_others():
     alone = losses.rloo(np.array([[1.0, -1.0, -1.0]]))[0]
     np.testing.assert_array_equal(found[0], [alone[0], 0, alone[1], alone[2]])
     np.testing.assert_array_equal(found[1], np.zeros(4))  # one alone tells nothing
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_settings_are_checked_together(order):
+    token_reward = ["token_reward=None", "freeze_steps=0"]
+    short = ["packing.row_length=1024", "max_prompt_tokens=512"]
+    short += ["sampling.max_tokens=256", "sampling.top_k=3", "sampling.max_tokens=512"]
+    config = loaded("oreal_7b", *token_reward[::order])
+    assert config.token_reward is None and not config.freeze_steps
+    found = loaded("oreal_7b", *short[::order])
+    assert found.sampling.max_tokens == (512 if order == 1 else 256)  # the last
+    assert found.sampling.top_k == 3 and found.packing.row_length == 1024
+
+
+def test_functions_with_arguments_are_recorded_with_them():
+    class Keep:
+        def __call__(self, group, random):
+            return group
+
+    config = dataclasses.replace(
+        loaded("oreal_7b"), keep=functools.partial(rollout.one_pair, random=3)
+    )
+    assert configuration.as_json(config)["keep"] == {
+        "class": "functools.partial",
+        "of": "oreal_jax.rollout.one_pair",
+        "random": 3,
+    }
+    named = configuration.as_json(dataclasses.replace(config, keep=Keep()))["keep"]
+    assert named.endswith("Keep")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n\nx = 1 / 0\n", "line 4: ZeroDivisionError"),
+        ("x = (1\n", "line 2: SyntaxError"),
+        ("import nothing_like_it\n", "line 2: ModuleNotFoundError"),
+    ],
+)
+def test_an_error_in_a_config_file_is_said_with_its_line(tmp_path, text, said):
+    path = tmp_path / "wrong.py"
+    path.write_text("from oreal_jax.config import TrainConfig\n" + text)
+    with pytest.raises(BadInput, match=rf"wrong\.py, {said}"):
+        configuration.load(path, TrainConfig)
 
 
 def test_a_config_file_without_a_config_is_refused(tmp_path):

@@ -222,6 +222,13 @@ def test_token_bytes_spell_the_text_of_tokens(chat, text):
     assert spelled == chat.decode(tokens)
 
 
+def test_pieces_are_the_texts_of_single_tokens(chat):
+    tokens = chat.tokenizer.encode("two, two<|im_end|>", add_special_tokens=False)
+    for _ in range(2):
+        alone = [chat.tokenizer.decode([token]) for token in tokens]
+        assert chat.pieces(tokens) == alone
+
+
 def test_token_bytes_know_sentencepieces_spelling():
     vocabulary = {"<unk>": 0, "\u2581a": 1, "<0x0A>": 2, "b": 3}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))

@@ -8,9 +8,10 @@ import jax
 import make_tiny
 import numpy as np
 import pytest
+from judge_stub import says, serving
 from scripted import Script
 
-from oreal_jax import metrics
+from oreal_jax import metrics, rollout
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.sampling import Engine
@@ -45,9 +46,9 @@ class Skill:
         take = examination.Examination.take
         sample = self.script.sample
 
-        def counted(examining, session, pool):
+        def counted(examining, session, pool, judge):
             before = len(self.script.asked)
-            take(examining, session, pool)
+            take(examining, session, pool, judge)
             self.evaluations += len(self.script.asked) > before
 
         monkeypatch.setattr(examination.Examination, "take", counted)
@@ -121,6 +122,40 @@ def test_several_samples_are_drawn_as_in_training(start, tmp_path, monkeypatch):
     assert rows(tmp_path / "run")[0]["val-core/exam/avg@3"] == 0.25
     assert {sampling.temperature for *_, sampling in skill.examined()} == {0.7}
     assert {sample for _, sample, _ in skill.examined()} == {0, 1, 2}
+
+
+def test_answers_are_judged_as_in_training(start, tmp_path, monkeypatch):
+    skill = Skill(monkeypatch, start, 1, 1)
+    with serving(says("VERDICT: RIGHT")) as stub:
+        judge = [
+            f"verification.judge_hosts=('{stub.url}',)",
+            "verification.judge_model=m",
+        ]
+        assert train(start, tmp_path / "run", "steps=1", *judge) == 0
+    assert [row["score"] for row in rows(tmp_path / "run")] == [1.0, 1.0]
+    assert skill.examined()
+    # What was asked in an evaluation is not counted for a step.
+    (step,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert step["judge/asked"] == 0 < stub.requests
+
+
+def test_what_was_drawn_stays_when_its_judging_is_interrupted(
+    start, tmp_path, monkeypatch
+):
+    Skill(monkeypatch, start, 1, 1)
+    judged = rollout.judged
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout, "judged", interrupted)
+    settings = ["evaluation.data=()", "steps=1"]
+    assert train(start, tmp_path / "run", *settings) == 130
+    left = tmp_path / "run" / "interrupted" / "step_000000.jsonl"
+    assert len(left.read_text().splitlines()) == 64
+    monkeypatch.setattr(rollout, "judged", judged)
+    assert train(start, tmp_path / "run", *settings) == 0
+    assert not left.exists()
 
 
 def test_presets_are_found_in_the_folder_and_scores_averaged_over_sets(

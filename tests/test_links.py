@@ -274,6 +274,8 @@ def test_a_place_comes_from_options_variables_or_the_cluster(
         (("here:80", "2", None), "--process (or OREAL_PROCESS) must be given too"),
         ((None, "2", None), "--coordinator (or OREAL_COORDINATOR), --process"),
         (("here", "2", "0"), "'here' is not HOST:PORT"),
+        (("here:0", "2", "0"), "'here:0': ports are 1 to 65535"),
+        (("here:99999", "2", "0"), "'here:99999': ports are 1 to 65535"),
         (("here:80", "two", "0"), "OREAL_PROCESSES): 'two' is not a number"),
         (("here:80", "2", "2"), "2, but 2 processes are numbered 0 to 1"),
         ((None, "auto", None), "neither a TPU pod nor a SLURM step"),

@@ -1,6 +1,5 @@
 """Whole runs of the tiny model through the command line: SFT, OREAL, stop, go on."""
 
-import functools
 import json
 import shutil
 import signal
@@ -15,9 +14,12 @@ from tiny_runs import ROOT, arrays, finish, train, wait_for_steps
 from oreal_jax import laboratory, losses, metrics, sharding
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
+from oreal_jax.config import TrainConfig, load
 from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.errors import BadInput
 from oreal_jax.laboratory.recorded import LISTS
 from oreal_jax.sampling import Engine
+from oreal_jax.train.programs import mesh_of
 
 
 def lasting(run: Path) -> list[dict]:
@@ -121,6 +123,72 @@ def test_a_loss_of_ones_own_trains_from_its_config_file_alone(tiny, tmp_path):
     recorded = json.loads((run / "config.json").read_text())["loss"]
     assert recorded["class"] == "own.RareCloning" and recorded["weight"] == 0.25
     assert metrics.read(run / "metrics.jsonl")[-1]["actor/pg_loss"] > 0
+
+
+OWN_LOSS = """
+import dataclasses, jax.numpy as jnp, tiny
+from oreal_jax.losses import Advantage, rloo, token_mean
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flat:
+    advantage: Advantage = rloo
+    broken: bool = False
+
+    def __call__(self, scored, counts):
+        values = scored.log_probs
+        zero = values - values
+        if self.broken:  # 0, with a gradient of 0 times infinity
+            values = values + jnp.where(zero > 0, jnp.sqrt(zero), 0)
+        return -token_mean(values, scored.right, counts.right), {}
+
+config = dataclasses.replace(
+    tiny.config, loss=Flat(), token_reward=None, freeze_steps=0
+)
+"""
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path):
+    config, run = tmp_path / "own.py", tmp_path / "run"
+
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
+    config.write_text(OWN_LOSS)
+    # A loss may record nothing of its own.
+    assert "loss" in finish(train(tiny, run, "steps=1", config=config))
+    process = train(tiny, run, "steps=3", "loss.broken=True", config=config)
+    said, complained = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "step 2: actor/grad_norm=nan; it is not saved" in complained
+    assert "Traceback" not in complained
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_run_does_not_change_whether_it_has_a_token_reward_model(tiny, whole):
+    process = train(tiny, whole, "token_reward=None", "freeze_steps=0")
+    said, complained = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "with a token reward model or without" in complained
+    assert complained.count("\n") == 1
+
+
+def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
+    for settings, said in [
+        (
+            ["sampling.max_tokens=255", "packing.row_length=512"],
+            "max_tokens=255 must lie within 1..256",
+        ),
+        (["cache_tokens=64"], "does not fit cache_tokens=64"),
+    ]:
+        process = train(tiny, tmp_path / "run", *settings)
+        _, complained = process.communicate(timeout=120)
+        assert process.returncode == 2 and said in complained
+        assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_context_does_not_divide_are_refused(tiny):
+    settings = ["mesh.context=8", "packing.row_length=300"]
+    config = load(ROOT / "configs/tiny.py", TrainConfig, settings)
+    with pytest.raises(BadInput, match="row_length=300 does not divide by .*context=8"):
+        mesh_of(config, open_model(tiny / "sft").config)
 
 
 def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
@@ -239,8 +307,8 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, capsys, monkeypat
     flags = [word for setting in settings for word in ("--set", setting)]
     command = ["train", str(ROOT / "configs/tiny.py"), *flags, "--run", str(run)]
     draw = Engine.sample
-    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", one)
+    make, one = sharding.make_mesh, jax.devices()[:1]
+    monkeypatch.setattr(sharding, "make_mesh", lambda *given: make(*given[:2], one))
 
     def broken_off(*arguments, on_finished, **options):
         seen = []

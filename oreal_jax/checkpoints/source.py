@@ -82,6 +82,8 @@ def import_model(
     Raises:
         BadInput: the source is unusable, or the destination is not empty.
     """
+    if destination.exists() and not destination.is_dir():
+        raise BadInput(f"{destination}: exists and is no directory")
     if destination.exists() and any(destination.iterdir()):
         raise BadInput(f"{destination}: exists and is not empty")
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -178,6 +178,7 @@ class Opened:
         from oreal_jax.sampling import Engine, token_table
         from oreal_jax.train.programs import compute_dtype
 
+        at_least(1, "--rows", parsed.rows)
         source = self.source = open_model(parsed.model)
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
         dtype = compute_dtype("auto", mesh)
@@ -206,6 +207,8 @@ def sampling_of(parsed: argparse.Namespace, greedy: bool):
     """The sampling that these options ask for."""
     from oreal_jax.sampling import Sampling
 
+    if not 0 <= parsed.seed < 2**31:
+        raise BadInput(f"--seed {parsed.seed}: must be from 0 to {2**31 - 1}")
     return Sampling(
         max_tokens=parsed.max_tokens,
         temperature=0.0 if greedy else parsed.temperature,

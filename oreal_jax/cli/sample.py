@@ -7,6 +7,7 @@ from pathlib import Path
 from oreal_jax.cli.options import (
     Opened,
     Verb,
+    at_least,
     model_options,
     sampling_of,
     sampling_options,
@@ -44,6 +45,7 @@ def sample(parsed: argparse.Namespace) -> None:
     from oreal_jax.data import read_questions
     from oreal_jax.sampling import Completion, Request
 
+    at_least(1, "--n", parsed.n)
     screen = Screen.on_stderr()
     questions = [parsed.prompt] if parsed.file is None else read_questions(parsed.file)
     opened = Opened(parsed, sampling_of(parsed, parsed.greedy), parsed.stop)

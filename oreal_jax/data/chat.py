@@ -51,6 +51,7 @@ class Chat:
             )
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
         self.stop_strings = stop_strings
+        self._pieces: dict[int, str] = {}  # of tokens asked for so far
         try:
             self.encode("?")
         except TemplateError as error:
@@ -79,7 +80,10 @@ class Chat:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token by itself, special tokens included."""
-        return [self.tokenizer.decode([int(token)]) for token in tokens]
+        known = self._pieces
+        for token in set(map(int, tokens)) - known.keys():
+            known[token] = self.tokenizer.decode([token])
+        return [known[int(token)] for token in tokens]
 
     def token_bytes(self) -> list[bytes]:
         """The bytes that each token adds to a completion's text; none for special

@@ -45,11 +45,13 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
             "only full_attention is"
         )
 
-    def number(name: str, default: Any = None) -> Any:
+    def number(name: str, default: Any = None, kind: type = int) -> Any:
         value = fields.get(name, default)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise BadInput(f"{where}: {name}={value!r}, expected a positive number")
+        is_one = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not is_one or value <= 0:
+            what = "number" if kind is float else "whole number"
+            raise BadInput(f"{where}: {name}={value!r}, expected a positive {what}")
         return value
 
     heads, embed = number("num_attention_heads"), number("hidden_size")
@@ -62,7 +64,7 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
         head_dim=number("head_dim", 128 if family == "qwen3" else embed // heads),
         mlp=number("intermediate_size"),
         rope=_rope(fields, number("max_position_embeddings"), where),
-        norm_epsilon=number("rms_norm_eps"),
+        norm_epsilon=number("rms_norm_eps", kind=float),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         tied=bool(fields.get("tie_word_embeddings", False)),
@@ -73,6 +75,11 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
 def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
     """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
     stretch = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(stretch, dict):
+        raise BadInput(f"{where}: rope_scaling={stretch!r}, expected an object")
+    name = "partial_rotary_factor"
+    if stretch.get(name) not in REQUIRED[name]:
+        raise BadInput(f"{where}: {name}={stretch[name]!r} is not supported")
     theta = stretch.get("rope_theta", fields.get("rope_theta", 10_000.0))
     kind = stretch.get("rope_type", stretch.get("type", "default"))
     known = {

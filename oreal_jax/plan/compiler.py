@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from oreal_jax.efficiency import PEAKS
 from oreal_jax.errors import BadInput
 from oreal_jax.plan.collectives import moved
 from oreal_jax.plan.findings import Compiled
@@ -34,7 +35,7 @@ def devices_of(topology: str) -> list:
     """The devices of a topology such as v5p:2x2x4.
 
     Raises:
-        BadInput: libtpu is not installed, or knows no such topology.
+        BadInput: libtpu is not installed, or it or we know no such topology.
     """
     if not util.find_spec("libtpu"):
         raise BadInput(
@@ -48,7 +49,13 @@ def devices_of(topology: str) -> list:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--topology {topology}: {reason}") from None
-    return list(made.devices)
+    devices = list(made.devices)
+    if devices[0].device_kind not in PEAKS:
+        raise BadInput(
+            f"--topology {topology}: nothing is known of {devices[0].device_kind}, "
+            f"only of {', '.join(name for name in PEAKS if 'TPU' in name)}"
+        )
+    return devices
 
 
 def host_of(topology: str, devices: list) -> list:

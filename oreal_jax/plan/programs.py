@@ -18,11 +18,13 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, bucket, pack
 from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Engine
+from oreal_jax.sampling.scheduler import smaller
 from oreal_jax.sampling.work import DISPATCH, PAGE, PREFILL, Size
 from oreal_jax.train.programs import (
     compute_dtype,
     engines_of,
     learners_of,
+    mesh_of,
     update_of,
 )
 from oreal_jax.train.state import Learners, TrainState
@@ -86,13 +88,14 @@ def layout(
     Raises:
         BadInput: mesh and model do not go together.
     """
-    mesh = sharding.make_mesh(config.mesh, shape, devices)
+    mesh = mesh_of(config, shape, devices)
     learners = learners_of(config, shape, mesh, config.steps)
     # Stop tokens and strings are the tokenizer's, which a plan does not have; they
     # take a few kilobytes.
     engine = engines_of(config, shape, mesh, [0], None)(
         config.sampling, renormalise=config.log_probs == "sampled", devices=host
     )
+    engine.require_room(config.max_prompt_tokens)
     processes = len({device.process_index for device in devices})
     prompts = -(-config.prompts_per_step // processes)
     size = engine.size(prompts * config.samples_per_prompt, config.max_prompt_tokens)
@@ -197,7 +200,10 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         (state, *starts, 0, 0),
         beside,
     )
-    for slots in sorted({size.slots, bucket(-(-size.slots // 4))}, reverse=True):
+    fewest = size.slots
+    while smaller(fewest):
+        fewest = smaller(fewest)
+    for slots in dict.fromkeys([size.slots, fewest]):
         left = programs.abstract(slots, size.pages)
         table, runs = array(slots, size.table_pages), array(slots, dtype=bool)
         yield Program(

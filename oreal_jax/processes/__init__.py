@@ -21,6 +21,7 @@ With one process nothing is exchanged and nothing costs anything.
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -160,6 +161,12 @@ def index() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes plain files and talks to people."""
     return index() == 0
+
+
+def warn(text: str) -> None:
+    """Says something that must be heard, whichever process it is."""
+    name = f"process {index()} of {count()} on {socket.gethostname()}"
+    print(f"oreal: {name}: {text}", file=sys.stderr, flush=True)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

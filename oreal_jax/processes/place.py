@@ -62,6 +62,8 @@ def place_of(
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise BadInput(f"{names[0]}: {address!r} is not HOST:PORT")
+    if not 0 < int(port) < 2**16:
+        raise BadInput(f"{names[0]}: {address!r}: ports are 1 to {2**16 - 1}")
     for name, number in zip(names[1:], numbers, strict=True):
         if not number.isdigit():
             raise BadInput(f"{name}: {number!r} is not a number")

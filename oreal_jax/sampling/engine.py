@@ -139,20 +139,26 @@ class Engine:
             pages = min(pages, self.cache_tokens // PAGE + 1)
         return Size(slots, bucket(prompt), table_pages, pages)
 
+    def require_room(self, prompt: int) -> None:
+        """Checks that a prompt of so many tokens can be completed.
+
+        Raises:
+            BadInput: it is empty, or with `max_tokens` exceeds the model or the cache.
+        """
+        limit = self.sampling.max_tokens
+        said = f"prompt of {prompt} tokens + max_tokens={limit}"
+        if not prompt or prompt + limit > self.config.max_length:
+            raise BadInput(
+                f"{said} must lie within 1..{self.config.max_length}, the model's "
+                "max_length"
+            )
+        if self.cache_tokens and prompt + limit + 2 * PAGE > self.cache_tokens:
+            raise BadInput(f"{said} does not fit cache_tokens={self.cache_tokens}")
+
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
         limit = self.sampling.max_tokens
         for request in requests:
-            longest = len(request.prompt) + limit
-            if not request.prompt or longest > self.config.max_length:
-                raise BadInput(
-                    f"prompt of {len(request.prompt)} tokens + max_tokens={limit} must "
-                    f"lie within 1..{self.config.max_length}, the model's max_length"
-                )
-            if self.cache_tokens and longest + 2 * PAGE > self.cache_tokens:
-                raise BadInput(
-                    f"prompt of {len(request.prompt)} tokens + max_tokens={limit} does "
-                    f"not fit cache_tokens={self.cache_tokens}"
-                )
+            self.require_room(len(request.prompt))
         # Prompts of like length are prefilled together.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         return [

@@ -28,6 +28,7 @@ from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train import exchange
 from oreal_jax.train.session import Session
 from oreal_jax.verify import Pool
+from oreal_jax.verify.llm_judge import Judge
 
 
 class Examination:
@@ -42,8 +43,9 @@ class Examination:
         """Whether the policy after `step` of `steps` training steps is evaluated."""
         return bool(self.sets) and (step % self.config.every == 0 or step == steps)
 
-    def take(self, session: Session, pool: Pool) -> None:
-        """Evaluates the policy as it is, if that is due and not done."""
+    def take(self, session: Session, pool: Pool, judge: Judge | None = None) -> None:
+        """Evaluates the policy as it is, if that is due and not done; answers are
+        judged as in training."""
         step, path = session.step, session.run / "evaluations.jsonl"
         if not self.due(step, session.steps):
             return
@@ -69,8 +71,11 @@ class Examination:
                 mine,
                 seed=session.config.seed,
                 finished={},
+                second=judge,
                 screen=session.screen,
             )
+            if judge:  # what it did here is not the step's
+                judge.take_counts()
         with uninterrupted():
             self._record(session, rows, path, tried)
 

@@ -13,14 +13,14 @@ the prompts; from there on all of them have all completions and do the same.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from oreal_jax import processes, rollout, sharding
+from oreal_jax import processes, rollout
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -48,7 +48,7 @@ from oreal_jax.sampling import (
 from oreal_jax.train import exchange, measures
 from oreal_jax.train.examination import examination_of
 from oreal_jax.train.exchange import Judged, Samples
-from oreal_jax.train.programs import engines_of, update_of
+from oreal_jax.train.programs import engines_of, mesh_of, update_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
@@ -76,7 +76,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         BadInput: the config, the model, the prompts or the run directory are unusable.
     """
     source = source_of(config, run)
-    mesh = sharding.make_mesh(config.mesh, source.config)
+    mesh = mesh_of(config, source.config)
     chat = chat_of(config, run, source, config.stop_strings)
     judging = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
@@ -84,10 +84,11 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
-    repeated = usable_prompts(config, prompts, chat, screen)
+    repeated, longest = usable_prompts(config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
     engine_of = engines_of(config, source.config, mesh, stop_tokens, stop_table)
     engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
+    engine.require_room(longest)
     examination = examination_of(config, chat, prompts, engine, engine_of)
     session = Session(
         config,
@@ -109,7 +110,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         add_reference = reference_scorer(session.model, mesh, session.dtype)
         update = update_of(config, session.learners, mesh)
         while session.step < config.steps:
-            examination.take(session, pool)
+            examination.take(session, pool, judge)
             step = session.step
             asked = questions(session, config, order)
             mine = processes.share(asked)
@@ -117,6 +118,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
             with uninterrupted():
                 judged = processes.all_of(judged, exchange.encode, exchange.decode)
                 groups = trajectories(config, asked, judged)
+                measures.require_probabilities(groups, step)
                 usable = groups
                 if verification.undecided == "drop":
                     usable = [rollout.decided(group) for group in groups]
@@ -128,14 +130,15 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                     measures.require_agreement(values, most, session.step)
                 else:
                     session.skip_step()
-                if processes.is_first():
-                    write_trajectories(run, step, groups, chat)
+                with screen.phase("write", label=f"step {step + 1}: "):
+                    if processes.is_first():
+                        write_trajectories(run, step, groups, chat)
                 said = line(step, config.steps, values)
                 tokens = rollout.token_count(groups)
                 frozen = step < config.freeze_steps
                 done = measures.work(session.learners, groups, kept, frozen)
                 session.finish_step(values, tokens, said, done)
-        examination.take(session, pool)
+        examination.take(session, pool, judge)
 
 
 def judge_of(
@@ -146,7 +149,7 @@ def judge_of(
     Raises:
         BadInput: its hosts or its model are not usable names.
     """
-    chosen = config.verification
+    chosen, first = config.verification, processes.is_first()
     if not chosen.judge_hosts:
         return contextlib.nullcontext()
     return Judge(
@@ -156,7 +159,8 @@ def judge_of(
         timeout=chosen.judge_timeout,
         tries=chosen.judge_tries,
         lost=chosen.judge_lost,
-        say=screen.say,
+        # A judge that is lost stops all, so a process without a screen says it too.
+        say=screen.say if first else processes.warn,
     )
 
 
@@ -184,13 +188,12 @@ def learn(
 
 def usable_prompts(
     config: TrainConfig, prompts: Sequence[Prompt], chat: Chat, screen: Screen
-) -> list[Prompt]:
-    """The prompts that are short enough, repeated by difficulty as published."""
-    short = [
-        prompt
-        for prompt in prompts
-        if len(chat.encode(prompt.question)) <= config.max_prompt_tokens
-    ]
+) -> tuple[list[Prompt], int]:
+    """The prompts that are short enough, repeated by difficulty as published, and the
+    tokens of the longest."""
+    sizes = [len(chat.encode(prompt.question)) for prompt in prompts]
+    fits = [size <= config.max_prompt_tokens for size in sizes]
+    short = [prompt for prompt, does in zip(prompts, fits, strict=True) if does]
     if not short:
         raise BadInput(
             f"{config.prompts}: all {len(prompts)} prompts are longer than "
@@ -202,7 +205,7 @@ def usable_prompts(
         f"{config.prompts}: {len(prompts)} prompts, {left_out} over "
         f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
     )
-    return repeated
+    return repeated, max(size for size, does in zip(sizes, fits, strict=True) if does)
 
 
 def questions(
@@ -228,9 +231,27 @@ def sample_and_judge(
     pool: Pool,
     judge: Judge | None = None,
 ) -> list[Samples]:
-    """K judged completions of each question."""
+    """K judged completions of each question. Interrupted, it leaves those that are
+    drawn in `RUN/interrupted/`; the step will be done anew, and draw the same."""
+    finished: dict[tuple[int, int], tuple[Completion, str]] = {}
+    try:
+        drawn = sample(session, config, asked, engine, pool, finished)
+        return judge_all(session, config, asked, drawn, pool, judge)
+    except KeyboardInterrupt:
+        leave_interrupted(session, config, asked, finished)
+        raise
+
+
+def judge_all(
+    session: Session,
+    config: TrainConfig,
+    asked: Sequence[Question],
+    drawn: Sequence[Sequence[tuple[Completion, str]]],
+    pool: Pool,
+    judge: Judge | None,
+) -> list[Samples]:
+    """The completions of each question with their verdicts."""
     label = f"step {session.step + 1}: "
-    drawn = sample(session, config, asked, engine, pool)
     texts = [text for group in drawn for _, text in group]
     flat = [completion for group in drawn for completion, _ in group]
     prompts = [question.prompt for question in asked]
@@ -292,12 +313,11 @@ def sample(
     asked: Sequence[Question],
     engine: Engine,
     pool: Pool,
+    finished: dict[tuple[int, int], tuple[Completion, str]],
 ) -> list[list[tuple[Completion, str]]]:
-    """K completions of each question with their texts; those that are finished are
-    judged while others are drawn. Interrupted, it leaves them in `RUN/interrupted/`;
-    the step will be done anew, and draw the same."""
+    """K completions of each question with their texts; those that are finished lie in
+    `finished` by question and sample, and are judged while others are drawn."""
     step, K = session.step, config.samples_per_prompt
-    finished: dict[tuple[int, int], tuple[Completion, str]] = {}
 
     def note(n: int, k: int, completion: Completion) -> None:
         text = session.chat.decode(completion.tokens)
@@ -309,39 +329,46 @@ def sample(
     with processes.together():
         weights = engine.weights(session.state.policy.params)
     label, total = f"step {step + 1}: ", len(asked) * K
-    try:
-        with session.screen.phase("gen", total=total, label=label) as advance:
-            engine.sample(
-                weights,
-                [Request(q.tokens, q.prompt.key, q.first_sample) for q in asked],
-                K,
-                seed=config.seed,
-                step=step,
-                on_progress=lambda tokens, finished: advance(finished, tokens),
-                on_finished=note,
-            )
-    except KeyboardInterrupt:
-        rows = [
-            {
-                "step": step,
-                "id": asked[n].prompt.id,
-                "group": asked[n].group,
-                "sample": asked[n].first_sample + k,
-                "question": asked[n].prompt.question,
-                "gold_answer": asked[n].prompt.gold_answer,
-                "completion": text,
-                "tokens": len(completion.tokens),
-                "finish_reason": completion.finish_reason,
-            }
-            for (n, k), (completion, text) in sorted(
-                finished.items(), key=lambda item: item[0]
-            )
-        ]
-        path = interrupted_path(session.run, step, processes.index())
-        write_lines(path, rows)
-        session.screen.say(f"{len(rows)} of {total} completions are in {path}")
-        raise
+    with session.screen.phase("gen", total=total, label=label) as advance:
+        engine.sample(
+            weights,
+            [Request(q.tokens, q.prompt.key, q.first_sample) for q in asked],
+            K,
+            seed=config.seed,
+            step=step,
+            on_progress=lambda tokens, finished: advance(finished, tokens),
+            on_finished=note,
+        )
     return [[finished[n, k] for k in range(K)] for n in range(len(asked))]
+
+
+def leave_interrupted(
+    session: Session,
+    config: TrainConfig,
+    asked: Sequence[Question],
+    finished: Mapping[tuple[int, int], tuple[Completion, str]],
+) -> None:
+    """Writes what an interrupted step had drawn."""
+    rows = [
+        {
+            "step": session.step,
+            "id": asked[n].prompt.id,
+            "group": asked[n].group,
+            "sample": asked[n].first_sample + k,
+            "question": asked[n].prompt.question,
+            "gold_answer": asked[n].prompt.gold_answer,
+            "completion": text,
+            "tokens": len(completion.tokens),
+            "finish_reason": completion.finish_reason,
+        }
+        for (n, k), (completion, text) in sorted(
+            finished.items(), key=lambda item: item[0]
+        )
+    ]
+    path = interrupted_path(session.run, session.step, processes.index())
+    write_lines(path, rows)
+    total = len(asked) * config.samples_per_prompt
+    session.screen.say(f"{len(rows)} of {total} completions are in {path}")
 
 
 def old_log_probs(completion: Completion) -> np.ndarray:
@@ -378,7 +405,8 @@ def line(step: int, steps: int, values: dict[str, float]) -> str:
     if not values["oreal/kept"]:
         return text + "no update: every prompt was all right or all wrong"
     text += (
-        f"loss {values['actor/pg_loss']:+.4f}  kl {values.get('actor/kl_loss', 0):.4f}"
+        f"loss {values.get('actor/pg_loss', values['actor/loss']):+.4f}  "
+        f"kl {values.get('actor/kl_loss', 0):.4f}"
     )
     if "token_reward/loss" in values:
         text += f"  token reward {values['token_reward/loss']:.3f}"

@@ -78,6 +78,18 @@ def work(
     return done | {"update_actor": Done(learned.tokens, flops)}
 
 
+def require_probabilities(groups: Sequence[Group], step: int) -> None:
+    """Raises `Failure` where a completion was drawn from no distribution: the weights
+    are not finite."""
+    for trajectory in (t for group in groups for t in group):
+        if not np.isfinite(trajectory.completion.log_probs).all():
+            raise Failure(
+                f"step {step + 1}: sample {trajectory.sample} of prompt "
+                f"{trajectory.prompt.id} has a token without a probability: the "
+                "policy's weights are not finite; the step is not saved"
+            )
+
+
 def require_agreement(values: dict[str, float], most: float, step: int) -> None:
     """Raises `Failure` where sampler and trainer are further apart than `most`."""
     found = values["training/rollout_probs_diff_mean"]

@@ -13,10 +13,28 @@ from jaxtyping import Int
 
 from oreal_jax import model, sharding
 from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampled_from
 from oreal_jax.train.state import Learners, learners
 from oreal_jax.train.step import TrainStep, train_step
+
+
+def mesh_of(
+    config: TrainConfig | SftConfig, shape: ModelConfig, devices: Sequence | None = None
+) -> Mesh:
+    """The mesh of a run.
+
+    Raises:
+        BadInput: devices, model and rows do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh, shape, devices)
+    length, context = config.packing.row_length, mesh.shape["context"]
+    if length % context:
+        raise BadInput(
+            f"packing.row_length={length} does not divide by mesh.context={context}"
+        )
+    return mesh
 
 
 def compute_dtype(name: str, mesh: Mesh):

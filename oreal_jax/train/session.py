@@ -19,6 +19,7 @@ reference, process 0 alone writes the rest.
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import BadInput, Failure
 from oreal_jax.files import write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
@@ -172,6 +173,12 @@ class Session:
                 change = f"{name}: {old.get(name)} -> {new.get(name)}"
                 if name in IDENTITY:
                     raise BadInput(f"{path}: this run began otherwise; {change}")
+                appears = None in (old.get(name), new.get(name))
+                if name == "token_reward" and appears and checkpoints.steps(self.run):
+                    raise BadInput(
+                        f"{path}: its checkpoints are with a token reward model or "
+                        f"without, as it began; {change}"
+                    )
                 self.screen.say(f"changed since this run began: {change}")
 
     def _write_config(self) -> None:
@@ -221,9 +228,17 @@ class Session:
         )
 
     def learn(self, update: TrainStep, batch: Batch) -> tuple[dict[str, float], Scores]:
-        """Takes one training step; what it measured, and its scores."""
+        """Takes one training step; what it measured, and its scores.
+
+        Raises:
+            Failure: a loss or a gradient is not finite; the step is not saved.
+        """
         self.state, measured, scores = update(self.state, batch)
-        return {name: float(value) for name, value in measured.items()}, scores
+        values = {name: float(value) for name, value in measured.items()}
+        for name, value in values.items():
+            if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+                raise Failure(f"step {self.step}: {name}={value}; it is not saved")
+        return values, scores
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -7,14 +7,14 @@ start that OREAL trains from.
 import hashlib
 from pathlib import Path
 
-from oreal_jax import efficiency, processes, sharding
+from oreal_jax import efficiency, processes
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
-from oreal_jax.train.programs import update_of
+from oreal_jax.train.programs import mesh_of, update_of
 from oreal_jax.train.session import Session, chat_of, source_of
 from oreal_jax.train.step import place
 
@@ -27,7 +27,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
         BadInput: the config, the model, the examples or the run directory are unusable.
     """
     source = source_of(config, run)
-    mesh = sharding.make_mesh(config.mesh, source.config)
+    mesh = mesh_of(config, source.config)
     chat = chat_of(config, run, source)
     examples = usable_examples(config, chat, screen)
     of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
@@ -60,7 +60,9 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 with screen.phase("update_actor", label=f"step {step + 1}: "):
                     values, _ = session.learn(update, place(batch, mesh))
                 line = f"step {step + 1:>{len(str(steps))}}/{steps}"
-                line += f"  loss {values['actor/pg_loss']:.4f}"
+                line += (
+                    f"  loss {values.get('actor/pg_loss', values['actor/loss']):.4f}"
+                )
                 flops = efficiency.training_flops(source.config, learned)
                 done = {"update_actor": Done(learned.tokens, flops)}
                 session.finish_step(values, learned.tokens, line, done)

@@ -1,6 +1,7 @@
 """What training carries from step to step, and where it lies on the mesh."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from oreal_jax import model, sharding
+from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, Params
 
 
@@ -26,6 +28,11 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     policy: Player
     token_reward: Player | None
+
+
+def _require(name: str, value: float | int, fits: Callable, what: str) -> None:
+    if not fits(value):
+        raise BadInput(f"optimizer: {name}={value} must be {what}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,16 @@ class Optimizer:
     beta2: float = 0.999
     momentum: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False
+
+    def __post_init__(self):
+        """Raises BadInput where a number is out of range."""
+        for name in ("learning_rate", "final_learning_rate", "warmup_steps"):
+            _require(name, getattr(self, name), lambda x: x >= 0, "at least 0")
+        _require("weight_decay", self.weight_decay, lambda x: x >= 0, "at least 0")
+        _require("clip_norm", self.clip_norm, lambda x: x > 0, "above 0")
+        for name in ("beta1", "beta2"):
+            what = "at least 0 and below 1"
+            _require(name, getattr(self, name), lambda x: 0 <= x < 1, what)
 
     def transformation(self) -> optax.GradientTransformation:
         """The update direction; the caller multiplies by the rate of the step."""
