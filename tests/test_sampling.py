@@ -191,6 +191,9 @@ def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(
     """Rows that find no page are drawn again later, and are the same."""
     tight = draw(params, requests, rows=8, cache_tokens=256)
     assert tokens_of(tight) == tokens_of(drawn)
+    found = kept_engine(rows=8, cache_tokens=256).statistics
+    assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
+    assert found.redrawn_tokens > 0
 
 
 def test_a_completion_that_can_never_fit_the_cache_is_refused(params, requests):
@@ -219,7 +222,7 @@ def test_statistics_count_every_prompt_once_and_every_token(params, requests):
     found = engine.statistics
     assert found.prompt_tokens == sum(len(r.prompt) - 1 for r in requests)
     assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
-    assert 0.8 < found.occupancy <= 1
+    assert 0.8 < found.occupancy <= 1 and found.redrawn_tokens == 0
     assert found.metrics()["perf/decode_throughput"] > 0
 
 

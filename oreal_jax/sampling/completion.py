@@ -36,12 +36,14 @@ class Completion(NamedTuple):
 class Statistics(NamedTuple):
     """Of a call of `Engine.sample`: what was decoded, and how well slots were used.
 
-    `occupancy` is the share of slots that drew a token, over all decoding steps while
+    `new_tokens` are those of completions; `redrawn_tokens` were drawn and thrown away,
+    because the cache had no room for their row any more. `occupancy` is the share of slots that drew a token, over all decoding steps while
     samples were still waiting (1 if there were none).
     """
 
     prompt_tokens: int
     new_tokens: int
+    redrawn_tokens: int
     prefill_seconds: float
     decode_seconds: float
     occupancy: float
@@ -49,10 +51,11 @@ class Statistics(NamedTuple):
     @classmethod
     def together(cls, parts: "Sequence[Statistics]") -> "Statistics":
         """Of engines that worked side by side: until the slowest was done."""
-        prompt_tokens, new_tokens, prefill, decode, occupancy = zip(*parts, strict=True)
+        prompt, new, redrawn, prefill, decode, occupancy = zip(*parts, strict=True)
         return cls(
-            sum(prompt_tokens),
-            sum(new_tokens),
+            sum(prompt),
+            sum(new),
+            sum(redrawn),
             max(prefill),
             max(decode),
             sum(occupancy) / len(parts),
@@ -65,4 +68,8 @@ class Statistics(NamedTuple):
             "perf/prefill_throughput": rate(self.prompt_tokens, self.prefill_seconds),
             "perf/decode_throughput": rate(self.new_tokens, self.decode_seconds),
             "rollout/occupancy": self.occupancy,
+            "rollout/redrawn_tokens": float(self.redrawn_tokens),
         }
+
+
+NOTHING_DRAWN = Statistics(0, 0, 0, 0.0, 0.0, 1.0)

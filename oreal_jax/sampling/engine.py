@@ -24,7 +24,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig, Params, decoding
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import Sampling
-from oreal_jax.sampling.completion import Completion, Request, Statistics
+from oreal_jax.sampling.completion import NOTHING_DRAWN, Completion, Request
 from oreal_jax.sampling.programs import Programs
 from oreal_jax.sampling.scheduler import Job
 from oreal_jax.sampling.work import PAGE, Size, Work
@@ -83,7 +83,7 @@ class Engine:
             store=(decoding.in_int8 if weights == "int8" else decoding.in_dtype)(dtype),
             cache_dtype=jnp.float8_e4m3fn if cache == "float8" else dtype,
         )
-        self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
+        self.statistics = NOTHING_DRAWN
 
     def weights(self, params: Params) -> Weights:
         """The trainer's parameters as decoding reads them, for `sample`. Where they lie
@@ -114,7 +114,7 @@ class Engine:
         """
         drawn: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
-            self.statistics = Statistics(0, 0, 0.0, 0.0, 1.0)
+            self.statistics = NOTHING_DRAWN
             return drawn
         jobs = self._jobs(requests, samples)
         size = self.size(len(requests) * samples, max(job.length for job in jobs))
@@ -124,8 +124,8 @@ class Engine:
             for request, sample, completion in finished:
                 drawn[request][sample] = completion
                 on_finished(request, sample, completion)
-            on_progress(work.new_tokens - seen, len(finished))
-            seen = work.new_tokens
+            on_progress(work.drawn_tokens - seen, len(finished))
+            seen = work.drawn_tokens
         self.statistics = work.statistics()
         return drawn
 

@@ -56,7 +56,7 @@ class Work:
             jobs, shards=self.engines, slots=self.slots, pages=pages, size=PAGE
         )
         self.state = self.programs.empty(self.slots, pages)
-        self.new_tokens = self.prompt_tokens = 0
+        self.prompt_tokens = self.drawn_tokens = self.finished_tokens = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.slot_steps = self.busy_steps = 0
 
@@ -159,7 +159,7 @@ class Work:
         done, drawn, steps = jax.device_get((self.state.done, self.state.drawn, steps))
         done, drawn = done.reshape(-1), drawn.reshape(-1)
         new = int((drawn - before)[runs].sum())
-        self.new_tokens += new
+        self.drawn_tokens += new
         if waiting:
             self.busy_steps += new
             self.slot_steps += int(steps) * len(runs)
@@ -190,6 +190,7 @@ class Work:
         for shard, rows in enumerate(taken):
             for row, (_, request, sample, size) in enumerate(rows):
                 tokens, log_probs, sampled = (x[shard, row, :size] for x in arrays)
+                self.finished_tokens += size
                 ended = tokens[-1] in stops or found[shard, row]
                 completion = Completion(
                     tokens.tolist(),
@@ -204,7 +205,8 @@ class Work:
         """What this call came to."""
         return Statistics(
             self.prompt_tokens,
-            self.new_tokens,
+            self.finished_tokens,
+            self.drawn_tokens - self.finished_tokens,
             self.prefill_seconds,
             self.decode_seconds,
             self.busy_steps / self.slot_steps if self.slot_steps else 1.0,
