@@ -201,7 +201,8 @@ def test_functions_with_arguments_are_recorded_with_them():
             return group
 
     config = dataclasses.replace(
-        loaded("oreal_7b"), keep=functools.partial(rollout.one_pair, random=3)
+        loaded("oreal_7b"),
+        keep=functools.partial(rollout.one_pair, random=np.random.default_rng(3)),
     )
     assert configuration.as_json(config)["keep"] == {
         "class": "functools.partial",

@@ -308,7 +308,9 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, capsys, monkeypat
     command = ["train", str(ROOT / "configs/tiny.py"), *flags, "--run", str(run)]
     draw = Engine.sample
     make, one = sharding.make_mesh, jax.devices()[:1]
-    monkeypatch.setattr(sharding, "make_mesh", lambda *given: make(*given[:2], one))
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda *given: make(given[0], given[1], one)
+    )
 
     def broken_off(*arguments, on_finished, **options):
         seen = []

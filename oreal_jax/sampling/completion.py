@@ -37,8 +37,9 @@ class Statistics(NamedTuple):
     """Of a call of `Engine.sample`: what was decoded, and how well slots were used.
 
     `new_tokens` are those of completions; `redrawn_tokens` were drawn and thrown away,
-    because the cache had no room for their row any more. `occupancy` is the share of slots that drew a token, over all decoding steps while
-    samples were still waiting (1 if there were none).
+    because the cache had no room for their row any more. `occupancy` is the share of
+    slots that drew a token, over all decoding steps while samples were still waiting (1
+    if there were none).
     """
 
     prompt_tokens: int
