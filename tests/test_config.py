@@ -195,22 +195,23 @@ def test_settings_are_checked_together(order):
     assert found.sampling.top_k == 3 and found.packing.row_length == 1024
 
 
-def test_functions_with_arguments_are_recorded_with_them():
-    class Keep:
-        def __call__(self, group, random):
-            return group
+def first(group, random, count=1):
+    return group[:count]
 
-    config = dataclasses.replace(
-        loaded("oreal_7b"),
-        keep=functools.partial(rollout.one_pair, random=np.random.default_rng(3)),
-    )
-    assert configuration.as_json(config)["keep"] == {
-        "class": "functools.partial",
-        "of": "oreal_jax.rollout.one_pair",
-        "random": 3,
-    }
-    named = configuration.as_json(dataclasses.replace(config, keep=Keep()))["keep"]
-    assert named.endswith("Keep")
+
+class Keep:
+    def __call__(self, group, random):
+        return group
+
+
+def test_functions_with_arguments_are_recorded_with_them():
+    recipe = loaded("oreal_7b")
+    three = dataclasses.replace(recipe, keep=functools.partial(first, count=3))
+    recorded = configuration.as_json(three)["keep"]
+    assert recorded.pop("of").endswith("test_config.first")
+    assert recorded == {"class": "functools.partial", "count": 3}
+    called = dataclasses.replace(recipe, keep=Keep())
+    assert configuration.as_json(called)["keep"].endswith("test_config.Keep")
 
 
 @pytest.mark.parametrize(
