@@ -292,7 +292,39 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
         if not equals:
             raise BadInput(f"--set {setting}: expected name=value")
         _set(changes, config, key.split("."), text, key)
-    return _changed(config, changes)
+    config = _changed(config, changes)
+    _check_types(config, str(path))
+    return config
+
+
+def _check_types(config: Any, where: str) -> None:
+    """Raises BadInput where a plain field has a value of another type; `where` is the
+    file, and the field that `config` is the value of."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{where}: {field.name}")
+        elif _is_checkable(hint) and not _fits(value, hint):
+            raise BadInput(f"{where}: {field.name}={value!r}, expected {_wanted(hint)}")
+
+
+def _is_checkable(hint: Any) -> bool:
+    """Whether `_fits` knows a type: plain ones, and other configs."""
+    inner = [part for part in typing.get_args(hint) if part is not ...]
+    if typing.get_origin(hint) is Literal:
+        return True
+    if typing.get_origin(hint) in (types.UnionType, typing.Union, tuple):
+        return all(map(_is_checkable, inner))
+    plain = hint in (int, float, str, bool, type(None))
+    return plain or dataclasses.is_dataclass(hint)
+
+
+def _wanted(hint: Any) -> str:
+    """A type for people."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return getattr(hint, "__name__", None) or str(hint)
 
 
 def _place(path: Path, error: Exception) -> str:
@@ -342,21 +374,22 @@ def _set(
     hint = typing.get_type_hints(type(config))[name]
     try:
         new = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         new = text
     if _fits(text, hint) and not _fits(new, hint):
         new = text  # a string that looks like a number
     if not _fits(new, hint):
-        wanted = getattr(hint, "__name__", str(hint))
         raise BadInput(
-            f"--set {key}={text}: {name} must be {wanted}"
+            f"--set {key}={text}: {name} must be {_wanted(hint)}"
             + ("" if _settable(hint) else ", which only a config file can give")
         )
     changes[name] = float(new) if hint is float else new
 
 
 def _settable(hint: Any) -> bool:
-    return any(_fits(example, hint) for example in (None, True, 1, 1.0, "x", ()))
+    examples = (None, True, 1, 1.0, "x", ())
+    written = any(_fits(example, hint) for example in examples)
+    return written or typing.get_origin(hint) is Literal
 
 
 def _fits(value: Any, hint: Any) -> bool:

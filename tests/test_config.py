@@ -112,7 +112,8 @@ def test_a_setting_reaches_its_field(setting, read):
     [
         ("steps=7.5", "steps must be int"),
         ("steps=True", "steps must be int"),
-        ("compute=float8", "compute"),
+        ("compute=float8", "must be one of auto, bfloat16, float32$"),
+        ("steps={[]:1}", "steps must be int"),
         ("tensorboard=1", "tensorboard must be bool"),
         ("stop_words=('a',1)", "stop_words"),
         ("keep=everything", "which only a config file can give"),
@@ -193,6 +194,32 @@ def test_settings_are_checked_together(order):
     found = loaded("oreal_7b", *short[::order])
     assert found.sampling.max_tokens == (512 if order == 1 else 256)  # the last
     assert found.sampling.top_k == 3 and found.packing.row_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("", "steps", 1.5, "steps=1.5, expected int"),
+        ("", "log_probs", "full ", "log_probs='full ', expected one of full, sampled"),
+        ("", "stop_words", "ab", "stop_words='ab', expected tuple"),
+        ("", "remat", "nothin", "remat='nothin', expected one of everything"),
+        ("", "token_reward", "no", "token_reward='no', expected"),
+        (
+            ".verification",
+            "undecided",
+            "dorp",
+            "verification: undecided='dorp', expected one of wrong, drop",
+        ),
+    ],
+)
+def test_a_config_file_is_checked_as_settings_are(tmp_path, part, name, value, said):
+    path = tmp_path / "wrong.py"
+    path.write_text(  # the tests' own type checks would stop an ordinary call
+        "import copy\nfrom oreal_7b import config\nconfig = copy.deepcopy(config)\n"
+        f"object.__setattr__(config{part}, {name!r}, {value!r})\n"
+    )
+    with pytest.raises(BadInput, match=f"wrong.py: {said}"):
+        configuration.load(path, TrainConfig)
 
 
 def first(group, random, count=1):

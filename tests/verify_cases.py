@@ -622,6 +622,23 @@ WRONG = [
 
 # different, or not safely the same: wrong or undecided
 NOT_RIGHT = [
+    (r"3\text{ eighths}", "3"),
+    (r"3\text{ quarters}", "3"),
+    (r"5\text{ pi}", "5"),
+    (r"5\text{i}", "5"),
+    (r"5\text{x}", "5"),
+    (r"5\text{ negative}", "5"),
+    (r"5\text{ bn}", "5"),
+    (r"5\text{ gross}", "5"),
+    (r"5\text{ maybe 7}", "5"),
+    (r"5\text{ through 7}", "5"),
+    (r"5\text{ modulo 7}", "5"),
+    (r"2\text{ root 3}", "2"),
+    (r"10\text{ choose 3}", "10"),
+    (r"7\text{ log 2}", "7"),
+    (r"3\text{ sin x}", "3"),
+    (r"5\text{ units more}", "5"),
+    (r"8\text{ units times 2}", "8"),
     ("f(y)=2x", "f(x)=2x"),
     (r"36\pi \text{ cm}^3", r"36\pi\text{ cm}^2"),
     (r"12\text{ apples}", r"12\text{ oranges}"),

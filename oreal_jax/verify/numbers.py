@@ -64,7 +64,11 @@ QUALIFIERS = frozenset(
         with wrong right incorrect correct true false any all none never other of plus
         minus times mod base percent vs versus up down only but either neither nor
         cannot undefined k ten dozen hundred thousand million billion trillion
-        half halve third fifth tenth hundredth thousandth factorial""",
+        half halve third fourth quarter fifth sixth seventh eighth ninth tenth eleventh
+        twelfth sixteenth twentieth hundredth thousandth millionth factorial pi e i x y
+        z root sqrt log ln exp sin cos tan choose power negative positive bn mn lakh
+        crore gros score pair couple through thru modulo maybe perhaps possibly probably
+        roughly fewer greater larger smaller double triple twice""",
     )
 )
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
@@ -188,6 +192,8 @@ def split_unit(text: str) -> tuple[str, str]:
     powers = [RAISED[word] for word in parts if word in RAISED]
     parts = [singular(word) for word in parts if word not in RAISED]
     things = parts and len(parts) <= 4 and not QUALIFIERS & set(parts)
+    if any(word.isdigit() for word in parts):
+        return text, ""
     if not things or not re.search(r"\d|\\pi|^[a-z]$", value):
         return text, ""
     if known and not all(

@@ -44,6 +44,7 @@ CHOSEN = re.compile(r"^\(([A-Z])\)[\s.:]*([^\s.:].*)$")
 JOINTS = re.compile(
     r"\\text\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|(?<=[\d)}])(?:and|or)(?=[A-Za-z(\\])"
 )
+SAID_IN = re.compile(r"\\text\{([^{}]*)\}")
 LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 
 
@@ -393,7 +394,14 @@ def by_algebra(ours: str, golds: str) -> bool | None:
             return None
         if has_base(ours) or has_base(golds):
             return None
+        if said(ours) - said(golds) - {"and", "or"}:  # the algebra passes over words
+            return None
     return equal
+
+
+def said(text: str) -> set[str]:
+    """The words in a formula."""
+    return set(re.findall(r"[a-z]+", " ".join(SAID_IN.findall(text)).lower()))
 
 
 def has_base(text: str) -> bool:
