@@ -286,15 +286,14 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
     if not isinstance(config, kind):
         found = type(config).__name__ if config is not None else "nothing"
         raise BadInput(f"{path}: `config` must be a {kind.__name__}, found {found}")
+    _check_types(config, str(path))
     changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise BadInput(f"--set {setting}: expected name=value")
         _set(changes, config, key.split("."), text, key)
-    config = _changed(config, changes)
-    _check_types(config, str(path))
-    return config
+    return _changed(config, changes)
 
 
 def _check_types(config: Any, where: str) -> None:
