@@ -17,6 +17,22 @@ def check_writable(path: Path) -> None:
         raise BadInput(f"{path}: cannot be written: {above} is no folder to write in")
     if path.is_dir():
         raise BadInput(f"{path}: a directory, expected a file to write")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: a device, expected a file to write")
+
+
+def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> None:
+    """Raises BadInput where an output is another or an input: both would be lost.
+    Mappings of an option to its path, paths or None."""
+    seen: dict[Path, str] = {}
+    for option, given in [*inputs.items(), *outputs.items()]:
+        for path in given if isinstance(given, list) else [given]:
+            if path is None:
+                continue
+            place = Path(path).resolve()
+            if option in outputs and place in seen:
+                raise BadInput(f"{seen[place]} and {option} are the same: {path}")
+            seen[place] = option
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -26,11 +42,12 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; folders on the way are made.
+    """Writes a file whole or not at all; folders on the way are made, links followed.
 
     Raises:
         BadInput: the file cannot be written.
     """
+    path = path.resolve()
     scratch = path.with_name(f".{path.name}.incomplete")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,13 @@ def serving(behave: Callable) -> Iterator[Stub]:
         def log_message(self, format, *args):
             pass
 
+        open = False  # whether a question is not answered yet
+
+        def done(self):
+            with stub.lock:
+                stub.busy -= self.open
+                self.open = False
+
         def do_GET(self):
             send(self, b'{"data": []}', 200 if stub.healthy else 503)
 
@@ -44,13 +51,13 @@ def serving(behave: Callable) -> Iterator[Stub]:
                 stub.busy += 1
                 stub.busiest = max(stub.busiest, stub.busy)
                 stub.bodies.append(body)
+                self.open = True
             try:
                 stub.behave(self, body["messages"][-1]["content"])
             except (BrokenPipeError, ConnectionResetError):
                 pass
             finally:
-                with stub.lock:
-                    stub.busy -= 1
+                self.done()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -65,6 +72,7 @@ def serving(behave: Callable) -> Iterator[Stub]:
 
 
 def send(handler, content: bytes, status: int = 200, length: int | None = None):
+    handler.done()  # who has the answer may ask again at once
     handler.send_response(status)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", str(length or len(content)))

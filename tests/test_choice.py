@@ -200,8 +200,17 @@ def test_stop_strings_that_cannot_be_are_refused():
         ("top_k", -1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", float("inf")),
     ],
 )
 def test_an_option_outside_its_range_is_named(field, value):
     with pytest.raises(BadInput, match=f"{field}={value}"):
         dataclasses.replace(Sampling(max_tokens=1), **{field: value})
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_a_bias_bans_a_token_or_moves_it(bias):
+    with pytest.raises(BadInput, match=f"logit_bias of token 3 is {bias}"):
+        Sampling(max_tokens=1, logit_bias=((3, bias),))
+    Sampling(max_tokens=1, logit_bias=((3, float("-inf")),))

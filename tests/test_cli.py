@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tiny_runs import ROOT
 
 from oreal_jax.cli import main, verify
 from oreal_jax.sampling import Engine
+from oreal_jax.verify import Pool
 
 
 def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_path):
@@ -193,6 +196,11 @@ def test_a_run_directory_that_cannot_be_written_is_named(tiny, tmp_path, capsys)
     assert str(run) in complained and complained.count("\n") == 1
 
 
+VERIFY = ["verify", "--gold", "1", "--answer", "1"]
+SAMPLE = ["sample", "--model", "gone", "--prompt", "a"]
+EVAL = ["eval", "--model", "gone", "--data", "gone.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -214,6 +222,24 @@ def test_a_run_directory_that_cannot_be_written_is_named(tiny, tmp_path, capsys)
         (["convert", "to-hf", "gone", "new"], "gone: no such model directory"),
         (["verify", "--gold", "1"], "either --gold and --answer, or --file"),
         (["verify", "--file", "gone.jsonl"], "gone.jsonl: no such file"),
+        ([*VERIFY, "--workers", "0"], "--workers 0: must be at least 1"),
+        ([*VERIFY, "--deadline", "nan"], "--deadline nan: must be above 0 and"),
+        ([*VERIFY, "--deadline", "-1"], "--deadline -1.0: must be above 0 and"),
+        ([*SAMPLE, "--n", "0"], "--n 0: must be at least 1"),
+        ([*SAMPLE, "--greedy", "--temperature", "0.5"], "--greedy with --temperature"),
+        ([*SAMPLE, "--stop", "\udcff"], "--stop '\\udcff': not valid Unicode"),
+        ([*SAMPLE, "--seed", "-1"], "--seed -1: must be from 0"),
+        ([*SAMPLE, "--rows", "0"], "--rows 0: must be at least 1"),
+        ([*EVAL, "--temperature", "0.5"], "--temperature with --k 1"),
+        ([*EVAL, "--items", "a.jsonl", "--json", "a.jsonl"], "are the same: a.jsonl"),
+        ([*EVAL, "--items", "a.txt"], "--items a.txt: expected a .jsonl file"),
+        (["compare", "a", "b", "--json", "b"], "are the same: b"),
+        (["compare", "a", "b", "--json", "/dev/null"], "a device, expected a file"),
+        (["compare", "a", "b", "--seed", "-1"], "--seed -1: must be from 0"),
+        (
+            ["losses", "x", "--loss", "grpo", "--loss", "grpo"],
+            "there is a grpo already",
+        ),
     ],
 )
 def test_every_verb_refuses_what_is_not_there(
@@ -234,6 +260,37 @@ def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [v["verdict"] for v in verdicts] == ["right", "wrong", "wrong"]
     assert set(verdicts[0]) == {"verdict", "reason", "by"}
+
+
+def test_verify_says_what_is_judged_when_it_is_interrupted(
+    tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "answers.jsonl"
+    row = json.dumps({"gold": "7", "prediction": "", "question": "3 + 4?"}) + "\n"
+    file.write_text(row * 5)
+    judge, calls = Pool.verdicts, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return judge(*arguments)
+
+    monkeypatch.setattr(verify, "TOGETHER", 2)
+    monkeypatch.setattr(Pool, "verdicts", interrupted)
+    assert main(["verify", "--file", str(file), "--workers", "1"]) == 130
+    assert capsys.readouterr().out.count("wrong: no answer found") == 4
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"gold": "7", "prediction": "8"}\n' * 3)
+    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+    command = f"{sys.executable} -c '{program}' verify --file {file} | true"
+    shell = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert shell.stderr == ""
 
 
 def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):

@@ -41,6 +41,7 @@ from oreal_jax.errors import BadInput
         ("So it is \\boxed{1}, no: $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed{1", "\\boxed{1"),
+        ("\\boxed{2} and \\boxed{3}", "2, 3"),
         ("She makes 9 * 2 = 18.\n#### 18", "18"),
         (".", "."),
     ],
@@ -65,6 +66,11 @@ def prompts(*rows: tuple[str, str]) -> list[Prompt]:
         ("What is 1.5?", "What is 15?", False),
         ("What is 1.5?", "What is 1 5?", False),
         ("Find x^2.", "Find x_2.", False),
+        ("What is .5 + 1?", "What is 5 + 1?", False),
+        ("What is f'(3)?", "What is f(3)?", False),
+        ("What is f''(3)?", "What is f'(3)?", False),
+        ("What is Ann's (3) share?", "What is Anns (3) share?", False),
+        ("It's 'two'", "it’s two", True),
     ],
 )
 def test_spelling_does_not_make_another_question_but_signs_do(one, other, same):
@@ -278,6 +284,10 @@ def test_a_model_is_shown_the_skills_and_labels_by_naming_them():
     found = labelled(prompt, "It needs carrying.", skills)
     assert found.labels == {"level": 1, "skills": ["Carrying"]}
     assert labelled(prompt, "?", skills).values("skills") == []
+    names = ["geometry", "analytic geometry"]
+    assert labelled(prompt, "Analytic geometry.", names).values("skills") == names[1:]
+    both = labelled(prompt, "geometry, analytic geometry", names)
+    assert both.values("skills") == names
 
 
 def test_the_weakest_skill_comes_first():

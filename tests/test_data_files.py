@@ -124,7 +124,7 @@ def test_solutions_questions_and_judgements_are_read_the_same_way(tmp_path):
     )
     assert [dataclasses.astuple(row) for row in read_examples(path)] == [("q", "s")]
     assert read_questions(path) == ["q"]
-    assert read_judgements(path) == [("p", "1")]
+    assert read_judgements(path) == [("p", "1", "q")]
 
 
 # TFDS

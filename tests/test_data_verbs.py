@@ -155,6 +155,8 @@ def test_bad_input_to_a_model_is_one_line_and_leaves_nothing(
 
 
 BUILD = ["data", "build", "--data", "six.jsonl", "--out", "new"]
+PASS_RATE = ["data", "pass-rate", "--model", "m", "--data", "six.jsonl"]
+PASS_RATE += ["--out", "new.jsonl"]
 WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
 
 
@@ -170,6 +172,15 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*BUILD, "--answer", "text"], "six.jsonl:1: field 'text' is None, expected"),
         ([*BUILD[:-1], "."], ".: exists; a data set is never written over"),
         ([*BUILD, "--removed", "six.jsonl/r.jsonl"], "r.jsonl: cannot be written"),
+        ([*BUILD, "--removed", "new"], "--out and --removed are the same: new"),
+        ([*BUILD[:-1], "six.jsonl"], "--data and --out are the same: six.jsonl"),
+        ([*BUILD[:-1], "b.json"], "b.json: expected a .jsonl file or the name of"),
+        ([*RFT, "--completions", "six.jsonl", "--seed", "-1"], "--seed -1: must be"),
+        (
+            [*PASS_RATE, "--completions", "c.txt"],
+            "--completions c.txt: expected a .jsonl file",
+        ),
+        ([*PASS_RATE, "--completions", "new.jsonl"], "are the same: new.jsonl"),
         (RFT, "either --completions, or --model and --data"),
         ([*RFT, "--completions", "gone.jsonl"], "gone.jsonl: no such file"),
         ([*RFT, "--completions", "six.jsonl"], "six.jsonl:1: field 'completion' is"),

@@ -207,8 +207,9 @@ def test_unsure_is_undecided_at_once():
 
 
 def test_an_address_is_checked_at_the_edge():
-    with pytest.raises(BadInput, match="'localhost' is not an address"):
-        Judge(["localhost"], "m")
+    for url in ("localhost", "http://a:b:c/v1", "ftp://a/v1", "http:///v1"):
+        with pytest.raises(BadInput, match=f"{url!r} is not an address"):
+            Judge([url], "m")
 
 
 def test_a_key_travels_from_the_environment(monkeypatch):

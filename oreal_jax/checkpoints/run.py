@@ -11,8 +11,10 @@ beside: a run does not depend on the directory it started from.
     RUN/reference/                weights of the initial policy
 """
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,19 @@ class Checkpoints:
         )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state saved under `step`, laid out as `abstract` says."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                policy=ocp.args.StandardRestore(abstract.policy.params),
-                trainer=ocp.args.StandardRestore(_trainer(abstract)),
-            ),
-        )
+        """The state saved under `step`, laid out as `abstract` says.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
+        with _readable(Path(self._manager.directory) / str(step)):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    policy=ocp.args.StandardRestore(abstract.policy.params),
+                    trainer=ocp.args.StandardRestore(_trainer(abstract)),
+                ),
+            )
         trainer = restored["trainer"]
         return TrainState(
             step=trainer["step"],
@@ -72,6 +79,16 @@ class Checkpoints:
         """Waits for what is being saved."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Names the checkpoint that cannot be read; Orbax raises all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"{directory}: cannot be read: {reason}") from None
 
 
 def _trainer(state: TrainState) -> dict[str, Any]:
@@ -107,6 +124,10 @@ def save_params(directory: Path, params: Params) -> None:
 
 
 def load_params(directory: Path, abstract: Params) -> Params:
-    """Loads a parameter tree in the types and shardings of `abstract`."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    """Loads a parameter tree in the types and shardings of `abstract`.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory.resolve(), abstract)

@@ -86,10 +86,14 @@ def import_model(
         raise BadInput(f"{destination}: exists and is no directory")
     if destination.exists() and any(destination.iterdir()):
         raise BadInput(f"{destination}: exists and is not empty")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=destination.parent, prefix=f".{destination.name}-"
-    ) as scratch:
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryDirectory(
+            dir=destination.parent, prefix=f".{destination.name}-"
+        )
+    except OSError as error:
+        raise BadInput(f"{destination}: cannot be written: {error.strerror}") from None
+    with room as scratch:
         if source.suffix == ".gguf":
             directory = Path(scratch) / "gguf"
             gguf.to_hugging_face_directory(

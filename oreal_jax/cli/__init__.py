@@ -1,7 +1,9 @@
 """`oreal <verb>`: parse, call, print. What a verb does lives in the room it calls."""
 
 import argparse
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,6 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"oreal: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("oreal: no space is left to write to", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("oreal: interrupted", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ from oreal_jax.cli.options import (
     Opened,
     Verb,
     at_least,
+    check_seed,
     drawing_defaults,
     drawing_options,
     folder,
@@ -18,8 +19,10 @@ from oreal_jax.cli.options import (
     sampling_options,
 )
 from oreal_jax.errors import BadInput
-from oreal_jax.files import check_writable, write_lines
+from oreal_jax.files import check_apart, check_writable, write_lines
 
+# Options that name files or data sets.
+FILES = ("data", "evaluation", "pool", "skills", "completions", "removed", "out")
 K, ROWS = 16, 64  # completions of a prompt, and drawn at a time
 OUT = "a .jsonl file, or a directory for a TFDS data set"
 
@@ -149,7 +152,7 @@ def build(parsed: argparse.Namespace) -> None:
 
     screen = _screen()
     at_least(1, "--ngram", parsed.ngram)
-    _check_outputs(parsed.out, parsed.removed)
+    _check_outputs(parsed, "removed")
     evaluations = load_sets(parsed.evaluation, parsed.folder, "--evaluation")
     rows = load_all(parsed.data, parsed.question, parsed.answer)
     cleaned = cleaning.clean(rows, dict(evaluations), parsed.ngram)
@@ -171,7 +174,9 @@ def pass_rate(parsed: argparse.Namespace) -> None:
     from oreal_jax.evaluation.attempts import with_pass_rates
 
     screen = _screen()
-    _check_outputs(parsed.out, parsed.completions)
+    _check_outputs(parsed, "completions")
+    if parsed.completions and parsed.completions.suffix != ".jsonl":
+        raise BadInput(f"--completions {parsed.completions}: expected a .jsonl file")
     asked = load_prompts(parsed.data)
     with _attempts(parsed, asked, screen) as attempts:
         measured = with_pass_rates(attempts)
@@ -191,6 +196,7 @@ def rft(parsed: argparse.Namespace) -> None:
 
     screen = _screen()
     at_least(1, "--keep", parsed.keep)
+    check_seed(parsed.seed)
     given = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
     if given not in ([True, False, False], [False, True, True]):
         raise BadInput("rft takes either --completions, or --model and --data")
@@ -203,7 +209,7 @@ def rft(parsed: argparse.Namespace) -> None:
             raise BadInput(f"{option} with --completions: those are drawn already")
     if parsed.out.suffix != ".jsonl":
         raise BadInput(f"--out {parsed.out}: expected a .jsonl file")
-    _check_outputs(parsed.out)
+    _check_outputs(parsed)
 
     def collect(rows: list[dict]) -> None:
         found = harvest(rows, parsed.keep, parsed.seed)
@@ -229,7 +235,7 @@ def label(parsed: argparse.Namespace) -> None:
     from oreal_jax.sampling import Sampling
 
     screen = _screen()
-    _check_outputs(parsed.out)
+    _check_outputs(parsed)
     names = skills.read_skills(parsed.skills)
     asked = load_prompts(parsed.data)
     requests = [skills.request(prompt, names) for prompt in asked]
@@ -269,7 +275,7 @@ def weak(parsed: argparse.Namespace) -> None:
     from oreal_jax.data.cleaning import statistics
 
     screen = _screen()
-    _check_outputs(parsed.out)
+    _check_outputs(parsed)
     if not 0 < parsed.below <= 1:
         raise BadInput(f"--below {parsed.below}: must be above 0 and at most 1")
     measured = load_prompts(parsed.data)
@@ -296,13 +302,18 @@ def _screen():
     return Screen()
 
 
-def _check_outputs(prompts: Path, *others: Path | None) -> None:
+def _check_outputs(parsed: argparse.Namespace, *others: str) -> None:
+    """Checks `--out` and other options that name outputs."""
     from oreal_jax.data.builder import check_prompts_writable
 
-    check_prompts_writable(prompts)
-    for path in others:
-        if path is not None:
-            check_writable(path)
+    given = {f"--{name}": vars(parsed)[name] for name in FILES if name in parsed}
+    outputs = [f"--{name}" for name in ("out", *others)]
+    inputs = {name: path for name, path in given.items() if name not in outputs}
+    check_apart({name: given[name] for name in outputs}, inputs)
+    check_prompts_writable(parsed.out)
+    for name in outputs[1:]:
+        if given[name] is not None:
+            check_writable(given[name])
 
 
 @contextlib.contextmanager

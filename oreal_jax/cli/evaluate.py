@@ -9,6 +9,8 @@ from oreal_jax.cli.options import (
     Opened,
     Verb,
     at_least,
+    check_seed,
+    drawing_defaults,
     drawing_options,
     folder,
     judge_of,
@@ -18,7 +20,7 @@ from oreal_jax.cli.options import (
     sampling_options,
 )
 from oreal_jax.errors import BadInput
-from oreal_jax.files import check_writable, write_lines, write_text
+from oreal_jax.files import check_apart, check_writable, write_lines, write_text
 
 
 def add(verb: Verb) -> None:
@@ -27,7 +29,7 @@ def add(verb: Verb) -> None:
         "eval",
         evaluate,
         "measure pass@1, avg@k, pass@k and maj@k on questions with gold answers",
-        "oreal eval --model runs/demo --data heldout.jsonl --data math500 --k 8",
+        "oreal eval --model runs/demo/run --data heldout.jsonl --data math500 --k 8",
     )
     model_options(made)
     made.add_argument(
@@ -81,9 +83,14 @@ def evaluate(parsed: argparse.Namespace) -> None:
     at_least(1, "--k", parsed.k)
     if parsed.greedy and parsed.k == 1:
         raise BadInput("--greedy with --k 1: one sample is greedy already")
+    check_apart({"--items": parsed.items, "--json": parsed.json})
+    if parsed.items and parsed.items.suffix not in (".jsonl", ".json"):
+        raise BadInput(f"--items {parsed.items}: expected a .jsonl file")
     for path in (parsed.items, parsed.json):
         if path:
             check_writable(path)
+    if parsed.k == 1 and parsed.temperature != drawing_defaults()["temperature"]:
+        raise BadInput("--temperature with --k 1: one sample is greedy")
     sets = load_sets(parsed.data, parsed.folder)
     if parsed.limit is not None:
         at_least(1, "--limit", parsed.limit)
@@ -130,7 +137,9 @@ def compare(parsed: argparse.Namespace) -> None:
     """`oreal compare`."""
     from oreal_jax.evaluation import compare, tables
 
+    check_seed(parsed.seed)
     if parsed.json:
+        check_apart({"--json": parsed.json}, {"it": [parsed.first, parsed.second]})
         check_writable(parsed.json)
     found = compare(parsed.first, parsed.second, parsed.seed)
     if parsed.json:

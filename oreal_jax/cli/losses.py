@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from oreal_jax.cli.options import Verb
+from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
 
 
@@ -48,7 +49,11 @@ def losses(parsed: argparse.Namespace) -> None:
 
     screen = Screen()
     names = parsed.loss or ["released", "paper", "grpo"]
-    chosen = {Path(name).stem: laboratory.load_loss(name) for name in names}
+    chosen = {}
+    for name in names:
+        if Path(name).stem in chosen:
+            raise BadInput(f"--loss {name}: there is a {Path(name).stem} already")
+        chosen[Path(name).stem] = laboratory.load_loss(name)
     recorded = laboratory.read(parsed.trajectories)
     places = laboratory.choose(recorded, parsed.trajectory)
     with screen.phase("examine", total=len(chosen)) as advance:

@@ -159,6 +159,12 @@ def at_least(least: int, option: str, value: int) -> None:
         raise BadInput(f"{option} {value}: must be at least {least}")
 
 
+def check_seed(seed: int) -> None:
+    """Raises BadInput where a seed is no number that random numbers begin with."""
+    if not 0 <= seed < 2**31:
+        raise BadInput(f"--seed {seed}: must be from 0 to {2**31 - 1}")
+
+
 def bias(text: str) -> tuple[int, float]:
     """A token and what is added to its logit, from "1234=-5"."""
     token, _, value = text.partition("=")
@@ -207,8 +213,7 @@ def sampling_of(parsed: argparse.Namespace, greedy: bool):
     """The sampling that these options ask for."""
     from oreal_jax.sampling import Sampling
 
-    if not 0 <= parsed.seed < 2**31:
-        raise BadInput(f"--seed {parsed.seed}: must be from 0 to {2**31 - 1}")
+    check_seed(parsed.seed)
     return Sampling(
         max_tokens=parsed.max_tokens,
         temperature=0.0 if greedy else parsed.temperature,

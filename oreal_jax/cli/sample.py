@@ -8,10 +8,12 @@ from oreal_jax.cli.options import (
     Opened,
     Verb,
     at_least,
+    drawing_defaults,
     model_options,
     sampling_of,
     sampling_options,
 )
+from oreal_jax.errors import BadInput
 
 
 def add(verb: Verb) -> None:
@@ -20,7 +22,7 @@ def add(verb: Verb) -> None:
         "sample",
         sample,
         "complete prompts",
-        'oreal sample --model runs/demo --prompt "What is 2 + 3?" --n 4',
+        'oreal sample --model runs/demo/run --prompt "What is 2 + 3?" --n 4',
     )
     model_options(made)
     what = made.add_mutually_exclusive_group(required=True)
@@ -43,9 +45,16 @@ def sample(parsed: argparse.Namespace) -> None:
     """`oreal sample`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import read_questions
+    from oreal_jax.data.prompts import is_text
     from oreal_jax.sampling import Completion, Request
 
     at_least(1, "--n", parsed.n)
+    if parsed.greedy and parsed.temperature != drawing_defaults()["temperature"]:
+        raise BadInput("--greedy with --temperature: the likeliest has no temperature")
+    for option, texts in (("--prompt", [parsed.prompt]), ("--stop", parsed.stop)):
+        for text in texts:
+            if text is not None and not is_text(text):
+                raise BadInput(f"{option} {text!r}: not valid Unicode")
     screen = Screen.on_stderr()
     questions = [parsed.prompt] if parsed.file is None else read_questions(parsed.file)
     opened = Opened(parsed, sampling_of(parsed, parsed.greedy), parsed.stop)

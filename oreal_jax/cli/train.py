@@ -9,15 +9,22 @@ from oreal_jax.cli.options import Verb, at_least, config_options
 
 def add(verb: Verb) -> None:
     """Adds both verbs."""
-    for name, call, what in [
-        ("train", train, "train with OREAL; an existing run directory is continued"),
+    for name, call, config, what in [
+        (
+            "train",
+            train,
+            "smollm2_arithmetic",
+            "train with OREAL; an existing run directory is continued",
+        ),
         (
             "sft",
             sft,
+            "smollm2_sft",
             "fine-tune on solutions (SFT, or RFT on a model's own right ones)",
         ),
     ]:
-        made = verb(name, call, what, f"oreal {name} configs/{name}.py --set steps=20")
+        example = f"oreal {name} configs/{config}.py --set steps=20"
+        made = verb(name, call, what, example)
         config_options(made)
         made.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, judge_of, judge_options
+from oreal_jax.cli.options import Verb, at_least, judge_of, judge_options
 from oreal_jax.errors import BadInput
+
+TOGETHER = 256  # answers judged before their verdicts are said
 
 
 def add(verb: Verb) -> None:
@@ -33,6 +36,7 @@ def verify(parsed: argparse.Namespace) -> None:
     """`oreal verify`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import read_judgements
+    from oreal_jax.data.prompts import Prediction
     from oreal_jax.verify import Pool
     from oreal_jax.verify.llm_judge import Case
 
@@ -41,25 +45,30 @@ def verify(parsed: argparse.Namespace) -> None:
         raise BadInput("verify takes either --gold and --answer, or --file")
     if parsed.question and not (parsed.judge and parsed.answer is not None):
         raise BadInput("--question goes with --answer and --judge")
-    pairs = [(str(parsed.answer), str(parsed.gold))]
+    at_least(1, "--workers", parsed.workers)
+    if not 0 < parsed.deadline < math.inf:
+        raise BadInput(f"--deadline {parsed.deadline}: must be above 0 and finite")
+    asked = [Prediction(str(parsed.answer), str(parsed.gold), parsed.question)]
     if parsed.file:
-        pairs = read_judgements(parsed.file)
+        asked = read_judgements(parsed.file)
     screen = Screen.on_stderr()
     with (
         judge_of(parsed, screen) as judge,
-        Pool(min(parsed.workers, len(pairs)), parsed.deadline) as pool,
-        screen.phase("verify", total=len(pairs)) as advance,
+        Pool(min(parsed.workers, len(asked)), parsed.deadline) as pool,
+        screen.phase("verify", total=len(asked)) as advance,
     ):
-        verdicts = pool.verdicts(pairs, advance)
-        if judge:
-            question = parsed.question or "(not given)"
-            verdicts = judge.verdicts(
-                [
-                    Case(question, gold, completion, verdict)
-                    for (completion, gold), verdict in zip(pairs, verdicts, strict=True)
-                ]
-            )
-    for verdict in verdicts:
-        row = {"verdict": verdict.outcome, "reason": verdict.reason, "by": verdict.by}
-        text = f"{verdict.outcome}: {verdict.reason} (by {verdict.by})"
-        print(json.dumps(row, ensure_ascii=False) if parsed.json else text)
+        for first in range(0, len(asked), TOGETHER):
+            some = asked[first : first + TOGETHER]
+            verdicts = pool.verdicts([(a.prediction, a.gold) for a in some], advance)
+            if judge:
+                verdicts = judge.verdicts(
+                    [
+                        Case(a.question or "(not given)", a.gold, a.prediction, verdict)
+                        for a, verdict in zip(some, verdicts, strict=True)
+                    ]
+                )
+            for verdict in verdicts:
+                row = {"verdict": verdict.outcome, "reason": verdict.reason}
+                text = f"{verdict.outcome}: {verdict.reason} (by {verdict.by})"
+                whole = json.dumps(row | {"by": verdict.by}, ensure_ascii=False)
+                print(whole if parsed.json else text, flush=True)

@@ -147,6 +147,8 @@ def build(
 
 def check_prompts_writable(out: Path) -> None:
     """Raises BadInput where `write_prompts` could not write, before the work."""
+    if out.suffix in (".json", ".parquet", ".csv", ".txt"):
+        raise BadInput(f"{out}: expected a .jsonl file or the name of a data set")
     if out.suffix != ".jsonl" and out.exists():
         raise BadInput(f"{out}: exists; a data set is never written over")
     check_writable(out)

@@ -8,6 +8,9 @@ from typing import Any
 from oreal_jax.data.prompts import read_text
 from oreal_jax.errors import BadInput
 
+# Without one transformers makes a tokenizer that knows no word, and does not say so.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer beside a model's config.
@@ -17,9 +20,12 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        names = ", ".join(VOCABULARIES)
+        raise BadInput(f"{directory}: no usable tokenizer: it has none of {names}")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises what its files make it raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"{directory}: no usable tokenizer: {reason}") from None
 
@@ -121,8 +127,11 @@ class Chat:
                 settings = json.loads(generation.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise BadInput(f"{generation}: not JSON: {error}") from None
-            own = settings.get("eos_token_id")
-            tokens |= set(own if isinstance(own, list) else [own]) - {None}
+            own = settings.get("eos_token_id") if isinstance(settings, dict) else "?"
+            several = own if isinstance(own, list) else [own]
+            if not all(token is None or type(token) is int for token in several):
+                raise BadInput(f"{generation}: eos_token_id={own!r}, expected tokens")
+            tokens |= set(several) - {None}
         for word in words:
             pieces = self.tokenizer.encode(word, add_special_tokens=False)
             if len(pieces) != 1:

@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data.prompts import Prompt
-from oreal_jax.verify.extract import BOX, closing
+from oreal_jax.verify.extract import boxed
 
 NGRAM = 13  # words in a row that two questions of independent origin do not share
 MOST_VALUES = 50  # a label of more values is text, not a kind
-WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\s\w$.,;:?\"'’]|_")
+WORD = re.compile(
+    r"(?<![\w.])[.,]\d+|\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’]+(?=\s*[(^]))?"  # f'(x)
+    r"|[^\s\w$.,;:?\"'’]|_"
+)
 WHOLE = re.compile(r"[-+]?\d+\.0+")
 
 
@@ -80,10 +83,8 @@ def normalised_answer(text: str) -> str:
     answer = text
     if "####" in answer:
         answer = answer.rsplit("####", 1)[1]
-    elif boxes := list(BOX.finditer(answer)):
-        start = boxes[-1].end()
-        end = closing(answer, start)
-        answer = answer[start:end].strip() if end is not None else answer
+    elif boxes := boxed(answer):
+        answer = boxes[-1].strip()
     answer = " ".join(answer.split()).removesuffix(".").strip()
     for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         inner = answer[len(left) : -len(right)]

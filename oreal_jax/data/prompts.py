@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oreal_jax.errors import BadInput
 
@@ -199,9 +199,21 @@ def read_questions(path: Path) -> list[str]:
     return [text_field(name, row, "question") for name, row in read_rows(path)]
 
 
-def read_judgements(path: Path) -> list[tuple[str, str]]:
-    """(prediction, gold) of every row of a file."""
+class Prediction(NamedTuple):
+    """An answer to judge, which may be empty; the question where it is known."""
+
+    prediction: str
+    gold: str
+    question: str | None
+
+
+def read_judgements(path: Path) -> list[Prediction]:
+    """The rows `prediction, gold`, perhaps `question`, of a file."""
     return [
-        (text_field(name, row, "prediction"), text_field(name, row, "gold"))
+        Prediction(
+            "" if row.get("prediction") == "" else text_field(name, row, "prediction"),
+            text_field(name, row, "gold"),
+            None if row.get("question") is None else text_field(name, row, "question"),
+        )
         for name, row in read_rows(path)
     ]

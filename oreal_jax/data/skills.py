@@ -47,7 +47,12 @@ def request(prompt: Prompt, skills: Sequence[str]) -> Prompt:
 
 def labelled(prompt: Prompt, said: str, skills: Sequence[str]) -> Prompt:
     """The prompt with the skills that a model's answer names; perhaps none."""
-    named = [skill for skill in skills if skill.casefold() in said.casefold()]
+    left, found = said.casefold(), set()
+    for skill in sorted(skills, key=len, reverse=True):  # "geometry" is in longer ones
+        if skill.casefold() in left:
+            found.add(skill)
+            left = left.replace(skill.casefold(), "\n")
+    named = [skill for skill in skills if skill in found]
     return dataclasses.replace(prompt, labels={**prompt.labels, FIELD: named})
 
 

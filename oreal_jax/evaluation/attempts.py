@@ -106,14 +106,14 @@ class Journal(collections.UserDict):
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # else a kill cut it
         try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill cuts one
             read: list[Any] = list(map(json.loads, whole)) or [self._header]
             header, rows = read[0], read[1:]
             found = {(row[0], row[1], row[2]): Drawn(*row[3:]) for row in rows}
             old, new = header["drawing"], self._header["drawing"]
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
             raise BadInput(f"{self.path}: not a file of unfinished work") from None
         for name in old.keys() | new.keys():
             if old.get(name) != new.get(name):
@@ -147,10 +147,9 @@ def kept_beside(
     try:
         yield journal
     except KeyboardInterrupt:
-        say(
-            f"{len(journal)} completions are in {journal.path}; go on with the "
-            "same command"
-        )
+        kept = f"{len(journal)} completions are in {journal.path}"
+        said = kept if journal else "nothing is finished yet"
+        say(f"{said}; go on with the same command")
         raise
     journal.remove()
 

@@ -10,6 +10,11 @@ from oreal_jax.model.config import ModelConfig, Rope
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
+# Numbers of a rotary embedding.
+NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+)  # fmt: skip
 # Fields that must have these values, where present.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -39,7 +44,8 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
     for name, supported in required.items():
         if fields.get(name) not in supported and name in fields:
             raise BadInput(f"{where}: {name}={fields[name]!r} is not supported")
-    if set(fields.get("layer_types") or []) - {"full_attention"}:
+    kinds = fields.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise BadInput(
             f"{where}: layer_types={fields['layer_types']!r} is not supported; "
             "only full_attention is"
@@ -80,7 +86,12 @@ def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
     name = "partial_rotary_factor"
     if stretch.get(name) not in REQUIRED[name]:
         raise BadInput(f"{where}: {name}={stretch[name]!r} is not supported")
-    theta = stretch.get("rope_theta", fields.get("rope_theta", 10_000.0))
+    theta = stretch.get("rope_theta", fields.get("rope_theta"))
+    theta = 10_000.0 if theta is None else theta
+    for name, value in {"rope_theta": theta, **stretch}.items():
+        is_number = isinstance(value, int | float) and value > 0
+        if name in NUMBERS and value is not None and not is_number:
+            raise BadInput(f"{where}: {name}={value!r}, expected a positive number")
     kind = stretch.get("rope_type", stretch.get("type", "default"))
     known = {
         "default": set(),

@@ -7,6 +7,7 @@ likelier.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,9 +67,15 @@ class Sampling:
         ]:
             if not fits:
                 raise BadInput(f"sampling: {name}={value} must be {range_}")
-        for token, _ in self.logit_bias:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                value = getattr(self, name)
+                raise BadInput(f"sampling: {name}={value} must be finite")
+        for token, value in self.logit_bias:
             if token < 0:
                 raise BadInput(f"sampling: logit_bias: no token {token}")
+            if not value < math.inf:  # -inf bans a token
+                raise BadInput(f"sampling: logit_bias of token {token} is {value}")
 
     @property
     def penalises(self) -> bool:

@@ -48,7 +48,7 @@ from oreal_jax.train.state import TrainState
 from oreal_jax.train.step import Scores, TrainStep
 
 # What a run is made of; changing it would make another run.
-IDENTITY = ("class", "model", "seed", "prompts", "examples")
+IDENTITY = ("class", "model", "seed", "prompts", "examples", "chat_template")
 
 
 def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:

@@ -79,6 +79,14 @@ class Host:
     out: bool = False
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
+
+
 class Judge:
     """Asks hosts in turn; safe from any thread."""
 
@@ -108,7 +116,7 @@ class Judge:
         if not model:
             raise BadInput(f"judge: {', '.join(hosts)}: which model is to be asked?")
         for url in hosts:
-            if not re.match(r"https?://[^/\s]+", url):
+            if not _is_address(url):
                 raise BadInput(f"judge: {url!r} is not an address like http://host/v1")
         self._hosts = [Host(url.rstrip("/")) for url in hosts]
         self._model, self._concurrency, self._timeout = model, concurrency, timeout
