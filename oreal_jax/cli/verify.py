@@ -23,7 +23,9 @@ def add(verb: Verb) -> None:
     made.add_argument("--gold", help="the gold answer")
     made.add_argument("--answer", help="the completion to judge")
     made.add_argument(
-        "--file", type=Path, help="JSON lines with `gold` and `prediction`"
+        "--file",
+        type=Path,
+        help="JSON lines with `gold`, `prediction` and, for the judge, `question`",
     )
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     made.add_argument("--deadline", type=float, default=5.0, help="seconds an answer")
