@@ -299,9 +299,12 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
 def _check_types(config: Any, where: str) -> None:
     """Raises BadInput where a plain field has a value of another type; `where` is the
     file, and the field that `config` is the value of."""
-    hints = typing.get_type_hints(type(config))
+    try:
+        hints = typing.get_type_hints(type(config))
+    except NameError:  # of a class whose hints are for type checkers alone
+        hints = {}
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+        value, hint = getattr(config, field.name), hints.get(field.name)
         if dataclasses.is_dataclass(value):
             _check_types(value, f"{where}: {field.name}")
         elif _is_checkable(hint) and not _fits(value, hint):

@@ -139,7 +139,9 @@ def compare(parsed: argparse.Namespace) -> None:
 
     check_seed(parsed.seed)
     if parsed.json:
-        check_apart({"--json": parsed.json}, {"it": [parsed.first, parsed.second]})
+        check_apart(
+            {"--json": parsed.json}, {"an input": [parsed.first, parsed.second]}
+        )
         check_writable(parsed.json)
     found = compare(parsed.first, parsed.second, parsed.seed)
     if parsed.json:

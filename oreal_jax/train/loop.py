@@ -238,7 +238,8 @@ def sample_and_judge(
         drawn = sample(session, config, asked, engine, pool, finished)
         return judge_all(session, config, asked, drawn, pool, judge)
     except KeyboardInterrupt:
-        leave_interrupted(session, config, asked, finished)
+        if finished:
+            leave_interrupted(session, config, asked, finished)
         raise
 
 
