@@ -3,9 +3,9 @@
 python tools/make_tiny.py DIRECTORY
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oreal_jax import model
 from oreal_jax.checkpoints import hf
+from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
 
 TEMPLATE = (
@@ -75,4 +76,9 @@ def write(directory: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, help="where it is made")
+    try:
+        write(parser.parse_args().directory)
+    except BadInput as error:
+        parser.error(str(error))

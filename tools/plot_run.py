@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("picture", type=Path)
     parsed = parser.parse_args()
+    if not (parsed.run / "metrics.jsonl").is_file():
+        parser.error(f"{parsed.run}: no metrics.jsonl in it, not a run directory")
     plot(parsed.run, parsed.picture)
 
 
