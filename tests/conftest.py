@@ -7,7 +7,6 @@ is imported after pytest has begun.
 
 import os
 import signal
-import tempfile
 from pathlib import Path
 
 import families
@@ -19,11 +18,6 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What several tests compile is compiled once.
-COMPILED = tempfile.TemporaryDirectory(prefix="oreal_compiled_")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
