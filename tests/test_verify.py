@@ -1,6 +1,7 @@
 """The verifier: right, wrong and undecided; nothing hangs it and nothing runs in it."""
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -147,9 +148,12 @@ def test_what_has_no_value_is_not_simplified():
     ids=["letters", "open", "boxes", "nested", "think", "phrases", "unit"],
 )
 def test_time_is_linear_in_the_length(text):
+    gc.freeze()  # what other tests have left is not collected in this one's time
     start = time.process_time()
     assert answer(text) is not None and judge(text, "7").outcome != "right"
-    assert time.process_time() - start < 3
+    took = time.process_time() - start
+    gc.unfreeze()
+    assert took < 3
 
 
 ATTACKS = [
