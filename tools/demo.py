@@ -13,6 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from oreal_jax import hardware
+
+hardware.leave_out_absent()  # before what follows imports JAX
+
 from plot_run import plot
 from rich.table import Table
 
