@@ -152,17 +152,20 @@ def test_a_layout_is_made_of_what_the_run_would_hold():
     assert on_device(run.reference) == held["reference"]
 
 
-def test_every_program_of_a_run_is_planned_and_lowers():
-    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], 64)
+@pytest.mark.parametrize("cache_tokens", [0, 512])
+def test_every_program_of_a_run_is_planned_and_lowers(cache_tokens):
+    small = dataclasses.replace(config(), cache_tokens=cache_tokens)
+    run = layout(small, SHAPE, jax.devices()[:4], jax.devices()[:4], 64)
     names = []
-    for program in programs(config(), SHAPE, run):
+    for program in programs(small, SHAPE, run):
         program.lower()
         names.append(program.name)
     assert names[0] == "start" and names[-2:] == [
         "train step",
         "train step, policy frozen",
     ]
-    assert {name.split()[0] for name in names} >= {
+    swaps = {"swap-out", "swap-in"} if cache_tokens else set()
+    assert {name.split()[0] for name in names[1:-2]} == swaps | {
         "reshard",
         "prefill",
         "admission",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import families
@@ -35,6 +36,13 @@ CONFIG = ModelConfig(
     max_length=256,
 )
 STOP = 3
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.4,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.2,
+}
+PIECES = [bytes([97 + t % 5, 97 + t // 13]) for t in range(64)]  # two letters a token
+STOP_STRINGS = ["cab", "dd"]
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +193,42 @@ def test_slots_do_not_change_a_completion(params, requests, drawn, rows):
     assert tokens_of(draw(params, requests, rows=rows)) == tokens_of(drawn)
 
 
-def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, requests):
-    """Rows that find no page wait, or are drawn again later, and are the same."""
-    drawn = draw(params, requests, max_tokens=200)
-    tight = {"rows": 8, "cache_tokens": 512, "max_tokens": 200}
-    assert tokens_of(draw(params, requests, **tight)) == tokens_of(drawn)
-    found = kept_engine(**tight).statistics
-    assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
-    assert found.redrawn_tokens > 0
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cache": "float8", **PENALTIES},
+        {"stop_strings": True, "renormalise": True},
+        {"mesh": sharding.MeshShape(data=2, tensor=4)},
+    ],
+    ids=lambda how: next(iter(how), "plain"),
+)
+def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, requests, how):
+    """Rows that find no page are swapped out and go on later as if nothing had been,
+    with all that their next tokens depend on, and no token is drawn twice."""
+    options = dict(how)
+    make = kept_engine
+    if options.pop("stop_strings", False):
+        make = functools.partial(
+            engine_of, stop_table=token_table(["cabdd"], lambda: PIECES, 64)
+        )
+    mesh = mesh_of(options.pop("mesh", None))
+    roomy = make(**options)
+    tight = make(mesh=mesh, rows=8, cache_tokens=256, **options)
+    found = []
+    for engine in (roomy, tight):
+        placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
+        found.append(engine.sample(engine.weights(placed), requests, 3, seed=1))
+    assert tokens_of(found[0]) == tokens_of(found[1])
+    for one, other in zip(*map(itertools.chain.from_iterable, found), strict=True):
+        assert one.finish_reason == other.finish_reason
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        close(one.log_probs, other.log_probs)
+        if "renormalise" in how:
+            close(one.sampled_log_probs, other.sampled_log_probs)
+    assert roomy.statistics.swapped_rows == 0 < tight.statistics.swapped_rows
+    tokens = sum(len(c.tokens) for group in found[0] for c in group)
+    assert tight.statistics.new_tokens == tokens
 
 
 def test_a_completion_that_can_never_fit_the_cache_is_refused(params, requests):
@@ -221,7 +257,7 @@ def test_statistics_count_every_prompt_once_and_every_token(params, requests):
     found = engine.statistics
     assert found.prompt_tokens == sum(len(r.prompt) - 1 for r in requests)
     assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
-    assert 0.8 < found.occupancy <= 1 and found.redrawn_tokens == 0
+    assert 0.8 < found.occupancy <= 1 and found.swapped_rows == 0
     assert found.metrics()["perf/decode_throughput"] > 0
 
 
@@ -293,13 +329,6 @@ def test_greedy_equals_transformers_on_64_prompts(tmp_path, penalty):
         assert completion.tokens == expected.tolist()
 
 
-PENALTIES: dict[str, Any] = {
-    "repetition_penalty": 1.4,
-    "presence_penalty": 0.3,
-    "frequency_penalty": 0.2,
-}
-
-
 @jax.jit
 def logits_of(params, tokens):
     positions = jnp.arange(tokens.shape[1])[None]
@@ -350,18 +379,16 @@ def test_a_bias_for_a_token_that_is_not_there_is_refused():
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
     params, requests, drawn
 ):
-    """Tokens spell two letters each, so that strings straddle them."""
-    pieces = [bytes([97 + t % 5, 97 + t // 13]) for t in range(64)]
-    spell = lambda tokens: b"".join(pieces[t] for t in tokens).decode()
-    strings = ["cab", "dd"]
-    table = token_table(strings, lambda: pieces, 64)
+    """Strings straddle tokens."""
+    spell = lambda tokens: b"".join(PIECES[t] for t in tokens).decode()
+    table = token_table(STOP_STRINGS, lambda: PIECES, 64)
     again = draw(params, requests, stop_table=table, rows=4)
     ended = 0
     for before, after in zip(drawn, again, strict=True):
         for whole, short in zip(before, after, strict=True):
             assert whole.tokens[: len(short.tokens)] == short.tokens
-            found = [s in spell(short.tokens) for s in strings]
-            assert not any(s in spell(short.tokens[:-1]) for s in strings)
+            found = [s in spell(short.tokens) for s in STOP_STRINGS]
+            assert not any(s in spell(short.tokens[:-1]) for s in STOP_STRINGS)
             if any(found):
                 ended += 1
                 assert short.finish_reason == "stop"

@@ -27,30 +27,57 @@ def check_pages(runs, tables, shards, slots):
 @pytest.mark.parametrize(("shards", "slots"), [(1, 1), (1, 8), (4, 3)])
 def test_every_sample_is_drawn_once(shards, slots):
     lengths = heavy_tailed(60, 200, 1000).reshape(12, 5)
-    finished, _ = checked(lengths, shards=shards, slots=slots)
-    assert sorted(finished) == [(n, k) for n in range(12) for k in range(5)]
+    found = checked(lengths, shards=shards, slots=slots)
+    assert sorted(found.finished) == [(n, k) for n in range(12) for k in range(5)]
 
 
-def test_rows_that_find_no_page_come_back_later():
-    """Room for about two of eight rows at their longest."""
-    lengths = heavy_tailed(40, 300, 900).reshape(8, 5)
-    finished, _ = checked(lengths, pages=140, longest=1000)
-    assert sorted(finished) == [(n, k) for n in range(8) for k in range(5)]
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dispatch", [7, 64])
+@pytest.mark.parametrize("pages", [80, 140])
+def test_rows_that_find_no_page_go_on_later(shards, dispatch, pages):
+    """Room for about one, or two, of eight rows at their longest: no token is drawn
+    twice."""
+    lengths = heavy_tailed(120, 300, 900).reshape(24, 5)
+    room = {"shards": shards, "pages": pages, "longest": 1000}
+    found = checked(lengths, dispatch=dispatch, **room)
+    assert sorted(found.finished) == [(n, k) for n in range(24) for k in range(5)]
+    assert found.swapped > 0
+    assert found.tokens == lengths.sum()
+
+
+def test_a_row_that_was_swapped_out_goes_on_before_others_begin():
+    jobs = [Job(n, 10, 100, (0,)) for n in range(3)]
+    scheduler = Scheduler(jobs, shards=1, slots=2, pages=10, size=16, dispatch=16)
+    _, admissions, _ = scheduler.place()
+    assert [a.request for a in admissions] == [0, 1]
+    _, _, leaving = scheduler.grow()
+    drawn = 0
+    while not leaving:
+        drawn += 16
+        scheduler.advance(np.zeros(2, bool), np.full(2, drawn))
+        _, _, leaving = scheduler.grow()
+    (swap,) = leaving
+    assert swap.request == 1 and len(swap.pages) == -(-(9 + drawn) // 16)
+    assert scheduler.place() == ([], [], [])  # a slot is free, but not for the third
+    scheduler.advance(np.array([True, False]), np.full(2, drawn + 5))
+    _, admissions, (back,) = scheduler.place()
+    assert back.request == 1 and len(back.pages) == len(swap.pages)
+    assert [a.request for a in admissions] == [2]
 
 
 def test_slots_are_over_90_percent_full_on_the_7b_recipes_lengths():
     """1,024 rows, mean about 6,000 tokens, at most 14,000; 256 slots."""
     lengths = published_lengths()
     assert 5500 < lengths.mean() < 6500
-    _, occupancy = checked(lengths, slots=256, pages=300_000, longest=14_000)
-    assert occupancy > 0.9
+    found = checked(lengths, slots=256, pages=300_000, longest=14_000)
+    assert found.occupancy > 0.9
 
 
 def test_a_smaller_engine_takes_over_the_rows_that_run():
     jobs = [Job(n, 10, 100, tuple(range(9))) for n in range(2)]
-    scheduler = Scheduler(jobs, shards=2, slots=32, pages=100, size=16)
+    scheduler = Scheduler(jobs, shards=2, slots=32, pages=100, size=16, dispatch=4)
     scheduler.place()
-    _, before = scheduler.grow(4)
+    _, before, _ = scheduler.grow()
     assert scheduler.shrink() is None  # nine rows on a shard, the next engine has eight
     assert scheduler.enough == 2
     done = np.zeros(64, bool)
@@ -58,7 +85,7 @@ def test_a_smaller_engine_takes_over_the_rows_that_run():
     scheduler.advance(done, np.full(64, 2))
     kept = scheduler.shrink()
     assert kept is not None and kept.shape == (2, 8)
-    runs, tables = scheduler.grow(4)
+    runs, tables, _ = scheduler.grow()
     assert runs.all() and scheduler.enough == 0  # no engine is smaller
     for shard in range(2):
         for slot, old in enumerate(kept[shard]):
@@ -69,7 +96,7 @@ def test_a_smaller_engine_takes_over_the_rows_that_run():
 
 def test_no_slot_goes_while_samples_wait():
     jobs = [Job(n, 10, 100, (0,)) for n in range(2)]
-    scheduler = Scheduler(jobs, shards=1, slots=32, pages=3, size=16)
+    scheduler = Scheduler(jobs, shards=1, slots=32, pages=3, size=16, dispatch=4)
     scheduler.place()  # pages for one row alone
     assert scheduler.running == 1 and scheduler.waiting
     assert scheduler.shrink() is None

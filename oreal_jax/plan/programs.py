@@ -213,6 +213,15 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
             (weights, left, table, runs, DISPATCH, 0),
             held,
         )
+    if config.cache_tokens:  # rows may have to make room
+        row = programs.abstract(1, size.table_pages)
+        where = array(1), array(size.table_pages)
+        for name, function, arguments in [
+            ("swap-out", programs.swap_out, (state, *where)),
+            ("swap-in", programs.swap_in, (state, row, *where)),
+        ]:
+            name += f" of {size.table_pages} pages"
+            yield Program(name, "gen", function, arguments, beside)
     yield Program(
         f"collection of {size.slots}",
         "gen",

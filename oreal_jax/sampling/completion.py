@@ -36,15 +36,14 @@ class Completion(NamedTuple):
 class Statistics(NamedTuple):
     """Of a call of `Engine.sample`: what was decoded, and how well slots were used.
 
-    `new_tokens` are those of completions; `redrawn_tokens` were drawn and thrown away,
-    because the cache had no room for their row any more. `occupancy` is the share of
-    slots that drew a token, over all decoding steps while samples were still waiting (1
-    if there were none).
+    `swapped_rows` left the cache for a while because it had no room for them; a row
+    counts as often as it left. `occupancy` is the share of slots that drew a token,
+    over all decoding steps while samples were still waiting (1 if there were none).
     """
 
     prompt_tokens: int
     new_tokens: int
-    redrawn_tokens: int
+    swapped_rows: int
     prefill_seconds: float
     decode_seconds: float
     occupancy: float
@@ -52,11 +51,11 @@ class Statistics(NamedTuple):
     @classmethod
     def together(cls, parts: "Sequence[Statistics]") -> "Statistics":
         """Of engines that worked side by side: until the slowest was done."""
-        prompt, new, redrawn, prefill, decode, occupancy = zip(*parts, strict=True)
+        prompt, new, swapped, prefill, decode, occupancy = zip(*parts, strict=True)
         return cls(
             sum(prompt),
             sum(new),
-            sum(redrawn),
+            sum(swapped),
             max(prefill),
             max(decode),
             sum(occupancy) / len(parts),
@@ -69,7 +68,7 @@ class Statistics(NamedTuple):
             "perf/prefill_throughput": rate(self.prompt_tokens, self.prefill_seconds),
             "perf/decode_throughput": rate(self.new_tokens, self.decode_seconds),
             "rollout/occupancy": self.occupancy,
-            "rollout/redrawn_tokens": float(self.redrawn_tokens),
+            "rollout/swapped_rows": float(self.swapped_rows),
         }
 
 

@@ -90,6 +90,10 @@ class Programs:
         self.decode = jax.jit(self._decode, donate_argnums=1)
         self.shrink = jax.jit(each(self._shrink, True, True))
         self.take = jax.jit(each(self._take, True, True))
+        self.swap_out = jax.jit(each(self._swap_out, True, True, True))
+        self.swap_in = jax.jit(
+            each(self._swap_in, True, True, True, True), donate_argnums=0
+        )
 
     def weights(self, params: Params) -> Weights:
         """The trainer's parameters as decoding reads them, on engines of our own."""
@@ -256,6 +260,27 @@ class Programs:
     def _shrink(self, state: Decoding, slots: Int[Array, "A"]) -> Decoding:
         """These slots alone, of a state without its cache."""
         return jax.tree.map(lambda x: x[slots], state)
+
+    def _swap_out(
+        self, state: Decoding, slot: Int[Array, "1"], pages: Int[Array, "M"]
+    ) -> Decoding:
+        """A row with its pages, as an engine of one slot."""
+        row = self._shrink(state._replace(cache=()), slot)
+        return row._replace(cache=jax.tree.map(lambda x: x[pages], state.cache))
+
+    def _swap_in(
+        self,
+        state: Decoding,
+        row: Decoding,
+        slot: Int[Array, "1"],
+        pages: Int[Array, "M"],
+    ) -> Decoding:
+        """Puts such a row into a slot, -1 for none, and other pages."""
+        there = jnp.where(slot < 0, state.token.size, slot)  # out of range: dropped
+        put = lambda array, values: array.at[there].set(values, mode="drop")
+        fill = lambda array, values: array.at[pages].set(values)
+        slots = jax.tree.map(put, state._replace(cache=()), row._replace(cache=()))
+        return slots._replace(cache=jax.tree.map(fill, state.cache, row.cache))
 
     def _take(self, state: Decoding, slots: Int[Array, "A"]):
         """What has been drawn in these slots, and whether a stop string ended it."""

@@ -4,8 +4,8 @@ A shard is one data-parallel engine: so many slots, each decoding one completion
 many pages of cache. A prompt is prefilled once, on the shard that takes it; its samples
 share its full pages there and copy the one that is not full. A finished row's slot is
 free for the next sample at once. Rows get pages as they grow. Where pages run out, the
-row that came last goes back into the queue and is drawn again later: its random numbers
-depend on its name alone, so it will be the same.
+row that came last is swapped out, with all it has, and goes on when there is room
+again, before any sample that has not begun.
 """
 
 import collections
@@ -53,6 +53,17 @@ class Admission(NamedTuple):
     target: int
 
 
+class Swap(NamedTuple):
+    """A row that leaves its slot for now, or comes back to one: its keys and values are
+    read from these pages, or written to them."""
+
+    shard: int
+    slot: int
+    request: int
+    sample: int
+    pages: list[int]
+
+
 @dataclasses.dataclass(eq=False)
 class Shared:
     """The pages of a prompt, in use by `users` rows and samples that wait."""
@@ -97,57 +108,91 @@ class Scheduler:
     """Plans one round at a time: `place`, then `grow`, then decode, then `advance`."""
 
     def __init__(
-        self, jobs: Sequence[Job], *, shards: int, slots: int, pages: int, size: int
+        self,
+        jobs: Sequence[Job],
+        *,
+        shards: int,
+        slots: int,
+        pages: int,
+        size: int,
+        dispatch: int,
     ):
-        """`slots` and `pages` of each shard; `size` tokens a page."""
+        """`slots` and `pages` of each shard; `size` tokens a page, at most `dispatch`
+        decoded a round."""
         self._queue = collections.deque(jobs)
         self._shards = [Shard(slots, pages) for _ in range(shards)]
-        self._size, self._slots = size, slots
+        self._size, self._slots, self._dispatch = size, slots, dispatch
+        self._swapped: list[Row] = []  # to go on, the oldest first
         self._age = 0
 
     @property
     def waiting(self) -> bool:
         """Whether samples wait for a slot."""
         held = any(s.current and s.current.waiting for s in self._shards)
-        return bool(self._queue) or held
+        return bool(self._queue or self._swapped) or held
 
     @property
     def running(self) -> int:
         """Slots in use, on all shards."""
         return sum(shard.running for shard in self._shards)
 
-    def place(self) -> tuple[list[Prefill], list[Admission]]:
-        """Fills free slots: the prompts to run first, then the samples that start."""
-        prefills: list[Prefill] = []
-        admissions: list[Admission] = []
+    def place(self) -> tuple[list[Prefill], list[Admission], list[Swap]]:
+        """Fills free slots: the prompts to run first, then the samples that start; and
+        the rows that come back."""
+        placed: tuple[list[Prefill], list[Admission], list[Swap]] = [], [], []
         open_shards = list(range(len(self._shards)))
         while open_shards:
             # The emptiest shard takes next, so that the load is even.
             number = min(open_shards, key=lambda i: self._shards[i].running)
-            admission = self._place_one(number, prefills)
-            if admission:
-                admissions.append(admission)
-            else:
+            if not self._place_one(number, *placed):
                 open_shards.remove(number)
-        return prefills, admissions
+        return placed
 
-    def _place_one(self, number: int, prefills: list[Prefill]) -> Admission | None:
+    def _place_one(
+        self,
+        number: int,
+        prefills: list[Prefill],
+        admissions: list[Admission],
+        returning: list[Swap],
+    ) -> bool:
+        """Whether the shard took a row."""
         shard = self._shards[number]
         if shard.running == len(shard.rows):
-            return None
+            return False
+        if self._swapped:
+            if self._fits(shard, self._pages(self._swapped[0].position)):
+                returning.append(self._swap_in(number, self._swapped.pop(0)))
+                return True
+            if shard.running:
+                return False  # what comes free is kept for that row
+        admission = self._admit(number, prefills)
+        admissions += [admission] if admission else []
+        return admission is not None
+
+    def _swap_in(self, number: int, row: Row) -> Swap:
+        """A row goes on, in pages that are all its own."""
+        shard, job = self._shards[number], row.prompt.job
+        pages = [shard.free.pop() for _ in range(self._pages(row.position))]
+        slot = shard.rows.index(None)
+        prompt = Shared(job, [], [], 1)
+        shard.rows[slot] = Row(prompt, row.sample, row.position, pages, row.age)
+        return Swap(number, slot, job.request, row.sample, list(pages))
+
+    def _admit(self, number: int, prefills: list[Prefill]) -> Admission | None:
+        shard = self._shards[number]
         if not (shard.current and shard.current.waiting):
             if not self._queue:
                 return None
             stored = self._queue[0].length - 1  # the last token is fed by decoding
-            need = -(-stored // self._size)
-            if not self._fits(shard, need + 1):
+            need = self._pages(stored)
+            if not self._fits(shard, need):
                 return None
             job = self._queue.popleft()
             pages = [shard.free.pop() for _ in range(need)]
             shard.current = Shared(job, pages, list(job.samples), len(job.samples))
             if pages:
                 prefills.append(Prefill(number, job.request, pages))
-        elif not self._fits(shard, 1):
+        elif not self._fits(shard, 0):
             return None
         prompt = shard.current
         sample = prompt.waiting.pop(0)
@@ -161,33 +206,40 @@ class Scheduler:
             number, slot, prompt.job.request, sample, source, target if source else 0
         )
 
-    def _fits(self, shard: Shard, pages: int) -> bool:
-        """Whether pages are free, with one to grow for each running row. A shard
-        without rows takes what there is: nobody else will free any."""
-        return len(shard.free) >= pages + shard.running
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self._size)
 
-    def grow(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Gives every row the pages for its next `tokens` tokens.
+    def _fits(self, shard: Shard, pages: int) -> bool:
+        """Whether pages are free for one more row, which and all others grow by a
+        round."""
+        growth = self._pages(self._dispatch)
+        return len(shard.free) >= pages + growth * (shard.running + 1)
+
+    def grow(self) -> tuple[np.ndarray, np.ndarray, list[Swap]]:
+        """Gives every row the pages for the tokens of its next round.
 
         Returns which slots run, [shards * slots], and their tables of pages, as lists
-        of page numbers, in an object array.
+        of page numbers, in an object array; and the rows that leave, which must be read
+        before anything is written.
         """
-        for shard in self._shards:
+        leaving: list[Swap] = []
+        for number, shard in enumerate(self._shards):
             for row in sorted(filter(None, shard.rows), key=lambda row: row.age):
-                if row in shard.rows:  # not withdrawn for an older one
-                    self._grow_row(shard, row, tokens)
+                if row in shard.rows:  # not swapped out for an older one
+                    self._grow_row(number, row, leaving)
         slots = [row for shard in self._shards for row in shard.rows]
         tables = np.empty(len(slots), object)
         for i, row in enumerate(slots):
             tables[i] = self._table(row) if row else []
-        return np.array([row is not None for row in slots]), tables
+        return np.array([row is not None for row in slots]), tables, leaving
 
-    def _grow_row(self, shard: Shard, row: Row, tokens: int) -> None:
-        last = min(row.position + tokens, row.prompt.job.longest)
-        need = -(-last // self._size) - len(self._shared(row)) - len(row.pages)
+    def _grow_row(self, number: int, row: Row, leaving: list[Swap]) -> None:
+        shard = self._shards[number]
+        last = min(row.position + self._dispatch, row.prompt.job.longest)
+        need = self._pages(last) - len(self._table(row))
         while need > len(shard.free):
             youngest = max(filter(None, shard.rows), key=lambda row: row.age)
-            self._withdraw(shard, youngest)
+            leaving.append(self._swap_out(number, youngest))
             if youngest is row:
                 return
         row.pages += [shard.free.pop() for _ in range(need)]
@@ -199,11 +251,15 @@ class Scheduler:
     def _table(self, row: Row) -> list[int]:
         return self._shared(row) + row.pages
 
-    def _withdraw(self, shard: Shard, row: Row) -> None:
-        """Sends a row back into the queue, to be drawn anew."""
-        job = row.prompt.job
-        self._queue.appendleft(job._replace(samples=(row.sample,)))
+    def _swap_out(self, number: int, row: Row) -> Swap:
+        """A row leaves its slot, to go on later."""
+        shard = self._shards[number]
+        pages = self._table(row)[: self._pages(row.position)]
+        slot = shard.rows.index(row)
         self._release(shard, row)
+        self._swapped.append(row)
+        self._swapped.sort(key=lambda row: row.age)
+        return Swap(number, slot, row.prompt.job.request, row.sample, pages)
 
     def _release(self, shard: Shard, row: Row) -> None:
         shard.rows[shard.rows.index(row)] = None

@@ -4,6 +4,7 @@ The scheduler decides who goes where, programs.py is what runs on the devices; h
 meet. Letters: A slots or starts, R prompts, S tokens a prompt, M pages.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.completion import Completion, Request, Statistics
-from oreal_jax.sampling.programs import Programs
-from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler
+from oreal_jax.sampling.programs import Decoding, Programs
+from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swap
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
@@ -53,10 +54,16 @@ class Work:
         self.engines = sharding.row_ways(programs.mesh)
         self.slots, self.longest_prompt, self.table_pages, pages = size
         self.scheduler = Scheduler(
-            jobs, shards=self.engines, slots=self.slots, pages=pages, size=PAGE
+            jobs,
+            shards=self.engines,
+            slots=self.slots,
+            pages=pages,
+            size=PAGE,
+            dispatch=DISPATCH,
         )
         self.state = self.programs.empty(self.slots, pages)
-        self.prompt_tokens = self.drawn_tokens = self.finished_tokens = 0
+        self.swapped: dict[tuple[int, int], Decoding] = {}  # in the host's memory
+        self.prompt_tokens = self.drawn_tokens = self.swapped_rows = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.slot_steps = self.busy_steps = 0
 
@@ -64,11 +71,12 @@ class Work:
         """Fills slots and decodes, again and again; what has finished each time."""
         while self.scheduler.waiting or self.scheduler.running:
             start = time.perf_counter()
-            prefills, admissions = self.scheduler.place()
+            prefills, admissions, returning = self.scheduler.place()
             self._prefill(prefills)
             self._admit(admissions)
             jax.block_until_ready(self.state.done)
             between = time.perf_counter()
+            self._swap_in(returning)
             finished = self._decode()
             self.prefill_seconds += between - start
             self.decode_seconds += time.perf_counter() - between
@@ -141,7 +149,8 @@ class Work:
     def _decode(self) -> list[tuple[int, int, Completion]]:
         """Decodes for a while; what has finished."""
         self._shrink()
-        runs, tables = self.scheduler.grow(DISPATCH)
+        runs, tables, leaving = self.scheduler.grow()
+        self._swap_out(leaving)
         table = np.zeros((len(runs), self.table_pages), np.int32)
         for slot, pages in enumerate(tables):
             table[slot, : len(pages)] = pages
@@ -164,6 +173,41 @@ class Work:
             self.busy_steps += new
             self.slot_steps += int(steps) * len(runs)
         return self._collect(self.scheduler.advance(done, drawn))
+
+    def _swap_out(self, leaving: list[Swap]) -> None:
+        """Brings rows to the host, with all that is known of them."""
+        self.swapped_rows += len(leaving)
+        for swaps, slots, pages in self._one_an_engine(leaving):
+            rows = jax.device_get(self.programs.swap_out(self.state, slots, pages))
+            for swap in swaps:
+                self.swapped[swap.request, swap.sample] = _row_of(rows, swap)
+
+    def _swap_in(self, returning: list[Swap]) -> None:
+        """Puts such rows where they go on."""
+        for swaps, slots, pages in self._one_an_engine(returning):
+            shapes = self.programs.abstract(1, pages.shape[1])
+            rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            for swap in swaps:
+                row = self.swapped.pop((swap.request, swap.sample))
+                jax.tree.map(functools.partial(_put, swap.shard), rows, row)
+            lies = jax.tree.map(lambda x: x.sharding, shapes)
+            rows = jax.device_put(rows, lies)
+            self.state = self.programs.swap_in(self.state, rows, slots, pages)
+
+    def _one_an_engine(
+        self, swaps: list[Swap]
+    ) -> Iterator[tuple[list[Swap], jax.Array, jax.Array]]:
+        """At most one row of each engine at a time, their slots and pages."""
+        while swaps:
+            first = list({swap.shard: swap for swap in reversed(swaps)}.values())
+            swaps = [swap for swap in swaps if swap not in first]
+            slots = np.full((self.engines, 1), -1, np.int32)
+            length = bucket(max(len(swap.pages) for swap in first))
+            pages = np.zeros((self.engines, length), np.int32)
+            for swap in first:
+                slots[swap.shard] = swap.slot
+                pages[swap.shard, : len(swap.pages)] = swap.pages
+            yield first, self._place(slots), self._place(pages)
 
     def _shrink(self) -> None:
         """Goes on in a smaller engine where the scheduler says so; pages stay."""
@@ -190,7 +234,6 @@ class Work:
         for shard, rows in enumerate(taken):
             for row, (_, request, sample, size) in enumerate(rows):
                 tokens, log_probs, sampled = (x[shard, row, :size] for x in arrays)
-                self.finished_tokens += size
                 ended = tokens[-1] in stops or found[shard, row]
                 completion = Completion(
                     tokens.tolist(),
@@ -205,9 +248,21 @@ class Work:
         """What this call came to."""
         return Statistics(
             self.prompt_tokens,
-            self.finished_tokens,
-            self.drawn_tokens - self.finished_tokens,
+            self.drawn_tokens,
+            self.swapped_rows,
             self.prefill_seconds,
             self.decode_seconds,
             self.busy_steps / self.slot_steps if self.slot_steps else 1.0,
         )
+
+
+def _row_of(rows: Decoding, swap: Swap) -> Decoding:
+    """A copy of one engine's row among those of all, with no more pages than it has."""
+    row = jax.tree.map(lambda x: x[swap.shard], rows)
+    used = jax.tree.map(lambda x: x[: len(swap.pages)], row.cache)
+    return jax.tree.map(np.copy, row._replace(cache=used))
+
+
+def _put(engine: int, rows: np.ndarray, row: np.ndarray) -> None:
+    """Puts an engine's row among those of all, in place."""
+    rows[engine, : len(row)] = row
