@@ -185,6 +185,26 @@ def test_a_missing_tensor_stops_a_run_before_it_begins(tiny, tmp_path, capsys):
     assert not run.exists()
 
 
+@pytest.mark.parametrize(("verb", "data"), [("train", "prompts"), ("sft", "examples")])
+def test_a_tokenizer_of_a_larger_model_stops_a_run_before_it_begins(
+    tmp_path, capsys, verb, data
+):
+    make_tiny.write(tmp_path)
+    tokenizer = make_tiny.tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(10)])
+    tokenizer.save_pretrained(str(tmp_path / "hf"))
+    file = tmp_path / "data.jsonl"
+    row = {"question": "<9>", "gold_answer": "1", "solution": "1"}
+    file.write_text(json.dumps(row) + "\n")
+    config = ROOT / "configs" / {"train": "tiny.py", "sft": "tiny_sft.py"}[verb]
+    flags = ["--set", f"model={tmp_path / 'hf'}", "--set", f"{data}={file}"]
+    run = tmp_path / "run"
+    assert main([verb, str(config), *flags, "--run", str(run)]) == 2
+    complained = capsys.readouterr().err
+    assert f"{file}: no token 267, the model has 264" in complained
+    assert not run.exists()
+
+
 def test_a_run_directory_that_cannot_be_written_is_named(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     flags = ["--set", f"model={tiny / 'sft'}"]

@@ -90,6 +90,9 @@ def test_a_template_that_refuses_a_system_prompt_is_told_before_the_run():
     assert Chat(tokenizer).encode("?")
     with pytest.raises(BadInput, match="system_prompt='Think.': System role not supp"):
         Chat(tokenizer, "Think.")
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(BadInput, match="chat template with .*: division by zero"):
+        Chat(tokenizer)
 
 
 def test_another_template_replaces_the_tokenizers_own(directory, tmp_path):

@@ -369,9 +369,13 @@ def test_a_banned_token_is_never_drawn(params, requests, drawn):
     assert tokens_of(without) == tokens_of(drawn)
 
 
-def test_a_bias_for_a_token_that_is_not_there_is_refused():
-    with pytest.raises(BadInput, match="no token 64, the model has 64"):
+def test_tokens_that_the_model_does_not_have_are_refused(params):
+    with pytest.raises(BadInput, match="logit_bias: no token 64, the model has 64"):
         engine_of(logit_bias=((64, 1.0),))
+    with pytest.raises(BadInput, match="stop tokens: no token 70, the model has 64"):
+        Engine(CONFIG, mesh_of(), Sampling(max_tokens=1), [STOP, 70])
+    with pytest.raises(BadInput, match="prompt: no token 64, the model has 64"):
+        draw(params, [Request([1, 64], 0)])
     with pytest.raises(BadInput, match="no token -1"):
         Sampling(max_tokens=1, logit_bias=((-1, 1.0),))
 

@@ -22,6 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from oreal_jax import hardware
+
+hardware.leave_out_absent()  # before what follows imports JAX
+
 import jax
 import make_tiny
 import numpy as np

@@ -9,6 +9,10 @@ in float32; natural stops, at most 64 new tokens.
 import argparse
 from pathlib import Path
 
+from oreal_jax import hardware
+
+hardware.leave_out_absent()  # before what follows imports JAX
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from oreal_jax import hardware
+
+hardware.leave_out_absent()  # before what follows imports JAX
+
 import jax
 import jax.numpy as jnp
 import torch

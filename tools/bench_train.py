@@ -1,7 +1,9 @@
 """Trained tokens a second: our train step, transformers with torch, the products alone.
 
-    python tools/bench_train.py runs/demo/start          # after `make demo`
+    python tools/bench_train.py runs/demo/start
     python tools/bench_train.py runs/demo/start --compile
+
+after `make demo`, which writes the model, and `make test`, which installs torch.
 
 Completions of heavy-tailed lengths, float32. A trained token is one of a prompt or a
 completion, never padding. Ours packs rows; theirs pads batches (prompts left,
@@ -21,6 +23,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
+
+from oreal_jax import hardware
+
+hardware.leave_out_absent()  # before what follows imports JAX
 
 import jax
 import numpy as np

@@ -8,6 +8,10 @@ import json
 import random
 from pathlib import Path
 
+from oreal_jax import hardware
+
+hardware.leave_out_absent()  # before what follows imports JAX
+
 import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

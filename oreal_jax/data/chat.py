@@ -47,8 +47,6 @@ class Chat:
     ):
         """Raises BadInput where there is no chat template, or one that cannot be read
         or refuses these messages (some know no system message)."""
-        from jinja2 import TemplateError
-
         if template:
             tokenizer.chat_template = read_text(template)
         if not tokenizer.chat_template:
@@ -60,7 +58,7 @@ class Chat:
         self._pieces: dict[int, str] = {}  # of tokens asked for so far
         try:
             self.encode("?")
-        except TemplateError as error:
+        except Exception as error:  # a template raises what it likes
             raise BadInput(
                 f"{template or tokenizer.name_or_path}: the chat template with "
                 f"system_prompt={system_prompt!r}: {error}"

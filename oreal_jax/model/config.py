@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from oreal_jax.errors import BadInput
@@ -99,3 +100,14 @@ class ModelConfig:
             raise BadInput(
                 f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}"
             )
+
+    def require_tokens(self, tokens: Iterable[int], what: str) -> None:
+        """Checks that the vocabulary has all tokens: an array of the model's would be
+        read at its end for one that it has not.
+
+        Raises:
+            BadInput: it has not; the tokenizer is likely another model's.
+        """
+        highest = max(tokens, default=0)
+        if highest >= self.vocab:
+            raise BadInput(f"{what}: no token {highest}, the model has {self.vocab}")

@@ -61,12 +61,9 @@ class Engine:
         token reads; prompts are then run in these numbers too."""
         if not stop_tokens:
             raise BadInput("no stop token: completions would never end")
-        for token, _ in sampling.logit_bias:
-            if token >= config.vocab:
-                raise BadInput(
-                    f"sampling: logit_bias: no token {token}, the model has "
-                    f"{config.vocab}"
-                )
+        biased = (token for token, _ in sampling.logit_bias)
+        config.require_tokens(biased, "sampling: logit_bias")
+        config.require_tokens(stop_tokens, "stop tokens")
         meshes = sharding.engine_meshes(mesh, config, tensor, devices)
         self.config, self.mesh, self.sampling = config, meshes.own, sampling
         self.engines = sharding.row_ways(meshes.own)
@@ -109,8 +106,8 @@ class Engine:
         it comes, in any order.
 
         Raises:
-            BadInput: an empty prompt, or prompt and completion exceed the model or the
-                cache.
+            BadInput: an empty prompt, one with a token that the model does not have, or
+                prompt and completion exceed the model or the cache.
         """
         drawn: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
@@ -159,6 +156,7 @@ class Engine:
         limit = self.sampling.max_tokens
         for request in requests:
             self.require_room(len(request.prompt))
+            self.config.require_tokens(request.prompt, "prompt")
         # Prompts of like length are prefilled together.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         return [

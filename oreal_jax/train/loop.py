@@ -13,6 +13,7 @@ the prompts; from there on all of them have all completions and do the same.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from oreal_jax.data.packing import Batch, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation.attempts import fingerprint
 from oreal_jax.files import write_lines
-from oreal_jax.model import Params
+from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import (
@@ -84,7 +85,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
-    repeated, longest = usable_prompts(config, prompts, chat, screen)
+    repeated, longest = usable_prompts(config, source.config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
     engine_of = engines_of(config, source.config, mesh, stop_tokens, stop_table)
     engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
@@ -187,11 +188,17 @@ def learn(
 
 
 def usable_prompts(
-    config: TrainConfig, prompts: Sequence[Prompt], chat: Chat, screen: Screen
+    config: TrainConfig,
+    shape: ModelConfig,
+    prompts: Sequence[Prompt],
+    chat: Chat,
+    screen: Screen,
 ) -> tuple[list[Prompt], int]:
     """The prompts that are short enough, repeated by difficulty as published, and the
     tokens of the longest."""
-    sizes = [len(chat.encode(prompt.question)) for prompt in prompts]
+    encoded = [chat.encode(prompt.question) for prompt in prompts]
+    shape.require_tokens(itertools.chain.from_iterable(encoded), config.prompts)
+    sizes = [len(tokens) for tokens in encoded]
     fits = [size <= config.max_prompt_tokens for size in sizes]
     short = [prompt for prompt, does in zip(prompts, fits, strict=True) if does]
     if not short:

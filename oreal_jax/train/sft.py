@@ -5,6 +5,7 @@ start that OREAL trains from.
 """
 
 import hashlib
+import itertools
 from pathlib import Path
 
 from oreal_jax import efficiency, processes
@@ -14,6 +15,7 @@ from oreal_jax.data import Chat, PromptOrder, read_examples
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
+from oreal_jax.model import ModelConfig
 from oreal_jax.train.programs import mesh_of, update_of
 from oreal_jax.train.session import Session, chat_of, source_of
 from oreal_jax.train.step import place
@@ -29,7 +31,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
     chat = chat_of(config, run, source)
-    examples = usable_examples(config, chat, screen)
+    examples = usable_examples(config, source.config, chat, screen)
     of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     processes.agree(f"{config.examples}: fingerprint", of_all)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
@@ -68,10 +70,14 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 session.finish_step(values, learned.tokens, line, done)
 
 
-def usable_examples(config: SftConfig, chat: Chat, screen: Screen) -> list[Example]:
+def usable_examples(
+    config: SftConfig, shape: ModelConfig, chat: Chat, screen: Screen
+) -> list[Example]:
     """Prompt and solution tokens of every example that fits a row."""
     rows = read_examples(Path(config.examples))
     encoded = [chat.example(row.question, row.solution) for row in rows]
+    tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(encoded))
+    shape.require_tokens(tokens, config.examples)
     fits = [
         Example(prompt, completion)
         for prompt, completion in encoded
