@@ -231,6 +231,38 @@ def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, requests
     assert tight.statistics.new_tokens == tokens
 
 
+def test_all_that_a_row_has_goes_into_another_slot_and_nothing_else_changes():
+    mesh = mesh_of(sharding.MeshShape(data=2, tensor=4))
+    programs = kept_engine(mesh=mesh, cache="float8", **PENALTIES).programs
+    shapes = programs.abstract(4, 8)  # two engines of four slots and eight pages
+    number = np.random.default_rng(0)
+    draw = lambda x: number.integers(0, 2 if x.dtype == bool else 100, x.shape)
+    one, other = (
+        jax.tree.map(lambda x: draw(x).astype(x.dtype), shapes) for _ in range(2)
+    )
+    put = lambda state: jax.device_put(
+        state, jax.tree.map(lambda x: x.sharding, shapes)
+    )
+    lies = sharding.of_rows(programs.mesh)
+    array = lambda *engines: jax.device_put(np.array(engines, np.int32), lies)
+    row = programs.swap_out(put(one), array([2], [1]), array([3, 5], [1, 2]))
+    # Into the first engine alone; page 0 is nobody's.
+    found = programs.swap_in(put(other), row, array([0], [-1]), array([7, 1], [0, 0]))
+    found = jax.tree.map(np.array, found)
+
+    def check(found, one, other, here, there, first=0):
+        expected = other.copy()
+        expected[0, here] = one[0, there]
+        np.testing.assert_array_equal(found[:, first:], expected[:, first:])
+
+    def compare(*states, **moved):
+        jax.tree.map(functools.partial(check, **moved), *states)
+
+    states = found, one, other
+    compare(*(s._replace(cache=()) for s in states), here=[0], there=[2])
+    compare(*(s.cache for s in states), here=[7, 1], there=[3, 5], first=1)
+
+
 def test_a_completion_that_can_never_fit_the_cache_is_refused(params, requests):
     with pytest.raises(BadInput, match="max_tokens=90 does not fit cache_tokens=128"):
         draw(params, requests, cache_tokens=128)
@@ -372,8 +404,9 @@ def test_a_banned_token_is_never_drawn(params, requests, drawn):
 def test_tokens_that_the_model_does_not_have_are_refused(params):
     with pytest.raises(BadInput, match="logit_bias: no token 64, the model has 64"):
         engine_of(logit_bias=((64, 1.0),))
-    with pytest.raises(BadInput, match="stop tokens: no token 70, the model has 64"):
-        Engine(CONFIG, mesh_of(), Sampling(max_tokens=1), [STOP, 70])
+    for token in (70, -1):
+        with pytest.raises(BadInput, match=f"stop tokens: no token {token}, the model"):
+            Engine(CONFIG, mesh_of(), Sampling(max_tokens=1), [STOP, token])
     with pytest.raises(BadInput, match="prompt: no token 64, the model has 64"):
         draw(params, [Request([1, 64], 0)])
     with pytest.raises(BadInput, match="no token -1"):

@@ -102,12 +102,12 @@ class ModelConfig:
             )
 
     def require_tokens(self, tokens: Iterable[int], what: str) -> None:
-        """Checks that the vocabulary has all tokens: an array of the model's would be
-        read at its end for one that it has not.
+        """Checks that the vocabulary has all tokens: in place of one that it has not,
+        JAX would read another.
 
         Raises:
             BadInput: it has not; the tokenizer is likely another model's.
         """
-        highest = max(tokens, default=0)
-        if highest >= self.vocab:
-            raise BadInput(f"{what}: no token {highest}, the model has {self.vocab}")
+        for token in tokens:
+            if not 0 <= token < self.vocab:
+                raise BadInput(f"{what}: no token {token}, the model has {self.vocab}")
