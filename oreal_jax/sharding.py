@@ -314,9 +314,9 @@ def per_head(attend: Callable, mesh: Mesh) -> Callable:
 
 
 def per_slot(choose: Callable, mesh: Mesh) -> Callable:
-    """`choose(logits, *state)`, all with a leading axis of slots, each device of an
-    engine for a part of them, inside `per_engine`; what it returns is whole on all.
-    Where the devices do not divide the slots, each does all."""
+    """`choose(logits, common, *state)`, all but `common` with a leading axis of slots,
+    each device of an engine for a part of them, inside `per_engine`; what it returns is
+    whole on all. Where the devices do not divide the slots, each does all."""
     tensor, slots = mesh.shape["tensor"], _on(mesh, "slots", rules=DECODING).spec
     # Said of what comes in, or the split would spread to all that it is made of.
     by_token, whole = _constrain(_on(mesh, None, "vocab")), _constrain(_on(mesh))
@@ -324,13 +324,17 @@ def per_slot(choose: Callable, mesh: Mesh) -> Callable:
     def own(*parts):
         return jax.lax.all_gather(choose(*parts), "tensor", tiled=True)
 
-    def run(logits, *state):
+    def run(logits, common, *state):
         if tensor == 1 or len(logits) % tensor:
-            return choose(logits, *state)
+            return choose(logits, common, *state)
         split = jax.shard_map(
-            own, mesh=mesh, in_specs=slots, out_specs=PartitionSpec(), check_vma=False
+            own,
+            mesh=mesh,
+            in_specs=(slots, PartitionSpec(), *(slots for _ in state)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
         )
-        return split(by_token(logits), *jax.tree.map(whole, state))
+        return split(by_token(logits), common, *jax.tree.map(whole, state))
 
     return run
 

@@ -18,7 +18,14 @@ from oreal_jax.sampling import (
     sampled_from,
     token_table,
 )
-from oreal_jax.sampling.choice import Seen, biased, choose, penalised, truncated
+from oreal_jax.sampling.choice import (
+    Seen,
+    SlotSampling,
+    Uses,
+    adjusted,
+    choose,
+    truncated,
+)
 from oreal_jax.sampling.stops import FOUND, START
 
 HISTORY = [[5, 5, 9], [1, 2, 3], [9, 9, 9]]  # drawn so far, after prompts of token 7
@@ -31,11 +38,26 @@ def seen_of(vocabulary: int) -> Seen:
     return Seen(jnp.asarray(prompt), jnp.asarray(drawn, jnp.int32))
 
 
+def slots_of(sampling: Sampling, count: int, renormalise: bool = True) -> SlotSampling:
+    slots = SlotSampling.of([sampling] * count, 4, renormalise)
+    return jax.tree.map(jnp.asarray, slots)
+
+
+def choose_all(logits, keys, sampling, seen=None):
+    """Every row by the same sampling."""
+    rows, V = logits.shape
+    slots = slots_of(sampling, rows)
+    if seen is None:
+        seen = Seen(jnp.zeros((rows, V), bool), jnp.zeros((rows, V), jnp.int32))
+    uses = Uses.of(slots, jnp.ones(rows, bool))
+    return choose(logits, uses, keys, slots, seen)
+
+
 @pytest.mark.parametrize("penalty", [0.7, 1.5])
 def test_the_repetition_penalty_is_transformers(penalty):
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, repetition_penalty=penalty)
-    ours = penalised(jnp.asarray(logits), sampling, seen_of(20))
+    ours = adjusted(jnp.asarray(logits), slots_of(sampling, 3), seen_of(20))
     processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
     history = torch.tensor([[7, *row] for row in HISTORY])
     theirs = processor(history, torch.tensor(logits))
@@ -45,7 +67,8 @@ def test_the_repetition_penalty_is_transformers(penalty):
 def test_the_logit_bias_is_transformers():
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     bias = ((4, 2.5), (11, -100.0))
-    ours = biased(jnp.asarray(logits), Sampling(max_tokens=1, logit_bias=bias))
+    sampling = Sampling(max_tokens=1, logit_bias=bias)
+    ours = adjusted(jnp.asarray(logits), slots_of(sampling, 3), seen_of(20))
     entries: Any = [[[token], value] for token, value in bias]
     processor: Any = SequenceBiasLogitsProcessor(entries)
     history = torch.tensor([[7, *row] for row in HISTORY])
@@ -58,7 +81,8 @@ def test_presence_is_punished_once_and_frequency_each_time():
     completion alone."""
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, presence_penalty=0.5, frequency_penalty=0.25)
-    ours = np.asarray(penalised(jnp.asarray(logits), sampling, seen_of(20)))
+    slots = slots_of(sampling, 3)
+    ours = np.asarray(adjusted(jnp.asarray(logits), slots, seen_of(20)))
     for row, history in enumerate(HISTORY):
         for token in range(20):
             count = history.count(token)
@@ -106,11 +130,11 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
     logits = 2 * jax.random.normal(jax.random.key(0), (V,))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
     seen = Seen(jnp.arange(V)[None] % 3 == 0, jnp.arange(V)[None] % 5)
-    one = lambda key: choose(logits[None], key[None], sampling, seen)[0][0]
+    one = lambda key: choose_all(logits[None], key[None], sampling, seen)[0][0]
     tokens = np.asarray(
         jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
     )
-    scores = penalised(biased(logits[None], sampling), sampling, seen)
+    scores = adjusted(logits[None], slots_of(sampling, 1), seen)
     kept = np.asarray(truncated(scores, sampling)[0], np.float64)
     expected = draws * kept / kept.sum()
     counts = np.bincount(tokens, minlength=V)
@@ -140,7 +164,7 @@ def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
     logits = jax.random.normal(jax.random.key(0), (40, 50))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), 40))
     sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
-    token, log_prob, sampled = choose(logits, keys, sampling)
+    token, log_prob, sampled = choose_all(logits, keys, sampling)
     full = jax.nn.log_softmax(logits)
     expected = jnp.take_along_axis(full, token[:, None], -1)[:, 0]
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)

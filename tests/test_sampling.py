@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from oreal_jax import model, sharding
+from oreal_jax import metrics, model, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
@@ -24,6 +24,7 @@ from oreal_jax.sampling import (
     sampled_from,
     token_table,
 )
+from oreal_jax.sampling.programs import Size
 
 CONFIG = ModelConfig(
     vocab=64,
@@ -53,10 +54,10 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def requests():
+def prompts():
     draw = np.random.default_rng(0)
     lengths = [5, 17, 1, 30, 9]
-    return [Request(draw.integers(0, 64, n).tolist(), i) for i, n in enumerate(lengths)]
+    return [draw.integers(0, 64, n).tolist() for n in lengths]
 
 
 def mesh_of(shape=None):
@@ -66,25 +67,36 @@ def mesh_of(shape=None):
     return sharding.make_mesh(shape, CONFIG)
 
 
-def engine_of(mesh=None, rows=64, stop_table=None, **options) -> Engine:
-    """An engine for 90 tokens and a nucleus of 0.9, unless options say otherwise."""
-    of_engine = ("cache_tokens", "renormalise", "weights", "cache", "tensor")
-    given = {name: options.pop(name) for name in of_engine if name in options}
+def make_engine(mesh=None, rows=64, **options) -> Engine:
+    return Engine(CONFIG, mesh or mesh_of(), [STOP], rows=rows, **options)
+
+
+def make_requests(
+    prompts, *, keys=None, first_sample=0, seed=1, **options
+) -> list[Request]:
+    """Requests of 90 tokens and a nucleus of 0.9, unless options say otherwise."""
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
-    make = functools.partial(Engine, CONFIG, mesh or mesh_of(), sampling, [STOP])
-    return make(rows=rows, stop_table=stop_table, **given)
+    return [
+        Request(prompt, sampling, key, first_sample, seed)
+        for prompt, key in zip(prompts, keys or range(len(prompts)), strict=True)
+    ]
 
 
-kept_engine = functools.cache(engine_of)  # tests that ask for the same share programs
-
-
-def draw(params, requests, samples=3, *, seed=1, step=0, **options):
-    unhashable = "stop_table" in options
-    engine = engine_of(**options) if unhashable else kept_engine(**options)
+def weights_for(engine: Engine, params):
     placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
-    return engine.sample(
-        engine.weights(placed), requests, samples, seed=seed, step=step
-    )
+    return engine.weights(placed)
+
+
+OF_ENGINE = ("mesh", "rows", "stop_table", "cache_tokens", "weights", "cache", "tensor")
+OF_CALL = ("step", "renormalise")
+
+
+def draw(params, prompts, samples=3, **options):
+    """Completions by an engine, for requests and by a call with these options."""
+    pop = lambda names: {name: options.pop(name) for name in names if name in options}
+    engine, call = make_engine(**pop(OF_ENGINE)), pop(OF_CALL)
+    requests = make_requests(prompts, **options)
+    return engine.sample(weights_for(engine, params), requests, samples, **call)
 
 
 def tokens_of(drawn):
@@ -92,8 +104,8 @@ def tokens_of(drawn):
 
 
 @pytest.fixture(scope="module")
-def drawn(params, requests):
-    return draw(params, requests)
+def drawn(params, prompts):
+    return draw(params, prompts)
 
 
 def test_a_completion_ends_with_its_stop_token_or_at_the_limit(drawn):
@@ -109,15 +121,15 @@ def test_a_completion_ends_with_its_stop_token_or_at_the_limit(drawn):
     assert reasons == {"stop", "length"}
 
 
-def test_log_probs_are_those_of_the_full_forward_pass(params, requests, drawn):
-    for request, group in zip(requests, drawn, strict=True):
+def test_log_probs_are_those_of_the_full_forward_pass(params, prompts, drawn):
+    for prompt, group in zip(prompts, drawn, strict=True):
         for completion in group:
-            sequence = [*request.prompt, *completion.tokens]
+            sequence = [*prompt, *completion.tokens]
             tokens = jnp.asarray(sequence)[None]
             positions = jnp.arange(len(sequence))[None]
             ones = jnp.ones_like(tokens)
             states = model.hidden(CONFIG, params, tokens, positions, ones)
-            start, end = len(request.prompt) - 1, len(sequence) - 1
+            start, end = len(prompt) - 1, len(sequence) - 1
             expected, _ = model.log_probs(
                 CONFIG, params, states[:, start:end], tokens[:, start + 1 :]
             )
@@ -132,25 +144,26 @@ def test_log_probs_are_those_of_the_full_forward_pass(params, requests, drawn):
     [sharding.MeshShape(fsdp=4, tensor=2), sharding.MeshShape(data=4, tensor=2)],
     ids=str,
 )
-def test_devices_do_not_change_a_completion(params, requests, drawn, shape):
-    again = draw(params, requests, mesh=mesh_of(shape))
+def test_devices_do_not_change_a_completion(params, prompts, drawn, shape):
+    again = draw(params, prompts, mesh=mesh_of(shape))
     assert tokens_of(again) == tokens_of(drawn)
 
 
 def test_logits_are_exchanged_by_slot_and_never_gathered():
     mesh = mesh_of(sharding.MeshShape(fsdp=2, tensor=4))
-    programs, slots = kept_engine(mesh=mesh).programs, 16
+    engine, slots = make_engine(mesh=mesh), 16
+    programs = engine.programs
     weights = jax.eval_shape(programs.reshard, model.abstract(CONFIG))
     array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         (2, *shape), dtype, sharding=sharding.of_rows(programs.mesh)
     )
     arguments = (
         sharding.placed(weights, programs.own),
-        programs.abstract(slots, 32),
+        programs.abstract(Size(slots, 32, 8, 64, 16)),
         array(slots, 8),
         array(slots, dtype=bool),
     )
-    text = programs.decode.lower(*arguments, 1, 0).compile().as_text()
+    text = programs.decode.lower(*arguments, 1, 0, engine.stops).compile().as_text()
     assert text
     of_a_token = moved(text)
     assert of_a_token["all-to-all"] == slots * CONFIG.vocab * 4 / 4  # a quarter each
@@ -158,39 +171,39 @@ def test_logits_are_exchanged_by_slot_and_never_gathered():
 
 
 def test_slots_that_the_devices_do_not_divide_are_chosen_by_all():
-    def double(logits, state):
-        return logits[:, 0] * state
+    def double(logits, factor, state):
+        return factor * logits[:, 0] * state
 
     one = sharding.per_slot(double, mesh_of(sharding.MeshShape(fsdp=2, tensor=4)))
     for slots in (3, 4):
         logits, state = jnp.arange(2.0 * slots).reshape(slots, 2), jnp.arange(slots)
-        found = jax.jit(one)(logits, state)
-        np.testing.assert_array_equal(found, double(logits, state))
+        found = jax.jit(one)(logits, 2, state)
+        np.testing.assert_array_equal(found, double(logits, 2, state))
 
 
 def test_an_engine_may_have_other_devices_than_a_row_of_the_mesh(
-    params, requests, drawn
+    params, prompts, drawn
 ):
     mesh = mesh_of(sharding.MeshShape(fsdp=4, context=2))
-    engine = kept_engine(mesh=mesh, tensor=2)
+    engine = make_engine(mesh=mesh, tensor=2)
     assert (engine.mesh.shape["data"], engine.mesh.shape["tensor"]) == (4, 2)
-    again = draw(params, requests, mesh=mesh, tensor=2)
+    again = draw(params, prompts, mesh=mesh, tensor=2)
     assert tokens_of(again) == tokens_of(drawn)
     with pytest.raises(BadInput, match="engine of 3 devices: a process has 8"):
-        engine_of(mesh=mesh, tensor=3)
+        make_engine(mesh=mesh, tensor=3)
 
 
 def test_batch_size_order_and_neighbours_do_not_change_a_completion(
-    params, requests, drawn
+    params, prompts, drawn
 ):
     order = [3, 0, 4]
-    again = draw(params, [requests[i] for i in order], rows=4)
+    again = draw(params, [prompts[i] for i in order], keys=order, rows=4)
     assert tokens_of(again) == [tokens_of(drawn)[i] for i in order]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
-def test_slots_do_not_change_a_completion(params, requests, drawn, rows):
-    assert tokens_of(draw(params, requests, rows=rows)) == tokens_of(drawn)
+def test_slots_do_not_change_a_completion(params, prompts, drawn, rows):
+    assert tokens_of(draw(params, prompts, rows=rows)) == tokens_of(drawn)
 
 
 @pytest.mark.parametrize(
@@ -203,28 +216,28 @@ def test_slots_do_not_change_a_completion(params, requests, drawn, rows):
     ],
     ids=lambda how: next(iter(how), "plain"),
 )
-def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, requests, how):
+def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, prompts, how):
     """Rows that find no page are swapped out and go on later as if nothing had been,
     with all that their next tokens depend on, and no token is drawn twice."""
     options = dict(how)
-    make = kept_engine
-    if options.pop("stop_strings", False):
-        make = functools.partial(
-            engine_of, stop_table=token_table(["cabdd"], lambda: PIECES, 64)
-        )
+    renormalise = options.pop("renormalise", False)
     mesh = mesh_of(options.pop("mesh", None))
-    roomy = make(**options)
-    tight = make(mesh=mesh, rows=8, cache_tokens=256, **options)
-    found = []
-    for engine in (roomy, tight):
-        placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
-        found.append(engine.sample(engine.weights(placed), requests, 3, seed=1))
+    of_engine = {"cache": options.pop("cache", "full")}
+    if options.pop("stop_strings", False):
+        of_engine["stop_table"] = token_table(["cabdd"], lambda: PIECES, 64)
+    roomy = make_engine(**of_engine)
+    tight = make_engine(mesh=mesh, rows=8, cache_tokens=256, **of_engine)
+    requests = make_requests(prompts, **options)
+    found = [
+        engine.sample(weights_for(engine, params), requests, 3, renormalise=renormalise)
+        for engine in (roomy, tight)
+    ]
     assert tokens_of(found[0]) == tokens_of(found[1])
     for one, other in zip(*map(itertools.chain.from_iterable, found), strict=True):
         assert one.finish_reason == other.finish_reason
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
         close(one.log_probs, other.log_probs)
-        if "renormalise" in how:
+        if renormalise:
             close(one.sampled_log_probs, other.sampled_log_probs)
     assert roomy.statistics.swapped_rows == 0 < tight.statistics.swapped_rows
     tokens = sum(len(c.tokens) for group in found[0] for c in group)
@@ -233,8 +246,8 @@ def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, requests
 
 def test_all_that_a_row_has_goes_into_another_slot_and_nothing_else_changes():
     mesh = mesh_of(sharding.MeshShape(data=2, tensor=4))
-    programs = kept_engine(mesh=mesh, cache="float8", **PENALTIES).programs
-    shapes = programs.abstract(4, 8)  # two engines of four slots and eight pages
+    programs = make_engine(mesh=mesh, cache="float8").programs
+    shapes = programs.abstract(Size(4, 8, 4, 64, 2))  # of each of two engines
     number = np.random.default_rng(0)
     draw = lambda x: number.integers(0, 2 if x.dtype == bool else 100, x.shape)
     one, other = (
@@ -263,74 +276,72 @@ def test_all_that_a_row_has_goes_into_another_slot_and_nothing_else_changes():
     compare(*(s.cache for s in states), here=[7, 1], there=[3, 5], first=1)
 
 
-def test_a_completion_that_can_never_fit_the_cache_is_refused(params, requests):
+def test_a_completion_that_can_never_fit_the_cache_is_refused(params, prompts):
     with pytest.raises(BadInput, match="max_tokens=90 does not fit cache_tokens=128"):
-        draw(params, requests, cache_tokens=128)
+        draw(params, prompts, cache_tokens=128)
 
 
-def test_finished_completions_are_heard_of_one_by_one(params, requests, drawn):
+def test_finished_completions_are_heard_of_one_by_one(params, prompts, drawn):
     heard = {}
-    engine = engine_of(rows=4)
+    engine = make_engine(rows=4)
     engine.sample(
         engine.weights(params),
-        requests,
+        make_requests(prompts),
         3,
-        seed=1,
         on_finished=lambda n, k, completion: heard.setdefault((n, k), completion),
     )
-    assert sorted(heard) == [(n, k) for n in range(len(requests)) for k in range(3)]
+    assert sorted(heard) == [(n, k) for n in range(len(prompts)) for k in range(3)]
     for (n, k), completion in heard.items():
         assert completion.tokens == drawn[n][k].tokens
 
 
-def test_statistics_count_every_prompt_once_and_every_token(params, requests):
-    engine = engine_of(rows=4)
-    drawn = engine.sample(engine.weights(params), requests, 3, seed=1)
+def test_statistics_count_every_prompt_once_and_every_token(params, prompts):
+    engine = make_engine(rows=4)
+    drawn = engine.sample(engine.weights(params), make_requests(prompts), 3)
     found = engine.statistics
-    assert found.prompt_tokens == sum(len(r.prompt) - 1 for r in requests)
+    assert found.prompt_tokens == sum(len(prompt) - 1 for prompt in prompts)
     assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
     assert 0.8 < found.occupancy <= 1 and found.swapped_rows == 0
     assert found.metrics()["perf/decode_throughput"] > 0
 
 
-def test_samples_seeds_steps_and_copies_of_a_prompt_differ(params, requests, drawn):
+def test_samples_seeds_steps_and_copies_of_a_prompt_differ(params, prompts, drawn):
     first = tokens_of(drawn)[0]
     assert len({tuple(tokens) for tokens in first}) == 3
     others = [
-        draw(params, requests[:1], seed=2),
-        draw(params, requests[:1], step=1),
-        draw(params, [requests[0]._replace(first_sample=3)]),
+        draw(params, prompts[:1], seed=2),
+        draw(params, prompts[:1], step=1),
+        draw(params, prompts[:1], first_sample=3),
     ]
     for other in others:
         assert tokens_of(other)[0] != first
 
 
-def test_a_copys_samples_continue_the_first_ones(params, requests):
-    six = draw(params, requests[:1], samples=6)
-    copy = draw(params, [requests[0]._replace(first_sample=3)])
+def test_a_copys_samples_continue_the_first_ones(params, prompts):
+    six = draw(params, prompts[:1], samples=6)
+    copy = draw(params, prompts[:1], first_sample=3)
     assert tokens_of(copy)[0] == tokens_of(six)[0][3:]
 
 
-def test_no_samples_are_no_completions(params, requests):
-    assert draw(params, requests, samples=0) == [[]] * len(requests)
+def test_no_samples_are_no_completions(params, prompts):
+    assert draw(params, prompts, samples=0) == [[]] * len(prompts)
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 200])
 def test_a_prompt_that_cannot_be_completed_is_refused(params, prompt):
     with pytest.raises(BadInput, match=f"prompt of {len(prompt)} tokens.*256"):
-        draw(params, [Request(prompt, 0)])
+        draw(params, [prompt])
 
 
-def test_progress_counts_every_token_and_row_once(params, requests, drawn):
+def test_progress_counts_every_token_and_row_once(params, prompts, drawn):
     seen = np.zeros(2, int)
-    mesh = mesh_of()
-    engine = Engine(CONFIG, mesh, Sampling(max_tokens=90, top_p=0.9), [STOP], rows=8)
+    engine = make_engine(rows=8)
 
     def count(tokens: int, finished: int) -> None:
         seen[:] += tokens, finished
 
     again = engine.sample(
-        engine.weights(params), requests, 3, seed=1, on_progress=count
+        engine.weights(params), make_requests(prompts), 3, on_progress=count
     )
     total = sum(len(c.tokens) for group in again for c in group)
     assert seen.tolist() == [total, 15]
@@ -342,11 +353,11 @@ def test_greedy_equals_transformers_on_64_prompts(tmp_path, penalty):
     config = hf.read_config(tmp_path)
     mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
     sampling = Sampling(max_tokens=20, temperature=0.0, repetition_penalty=penalty)
-    engine = Engine(config, mesh, sampling, [2], rows=16)
+    engine = Engine(config, mesh, [2], rows=16)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 96, 1 + n % 13).tolist() for n in range(64)]
-    requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
-    ours = engine.sample(engine.weights(hf.load(tmp_path)), requests, 1, seed=0)
+    requests = [Request(prompt, sampling, i) for i, prompt in enumerate(prompts)]
+    ours = engine.sample(engine.weights(hf.load(tmp_path)), requests, 1)
     for prompt, (completion,) in zip(prompts, ours, strict=True):
         with torch.no_grad():
             expected = theirs.generate(
@@ -368,58 +379,108 @@ def logits_of(params, tokens):
     return model.logits(CONFIG, params, states)
 
 
-def test_penalties_follow_what_each_row_has_drawn(params, requests):
+def test_penalties_follow_what_each_row_has_drawn(params, prompts):
     """Token by token against the full forward pass: slots are used again and again, so
     what one row has seen must not reach the next."""
     how: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 12}
-    drawn = draw(params, requests, 1, rows=2, **how, **PENALTIES)
-    for request, (completion,) in zip(requests, drawn, strict=True):
-        sequence = list(request.prompt)
+    drawn = draw(params, prompts, 1, rows=2, **how, **PENALTIES)
+    for prompt, (completion,) in zip(prompts, drawn, strict=True):
+        sequence = list(prompt)
         for token in completion.tokens:
             padded = sequence + [0] * (48 - len(sequence))
             logits = logits_of(params, jnp.asarray([padded]))[0, len(sequence) - 1]
-            prompt = np.isin(np.arange(64), request.prompt)
-            counts = np.bincount(sequence[len(request.prompt) :], minlength=64)
+            in_prompt = np.isin(np.arange(64), prompt)
+            counts = np.bincount(sequence[len(prompt) :], minlength=64)
             factor = np.where(logits > 0, 1 / 1.4, 1.4)
-            logits = np.where(prompt | (counts > 0), logits * factor, logits)
+            logits = np.where(in_prompt | (counts > 0), logits * factor, logits)
             logits = logits - 0.3 * (counts > 0) - 0.2 * counts
             assert token == logits.argmax()
             sequence.append(token)
 
 
-def test_penalties_do_not_depend_on_slots(params, requests):
-    few, many = (draw(params, requests, rows=rows, **PENALTIES) for rows in (2, 64))
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "max_tokens": 12},
+    {"top_p": 1.0, "temperature": 0.7, "seed": 5},
+    {"top_p": 0.3, "max_tokens": 40},
+    {"top_k": 4, "min_p": 0.1, **PENALTIES},
+    {"top_p": 0.7, "logit_bias": ((7, 1.5), (STOP, float("-inf")))},
+]
+
+
+def test_requests_of_one_call_may_differ_in_everything(params, prompts):
+    """Each is completed as if it were alone."""
+    alone = [
+        draw(params, [prompt], keys=[i], **options)[0]
+        for i, (prompt, options) in enumerate(zip(prompts, MIXED, strict=True))
+    ]
+    engine = make_engine(rows=8)
+    mixed = [
+        *itertools.chain.from_iterable(
+            make_requests([prompt], keys=[i], **options)
+            for i, (prompt, options) in enumerate(zip(prompts, MIXED, strict=True))
+        )
+    ]
+    together = engine.sample(weights_for(engine, params), mixed, 3)
+    assert tokens_of(together) == tokens_of(alone)
+    for one, other in zip(
+        *map(itertools.chain.from_iterable, (together, alone)), strict=True
+    ):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+def test_other_parameters_compile_nothing(params, prompts):
+    engine = make_engine(rows=16)
+    weights = weights_for(engine, params)
+    count = metrics.compilations
+    complete = lambda **options: engine.sample(
+        weights, make_requests(prompts, **options), 2, **call
+    )
+    call: dict[str, Any] = {}
+    complete()
+    count.take()
+    for options in MIXED:
+        complete(**({"max_tokens": 90} | options))
+    call["renormalise"] = True
+    complete(seed=2)
+    assert count.take() == 0
+    again = make_engine(rows=16)  # an engine like it has the same programs
+    again.sample(weights, make_requests(prompts), 2)
+    assert count.take() == 0
+
+
+def test_penalties_do_not_depend_on_slots(params, prompts):
+    few, many = (draw(params, prompts, rows=rows, **PENALTIES) for rows in (2, 64))
     assert tokens_of(few) == tokens_of(many)
 
 
-def test_a_banned_token_is_never_drawn(params, requests, drawn):
+def test_a_banned_token_is_never_drawn(params, prompts, drawn):
     usual = {t for group in drawn for c in group for t in c.tokens}
     banned = max(usual - {STOP})
-    again = draw(params, requests, logit_bias=((banned, -1e9),))
+    again = draw(params, prompts, logit_bias=((banned, -1e9),))
     assert banned not in {t for group in again for c in group for t in c.tokens}
-    without = draw(params, requests, logit_bias=((banned, 0.0),))
+    without = draw(params, prompts, logit_bias=((banned, 0.0),))
     assert tokens_of(without) == tokens_of(drawn)
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(params):
     with pytest.raises(BadInput, match="logit_bias: no token 64, the model has 64"):
-        engine_of(logit_bias=((64, 1.0),))
+        draw(params, [[1]], logit_bias=((64, 1.0),))
     for token in (70, -1):
         with pytest.raises(BadInput, match=f"stop tokens: no token {token}, the model"):
-            Engine(CONFIG, mesh_of(), Sampling(max_tokens=1), [STOP, token])
+            Engine(CONFIG, mesh_of(), [STOP, token])
     with pytest.raises(BadInput, match="prompt: no token 64, the model has 64"):
-        draw(params, [Request([1, 64], 0)])
+        draw(params, [[1, 64]])
     with pytest.raises(BadInput, match="no token -1"):
         Sampling(max_tokens=1, logit_bias=((-1, 1.0),))
 
 
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
-    params, requests, drawn
+    params, prompts, drawn
 ):
     """Strings straddle tokens."""
     spell = lambda tokens: b"".join(PIECES[t] for t in tokens).decode()
     table = token_table(STOP_STRINGS, lambda: PIECES, 64)
-    again = draw(params, requests, stop_table=table, rows=4)
+    again = draw(params, prompts, stop_table=table, rows=4)
     ended = 0
     for before, after in zip(drawn, again, strict=True):
         for whole, short in zip(before, after, strict=True):
@@ -435,12 +496,12 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
 
 
 @pytest.mark.parametrize("option", [{"weights": "int8"}, {"cache": "float8"}])
-def test_eight_bits_change_little_and_depend_on_nothing_else(params, requests, option):
-    small = draw(params, requests, max_tokens=5, **option)
+def test_eight_bits_change_little_and_depend_on_nothing_else(params, prompts, option):
+    small = draw(params, prompts, max_tokens=5, **option)
     assert tokens_of(
-        draw(params, requests, max_tokens=5, rows=4, **option)
+        draw(params, prompts, max_tokens=5, rows=4, **option)
     ) == tokens_of(small)
-    full = draw(params, requests, max_tokens=1)
+    full = draw(params, prompts, max_tokens=1)
     first = lambda drawn: np.array([c.log_probs[0] for g in drawn for c in g])
     tokens = lambda drawn: np.array([c.tokens[0] for g in drawn for c in g])
     same = tokens(small) == tokens(full)
@@ -449,20 +510,20 @@ def test_eight_bits_change_little_and_depend_on_nothing_else(params, requests, o
 
 
 def test_more_tensor_devices_than_key_value_heads_change_nothing(
-    params, requests, drawn
+    params, prompts, drawn
 ):
     shape = sharding.MeshShape(fsdp=2, tensor=4)  # the model has two such heads
-    assert tokens_of(draw(params, requests, mesh=mesh_of(shape))) == tokens_of(drawn)
+    assert tokens_of(draw(params, prompts, mesh=mesh_of(shape))) == tokens_of(drawn)
 
 
-def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requests):
+def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, prompts):
     sampling = Sampling(max_tokens=20, temperature=0.8, top_p=0.7)
     how = dataclasses.asdict(sampling)
-    ((completion,),) = draw(params, requests[:1], 1, seed=3, renormalise=True, **how)
-    tokens = jnp.asarray([[*requests[0].prompt, *completion.tokens]])
+    ((completion,),) = draw(params, prompts[:1], 1, seed=3, renormalise=True, **how)
+    tokens = jnp.asarray([[*prompts[0], *completion.tokens]])
     positions = jnp.arange(tokens.shape[1])[None]
     states = model.hidden(CONFIG, params, tokens, positions, jnp.ones_like(tokens))
-    start = len(requests[0].prompt)
+    start = len(prompts[0])
     log_probs, entropy = model.log_probs(
         CONFIG,
         params,
@@ -474,5 +535,5 @@ def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, requ
     np.testing.assert_allclose(
         completion.sampled_log_probs, log_probs[0], rtol=1e-3, atol=1e-4
     )
-    assert draw(params, requests[:1], 1, **how)[0][0].sampled_log_probs is None
+    assert draw(params, prompts[:1], 1, **how)[0][0].sampled_log_probs is None
     assert jnp.all(entropy >= 0) and jnp.all(entropy < jnp.log(CONFIG.vocab))

@@ -250,6 +250,7 @@ def label(parsed: argparse.Namespace) -> None:
         drawn = draw(
             opened.engine,
             opened.engine.weights(opened.load()),
+            sampling,
             opened.chat,
             requests,
             1,
@@ -336,6 +337,7 @@ def _attempts(
             drawn = draw(
                 opened.engine,
                 weights,
+                opened.sampling,
                 opened.chat,
                 prompts,
                 parsed.k,

@@ -96,12 +96,13 @@ def evaluate(parsed: argparse.Namespace) -> None:
         at_least(1, "--limit", parsed.limit)
         sets = [each._replace(problems=each.problems[: parsed.limit]) for each in sets]
     run.check_fields(sets, parsed.by)
-    opened = Opened(parsed, sampling_of(parsed, parsed.k == 1))
-    plan = run.Plan(None, opened.engine, parsed.k)
+    sampling = sampling_of(parsed, parsed.k == 1)
+    plan = run.Plan(None, sampling, parsed.k)
     if parsed.k == 1:
-        plan = run.Plan(opened.engine, None, 0)
+        plan = run.Plan(sampling, None, 0)
     elif parsed.greedy:
-        plan = plan._replace(greedy=Opened(parsed, sampling_of(parsed, True)).engine)
+        plan = plan._replace(greedy=sampling_of(parsed, True))
+    opened = Opened(parsed, sampling)
     problems = [problem for each in sets for problem in each.problems]
     work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
     out = parsed.items or parsed.json
@@ -114,6 +115,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
         with Pool(os.cpu_count() or 1) as pool:
             reports = run.measure(
                 plan,
+                opened.engine,
                 params,
                 opened.chat,
                 pool,

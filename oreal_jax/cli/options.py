@@ -175,7 +175,8 @@ def bias(text: str) -> tuple[int, float]:
 
 
 class Opened:
-    """A model ready to draw completions; `stops` are texts that end them."""
+    """A model ready to complete prompts as `sampling` says; `stops` are texts that end
+    completions."""
 
     def __init__(self, parsed: argparse.Namespace, sampling, stops=()):
         from oreal_jax import sharding
@@ -198,7 +199,6 @@ class Opened:
         self.engine = Engine(
             source.config,
             mesh,
-            sampling,
             self.chat.stop_tokens(words),
             stop_table=token_table(strings, self.chat.token_bytes, source.config.vocab),
             rows=parsed.rows,
@@ -206,6 +206,8 @@ class Opened:
             weights=parsed.weights,
             cache=parsed.cache,
         )
+        self.engine.require(sampling)
+        self.sampling = sampling
         self.load = lambda: source.load(mesh, dtype)
 
 

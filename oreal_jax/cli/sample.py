@@ -58,7 +58,10 @@ def sample(parsed: argparse.Namespace) -> None:
     screen = Screen.on_stderr()
     questions = [parsed.prompt] if parsed.file is None else read_questions(parsed.file)
     opened = Opened(parsed, sampling_of(parsed, parsed.greedy), parsed.stop)
-    requests = [Request(opened.chat.encode(q), i) for i, q in enumerate(questions)]
+    requests = [
+        Request(opened.chat.encode(q), opened.sampling, i, seed=parsed.seed)
+        for i, q in enumerate(questions)
+    ]
     with screen.phase("load"):
         weights = opened.engine.weights(opened.load())
     rows: dict[tuple[int, int], dict] = {}
@@ -78,7 +81,6 @@ def sample(parsed: argparse.Namespace) -> None:
                 weights,
                 requests,
                 parsed.n,
-                seed=parsed.seed,
                 on_progress=lambda tokens, finished: advance(finished, tokens),
                 on_finished=finished,
             )

@@ -23,7 +23,7 @@ from oreal_jax.errors import BadInput
 from oreal_jax.files import write_text
 from oreal_jax.model.decoding import Weights
 from oreal_jax.rollout import judged
-from oreal_jax.sampling import Completion, Engine, Request
+from oreal_jax.sampling import Completion, Engine, Request, Sampling
 from oreal_jax.verify import Pool, Verdict
 from oreal_jax.verify.llm_judge import Case, Judge
 
@@ -182,6 +182,7 @@ def drawing(
 def draw(
     engine: Engine,
     weights: Weights,
+    sampling: Sampling,
     chat: Chat,
     prompts: Sequence[Prompt],
     samples: int,
@@ -215,9 +216,11 @@ def draw(
 
         engine.sample(
             weights,
-            [Request(chat.encode(p.question), p.key, first) for p, first in firsts],
+            [
+                Request(chat.encode(p.question), sampling, p.key, first, seed)
+                for p, first in firsts
+            ],
             count,
-            seed=seed,
             on_progress=on_progress,
             on_finished=keep,
         )

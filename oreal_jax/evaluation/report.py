@@ -14,7 +14,7 @@ from oreal_jax.data import Chat, Prompt
 from oreal_jax.evaluation.attempts import Attempt, Finished, draw, judge
 from oreal_jax.evaluation.statistics import Measure, majority, mean, pass_at
 from oreal_jax.model import Params
-from oreal_jax.sampling import Engine
+from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.verify import Pool
 from oreal_jax.verify.extract import answer
 from oreal_jax.verify.rule import canonical
@@ -85,6 +85,7 @@ class Report(NamedTuple):
 def evaluate(
     engine: Engine,
     params: Params,
+    sampling: Sampling,
     chat: Chat,
     prompts: Sequence[Prompt],
     pool: Pool,
@@ -96,11 +97,12 @@ def evaluate(
 ) -> Report:
     """Completes and judges every prompt `samples` times.
 
-    Where the engine is greedy one sample says all.
+    Where the sampling is greedy one sample is enough.
     """
     drawn = draw(
         engine,
         engine.weights(params),
+        sampling,
         chat,
         prompts,
         samples,

@@ -12,7 +12,7 @@ from oreal_jax.evaluation.report import Report, report
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.model import Params
 from oreal_jax.model.decoding import Weights
-from oreal_jax.sampling import Engine
+from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.verify import Pool
 from oreal_jax.verify.llm_judge import Judge
 
@@ -20,8 +20,8 @@ from oreal_jax.verify.llm_judge import Judge
 class Plan(NamedTuple):
     """How each problem is attempted: once by `greedy`, `samples` times by `sampled`."""
 
-    greedy: Engine | None
-    sampled: Engine | None
+    greedy: Sampling | None
+    sampled: Sampling | None
     samples: int
 
 
@@ -40,6 +40,7 @@ def check_fields(sets: Sequence[ProblemSet], by: Sequence[str]) -> None:
 
 def measure(
     plan: Plan,
+    engine: Engine,
     params: Params,
     chat: Chat,
     pool: Pool,
@@ -57,14 +58,24 @@ def measure(
         BadInput: a problem and its completion exceed the model.
     """
     finished = {} if finished is None else finished
+    weights = engine.weights(params)
 
-    def attempts(engine: Engine | None, samples: int, kind: str):
-        if engine is None:
+    def attempts(sampling: Sampling | None, samples: int, kind: str):
+        if sampling is None:
             return {each.name: [] for each in sets}
-        weights = engine.weights(params)
-        given = (engine, weights, samples, kind, chat, pool, sets)
         return attempt(
-            *given, seed=seed, finished=finished, second=second, screen=screen
+            engine,
+            weights,
+            sampling,
+            samples,
+            kind,
+            chat,
+            pool,
+            sets,
+            seed=seed,
+            finished=finished,
+            second=second,
+            screen=screen,
         )
 
     greedy = attempts(plan.greedy, 1, "greedy")
@@ -75,6 +86,7 @@ def measure(
 def attempt(
     engine: Engine,
     weights: Weights,
+    sampling: Sampling,
     samples: int,
     kind: str,
     chat: Chat,
@@ -99,6 +111,7 @@ def attempt(
             drawn = draw(
                 engine,
                 weights,
+                sampling,
                 chat,
                 problems,
                 samples,

@@ -167,7 +167,7 @@ def compiled(
         if made[-1].error:
             break
     size, engine = run.size, run.engine
-    cache = engine.programs.abstract(size.slots, size.pages).cache
+    cache = engine.programs.abstract(size).cache
     return Findings(
         kind=devices[0].device_kind,
         memory=memory_of(devices[0]),

@@ -18,11 +18,12 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, bucket, pack
 from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Engine
+from oreal_jax.sampling.programs import Size, Starts
 from oreal_jax.sampling.scheduler import smaller
-from oreal_jax.sampling.work import DISPATCH, PAGE, PREFILL, Size
+from oreal_jax.sampling.work import DISPATCH, PAGE, PREFILL, prompts_together
 from oreal_jax.train.programs import (
     compute_dtype,
-    engines_of,
+    engine_of,
     learners_of,
     mesh_of,
     update_of,
@@ -92,13 +93,14 @@ def layout(
     learners = learners_of(config, shape, mesh, config.steps)
     # Stop tokens and strings are the tokenizer's, which a plan does not have; they
     # take a few kilobytes.
-    engine = engines_of(config, shape, mesh, [0], None)(
-        config.sampling, renormalise=config.log_probs == "sampled", devices=host
-    )
-    engine.require_room(config.max_prompt_tokens)
+    engine = engine_of(config, shape, mesh, [0], None, devices=host)
+    new = config.sampling.max_tokens
+    engine.require_room(config.max_prompt_tokens, new)
     processes = len({device.process_index for device in devices})
     prompts = -(-config.prompts_per_step // processes)
-    size = engine.size(prompts * config.samples_per_prompt, config.max_prompt_tokens)
+    size = engine.size(
+        prompts * config.samples_per_prompt, config.max_prompt_tokens, new
+    )
     batch, _ = pack(
         [
             Example([0] * prompt, [0] * drawn)
@@ -179,9 +181,13 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         (engines, *shape), dtype, sharding=rows
     )
-    state = programs.abstract(size.slots, size.pages)
+    whole = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.replicated(mesh)
+    )
+    stops = jax.tree.map(whole, run.engine.stops)
+    state = programs.abstract(size)
     length = bucket(config.max_prompt_tokens - 1, PAGE)
-    count = max(1, PREFILL // length)
+    count = prompts_together(max(1, PREFILL // length))
     prompts = array(count, length), array(count), array(count, length // PAGE)
     yield Program(
         f"prefill of {count} x {length}",
@@ -190,31 +196,34 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         (weights, state, *prompts),
         held,
     )
-    seen = size.longest_prompt if config.sampling.penalises else 0
-    starts = array(size.slots, 7), array(size.slots, seen)
+    starts = Starts(
+        *(array(size.slots) for _ in Starts._fields[:-2]),
+        prompts=array(size.slots, bucket(config.max_prompt_tokens)),
+        sampling=state.sampling,
+    )._replace(key=array(size.slots, dtype=jnp.uint32))
     beside = held + on_device(weights)
     yield Program(
         f"admission of {size.slots}",
         "gen",
         programs.admit,
-        (state, *starts, 0, 0),
+        (state, starts, 0),
         beside,
     )
     fewest = size.slots
     while smaller(fewest):
         fewest = smaller(fewest)
     for slots in dict.fromkeys([size.slots, fewest]):
-        left = programs.abstract(slots, size.pages)
+        left = programs.abstract(size._replace(slots=slots))
         table, runs = array(slots, size.table_pages), array(slots, dtype=bool)
         yield Program(
             f"decode in {slots} slots",
             "decode",
             programs.decode,
-            (weights, left, table, runs, DISPATCH, 0),
+            (weights, left, table, runs, DISPATCH, 0, stops),
             held,
         )
     if config.cache_tokens:  # rows may have to make room
-        row = programs.abstract(1, size.table_pages)
+        row = programs.abstract(size._replace(slots=1, pages=size.table_pages))
         where = array(1), array(size.table_pages)
         for name, function, arguments in [
             ("swap-out", programs.swap_out, (state, *where)),

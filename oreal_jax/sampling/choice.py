@@ -1,27 +1,30 @@
 """Choosing the next token: bias, penalties, temperature, top-k, top-p, min-p, then
 uniform numbers.
 
-The vocabulary is never sorted. A token is found by inverting the cumulative
-distribution in two levels; whether it lies in the nucleus, by one sum over what is
-likelier.
+The parameters are arrays over slots, so one compiled program serves every mixture of
+requests; a step that no slot needs is skipped (`Uses`). The vocabulary is never sorted.
+Truncation is a threshold per slot: tokens of a smaller weight are out. A token is found
+by inverting the cumulative distribution in two levels; whether it lies in the nucleus,
+by one sum over what is likelier.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution
 
 BLOCK = 256  # tokens per block of the two-level cumulative sum
-# Drawing anew until a token is inside is for nuclei that hold at least this much; after
-# so many misses (2^-100) it is the likeliest token.
-WIDE, MOST_ATTEMPTS = 0.5, 100
+# Drawing again until a token is inside is for nuclei that hold at least this much;
+# after so many misses (2^-100) it is the likeliest token.
+WIDE, MAX_ATTEMPTS = 0.5, 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,98 @@ class Sampling:
         )
 
 
+class SlotSampling(NamedTuple):
+    """`Sampling` as arrays over slots, K biases each (a token beyond the vocabulary is
+    no bias). `renormalise` asks for `Chosen.sampled`."""
+
+    temperature: Float[Any, "*B"]
+    top_p: Float[Any, "*B"]
+    top_k: Int[Any, "*B"]
+    min_p: Float[Any, "*B"]
+    repetition_penalty: Float[Any, "*B"]
+    presence_penalty: Float[Any, "*B"]
+    frequency_penalty: Float[Any, "*B"]
+    bias_tokens: Int[Any, "*B K"]
+    bias_values: Float[Any, "*B K"]
+    renormalise: Bool[Any, "*B"]
+
+    @classmethod
+    def off(cls, shape: tuple[int, ...], biases: int) -> "SlotSampling":
+        """Greedy choice without any option, for so many `biases` a slot."""
+        value = lambda x: np.full(shape, x, np.float32)
+        whole = lambda shape, x: np.full(shape, x, np.int32)
+        no_token = np.iinfo(np.int32).max
+        return cls(
+            temperature=value(0),
+            top_p=value(1),
+            top_k=whole(shape, 0),
+            min_p=value(0),
+            repetition_penalty=value(1),
+            presence_penalty=value(0),
+            frequency_penalty=value(0),
+            bias_tokens=whole((*shape, biases), no_token),
+            bias_values=np.zeros((*shape, biases), np.float32),
+            renormalise=np.zeros(shape, bool),
+        )
+
+    @classmethod
+    def of(
+        cls, samplings: Sequence[Sampling], biases: int, renormalise: bool = False
+    ) -> "SlotSampling":
+        """One slot for each of `samplings`, which have at most so many `biases`."""
+        slots = cls.off((len(samplings),), biases)
+        for slot, sampling in enumerate(samplings):
+            slots.put(slot, sampling, renormalise)
+        return slots
+
+    def put(self, slot: Any, sampling: Sampling, renormalise: bool) -> None:
+        """Writes one slot of NumPy arrays in place."""
+        for name in self._fields:
+            if hasattr(sampling, name):
+                getattr(self, name)[slot] = getattr(sampling, name)
+        for k, (token, value) in enumerate(sampling.logit_bias):
+            self.bias_tokens[slot][k], self.bias_values[slot][k] = token, value
+        self.renormalise[slot] = renormalise
+
+
+class Uses(NamedTuple):
+    """Which steps of choosing some slot needs. Scalars, the same for all engines of a
+    program: what no slot needs is then skipped, not computed and thrown away."""
+
+    adjustment: Bool[Any, ""]  # a bias or a penalty
+    chance: Bool[Any, ""]  # a temperature above 0
+    top_k: Bool[Any, ""]
+    narrow: Bool[Any, ""]  # a nucleus that is searched for
+    wide: Bool[Any, ""]  # a nucleus that is drawn from by rejection
+    cut: Bool[Any, ""]  # fewer tokens than top-k leaves, before drawing
+    exact: Bool[Any, ""]  # the mass of a wide nucleus
+
+    @classmethod
+    def of(cls, slots: SlotSampling, running: Bool[Array, "*B"]) -> "Uses":
+        """What the slots that are `running` need."""
+        needed = lambda slot: jnp.any(slot & running)
+        chance = slots.temperature > 0
+        penalty = (slots.repetition_penalty != 1) | (slots.presence_penalty != 0)
+        penalty |= slots.frequency_penalty != 0
+        narrow, wide = _nuclei(slots)
+        return cls(
+            adjustment=needed(penalty | jnp.any(slots.bias_values != 0, axis=-1)),
+            chance=needed(chance),
+            top_k=needed(chance & (slots.top_k > 0)),
+            narrow=needed(narrow),
+            wide=needed(wide),
+            cut=needed(narrow | (chance & (slots.min_p > 0))),
+            exact=needed(wide & slots.renormalise),
+        )
+
+
+def _nuclei(slots: SlotSampling) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"]]:
+    """Which slots have a narrow nucleus, and which a wide one."""
+    nucleus = (slots.temperature > 0) & (slots.top_p < 1)
+    narrow = slots.top_p < WIDE
+    return nucleus & narrow, nucleus & ~narrow
+
+
 class Seen(NamedTuple):
     """What penalties look at: tokens of the prompt, and how often each was drawn."""
 
@@ -95,8 +190,8 @@ class Seen(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A token a row. `log_prob` is that of the full, untempered model, `sampled` that
-    of the distribution it was drawn from (0 where greedy)."""
+    """A token per row. `log_prob` is that of the full, untempered model, `sampled` that
+    of the distribution it was drawn from (0 where greedy or not asked for)."""
 
     token: Int[Array, "B"]
     log_prob: Float[Array, "B"]
@@ -105,109 +200,121 @@ class Chosen(NamedTuple):
 
 def choose(
     logits: Float[Array, "B V"],
+    uses: Uses,
     keys: UInt32[Array, "B 2"],
-    sampling: Sampling,
-    seen: Seen | None = None,
-    *,
-    renormalise: bool = True,
+    slots: SlotSampling,
+    seen: Seen,
 ) -> Chosen:
-    """Draws a token of every row; row b's depends on its logits, key and `seen` alone.
+    """Draws a token for every row; it depends on the row's own arguments alone.
 
-    A wide nucleus is not searched for: a token is drawn of all, and drawn anew where
+    A wide nucleus is not searched for: a token is drawn of all, and drawn again where
     more than `top_p` of the mass is likelier than it is. Its log-probability within the
-    nucleus needs the nucleus; without `renormalise` it is not computed (but 0).
+    nucleus needs the nucleus; without `renormalise` it is not computed.
     """
-    scores = penalised(biased(logits, sampling), sampling, seen)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    if sampling.temperature == 0:
-        token = first_where(scores == highest)
-        log_prob = _log_prob(logits, token)
-        return Chosen(token, log_prob, jnp.zeros_like(log_prob))
-    # A barrier, so that what follows reads these numbers and does not redo them.
-    weights = jax.lax.optimization_barrier(
-        jnp.exp((scores - highest) / sampling.temperature)
+
+    # Whole choices as branches: a branch that returned scores would copy them.
+    def choose_by(scores: Float[Array, "B V"]) -> Chosen:
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        likeliest = first_where(scores == highest)
+        token, sampled = jax.lax.cond(
+            uses.chance,
+            lambda: _draw(scores - highest, likeliest, uses, keys, slots),
+            lambda: (likeliest, jnp.zeros(likeliest.shape)),
+        )
+        return Chosen(token, _log_prob(logits, token), sampled)
+
+    return jax.lax.cond(
+        uses.adjustment,
+        lambda: choose_by(adjusted(logits, slots, seen)),
+        lambda: choose_by(logits),
     )
-    if sampling.top_k:
-        weights = only_top_k(weights, sampling.top_k)
-    sums = block_sums(weights)
-    mass = sampling.top_p * jnp.sum(sums, axis=-1)
-    if sampling.min_p:
-        weights = jnp.where(weights >= sampling.min_p, weights, 0)
-        sums = block_sums(weights)
-    if sampling.top_p < WIDE:
-        weights = only_nucleus(weights, mass)
-        sums = block_sums(weights)
-    token = draw(weights, sums, keys, mass if WIDE <= sampling.top_p < 1 else None)
-    pick = lambda values: jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
-    log_prob = _log_prob(logits, token)
-    if not renormalise:
-        return Chosen(token, log_prob, jnp.zeros_like(log_prob))
-    kept = only_nucleus(weights, mass) if sampling.top_p < 1 else weights
-    sampled = jnp.log(pick(weights)) - jnp.log(jnp.sum(kept, axis=-1))
-    return Chosen(token, log_prob, sampled)
 
 
 def _log_prob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
     highest = jnp.max(logits, axis=-1, keepdims=True)
     total = jnp.sum(jnp.exp(logits - highest), axis=-1)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    return (chosen - highest)[:, 0] - jnp.log(total)
+    return _pick(logits, token) - highest[:, 0] - jnp.log(total)
 
 
-def biased(
-    logits: Float[Array, "*batch V"], sampling: Sampling
-) -> Float[Array, "*batch V"]:
-    """Logits with `logit_bias` added."""
-    if not sampling.logit_bias:
-        return logits
-    tokens, values = zip(*sampling.logit_bias, strict=True)
-    return logits.at[..., jnp.array(tokens)].add(jnp.array(values))
+def _pick(values: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+    return jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
 
 
-def penalised(
-    logits: Float[Array, "B V"], sampling: Sampling, seen: Seen | None
+def adjusted(
+    logits: Float[Array, "B V"], slots: SlotSampling, seen: Seen
 ) -> Float[Array, "B V"]:
-    """Logits after the penalties."""
-    if seen is None or not sampling.penalises:
-        return logits
-    if sampling.repetition_penalty != 1:
-        factor = jnp.where(
-            logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty
-        )
-        logits = jnp.where(seen.prompt | (seen.drawn > 0), logits * factor, logits)
-    presence = sampling.presence_penalty * (seen.drawn > 0)
-    return logits - presence - sampling.frequency_penalty * seen.drawn
+    """Logits with the biases added, after the penalties."""
+    rows = jnp.arange(len(logits))[:, None]
+    logits = logits.at[rows, slots.bias_tokens].add(slots.bias_values, mode="drop")
+    repetition = slots.repetition_penalty[:, None]
+    factor = jnp.where(logits > 0, 1 / repetition, repetition)
+    logits = jnp.where(seen.prompt | (seen.drawn > 0), logits * factor, logits)
+    presence = slots.presence_penalty[:, None] * (seen.drawn > 0)
+    return logits - presence - slots.frequency_penalty[:, None] * seen.drawn
 
 
-def draw(
-    weights: Float[Array, "B V"],
-    sums: Float[Array, "B C"],
+def _draw(
+    scores: Float[Array, "B V"],
+    likeliest: Int[Array, "B"],
+    uses: Uses,
     keys: UInt32[Array, "B 2"],
-    mass: Float[Array, "B"] | None,
-) -> Int[Array, "B"]:
-    """A token of every row, in proportion to its weight; of the nucleus of this `mass`
-    alone, where one is given. `sums` are the weights' `block_sums`.
+    slots: SlotSampling,
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draws a token by chance where the temperature is above 0, else the likeliest;
+    and its log-probability where it was asked for. The largest score is 0."""
+    by_chance = slots.temperature > 0
+    temperature = jnp.where(by_chance, slots.temperature, 1)
+    # A barrier, so that what follows reads these numbers and does not redo them.
+    weights = jax.lax.optimization_barrier(jnp.exp(scores / temperature[:, None]))
+    zeros = jnp.zeros(len(weights))
+    narrow, wide = _nuclei(slots)
+    lowest = jax.lax.cond(
+        uses.top_k,
+        lambda: lowest_of_top_k(weights, slots.top_k, by_chance & (slots.top_k > 0)),
+        lambda: zeros,
+    )
+    sums = block_sums(_only(weights, lowest))
+    mass = slots.top_p * jnp.sum(sums, axis=-1)
+    lowest = jnp.maximum(lowest, slots.min_p)  # the largest weight is 1
+    lowest = jax.lax.cond(
+        uses.narrow,
+        lambda: lowest_of_nucleus(weights, lowest, mass, narrow),
+        lambda: lowest,
+    )
+    sums = jax.lax.cond(
+        uses.cut, lambda: block_sums(_only(weights, lowest)), lambda: sums
+    )
 
-    Rows whose token lies outside draw again, each with numbers of its own; the nucleus
-    holds most of the mass, so few do.
-    """
+    def inside(token: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Whether less than the nucleus' mass is likelier than the token."""
+        likelier = weights > _pick(weights, token)[:, None]
+        above = jnp.sum(_only(weights, lowest), axis=-1, where=likelier)
+        return ~wide | (above < mass)
 
     def attempt(state):
         number, token, accepted = state
         uniform = jax.vmap(lambda key: _uniform(key, number))(keys)
-        drawn = invert(weights, sums, uniform)
-        inside = jnp.ones_like(accepted)
-        if mass is not None:
-            weight = jnp.take_along_axis(weights, drawn[:, None], axis=-1)
-            inside = jnp.sum(weights, axis=-1, where=weights > weight) < mass
-        token = jnp.where(inside & ~accepted, drawn, token)
-        return number + 1, token, accepted | inside
+        drawn = invert(weights, lowest, sums, uniform)
+        fits = jax.lax.cond(
+            uses.wide, lambda: inside(drawn), lambda: jnp.ones_like(accepted)
+        )
+        token = jnp.where(fits & ~accepted, drawn, token)
+        return number + 1, token, accepted | fits
 
-    # The likeliest token is inside whatever rounding says.
-    likeliest = first_where(weights == jnp.max(weights, axis=-1, keepdims=True))
-    none = jnp.zeros(weights.shape[0], bool)
-    going = lambda state: ~jnp.all(state[2]) & (state[0] < MOST_ATTEMPTS)
-    return jax.lax.while_loop(going, attempt, (0, likeliest, none))[1]
+    # Rows whose token lies outside draw again, each with numbers of its own; a wide
+    # nucleus holds most of the mass, so few do. The likeliest token is inside whatever
+    # rounding says.
+    going = lambda state: ~jnp.all(state[2]) & (state[0] < MAX_ATTEMPTS)
+    token = jax.lax.while_loop(going, attempt, (0, likeliest, ~by_chance))[1]
+
+    def nucleus_mass():
+        return jnp.sum(
+            _only(weights, lowest_of_nucleus(weights, lowest, mass, wide)), axis=-1
+        )
+
+    total = jax.lax.cond(uses.exact, nucleus_mass, lambda: jnp.sum(sums, axis=-1))
+    sampled = jnp.log(_pick(weights, token)) - jnp.log(total)
+    return token, jnp.where(by_chance & slots.renormalise, sampled, 0)
 
 
 def _uniform(key: UInt32[Array, "2"], number) -> Float[Array, ""]:
@@ -226,7 +333,7 @@ def sampled_from(sampling: Sampling) -> Distribution:
     def scores(
         logits: Float[Array, "B C V"], targets: Int[Array, "B C"]
     ) -> Float[Array, "B C V"]:
-        logits = biased(logits, sampling)
+        logits = _biased(logits, sampling)
         flat = jax.lax.stop_gradient(logits).reshape(-1, logits.shape[-1])
         kept = (truncated(flat, sampling) > 0).reshape(logits.shape)
         kept |= jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
@@ -237,46 +344,71 @@ def sampled_from(sampling: Sampling) -> Distribution:
     return scores
 
 
+def _biased(logits: Float[Array, "B C V"], sampling: Sampling) -> Float[Array, "B C V"]:
+    if not sampling.logit_bias:
+        return logits
+    tokens, values = zip(*sampling.logit_bias, strict=True)
+    return logits.at[..., jnp.array(tokens)].add(jnp.array(values))
+
+
 def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Tempered weights, 0 for what is not drawn (unnormalised)."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp((logits - highest) / sampling.temperature)
+    rows, lowest = jnp.ones(len(logits), bool), jnp.zeros(len(logits))
     if sampling.top_k:
-        weights = only_top_k(weights, sampling.top_k)
+        k = jnp.full(len(logits), sampling.top_k)
+        lowest = lowest_of_top_k(weights, k, rows)
     if sampling.top_p < 1:
-        mass = sampling.top_p * jnp.sum(block_sums(weights), axis=-1)
-        weights = only_nucleus(weights, mass)
-    return jnp.where(weights >= sampling.min_p, weights, 0)
+        mass = sampling.top_p * jnp.sum(_only(weights, lowest), axis=-1)
+        lowest = lowest_of_nucleus(weights, lowest, mass, rows)
+    return _only(weights, jnp.maximum(lowest, sampling.min_p))
 
 
-def only_top_k(weights: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """The k largest weights (more where they tie), 0 elsewhere."""
-    count = lambda threshold: jnp.sum(weights >= threshold[:, None], axis=-1)
-    enough = jnp.full(weights.shape[0], min(k, weights.shape[-1]))
-    exactly = lambda low, above_low, above_high: above_low == enough
-    return jnp.where(weights >= _bisect(count, enough, exactly)[:, None], weights, 0)
-
-
-def only_nucleus(
-    weights: Float[Array, "B V"], mass: Float[Array, "B"]
+def _only(
+    weights: Float[Array, "B V"], lowest: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """The likeliest tokens that hold `mass` (arXiv:1904.09751), 0 elsewhere; all where
-    there is less. The smallest kept weight is found by bisection."""
+    """Weights of at least `lowest`, 0 elsewhere."""
+    return jnp.where(weights >= lowest[:, None], weights, 0)
+
+
+def lowest_of_top_k(
+    weights: Float[Array, "B V"], k: Int[Array, "B"], active: Bool[Array, "B"]
+) -> Float[Array, "B"]:
+    """The smallest of the k largest weights (more than k where they tie) of each row
+    that is active, 0 for the others."""
+    count = lambda threshold: jnp.sum(weights >= threshold[:, None], axis=-1)
+    enough = jnp.minimum(k, weights.shape[-1])
+    exactly = lambda low, above_low, above_high: above_low == enough
+    return _bisect(count, enough, exactly, active)
+
+
+def lowest_of_nucleus(
+    weights: Float[Array, "B V"],
+    lowest: Float[Array, "B"],
+    mass: Float[Array, "B"],
+    active: Bool[Array, "B"],
+) -> Float[Array, "B"]:
+    """The smallest weight of the likeliest tokens that hold `mass` (arXiv:1904.09751),
+    of those of at least `lowest`; `lowest` where there is less, or a row is not
+    active."""
+    kept = _only(weights, lowest)
     above = lambda threshold: jnp.sum(
-        weights, axis=-1, where=weights >= threshold[:, None]
+        kept, axis=-1, where=weights >= threshold[:, None]
     )
     # Every token between two thresholds weighs at least the lower one.
     single = lambda low, above_low, above_high: above_low - above_high < 2 * low
-    return jnp.where(weights >= _bisect(above, mass, single)[:, None], weights, 0)
+    return jnp.maximum(lowest, _bisect(above, mass, single, active))
 
 
 def _bisect(
     above: Callable[[Float[Array, "B"]], Shaped[Array, "B"]],
     enough: Shaped[Array, "B"],
     settled: Callable[[Array, Array, Array], Bool[Array, "B"]],
+    active: Bool[Array, "B"],
 ) -> Float[Array, "B"]:
     """A threshold above which there is `enough`, and above whose next larger weight
-    there is not. The largest weight is 1.
+    there is not; 0 for rows that are not active. The largest weight is 1.
 
     Over the bit patterns of non-negative floats, which are ordered like the floats
     themselves, until the two bounds are neighbours or `settled(low, above low, above
@@ -299,12 +431,13 @@ def _bisect(
     def open_(bounds):
         low, high, above_low, above_high = bounds
         done = settled(as_float(low), above_low, above_high)
-        return jnp.any(~done & (high - low > 1))
+        return jnp.any(active & ~done & (high - low > 1))
 
     low = jnp.zeros(enough.shape, jnp.int32)
     high = jnp.full(enough.shape, 0x3F800001, jnp.int32)  # just above 1.0
     start = (low, high, above(as_float(low)), jnp.zeros_like(enough))
-    return as_float(jax.lax.while_loop(open_, halve, start)[0])
+    found = as_float(jax.lax.while_loop(open_, halve, start)[0])
+    return jnp.where(active, found, 0)
 
 
 def block_sums(weights: Float[Array, "B V"]) -> Float[Array, "B C"]:
@@ -328,18 +461,19 @@ def first_where(mask: Bool[Array, "B V"]) -> Int[Array, "B"]:
 
 def invert(
     weights: Float[Array, "B V"],
+    lowest: Float[Array, "B"],
     sums: Float[Array, "B C"],
     uniform: Float[Array, "B"],
 ) -> Int[Array, "B"]:
-    """The token at which the running sum of `weights` passes `uniform` of the total;
-    `sums` are the weights' `block_sums`."""
+    """The token at which the running sum of the weights of at least `lowest` passes
+    `uniform` of the total; `sums` are their `block_sums`."""
     B, _ = weights.shape
     block, rest = _pass(sums, uniform, None)
     columns = block[:, None] * BLOCK + jnp.arange(BLOCK)[None]
     inside = jnp.take_along_axis(
         weights, columns, axis=1, mode="fill", fill_value=0
     ).reshape(B, BLOCK)
-    token, _ = _pass(inside, uniform, rest)
+    token, _ = _pass(_only(inside, lowest), uniform, rest)
     return block * BLOCK + token
 
 

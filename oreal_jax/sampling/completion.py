@@ -5,17 +5,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from oreal_jax.sampling.choice import Sampling
+
 
 class Request(NamedTuple):
-    """One prompt to complete.
+    """One prompt to complete, and how.
 
-    `key` names the prompt in random numbers. `first_sample` numbers its samples from
-    there on: two copies of a prompt in a batch draw different completions.
+    `seed` and `key`, which names the prompt, make its random numbers. `first_sample`
+    numbers its samples from there on: two copies of a prompt in a batch draw different
+    completions.
     """
 
     prompt: Sequence[int]
+    sampling: Sampling
     key: int
     first_sample: int = 0
+    seed: int = 0
 
 
 class Completion(NamedTuple):
@@ -23,8 +28,8 @@ class Completion(NamedTuple):
     neither came in time.
 
     `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
-    those of the distribution that the tokens were drawn from (None where the engine was
-    not asked for them).
+    those of the distribution that the tokens were drawn from (None where they were not
+    requested).
     """
 
     tokens: list[int]

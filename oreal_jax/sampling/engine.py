@@ -3,11 +3,12 @@
 A process makes engines of its devices and waits for no other process. Each has a fixed
 number of slots. A prompt is prefilled once and its pages shared by its samples; the
 devices decode many tokens per dispatch and hand back when rows have finished, whose
-slots are filled again at once. A completion's random numbers depend on (seed, step,
-prompt, sample, position) and on nothing else: not on its slot, its neighbours or the
-devices.
+slots are filled again at once. A completion depends on its request and the step (their
+random numbers on seed, step, prompt, sample and position) and on nothing else: not on
+its slot, its neighbours or the devices.
 
-work.py is one call of it.
+Requests of one call may differ in all parameters; the compiled programs are the same.
+work.py is one call.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +22,13 @@ from jaxtyping import Int
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
 from oreal_jax.errors import BadInput
-from oreal_jax.model import ModelConfig, Params, decoding
+from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import Sampling
 from oreal_jax.sampling.completion import NOTHING_DRAWN, Completion, Request
-from oreal_jax.sampling.programs import Programs
+from oreal_jax.sampling.programs import Size, Stops, programs_for
 from oreal_jax.sampling.scheduler import Job
-from oreal_jax.sampling.work import PAGE, Size, Work
+from oreal_jax.sampling.work import PAGE, Work
 
 
 class Engine:
@@ -37,13 +38,11 @@ class Engine:
         self,
         config: ModelConfig,
         mesh: Mesh,
-        sampling: Sampling,
         stop_tokens: Sequence[int],
         *,
         stop_table: Int[np.ndarray, "V S"] | None = None,
         rows: int = 64,
         cache_tokens: int = 0,
-        renormalise: bool = False,
         dtype=jnp.float32,
         weights: Literal["full", "int8"] = "full",
         cache: Literal["full", "float8"] = "full",
@@ -54,31 +53,30 @@ class Engine:
         are an engine (0: as in the mesh); `devices` are this process's (None: as JAX
         says). Each engine has `cache_tokens` of cache (0: enough for the longest
         completion in every slot) and decodes in `dtype`. `stop_table` is
-        `stops.token_table` of stop strings. `renormalise` asks for
-        `Completion.sampled_log_probs` too: finding all of the nucleus costs some passes
-        over the vocabulary that drawing from it does without. `weights` "int8" and
-        `cache` "float8" (e4m3) take half the memory of bfloat16, and of what decoding a
-        token reads; prompts are then run in these numbers too."""
+        `stops.token_table` of stop strings. `weights` "int8" and `cache` "float8"
+        (e4m3) take half the memory of bfloat16, and of what decoding a token reads;
+        prompts are then run in these numbers too.
+
+        Raises:
+            BadInput: no stop token, one that the model does not have, or devices that
+                do not make whole engines.
+        """
         if not stop_tokens:
             raise BadInput("no stop token: completions would never end")
-        biased = (token for token, _ in sampling.logit_bias)
-        config.require_tokens(biased, "sampling: logit_bias")
         config.require_tokens(stop_tokens, "stop tokens")
         meshes = sharding.engine_meshes(mesh, config, tensor, devices)
-        self.config, self.mesh, self.sampling = config, meshes.own, sampling
+        self.config, self.mesh = config, meshes.own
         self.engines = sharding.row_ways(meshes.own)
         self.slots = -(-rows // sharding.row_ways(meshes.all))
-        self.cache_tokens, self.renormalise = cache_tokens, renormalise
-        self.programs = Programs(
+        self.cache_tokens = cache_tokens
+        self.stops = Stops.of(stop_tokens, stop_table, config.vocab)
+        self.programs = programs_for(
             config,
             meshes,
-            sampling,
-            stop_tokens,
-            stop_table=stop_table,
             page=PAGE,
-            renormalise=renormalise,
-            store=(decoding.in_int8 if weights == "int8" else decoding.in_dtype)(dtype),
-            cache_dtype=jnp.float8_e4m3fn if cache == "float8" else dtype,
+            dtype=jnp.dtype(dtype),
+            weights=weights,
+            cache_dtype=jnp.dtype(jnp.float8_e4m3fn if cache == "float8" else dtype),
         )
         self.statistics = NOTHING_DRAWN
 
@@ -94,68 +92,90 @@ class Engine:
         requests: Sequence[Request],
         samples: int,
         *,
-        seed: int,
         step: int = 0,
+        renormalise: bool = False,
         on_progress: Callable[[int, int], None] = lambda tokens, finished: None,
         on_finished: Callable[[int, int, Completion], None] = lambda *_: None,
     ) -> list[list[Completion]]:
         """`samples` completions of each request, in order.
 
-        `on_progress(tokens, finished)` hears of tokens drawn and rows finished since
-        its last call; `on_finished(request, sample, completion)` of each completion as
-        it comes, in any order.
+        `renormalise` asks for `Completion.sampled_log_probs` too: finding all of a
+        nucleus costs some passes over the vocabulary that drawing from it does without.
+        `on_progress(tokens, finished)` receives the tokens drawn and rows finished
+        since its last call; `on_finished(request, sample, completion)` each completion
+        as it comes, in any order.
 
         Raises:
-            BadInput: an empty prompt, one with a token that the model does not have, or
-                prompt and completion exceed the model or the cache.
+            BadInput: an empty prompt, one or a logit bias with a token that the model
+                does not have, or prompt and completion exceed the model or the cache.
         """
-        drawn: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
+        completions: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
             self.statistics = NOTHING_DRAWN
-            return drawn
+            return completions
         jobs = self._jobs(requests, samples)
-        size = self.size(len(requests) * samples, max(job.length for job in jobs))
-        work = Work(self.programs, weights, requests, jobs, size, (seed, step))
+        work = Work(
+            self.programs,
+            weights,
+            self.stops,
+            requests,
+            jobs,
+            self._size(requests, samples),
+            step,
+            renormalise,
+        )
         seen = 0
         for finished in work.rounds():
             for request, sample, completion in finished:
-                drawn[request][sample] = completion
+                completions[request][sample] = completion
                 on_finished(request, sample, completion)
             on_progress(work.drawn_tokens - seen, len(finished))
             seen = work.drawn_tokens
         self.statistics = work.statistics()
-        return drawn
+        return completions
 
-    def size(self, completions: int, prompt: int) -> Size:
-        """What a call needs that draws so many, after prompts of at most so many
-        tokens."""
+    def size(self, completions: int, prompt: int, new: int, biases: int = 0) -> Size:
+        """The shapes of a call for so many completions of at most so many `new` tokens,
+        after prompts of at most so many."""
         slots = min(self.slots, bucket(-(-completions // self.engines)))
-        table_pages = bucket(-(-(prompt + self.sampling.max_tokens) // PAGE))
+        table_pages = bucket(-(-(prompt + new) // PAGE))
         pages = slots * (table_pages + 1) + table_pages + 1
         if self.cache_tokens:
             pages = min(pages, self.cache_tokens // PAGE + 1)
-        return Size(slots, bucket(prompt), table_pages, pages)
+        return Size(slots, pages, table_pages, bucket(new, PAGE), bucket(biases, 16))
 
-    def require_room(self, prompt: int) -> None:
-        """Checks that a prompt of so many tokens can be completed.
+    def _size(self, requests: Sequence[Request], samples: int) -> Size:
+        most = lambda of: max(map(of, requests))
+        longest = most(lambda r: len(r.prompt) + r.sampling.max_tokens)
+        new = most(lambda r: r.sampling.max_tokens)
+        biases = most(lambda r: len(r.sampling.logit_bias))
+        return self.size(len(requests) * samples, longest - new, new, biases)
+
+    def require_room(self, prompt: int, new: int) -> None:
+        """Checks that a prompt of so many tokens can be completed by `new` ones.
 
         Raises:
-            BadInput: it is empty, or with `max_tokens` exceeds the model or the cache.
+            BadInput: it is empty, or with `new` exceeds the model or the cache.
         """
-        limit = self.sampling.max_tokens
-        said = f"prompt of {prompt} tokens + max_tokens={limit}"
-        if not prompt or prompt + limit > self.config.max_length:
+        text = f"prompt of {prompt} tokens + max_tokens={new}"
+        if not prompt or prompt + new > self.config.max_length:
             raise BadInput(
-                f"{said} must lie within 1..{self.config.max_length}, the model's "
+                f"{text} must lie within 1..{self.config.max_length}, the model's "
                 "max_length"
             )
-        if self.cache_tokens and prompt + limit + 2 * PAGE > self.cache_tokens:
-            raise BadInput(f"{said} does not fit cache_tokens={self.cache_tokens}")
+        if self.cache_tokens and prompt + new + 2 * PAGE > self.cache_tokens:
+            raise BadInput(f"{text} does not fit cache_tokens={self.cache_tokens}")
+
+    def require(self, sampling: Sampling) -> None:
+        """Raises BadInput where the model does not have a token of `logit_bias`."""
+        biased = (token for token, _ in sampling.logit_bias)
+        self.config.require_tokens(biased, "sampling: logit_bias")
 
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
-        limit = self.sampling.max_tokens
+        for sampling in {request.sampling for request in requests}:
+            self.require(sampling)
         for request in requests:
-            self.require_room(len(request.prompt))
+            self.require_room(len(request.prompt), request.sampling.max_tokens)
             self.config.require_tokens(request.prompt, "prompt")
         # Prompts of like length are prefilled together.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
@@ -163,7 +183,7 @@ class Engine:
             Job(
                 i,
                 len(requests[i].prompt),
-                len(requests[i].prompt) + limit,
+                len(requests[i].prompt) + requests[i].sampling.max_tokens,
                 tuple(range(samples)),
             )
             for i in order

@@ -1,12 +1,14 @@
 """What runs on the devices: prompts into pages, samples into slots, tokens into rows.
 
 Every data shard of the mesh is an engine of its own; arrays have a leading axis of
-engines, which the programs of one engine do not see.
+engines, which the programs of one engine do not see. How tokens are chosen and when a
+completion ends are arrays too, so requests of every kind share the compiled programs.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,48 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oreal_jax import sharding
+from oreal_jax.data.packing import bucket
 from oreal_jax.model import ModelConfig, Params, decoding
-from oreal_jax.model.decoding import Cache, Store, Weights
+from oreal_jax.model.decoding import Cache, Weights
 from oreal_jax.model.kernels import pages_for
-from oreal_jax.sampling.choice import Sampling, Seen, choose
+from oreal_jax.sampling.choice import Seen, SlotSampling, Uses, choose
 from oreal_jax.sampling.stops import FOUND, START
 from oreal_jax.sharding import EngineMeshes
+
+
+class Size(NamedTuple):
+    """Static shapes of a call, on each engine; powers of two, so that programs are few.
+
+    `table_pages` is the longest row's, `pages` the cache's; a row has room for so many
+    `new_tokens` and logit `biases`.
+    """
+
+    slots: int
+    pages: int
+    table_pages: int
+    new_tokens: int
+    biases: int
+
+
+class Stops(NamedTuple):
+    """What ends a completion: tokens (-1 is none), and the automaton of stop strings
+    (`stops.token_table`)."""
+
+    tokens: Int[Any, "T"]
+    table: Int[Any, "V S"]
+
+    @classmethod
+    def of(
+        cls, tokens: Sequence[int], table: Int[np.ndarray, "V S"] | None, vocab: int
+    ) -> "Stops":
+        """Padded to few shapes; without a table no string is ever found."""
+        padded = np.full(bucket(len(tokens), 8), -1, np.int32)
+        padded[: len(tokens)] = sorted(tokens)
+        if table is None:
+            return cls(padded, np.full((vocab, 1), START, np.int32))
+        states = bucket(table.shape[1])
+        table = np.pad(table, ((0, 0), (0, states - table.shape[1])))
+        return cls(padded, table)
 
 
 class Decoding(NamedTuple):
@@ -29,50 +67,62 @@ class Decoding(NamedTuple):
     token: Int[Array, "B"]  # not yet fed to the model
     position: Int[Array, "B"]  # where that token stands
     drawn: Int[Array, "B"]  # tokens drawn so far
+    limit: Int[Array, "B"]  # tokens to draw at most
     done: Bool[Array, "B"]  # finished, or idle
     matched: Int[Array, "B"]  # how much of a stop string there is: a state of `stops`
-    seen: Seen | None  # where penalties ask for it
+    sampling: SlotSampling
+    seen: Seen
     keys: UInt32[Array, "B 2"]
     tokens: Int[Array, "B N"]
     log_probs: Float[Array, "B N"]
     sampled_log_probs: Float[Array, "B N"]
 
 
+class Starts(NamedTuple):
+    """Samples to start; slot -1 is none. `source` is a page to copy to `target`, and
+    `prompts` are the tokens that penalties look at (beyond the vocabulary: none)."""
+
+    slot: Int[Any, "*A"]
+    token: Int[Any, "*A"]  # the last of the prompt
+    position: Int[Any, "*A"]  # where that token stands
+    limit: Int[Any, "*A"]
+    seed: Int[Any, "*A"]
+    key: UInt32[Any, "*A"]  # of the prompt
+    sample: Int[Any, "*A"]
+    source: Int[Any, "*A"]
+    target: Int[Any, "*A"]
+    prompts: Int[Any, "*A S"]
+    sampling: SlotSampling
+
+
 class Programs:
-    """The jitted programs of a sampler; each compiled once per shape."""
+    """The jitted programs of a sampler; each compiled once per shape.
+
+    `compile_seconds` is what the dearest decoding program took so far.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         meshes: EngineMeshes,
-        sampling: Sampling,
-        stop_tokens: Sequence[int],
         *,
-        stop_table: Int[np.ndarray, "V S"] | None,
         page: int,
-        renormalise: bool,
-        store: Store,
-        cache_dtype,
+        dtype: Any,
+        weights: Literal["full", "int8"],
+        cache_dtype: Any,
     ):
         """`page` tokens a page; the others as in `Engine`. Only the weights' way from
         the trainer concerns the engines of other processes."""
         mesh = meshes.own
-        self.mesh, self.sampling, self.page = mesh, sampling, page
+        self.mesh, self.page, self.cache_dtype = mesh, page, cache_dtype
         self.config = decoding.split_heads(config, mesh.shape["tensor"])
-        self.stop_tokens = jnp.asarray(sorted(stop_tokens))
-        self.stop_table = None if stop_table is None else jnp.asarray(stop_table)
-        self.renormalise, self.cache_dtype = renormalise, cache_dtype
+        store = (decoding.in_int8 if weights == "int8" else decoding.in_dtype)(dtype)
         heads = self.config.kv_heads // mesh.shape["tensor"]
         self.form = pages_for(
             sharding.platform(mesh), heads, config.head_dim, cache_dtype
         )
         self.attend = sharding.per_head(self.form.attend, mesh)
-        self.choose = sharding.per_slot(
-            lambda logits, keys, seen: choose(
-                logits, keys, sampling, seen, renormalise=renormalise
-            ),
-            mesh,
-        )
+        self.choose = sharding.per_slot(choose, mesh)
         axes = decoding.axes(self.config, store)
         each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
         self.execution = sharding.of_prompts(mesh)
@@ -81,12 +131,12 @@ class Programs:
             out_shardings=sharding.of_weights(axes, meshes.all),
         )
         self.own = sharding.of_weights(axes, mesh)
+        self.lies = self._shardings()
+        self.empty = jax.jit(self._empty, static_argnums=0, out_shardings=self.lies)
         self.prefill = jax.jit(
             each(self._prefill, False, True, True, True, True), donate_argnums=1
         )
-        self.admit = jax.jit(
-            each(self._admit, True, True, True, False, False), donate_argnums=0
-        )
+        self.admit = jax.jit(each(self._admit, True, True, False), donate_argnums=0)
         self.decode = jax.jit(self._decode, donate_argnums=1)
         self.shrink = jax.jit(each(self._shrink, True, True))
         self.take = jax.jit(each(self._take, True, True))
@@ -94,41 +144,61 @@ class Programs:
         self.swap_in = jax.jit(
             each(self._swap_in, True, True, True, True), donate_argnums=0
         )
+        self._decoders: dict[tuple, Callable] = {}
+        self.compile_seconds = 0.0
 
     def weights(self, params: Params) -> Weights:
         """The trainer's parameters as decoding reads them, on engines of our own."""
         return jax.tree.map(sharding.own_part, self.reshard(params), self.own)
 
-    def empty(self, slots: int, pages: int) -> Decoding:
-        """Idle slots and an empty cache on every engine."""
-        lies = jax.tree.map(lambda x: x.sharding, self.abstract(slots, pages))
-        return jax.jit(lambda: self._idle(slots, pages), out_shardings=lies)()
+    def decoder(self, size: Size, *arguments) -> Callable:
+        """`_decode` of these arguments, compiled once for each size and shape of the
+        automaton."""
+        key = self._key(size, arguments[-1])
+        if key not in self._decoders:
+            start = time.perf_counter()
+            self._decoders[key] = self.decode.lower(*arguments).compile()
+            seconds = time.perf_counter() - start
+            self.compile_seconds = max(self.compile_seconds, seconds)
+        return functools.partial(self._decoders[key], *arguments)
 
-    def abstract(self, slots: int, pages: int) -> Decoding:
+    def has_decode(self, size: Size, stops: Stops) -> bool:
+        """Whether decoding of this size is compiled."""
+        return self._key(size, stops) in self._decoders
+
+    def _key(self, size: Size, stops: Stops) -> tuple:
+        return size, *(x.shape for x in stops)
+
+    def abstract(self, size: Size) -> Decoding:
         """Shapes, types and shardings of `empty`."""
-        shapes = jax.eval_shape(lambda: self._idle(slots, pages))
+        shapes = jax.eval_shape(lambda: self._empty(size))
+        return sharding.placed(shapes, self.lies)
+
+    def _shardings(self) -> Decoding:
+        """Where the arrays of `Decoding` are, whatever their size."""
+        shapes = jax.eval_shape(lambda: self._empty(Size(1, 1, 1, 1, 1)))
         rows = sharding.of_rows(self.mesh)
         lies = jax.tree.map(lambda _: rows, shapes)
         page = sharding.of_pages(self.form, self.mesh)
-        lies = lies._replace(cache=(page,) * self.config.layers)
-        return sharding.placed(shapes, lies)
+        return lies._replace(cache=(page,) * self.config.layers)
 
-    def _idle(self, slots: int, pages: int) -> Decoding:
+    def _empty(self, size: Size) -> Decoding:
+        """Idle slots and an empty cache on every engine."""
         config, engines = self.config, sharding.row_ways(self.mesh)
-        B, N, V = slots, self.sampling.max_tokens, config.vocab
+        B, N, V = size.slots, size.new_tokens, config.vocab
         page = self.form.empty(
-            pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
+            size.pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
         )
         one = Decoding(
             cache=(page,) * config.layers,
             token=jnp.zeros(B, jnp.int32),
             position=jnp.zeros(B, jnp.int32),
             drawn=jnp.zeros(B, jnp.int32),
+            limit=jnp.zeros(B, jnp.int32),
             done=jnp.ones(B, bool),
             matched=jnp.full(B, START),
-            seen=Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
-            if self.sampling.penalises
-            else None,
+            sampling=jax.tree.map(jnp.asarray, SlotSampling.off((B,), size.biases)),
+            seen=Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32)),
             keys=jnp.zeros((B, 2), jnp.uint32),
             tokens=jnp.zeros((B, N), jnp.int32),
             log_probs=jnp.zeros((B, N)),
@@ -151,36 +221,29 @@ class Programs:
         )
         return state._replace(cache=cache)
 
-    def _admit(
-        self,
-        state: Decoding,
-        starts: Int[Array, "A 7"],
-        prompts: Int[Array, "A S"],
-        seed,
-        step,
-    ) -> Decoding:
-        """Starts samples in slots. A start is (slot, last prompt token, its position,
-        prompt key, sample, page to copy, page to copy to); slot -1 is none. `prompts`
-        are the tokens that penalties look at; V is none."""
-        slot, token, position, prompt, sample, source, target = starts.T
-        there = jnp.where(slot < 0, state.token.size, slot)  # out of range: dropped
-        keys = jax.vmap(functools.partial(_row_key, seed, step))(prompt, sample)
+    def _admit(self, state: Decoding, starts: Starts, step) -> Decoding:
+        """Starts samples in slots."""
+        # Out of range is dropped.
+        there = jnp.where(starts.slot < 0, state.token.size, starts.slot)
+        keys = jax.vmap(_row_key, in_axes=(0, None, 0, 0))(
+            starts.seed, step, starts.key, starts.sample
+        )
         put = lambda array, values: array.at[there].set(values, mode="drop")
+        prompt = put(state.seen.prompt, False)
+        prompt = prompt.at[there[:, None], starts.prompts].set(True, mode="drop")
         return state._replace(
-            cache=tuple(pages.copy(source, target) for pages in state.cache),
-            token=put(state.token, token),
-            position=put(state.position, position),
-            drawn=put(state.drawn, 0),
-            done=put(state.done, False),
-            keys=put(state.keys, keys),
-            matched=put(state.matched, START),
-            seen=state.seen
-            and Seen(
-                put(state.seen.prompt, False)
-                .at[there[:, None], prompts]
-                .set(True, mode="drop"),
-                put(state.seen.drawn, 0),
+            cache=tuple(
+                pages.copy(starts.source, starts.target) for pages in state.cache
             ),
+            token=put(state.token, starts.token),
+            position=put(state.position, starts.position),
+            drawn=put(state.drawn, 0),
+            limit=put(state.limit, starts.limit),
+            done=put(state.done, False),
+            matched=put(state.matched, START),
+            sampling=jax.tree.map(put, state.sampling, starts.sampling),
+            seen=Seen(prompt, put(state.seen.drawn, 0)),
+            keys=put(state.keys, keys),
         )
 
     def _decode(
@@ -191,6 +254,7 @@ class Programs:
         runs: Bool[Array, "E B"],
         most,
         enough,
+        stops: Stops,
     ) -> tuple[Decoding, Int[Array, ""]]:
         """Decodes until `most` tokens are drawn in each slot or, `enough` above 0, so
         many rows have finished. Slots not in `runs` are idle. Also the steps taken."""
@@ -198,7 +262,10 @@ class Programs:
         wanted = jnp.sum(state.done) + enough
         wanted = jnp.where(enough > 0, wanted, state.done.size)
         wanted = jnp.minimum(wanted, state.done.size)
-        advance = sharding.per_engine(self._advance, self.mesh, (False, True, True))
+        uses = Uses.of(state.sampling, ~state.done)
+        advance = sharding.per_engine(
+            self._advance, self.mesh, (False, True, True, False, False)
+        )
 
         def go_on(carry):
             state, steps = carry
@@ -206,12 +273,17 @@ class Programs:
 
         def one(carry):
             state, steps = carry
-            return advance(weights, state, table), steps + 1
+            return advance(weights, state, table, uses, stops), steps + 1
 
         return jax.lax.while_loop(go_on, one, (state, jnp.int32(0)))
 
     def _advance(
-        self, weights: Weights, state: Decoding, table: Int[Array, "B M"]
+        self,
+        weights: Weights,
+        state: Decoding,
+        table: Int[Array, "B M"],
+        uses: Uses,
+        stops: Stops,
     ) -> Decoding:
         """One token in every slot; idle slots write to the page that is nobody's."""
         positions = jnp.where(state.done, 0, state.position)
@@ -226,32 +298,29 @@ class Programs:
             self.attend,
         )
         logits = logits[jnp.argsort(order)]
-        return self._draw(state._replace(cache=cache), logits)
+        return self._draw(state._replace(cache=cache), logits, uses, stops)
 
-    def _draw(self, state: Decoding, logits: Float[Array, "B V"]) -> Decoding:
+    def _draw(
+        self, state: Decoding, logits: Float[Array, "B V"], uses: Uses, stops: Stops
+    ) -> Decoding:
         """Draws and records a token in every row that is not done."""
         keys = jax.vmap(_fold)(state.keys, state.drawn)
-        chosen = self.choose(logits, keys, state.seen)
-        going = ~state.done
-        limit = self.sampling.max_tokens
-        at = (jnp.arange(going.size), jnp.where(going, state.drawn, limit))
+        chosen = self.choose(logits, uses, keys, state.sampling, state.seen)
+        going, rows = ~state.done, jnp.arange(state.done.size)
+        at = (rows, jnp.where(going, state.drawn, state.tokens.shape[1]))
         put = lambda array, values: array.at[at].set(values, mode="drop")
-        stopped = jnp.any(chosen.token[:, None] == self.stop_tokens[None], axis=-1)
-        matched, seen = state.matched, state.seen
-        if self.stop_table is not None:
-            matched = self.stop_table[chosen.token, matched]
-            stopped |= matched == FOUND
-        if seen:
-            rows = jnp.arange(going.size)
-            seen = seen._replace(drawn=seen.drawn.at[rows, chosen.token].add(going))
+        stopped = jnp.any(chosen.token[:, None] == stops.tokens[None], axis=-1)
+        matched = stops.table[chosen.token, state.matched]
+        stopped |= matched == FOUND
+        seen = state.seen.drawn.at[rows, chosen.token].add(going)
         drawn = state.drawn + going
         return state._replace(
             token=jnp.where(going, chosen.token, state.token),
             position=state.position + going,
             drawn=drawn,
-            done=state.done | stopped | (drawn >= limit),
+            done=state.done | stopped | (drawn >= state.limit),
             matched=jnp.where(going, matched, state.matched),
-            seen=seen,
+            seen=state.seen._replace(drawn=seen),
             tokens=put(state.tokens, chosen.token),
             log_probs=put(state.log_probs, chosen.log_prob),
             sampled_log_probs=put(state.sampled_log_probs, chosen.sampled),
@@ -299,3 +368,25 @@ def _row_key(seed, step, prompt, sample) -> UInt32[Array, "2"]:
     key = jax.random.fold_in(jax.random.key(seed), step)
     key = jax.random.fold_in(jax.random.fold_in(key, prompt.astype(jnp.uint32)), sample)
     return jax.random.key_data(key)
+
+
+@functools.lru_cache(maxsize=8)
+def programs_for(
+    config: ModelConfig,
+    meshes: EngineMeshes,
+    *,
+    page: int,
+    dtype: Any,
+    weights: Literal["full", "int8"],
+    cache_dtype: Any,
+) -> Programs:
+    """The same `Programs` for the same arguments: engines of a process that differ in
+    nothing else share what is compiled."""
+    return Programs(
+        config,
+        meshes,
+        page=page,
+        dtype=dtype,
+        weights=weights,
+        cache_dtype=cache_dtype,
+    )

@@ -282,25 +282,38 @@ class Scheduler:
         fit = smaller(self._slots) * len(self._shards)
         return max(1, self.running - fit) if fit else 0
 
-    def shrink(self) -> np.ndarray | None:
-        """Lets idle slots go once no sample is left for them.
-
-        Returns the old slots that the new ones take over, [shards, slots], or None
-        where all stay.
-        """
+    @property
+    def fitting(self) -> int:
+        """The slots of the smallest engine that the rows fit in, all of them while
+        samples wait."""
         slots = self._slots
-        most = max(1, *(shard.running for shard in self._shards))
-        while smaller(slots) >= most:
-            slots = smaller(slots)
-        if self.waiting or slots == self._slots:
-            return None
-        taken = np.zeros((len(self._shards), slots), np.int32)
-        for kept, shard in zip(taken, self._shards, strict=True):
+        if not self.waiting:
+            rows = max(1, *(shard.running for shard in self._shards))
+            while smaller(slots) >= rows:
+                slots = smaller(slots)
+        return slots
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps until the last row is expected to finish: each to double its length,
+        its limit permitting, as is usual where lengths have a heavy tail."""
+        rows = [row for shard in self._shards for row in shard.rows if row]
+        new = lambda row: row.position - row.prompt.job.length + 1
+        remaining = lambda row: (
+            row.prompt.job.longest - row.prompt.job.length - new(row)
+        )
+        return max((min(new(row), remaining(row)) for row in rows), default=0)
+
+    def shrink(self, slots: int) -> np.ndarray:
+        """Continues with `fitting` slots on each shard; returns the old slots that they
+        take over, [shards, slots]."""
+        kept = np.zeros((len(self._shards), slots), np.int32)
+        for row, shard in zip(kept, self._shards, strict=True):
             order = sorted(range(self._slots), key=lambda slot: not shard.rows[slot])
-            kept[:] = order[:slots]
-            shard.rows = [shard.rows[slot] for slot in kept.tolist()]
+            row[:] = order[:slots]
+            shard.rows = [shard.rows[slot] for slot in row.tolist()]
         self._slots = slots
-        return taken
+        return kept
 
     def advance(
         self, done: np.ndarray, drawn: np.ndarray

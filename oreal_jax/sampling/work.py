@@ -7,7 +7,7 @@ meet. Letters: A slots or starts, R prompts, S tokens a prompt, M pages.
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,25 +15,21 @@ import numpy as np
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
 from oreal_jax.model.decoding import Weights
+from oreal_jax.sampling.choice import SlotSampling
 from oreal_jax.sampling.completion import Completion, Request, Statistics
-from oreal_jax.sampling.programs import Decoding, Programs
-from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swap
+from oreal_jax.sampling.programs import Decoding, Programs, Size, Starts, Stops
+from oreal_jax.sampling.scheduler import (
+    HAND_BACK,
+    Admission,
+    Job,
+    Prefill,
+    Scheduler,
+    Swap,
+)
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
 PREFILL = 2048  # prompt tokens an engine runs at a time, or one prompt
-
-
-class Size(NamedTuple):
-    """Static shapes of a call, on each engine; powers of two, so that programs are few.
-
-    `table_pages` is the longest row's, `pages` the cache's.
-    """
-
-    slots: int
-    longest_prompt: int
-    table_pages: int
-    pages: int
 
 
 class Work:
@@ -43,28 +39,32 @@ class Work:
         self,
         programs: Programs,
         weights: Weights,
+        stops: Stops,
         requests: Sequence[Request],
         jobs: Sequence[Job],
         size: Size,
-        seed_and_step: tuple[int, int],
+        step: int,
+        renormalise: bool,
     ):
         """`jobs` are the samples of `requests` to draw."""
         self.programs, self.weights, self.requests = programs, weights, requests
-        self.seed_and_step = seed_and_step
+        self.size, self.step, self.renormalise = size, step, renormalise
+        self.stop_tokens = stops.tokens
+        self.stops = jax.device_put(stops, sharding.replicated(programs.mesh))
         self.engines = sharding.row_ways(programs.mesh)
-        self.slots, self.longest_prompt, self.table_pages, pages = size
+        self.longest_prompt = bucket(max(len(r.prompt) for r in requests))
         self.scheduler = Scheduler(
             jobs,
             shards=self.engines,
-            slots=self.slots,
-            pages=pages,
+            slots=size.slots,
+            pages=size.pages,
             size=PAGE,
             dispatch=DISPATCH,
         )
-        self.state = self.programs.empty(self.slots, pages)
+        self.state = self.programs.empty(size)
         self.swapped: dict[tuple[int, int], Decoding] = {}  # in the host's memory
         self.prompt_tokens = self.drawn_tokens = self.swapped_rows = 0
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefill_seconds = self.decode_seconds = self.step_seconds = 0.0
         self.slot_steps = self.busy_steps = 0
 
     def rounds(self) -> Iterator[list[tuple[int, int, Completion]]]:
@@ -95,7 +95,7 @@ class Work:
             heads = [prefill.request for queue in waiting for prefill in queue[:1]]
             stored = max(len(self.requests[i].prompt) - 1 for i in heads)
             length = bucket(stored, PAGE)
-            count = max(1, PREFILL // length)
+            count = prompts_together(max(1, PREFILL // length))
             taken = [[] for _ in waiting]
             for shard, queue in enumerate(waiting):
                 while queue and len(taken[shard]) < count:
@@ -105,7 +105,7 @@ class Work:
             self._prefill_batch(taken, length)
 
     def _prefill_batch(self, taken: list[list[Prefill]], length: int) -> None:
-        size = bucket(max(map(len, taken)))
+        size = prompts_together(4 * max(map(len, taken)) - 3)  # at least as many
         prompts = np.zeros((len(taken), size, length), np.int32)
         lengths = np.ones((len(taken), size), np.int32)
         table = np.zeros((len(taken), size, length // PAGE), np.int32)
@@ -121,51 +121,72 @@ class Work:
         )
 
     def _admit(self, admissions: list[Admission]) -> None:
-        if not admissions:
-            return
-        count = [0] * self.engines
-        most = max(np.bincount([a.shard for a in admissions]))
-        starts = np.zeros((len(count), bucket(int(most)), 7), np.int32)
-        starts[:, :, 0] = -1
-        longest = self.longest_prompt if self.programs.sampling.penalises else 0
-        prompts = np.full((*starts.shape[:2], longest), self.programs.config.vocab)
-        for a in admissions:
-            request = self.requests[a.request]
-            starts[a.shard, count[a.shard]] = (
-                a.slot,
-                request.prompt[-1],
-                len(request.prompt) - 1,
-                np.uint32(request.key).view(np.int32),
-                request.first_sample + a.sample,
-                a.source,
-                a.target,
-            )
-            if longest:
-                prompts[a.shard, count[a.shard], : len(request.prompt)] = request.prompt
-            count[a.shard] += 1
-        arrays = self._place(starts), self._place(prompts.astype(np.int32))
-        self.state = self.programs.admit(self.state, *arrays, *self.seed_and_step)
+        while admissions:
+            queues = self._by_engine(admissions)
+            count = self._batch(max(map(len, queues)))
+            self._admit_batch([queue[:count] for queue in queues], count)
+            admissions = [a for queue in queues for a in queue[count:]]
+
+    def _by_engine(self, items: Sequence[Any]) -> list[list[Any]]:
+        return [[x for x in items if x.shard == i] for i in range(self.engines)]
+
+    def _batch(self, count: int) -> int:
+        """How many slots of an engine are written or read at once: few, or all, so
+        that there are two programs for it."""
+        few = max(1, self.size.slots // HAND_BACK)
+        return few if count <= few else self.size.slots
+
+    def _admit_batch(self, queues: list[list[Admission]], count: int) -> None:
+        shape = (self.engines, count)
+        whole = lambda *shape: np.zeros(shape, np.int32)
+        starts = Starts(
+            *(whole(*shape) for _ in Starts._fields[:-2]),
+            prompts=np.full(
+                (*shape, self.longest_prompt), self.programs.config.vocab, np.int32
+            ),
+            sampling=SlotSampling.off(shape, self.size.biases),
+        )._replace(slot=np.full(shape, -1, np.int32), key=np.zeros(shape, np.uint32))
+        for engine, queue in enumerate(queues):
+            for row, a in enumerate(queue):
+                at, request = (engine, row), self.requests[a.request]
+                starts.slot[at] = a.slot
+                starts.token[at] = request.prompt[-1]
+                starts.position[at] = len(request.prompt) - 1
+                starts.limit[at] = request.sampling.max_tokens
+                starts.seed[at] = request.seed
+                starts.key[at] = request.key
+                starts.sample[at] = request.first_sample + a.sample
+                starts.source[at], starts.target[at] = a.source, a.target
+                starts.prompts[at][: len(request.prompt)] = request.prompt
+                starts.sampling.put(at, request.sampling, self.renormalise)
+        starts = jax.tree.map(self._place, starts)
+        self.state = self.programs.admit(self.state, starts, self.step)
 
     def _decode(self) -> list[tuple[int, int, Completion]]:
-        """Decodes for a while; what has finished."""
+        """Decodes for a while; returns the finished completions."""
         self._shrink()
         runs, tables, leaving = self.scheduler.grow()
         self._swap_out(leaving)
-        table = np.zeros((len(runs), self.table_pages), np.int32)
+        table = np.zeros((len(runs), self.size.table_pages), np.int32)
         for slot, pages in enumerate(tables):
             table[slot, : len(pages)] = pages
         waiting = self.scheduler.waiting
         before = np.asarray(jax.device_get(self.state.drawn)).reshape(-1)
-        each = lambda x: self._place(x.reshape(-1, self.slots, *x.shape[1:]))
-        self.state, steps = self.programs.decode(
+        each = lambda x: self._place(x.reshape(-1, self.size.slots, *x.shape[1:]))
+        decode = self.programs.decoder(
+            self.size,
             self.weights,
             self.state,
             each(table),
             each(runs),
             DISPATCH,
             self.scheduler.enough,
+            self.stops,
         )
+        start = time.perf_counter()
+        self.state, steps = decode()
         done, drawn, steps = jax.device_get((self.state.done, self.state.drawn, steps))
+        self.step_seconds = (time.perf_counter() - start) / max(1, int(steps))
         done, drawn = done.reshape(-1), drawn.reshape(-1)
         new = int((drawn - before)[runs].sum())
         self.drawn_tokens += new
@@ -185,7 +206,8 @@ class Work:
     def _swap_in(self, returning: list[Swap]) -> None:
         """Puts such rows where they go on."""
         for swaps, slots, pages in self._one_an_engine(returning):
-            shapes = self.programs.abstract(1, pages.shape[1])
+            size = self.size._replace(slots=1, pages=pages.shape[1])
+            shapes = self.programs.abstract(size)
             rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
             for swap in swaps:
                 row = self.swapped.pop((swap.request, swap.sample))
@@ -210,35 +232,45 @@ class Work:
             yield first, self._place(slots), self._place(pages)
 
     def _shrink(self) -> None:
-        """Goes on in a smaller engine where the scheduler says so; pages stay."""
-        kept = self.scheduler.shrink()
-        if kept is not None:
-            self.slots = kept.shape[1]
-            rows = self.state._replace(cache=())
-            rows = self.programs.shrink(rows, self._place(kept))
-            self.state = rows._replace(cache=self.state.cache)
+        """Continues in a smaller engine, in the same pages, where no sample waits, the
+        rows fit, and the program is there or saves more time than compiling it takes.
+        """
+        smaller = self.size._replace(slots=self.scheduler.fitting)
+        if smaller.slots == self.size.slots:
+            return
+        if not self.programs.has_decode(smaller, self.stops):
+            share = 1 - smaller.slots / self.size.slots
+            saving = self.scheduler.expected_steps * self.step_seconds * share
+            if saving < self.programs.compile_seconds:
+                return
+        kept = self.scheduler.shrink(smaller.slots)
+        rows = self.state._replace(cache=())
+        rows = self.programs.shrink(rows, self._place(kept))
+        self.state, self.size = rows._replace(cache=self.state.cache), smaller
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         if not finished:
             return []
-        taken: list[list] = [[] for _ in range(self.engines)]
+        rows_by_engine: list[list] = [[] for _ in range(self.engines)]
         for place, *rest in finished:
-            taken[place // self.slots].append((place % self.slots, *rest))
-        slots = np.zeros((len(taken), bucket(max(map(len, taken)))), np.int32)
-        for shard, rows in enumerate(taken):
-            slots[shard, : len(rows)] = [slot for slot, *_ in rows]
-        taken_out = self.programs.take(self.state, self._place(slots))
-        *arrays, found = jax.device_get(taken_out)
-        stops = np.asarray(self.programs.stop_tokens)
+            engine, slot = divmod(place, self.size.slots)
+            rows_by_engine[engine].append((slot, *rest))
+        count = self._batch(max(map(len, rows_by_engine)))
+        slots = np.zeros((self.engines, count), np.int32)
+        for engine, rows in enumerate(rows_by_engine):
+            slots[engine, : len(rows)] = [slot for slot, *_ in rows]
+        *arrays, found = jax.device_get(
+            self.programs.take(self.state, self._place(slots))
+        )
         completions = []
-        for shard, rows in enumerate(taken):
+        for engine, rows in enumerate(rows_by_engine):
             for row, (_, request, sample, size) in enumerate(rows):
-                tokens, log_probs, sampled = (x[shard, row, :size] for x in arrays)
-                ended = tokens[-1] in stops or found[shard, row]
+                tokens, log_probs, sampled = (x[engine, row, :size] for x in arrays)
+                ended = tokens[-1] in self.stop_tokens or found[engine, row]
                 completion = Completion(
                     tokens.tolist(),
                     log_probs.copy(),
-                    sampled.copy() if self.programs.renormalise else None,
+                    sampled.copy() if self.renormalise else None,
                     "stop" if ended else "length",
                 )
                 completions.append((request, sample, completion))
@@ -254,6 +286,11 @@ class Work:
             self.decode_seconds,
             self.busy_steps / self.slot_steps if self.slot_steps else 1.0,
         )
+
+
+def prompts_together(limit: int) -> int:
+    """The largest power of four that is at most `limit`: few sizes, few programs."""
+    return 1 << (limit.bit_length() - 1) // 2 * 2
 
 
 def _row_of(rows: Decoding, swap: Swap) -> Decoding:

@@ -9,7 +9,7 @@ What a stopped run has measured is not measured again.
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,17 @@ from oreal_jax.verify.llm_judge import Judge
 class Examination:
     """Evaluates the policy of a session where its config says so."""
 
-    def __init__(self, config: Evaluation, sets: Sequence[ProblemSet], engine: Engine):
-        """`engine` draws as `config.samples` wants it: greedily, or as in training."""
-        self.config, self.sets, self.engine = config, sets, engine
+    def __init__(
+        self,
+        config: Evaluation,
+        sets: Sequence[ProblemSet],
+        engine: Engine,
+        sampling: Sampling,
+    ):
+        """`engine` is training's, `sampling` as `config.samples` wants it: greedy, or
+        as in training."""
+        self.config, self.sets = config, sets
+        self.engine, self.sampling = engine, sampling
         self.kind = "greedy" if config.samples == 1 else "sampled"
 
     def due(self, step: int, steps: int) -> bool:
@@ -64,6 +72,7 @@ class Examination:
             tried = attempt(
                 self.engine,
                 weights,
+                self.sampling,
                 self.config.samples,
                 self.kind,
                 session.chat,
@@ -134,10 +143,9 @@ def examination_of(
     chat: Chat,
     prompts: Sequence[Prompt],
     engine: Engine,
-    engine_of: Callable[[Sampling], Engine],
 ) -> Examination:
     """What a config asks for, checked. `prompts` are trained on, `engine` is the one
-    that training samples with, `engine_of` makes its like with another sampling.
+    that training samples with.
 
     Raises:
         BadInput: a set is unusable, or a problem of it is trained on or too long.
@@ -153,6 +161,7 @@ def examination_of(
                 raise BadInput(f"{where} is trained on")
             if (length := len(chat.encode(problem.question))) > room:
                 raise BadInput(f"{where} has {length} tokens, there is room for {room}")
+    sampling = config.sampling
     if wanted.samples == 1:
-        engine = engine_of(dataclasses.replace(config.sampling, temperature=0.0))
-    return Examination(wanted, sets, engine)
+        sampling = dataclasses.replace(sampling, temperature=0.0)
+    return Examination(wanted, sets, engine, sampling)

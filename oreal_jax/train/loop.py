@@ -49,7 +49,7 @@ from oreal_jax.sampling import (
 from oreal_jax.train import exchange, measures
 from oreal_jax.train.examination import examination_of
 from oreal_jax.train.exchange import Judged, Samples
-from oreal_jax.train.programs import engines_of, mesh_of, update_of
+from oreal_jax.train.programs import engine_of, mesh_of, update_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
@@ -87,10 +87,9 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
     repeated, longest = usable_prompts(config, source.config, prompts, chat, screen)
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
-    engine_of = engines_of(config, source.config, mesh, stop_tokens, stop_table)
-    engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
-    engine.require_room(longest)
-    examination = examination_of(config, chat, prompts, engine, engine_of)
+    engine = engine_of(config, source.config, mesh, stop_tokens, stop_table)
+    engine.require_room(longest, config.sampling.max_tokens)
+    examination = examination_of(config, chat, prompts, engine)
     session = Session(
         config,
         run,
@@ -340,10 +339,15 @@ def sample(
     with session.screen.phase("gen", total=total, label=label) as advance:
         engine.sample(
             weights,
-            [Request(q.tokens, q.prompt.key, q.first_sample) for q in asked],
+            [
+                Request(
+                    q.tokens, config.sampling, q.prompt.key, q.first_sample, config.seed
+                )
+                for q in asked
+            ],
             K,
-            seed=config.seed,
             step=step,
+            renormalise=config.log_probs == "sampled",
             on_progress=lambda tokens, finished: advance(finished, tokens),
             on_finished=note,
         )

@@ -3,8 +3,7 @@
 The loop runs these programs, `oreal plan` compiles the same ones ahead of time.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,19 +74,25 @@ def distribution_of(config: TrainConfig) -> Distribution:
     return model.full
 
 
-def engines_of(
+def engine_of(
     config: TrainConfig,
     shape: ModelConfig,
     mesh: Mesh,
     stop_tokens: Sequence[int],
     stop_table: Int[np.ndarray, "V S"] | None,
-) -> Callable[..., Engine]:
-    """Makes engines that differ in their sampling."""
-    return functools.partial(
-        Engine,
+    devices: Sequence | None = None,
+) -> Engine:
+    """The engine of a run, for training and for evaluation; `devices` are this
+    process's (None: as JAX says).
+
+    Raises:
+        BadInput: the devices do not make engines, or the model does not have a token
+            that `config.sampling` or `stop_tokens` name.
+    """
+    engine = Engine(
         shape,
         mesh,
-        stop_tokens=stop_tokens,
+        stop_tokens,
         stop_table=stop_table,
         rows=config.decode_rows,
         cache_tokens=config.cache_tokens,
@@ -95,4 +100,7 @@ def engines_of(
         weights=config.decode_weights,
         cache=config.decode_cache,
         tensor=config.decode_tensor,
+        devices=devices,
     )
+    engine.require(config.sampling)
+    return engine
