@@ -437,15 +437,42 @@ def test_other_parameters_compile_nothing(params, prompts):
     )
     call: dict[str, Any] = {}
     complete()
+    complete(max_tokens=1)  # all finish at once
     count.take()
     for options in MIXED:
-        complete(**({"max_tokens": 90} | options))
+        complete(**options)  # fewer tokens than the first call among them
     call["renormalise"] = True
     complete(seed=2)
     assert count.take() == 0
     again = make_engine(rows=16)  # an engine like it has the same programs
     again.sample(weights, make_requests(prompts), 2)
     assert count.take() == 0
+
+
+def test_an_engine_shrinks_for_its_last_rows_only_where_that_saves_time(
+    params, prompts, monkeypatch
+):
+    engine = make_engine(rows=32)
+    programs, weights = engine.programs, weights_for(engine, params)
+    decoder, slots = programs.decoder, []
+
+    def record(size, *arguments):
+        slots.append(size.slots)
+        return decoder(size, *arguments)
+
+    def complete(compile_seconds: float):
+        slots.clear()
+        programs.compile_seconds = compile_seconds
+        return tokens_of(engine.sample(weights, make_requests(prompts), 7))
+
+    monkeypatch.setattr(programs, "_decoders", {})
+    monkeypatch.setattr(programs, "decoder", record)
+    whole = complete(1e6)
+    assert set(slots) == {32}  # compiling takes longer than what it saves
+    assert complete(0) == whole
+    assert set(slots) == {32, 8}
+    assert complete(1e6) == whole
+    assert set(slots) == {32, 8}  # the program is there
 
 
 def test_penalties_do_not_depend_on_slots(params, prompts):

@@ -11,6 +11,7 @@ Requests of one call may differ in all parameters; the compiled programs are the
 work.py is one call.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -149,7 +150,17 @@ class Engine:
         longest = most(lambda r: len(r.prompt) + r.sampling.max_tokens)
         new = most(lambda r: r.sampling.max_tokens)
         biases = most(lambda r: len(r.sampling.logit_bias))
-        return self.size(len(requests) * samples, longest - new, new, biases)
+        size = self.size(len(requests) * samples, longest - new, new, biases)
+        # What is compiled already and large enough takes memory, but no compilation.
+        limit = self.cache_tokens // PAGE + 1 if self.cache_tokens else math.inf
+        larger = [
+            known
+            for known in self.programs.sizes(self.stops)
+            if known.slots == size.slots
+            and known.pages <= limit
+            and all(has >= need for has, need in zip(known, size, strict=True))
+        ]
+        return min(larger, key=lambda known: known.pages, default=size)
 
     def require_room(self, prompt: int, new: int) -> None:
         """Checks that a prompt of so many tokens can be completed by `new` ones.

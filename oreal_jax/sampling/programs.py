@@ -154,7 +154,7 @@ class Programs:
     def decoder(self, size: Size, *arguments) -> Callable:
         """`_decode` of these arguments, compiled once for each size and shape of the
         automaton."""
-        key = self._key(size, arguments[-1])
+        key = size, *_shapes(arguments[-1])
         if key not in self._decoders:
             start = time.perf_counter()
             self._decoders[key] = self.decode.lower(*arguments).compile()
@@ -162,12 +162,9 @@ class Programs:
             self.compile_seconds = max(self.compile_seconds, seconds)
         return functools.partial(self._decoders[key], *arguments)
 
-    def has_decode(self, size: Size, stops: Stops) -> bool:
-        """Whether decoding of this size is compiled."""
-        return self._key(size, stops) in self._decoders
-
-    def _key(self, size: Size, stops: Stops) -> tuple:
-        return size, *(x.shape for x in stops)
+    def sizes(self, stops: Stops) -> list[Size]:
+        """The sizes that decoding is compiled for, with such stops."""
+        return [size for size, *shapes in self._decoders if shapes == _shapes(stops)]
 
     def abstract(self, size: Size) -> Decoding:
         """Shapes, types and shardings of `empty`."""
@@ -356,6 +353,10 @@ class Programs:
         drawn = (state.tokens, state.log_probs, state.sampled_log_probs)
         found = state.matched == FOUND
         return tuple(values[slots] for values in (*drawn, found))
+
+
+def _shapes(stops: Stops) -> list[tuple[int, ...]]:
+    return [x.shape for x in stops]
 
 
 def _fold(key: UInt32[Array, "2"], number) -> UInt32[Array, "2"]:

@@ -238,7 +238,7 @@ class Work:
         smaller = self.size._replace(slots=self.scheduler.fitting)
         if smaller.slots == self.size.slots:
             return
-        if not self.programs.has_decode(smaller, self.stops):
+        if smaller not in self.programs.sizes(self.stops):
             share = 1 - smaller.slots / self.size.slots
             saving = self.scheduler.expected_steps * self.step_seconds * share
             if saving < self.programs.compile_seconds:
