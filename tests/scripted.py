@@ -29,8 +29,8 @@ class Script:
         requests,
         samples,
         *,
-        seed,
         step=0,
+        renormalise=False,
         on_progress=lambda tokens, finished: None,
         on_finished=lambda *_: None,
     ) -> list[list[Completion]]:
@@ -47,17 +47,17 @@ class Script:
                     raise KeyboardInterrupt
                 self.patience -= 1
                 number = request.first_sample + sample
-                self.asked.append((a, number, engine.sampling))
-                self.seeds.append(seed)
-                drawn[-1].append(self.completion(engine, self.says(a, number)))
+                self.asked.append((a, number, request.sampling))
+                self.seeds.append(request.seed)
+                text = self.says(a, number)
+                drawn[-1].append(self.completion(request.sampling.max_tokens, text))
                 on_finished(place, sample, drawn[-1][-1])
                 on_progress(1, 1)
         return drawn
 
-    def completion(self, engine, text: str) -> Completion:
+    def completion(self, limit: int, text: str) -> Completion:
         """The text, with a stop token if there is room for it."""
         tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
-        limit = engine.sampling.max_tokens
         reason = "stop" if len(tokens) <= limit else "length"
         kept = tokens[:limit]
         return Completion(kept, np.zeros(len(kept)), None, reason)

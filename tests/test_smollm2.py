@@ -80,9 +80,9 @@ def test_greedy_completions_equal_transformers(both):
     chat = Chat(load_tokenizer(directory))
     mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
     sampling = Sampling(max_tokens=24, temperature=0.0)
-    engine = Engine(config, mesh, sampling, chat.stop_tokens())
-    requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
-    ours = engine.sample(engine.weights(hf.load(directory)), requests, 1, seed=0)
+    engine = Engine(config, mesh, chat.stop_tokens())
+    requests = [Request(chat.encode(q), sampling, i) for i, q in enumerate(QUESTIONS)]
+    ours = engine.sample(engine.weights(hf.load(directory)), requests, 1)
     for request, (completion,) in zip(requests, ours, strict=True):
         prompt = torch.tensor([list(request.prompt)])
         with torch.no_grad():
