@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from oreal_jax import processes, rollout
+from oreal_jax import processes, program_cache, rollout
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -78,6 +78,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     """
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
+    program_cache.enable()
     chat = chat_of(config, run, source, config.stop_strings)
     judging = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from pathlib import Path
 
-from oreal_jax import efficiency, processes
+from oreal_jax import efficiency, processes, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
@@ -30,6 +30,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     """
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
+    program_cache.enable()
     chat = chat_of(config, run, source)
     examples = usable_examples(config, source.config, chat, screen)
     of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
