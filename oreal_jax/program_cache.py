@@ -45,7 +45,7 @@ def enable() -> None:
     To be called once the devices of all processes are known.
     """
     chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ
-    if not chosen and jax.config.jax_compilation_cache_dir is None:
+    if not chosen and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", default_directory())
     for name, value in SETTINGS.items():
         if name.upper() not in os.environ:
@@ -60,7 +60,7 @@ def enable() -> None:
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
     """No program is looked for or kept in the block."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     _switch(False)
     try:
         yield
@@ -97,7 +97,7 @@ class Entries(CacheInterface):
         self._max_bytes = max_bytes
         self._bytes: int | None = None  # known from the first write on
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytes | None:  # pyright: ignore  # JAX's says None
         """The entry, None if there is none."""
         path = self._path / (key + SUFFIX)
         try:
@@ -132,29 +132,30 @@ class Entries(CacheInterface):
             self._bytes += added
             return
         entries = []
+        killed = time.time() - HOUR  # a writer that has not finished since
         for file in os.scandir(self._path):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 stat = file.stat()
                 if file.name.endswith(SUFFIX):
                     entries.append((stat.st_mtime, stat.st_size, file.path))
-                elif file.name.endswith(UNFINISHED):
-                    if stat.st_mtime < time.time() - HOUR:  # its writer was killed
-                        os.unlink(file.path)
-        self._bytes = sum(size for _, size, _ in entries)
-        if self._bytes <= self._max_bytes:
-            return
+                elif file.name.endswith(UNFINISHED) and stat.st_mtime < killed:
+                    os.unlink(file.path)
+        total = sum(size for _, size, _ in entries)
+        # Some more than needed: the directory is not read again for the next one.
+        limit = self._max_bytes if total <= self._max_bytes else 0.9 * self._max_bytes
         for _, size, path in sorted(entries):
-            if self._bytes <= 0.9 * self._max_bytes:
+            if total <= limit:
                 break
             Path(path).unlink(missing_ok=True)
-            self._bytes -= size
+            total -= size
+        self._bytes = total
 
 
 def _file_cache(path: str) -> tuple[CacheInterface, str] | None:
     """The cache of a directory; JAX's own where that is not on a file system."""
-    if "://" in path or jax.config.jax_compilation_cache_check_contents:
+    if "://" in path or jax.config.values["jax_compilation_cache_check_contents"]:
         return _jax_file_cache(path)
-    max_bytes = jax.config.jax_compilation_cache_max_size
+    max_bytes = jax.config.values["jax_compilation_cache_max_size"]
     return Entries(Path(path), MAX_BYTES if max_bytes == -1 else max_bytes), path
 
 

@@ -8,11 +8,11 @@ import threading
 import zlib
 from pathlib import Path
 
-import jax
 import pytest
+import tiny_runs
 from tiny_runs import ALONE, ROOT
 
-from oreal_jax import program_cache
+from oreal_jax import metrics, program_cache
 from oreal_jax.program_cache import Entries
 
 # Three programs, one of them on four devices; prints JAX's count of each kind of event
@@ -39,16 +39,17 @@ print(json.dumps([
     [np.asarray(y).tobytes().hex() for y in found],
 ]))
 """
+# As a user has it: without the tests' cache, and what JAX leaves for libtpu.
 OURS = {
     name: value
     for name, value in ALONE.items()
-    if "COMPILATION_CACHE" not in name and "PERSISTENT_CACHE" not in name
+    if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "TPU_"))
 }
 
 
-def start(environment) -> subprocess.Popen:
+def launch(environment, program: str = PROGRAM) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env=OURS | environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -65,7 +66,7 @@ def finish(process: subprocess.Popen) -> tuple[int, int, list[str]]:
 
 
 def run(environment) -> tuple[int, int, list[str]]:
-    return finish(start(environment))
+    return finish(launch(environment))
 
 
 def entries(directory: Path) -> list[Path]:
@@ -100,7 +101,7 @@ def test_a_truncated_or_damaged_entry_is_compiled_again_and_replaced(filled):
 
 def test_two_processes_at_once_write_one_cache(filled, tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    for found in [finish(p) for p in [start(environment), start(environment)]]:
+    for found in [finish(p) for p in [launch(environment), launch(environment)]]:
         assert found[2] == filled[1]
     count = len(entries(filled[0] / "oreal_jax/programs"))
     assert len(list((tmp_path / "oreal_jax/programs").iterdir())) == count
@@ -202,8 +203,33 @@ def test_a_reader_during_writes_reads_one_whole(tmp_path):
     assert found <= contents | {None} and found & contents
 
 
-def test_no_program_is_kept_where_it_is_disabled(tmp_path):
-    before = jax.config.jax_enable_compilation_cache
-    with program_cache.disabled():
-        assert not jax.config.jax_enable_compilation_cache
-    assert jax.config.jax_enable_compilation_cache == before
+def test_no_program_is_kept_where_it_is_disabled(filled, tmp_path):
+    planned = PROGRAM.replace("found = [", "with program_cache.disabled(): found = [")
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert finish(launch(environment, planned)) == [0, 0, filled[1]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_compiles_nothing_and_reports_it(start, tmp_path):
+    def measured(run: str) -> list[dict[str, float]]:
+        process = tiny_runs.oreal(
+            "sft",
+            ROOT / "configs/tiny_sft.py",
+            *("--set", f"model={start / 'hf'}"),
+            *("--set", f"examples={start / 'solutions.jsonl'}"),
+            *("--set", "steps=2"),
+            *("--run", tmp_path / run),
+            environment=OURS | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )
+        _, complained = process.communicate(timeout=300)
+        assert (process.returncode, complained) == (0, "")
+        return metrics.read(tmp_path / run / "metrics.jsonl")
+
+    first, second = measured("first"), measured("second")
+    assert first[0]["perf/compilations"] > 0
+    assert all(step["perf/compilations"] == 0 for step in second)
+    seconds = [step["perf/compile_seconds"] for step in (first[0], second[0])]
+    assert 0 < seconds[1] < 0.7 * seconds[0]
+    assert first[1]["perf/compile_seconds"] < 0.1 * seconds[0]
+    losses = [[step["actor/loss"] for step in run] for run in (first, second)]
+    assert losses[0] == losses[1]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from oreal_jax import program_cache
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
 from oreal_jax.efficiency import PEAKS
