@@ -24,6 +24,7 @@ from oreal_jax.train.programs import (
     compute_dtype,
     engines_of,
     learners_of,
+    limits_of,
     mesh_of,
     update_of,
 )
@@ -106,6 +107,7 @@ def layout(
         ],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
+        limits=limits_of(config),
     )
     dtype = compute_dtype(config.compute, mesh)
     state = learners.abstract(mesh)

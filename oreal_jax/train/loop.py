@@ -32,7 +32,7 @@ from oreal_jax.data import (
     load_prompts,
     repeat_by_difficulty,
 )
-from oreal_jax.data.packing import Batch, pack
+from oreal_jax.data.packing import Batch, Limits, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation.attempts import fingerprint
 from oreal_jax.files import write_lines
@@ -49,7 +49,7 @@ from oreal_jax.sampling import (
 from oreal_jax.train import exchange, measures
 from oreal_jax.train.examination import examination_of
 from oreal_jax.train.exchange import Judged, Samples
-from oreal_jax.train.programs import engines_of, mesh_of, update_of
+from oreal_jax.train.programs import engines_of, limits_of, mesh_of, update_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
@@ -86,11 +86,12 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
-    repeated, longest = usable_prompts(config, source.config, prompts, chat, screen)
+    repeated, sizes = usable_prompts(config, source.config, prompts, chat, screen)
+    limits = limits_of(config, min(sizes))
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
     engine_of = engines_of(config, source.config, mesh, stop_tokens, stop_table)
     engine = engine_of(config.sampling, renormalise=config.log_probs == "sampled")
-    engine.require_room(longest)
+    engine.require_room(max(sizes))
     examination = examination_of(config, chat, prompts, engine, engine_of)
     session = Session(
         config,
@@ -127,7 +128,9 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                 kept = rollout.keep_some(usable, config.keep, config.seed, step)
                 values = rollout.metrics(groups, kept) | how_it_went(engine, judge)
                 if kept:
-                    values |= learn(session, kept, reference, add_reference, update)
+                    values |= learn(
+                        session, kept, limits, reference, add_reference, update
+                    )
                     most = config.max_disagreement
                     measures.require_agreement(values, most, session.step)
                 else:
@@ -169,6 +172,7 @@ def judge_of(
 def learn(
     session: Session,
     kept: Sequence[Trajectory],
+    limits: Limits,
     reference: Params,
     add_reference: Callable[[Params, Batch], Batch],
     update: TrainStep,
@@ -179,6 +183,7 @@ def learn(
         [trajectory.example() for trajectory in kept],
         rows=session.rows,
         row_length=session.config.packing.row_length,
+        limits=limits,
     )
     batch = place(batch, session.mesh)
     with session.screen.phase("ref", label=label):
@@ -194,9 +199,9 @@ def usable_prompts(
     prompts: Sequence[Prompt],
     chat: Chat,
     screen: Screen,
-) -> tuple[list[Prompt], int]:
-    """The prompts that are short enough, repeated by difficulty as published, and the
-    tokens of the longest."""
+) -> tuple[list[Prompt], list[int]]:
+    """The prompts that are short enough, repeated by difficulty as published, and how
+    many tokens those that are short enough have."""
     encoded = [chat.encode(prompt.question) for prompt in prompts]
     shape.require_tokens(itertools.chain.from_iterable(encoded), config.prompts)
     sizes = [len(tokens) for tokens in encoded]
@@ -213,7 +218,7 @@ def usable_prompts(
         f"{config.prompts}: {len(prompts)} prompts, {left_out} over "
         f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
     )
-    return repeated, max(size for size, does in zip(sizes, fits, strict=True) if does)
+    return repeated, [size for size, does in zip(sizes, fits, strict=True) if does]
 
 
 def questions(

@@ -12,7 +12,7 @@ from oreal_jax import efficiency, processes, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
-from oreal_jax.data.packing import Example, pack
+from oreal_jax.data.packing import Example, Limits, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
@@ -36,6 +36,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     processes.agree(f"{config.examples}: fingerprint", of_all)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
+    limits = Limits.of(examples, config.examples_per_step)
     steps = config.steps or config.epochs * len(examples) // config.examples_per_step
     session = Session(
         config,
@@ -58,6 +59,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 taken,
                 rows=session.rows,
                 row_length=config.packing.row_length,
+                limits=limits,
             )
             with processes.together():
                 with screen.phase("update_actor", label=f"step {step + 1}: "):
