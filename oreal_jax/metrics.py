@@ -42,19 +42,36 @@ class MetricsLog:
 
 
 class Compilations:
-    """Counts programs that JAX compiles: few buckets of shapes should mean few."""
+    """Programs that JAX compiles, and the seconds before programs can run: tracing,
+    lowering, and compiling or loading from disk."""
+
+    TRACED = "/jax/core/compile/jaxpr_trace_duration"
+    LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+    # JAX reports this for a program that it loads, too, after the event of `LOADED`.
+    COMPILED = "/jax/core/compile/backend_compile_duration"
+    LOADED = "/jax/compilation_cache/cache_hits"
 
     def __init__(self):
-        self._count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        self._count, self._seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add_duration)
+        jax.monitoring.register_event_listener(self._add_event)
 
-    def _hear(self, event: str, duration_secs: float, **details: str | int) -> None:
-        self._count += event == "/jax/core/compile/backend_compile_duration"
+    def _add_duration(self, event: str, seconds: float, **details: str | int) -> None:
+        self._count += event == self.COMPILED
+        if event in (self.TRACED, self.LOWERED, self.COMPILED):
+            self._seconds += seconds
 
-    def take(self) -> int:
-        """Compilations since the last call."""
-        count, self._count = self._count, 0
-        return count
+    def _add_event(self, event: str, **details: str | int) -> None:
+        self._count -= event == self.LOADED
+
+    def take(self) -> dict[str, float]:
+        """Metrics since the last call."""
+        metrics = {
+            "perf/compilations": float(self._count),
+            "perf/compile_seconds": self._seconds,
+        }
+        self._count, self._seconds = 0, 0.0
+        return metrics
 
 
 compilations = Compilations()  # JAX's listeners are global, so is the count

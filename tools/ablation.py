@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from oreal_jax import losses, model, sharding
+from oreal_jax import losses, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verification
@@ -163,6 +163,7 @@ def measure(run: Path, prompts: Path, pool: Pool) -> float:
     """Mean accuracy of several samples of every held-out problem."""
     source = open_model(run)
     mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     engine = Engine(
         source.config, mesh, Sampling(max_tokens=8), chat.stop_tokens(), rows=256

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_sampling import HOW, QUESTIONS
 
-from oreal_jax import model, sharding
+from oreal_jax import model, program_cache, sharding
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
@@ -41,6 +41,7 @@ def main() -> None:
     source = open_model(parsed.model)
     config = source.config
     mesh = sharding.make_mesh(sharding.MeshShape(), config)
+    program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)
     requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]

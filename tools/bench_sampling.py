@@ -30,7 +30,7 @@ import torch
 import transformers
 from simulate_slots import published_lengths, simulate
 
-from oreal_jax import model, sharding
+from oreal_jax import model, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
@@ -185,6 +185,7 @@ def main() -> None:
     )
     source = open_model(parsed.model)
     mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)
     stops = chat.stop_tokens()

@@ -34,7 +34,7 @@ import torch
 import transformers
 from simulate_slots import heavy_tailed
 
-from oreal_jax import efficiency, model, sharding
+from oreal_jax import efficiency, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
@@ -258,6 +258,7 @@ def main() -> None:
         for layers in (28, 64, 28, 64):
             say({f"compile_seconds_{layers}_layers": compile_seconds(config, layers)})
         return
+    program_cache.enable()
     params = source.load(sharding.make_mesh(sharding.MeshShape(), config))
     examples = trajectories(config, parsed.completions, parsed.mean)
     work = efficiency.whole((len(e.prompt), len(e.completion)) for e in examples)

@@ -21,7 +21,7 @@ from plot_run import plot
 from rich.table import Table
 
 from oreal_jax import config as configuration
-from oreal_jax import evaluation, sharding
+from oreal_jax import evaluation, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parsed = parser.parse_args()
     screen, began = Screen(), time.perf_counter()
+    program_cache.enable()
     home = parsed.directory
     start, run, exported = home / "start", home / "run", home / "exported"
     try:

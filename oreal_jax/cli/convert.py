@@ -36,11 +36,13 @@ def size(text: str) -> int:
 
 def from_hf(parsed: argparse.Namespace) -> None:
     """`oreal convert from-hf`."""
+    from oreal_jax import program_cache
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.console import Screen
     from oreal_jax.sharding import MeshShape, make_mesh
 
     screen = Screen()
+    program_cache.enable()
     with screen.phase("convert") as advance:
         import_model(
             parsed.source,
@@ -56,6 +58,7 @@ def to_hf(parsed: argparse.Namespace) -> None:
     """`oreal convert to-hf`."""
     import jax.numpy as jnp
 
+    from oreal_jax import program_cache
     from oreal_jax.checkpoints import hf
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.console import Screen
@@ -63,6 +66,7 @@ def to_hf(parsed: argparse.Namespace) -> None:
 
     screen = Screen()
     source = open_model(parsed.source)
+    program_cache.enable()
     with screen.phase("convert") as advance:
         hf.save(
             source.load(make_mesh(MeshShape(), source.config), jnp.dtype(parsed.dtype)),

@@ -77,6 +77,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     from oreal_jax.console import Screen
     from oreal_jax.evaluation import kept_beside, load_sets, run
     from oreal_jax.evaluation.attempts import drawing
+    from oreal_jax.metrics import compilations
     from oreal_jax.verify import Pool
 
     screen = Screen.on_stderr()
@@ -126,13 +127,15 @@ def evaluate(parsed: argparse.Namespace) -> None:
                 second=second,
                 screen=screen,
             )
+        performance = compilations.take()
         if parsed.items:
             write_lines(parsed.items, run.items(reports))
         if parsed.json:
-            whole = run.as_json(parsed.model, reports)
+            whole = run.as_json(parsed.model, reports) | performance
             text = json.dumps(whole, ensure_ascii=False, indent=1)
             write_text(parsed.json, text + "\n")
     run.show(parsed.model, reports)
+    screen.say("  ".join(f"{name} {value:.3g}" for name, value in performance.items()))
 
 
 def compare(parsed: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def add(verb: Verb) -> None:
 
 def losses(parsed: argparse.Namespace) -> None:
     """`oreal losses`."""
-    from oreal_jax import laboratory
+    from oreal_jax import laboratory, program_cache
     from oreal_jax.console import Screen
 
     screen = Screen()
@@ -56,6 +56,7 @@ def losses(parsed: argparse.Namespace) -> None:
         chosen[Path(name).stem] = laboratory.load_loss(name)
     recorded = laboratory.read(parsed.trajectories)
     places = laboratory.choose(recorded, parsed.trajectory)
+    program_cache.enable()
     with screen.phase("examine", total=len(chosen)) as advance:
         examined = {}
         for name, loss in chosen.items():

@@ -179,7 +179,7 @@ class Opened:
     completions."""
 
     def __init__(self, parsed: argparse.Namespace, sampling, stops=()):
-        from oreal_jax import sharding
+        from oreal_jax import program_cache, sharding
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
         from oreal_jax.sampling import Engine, token_table
@@ -188,6 +188,7 @@ class Opened:
         at_least(1, "--rows", parsed.rows)
         source = self.source = open_model(parsed.model)
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+        program_cache.enable()
         dtype = compute_dtype("auto", mesh)
         system_prompt = parsed.system_prompt
         if system_prompt is None:

@@ -59,6 +59,55 @@ class Batch(NamedTuple):
         return jnp.arange(T)[None, None] < self.length[..., None]
 
 
+class Shape(NamedTuple):
+    """The sizes of a batch that are not its rows': M, C, N, T."""
+
+    micros: int
+    columns: int
+    completions: int
+    tokens: int
+
+
+class Limits(NamedTuple):
+    """What no step of a run exceeds: completions, tokens of a prompt with its
+    completion, tokens of a completion; and the tokens of the shortest prompt."""
+
+    completions: int
+    sequence: int
+    completion: int
+    shortest_prompt: int = 0
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], completions: int) -> "Limits":
+        """Those of batches of `completions` of these examples."""
+        return cls(
+            completions,
+            max(len(e.prompt) + len(e.completion) for e in examples),
+            max(len(e.completion) for e in examples),
+            min(len(e.prompt) for e in examples),
+        )
+
+    def shape(self, rows: int, row_length: int) -> Shape:
+        """A shape that has room for nearly every batch; few are compiled then.
+
+        It does not depend on earlier batches: a resumed run has the same.
+        """
+        # Each row but the last has at least this many sequences.
+        in_a_row = max(1, row_length // self.sequence)
+        worst = bucket(-(-self.completions // (in_a_row * rows)))
+        together = bucket(8 * rows * row_length // self.sequence, 16)
+        # In a full row, prompts take at least their part.
+        shortest = max(1, self.completion + self.shortest_prompt)
+        predicted = -(-row_length * self.completion // shortest)
+        return Shape(
+            # Micro-batches and completions that are not there take memory alone.
+            micros=max(1, worst // 2),
+            columns=_columns(predicted, row_length),
+            completions=min(together, bucket(self.completions, 8)),
+            tokens=_tokens(self.completion),
+        )
+
+
 class Slot(NamedTuple):
     """Where an example went: micro-batch and place in it."""
 
@@ -92,24 +141,56 @@ def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
+def _columns(predicted: int, row_length: int) -> int:
+    """Eighths of a row, not powers of two: the vocabulary head pays for each."""
+    eighth = max(16, bucket(row_length) // 8)
+    return eighth * max(1, -(-predicted // eighth))
+
+
+def _tokens(most: int) -> int:
+    return bucket(most, 16) if most <= 128 else 128 * -(-most // 128)
+
+
+def arrange(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    rows: int,
+    row_length: int,
+    limits: Limits | None = None,
+) -> tuple[list[list[list[int]]], Shape]:
+    """Assigns sequences of (prompt, completion) lengths to the rows of micro-batches;
+    the sequences of each row of each micro-batch, and the shape of the batch."""
+    packed = fill_rows([prompt + answer for prompt, answer in lengths], row_length)
+    groups = [packed[i : i + rows] for i in range(0, len(packed), rows)]
+    predicted = (sum(lengths[i][1] for i in row) for row in packed)
+    shape = Shape(
+        micros=bucket(len(groups)),
+        columns=_columns(max(predicted, default=1), row_length),
+        completions=bucket(max((sum(map(len, g)) for g in groups), default=1), 8),
+        tokens=_tokens(max((answer for _, answer in lengths), default=1)),
+    )
+    if limits:
+        shape = Shape(*map(max, shape, limits.shape(rows, row_length)))
+    return groups, shape
+
+
 def pack(
-    examples: Sequence[Example], *, rows: int, row_length: int
+    examples: Sequence[Example],
+    *,
+    rows: int,
+    row_length: int,
+    limits: Limits | None = None,
 ) -> tuple[Batch, list[Slot]]:
-    """Packs examples into micro-batches of `rows` rows of `row_length` tokens.
+    """Packs examples into micro-batches of `rows` rows of `row_length` tokens; without
+    `limits` in a shape for these alone.
 
     Returns the batch (reference log-probabilities zero, to be filled in) and the slot
     of each example.
     """
-    lengths = [len(e.prompt) + len(e.completion) for e in examples]
-    packed = fill_rows(lengths, row_length)
-    groups = [packed[i : i + rows] for i in range(0, len(packed), rows)]
-    predicted = lambda indices: sum(len(examples[i].completion) for i in indices)
-    M = bucket(len(groups))
-    # The vocabulary head pays for every column: eighths of a row, not powers of two.
-    eighth = max(16, bucket(row_length) // 8)
-    C = eighth * max(1, -(-max(map(predicted, packed), default=1) // eighth))
-    N = bucket(max((sum(map(len, group)) for group in groups), default=1), 8)
-    T = bucket(max((len(e.completion) for e in examples), default=1), 16)
+    pairs = [(len(e.prompt), len(e.completion)) for e in examples]
+    groups, (M, C, N, T) = arrange(
+        pairs, rows=rows, row_length=row_length, limits=limits
+    )
 
     whole = lambda *shape: np.zeros(shape, np.int32)
     batch = Batch(
@@ -134,7 +215,7 @@ def pack(
             column = listed = 0
             for segment, index in enumerate(indices, start=1):
                 example = examples[index]
-                size, answer = lengths[index], len(example.completion)
+                size, answer = sum(pairs[index]), pairs[index][1]
                 here = (micro, row, slice(column, column + size))
                 batch.tokens[here] = [*example.prompt, *example.completion]
                 batch.positions[here] = np.arange(size)

@@ -25,6 +25,7 @@ from oreal_jax.train.programs import (
     compute_dtype,
     engine_of,
     learners_of,
+    limits_of,
     mesh_of,
     update_of,
 )
@@ -108,6 +109,7 @@ def layout(
         ],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
+        limits=limits_of(config),
     )
     dtype = compute_dtype(config.compute, mesh)
     state = learners.abstract(mesh)

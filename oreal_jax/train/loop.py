@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from oreal_jax import processes, rollout
+from oreal_jax import processes, program_cache, rollout
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -32,7 +32,7 @@ from oreal_jax.data import (
     load_prompts,
     repeat_by_difficulty,
 )
-from oreal_jax.data.packing import Batch, pack
+from oreal_jax.data.packing import Batch, Limits, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation.attempts import fingerprint
 from oreal_jax.files import write_lines
@@ -49,7 +49,7 @@ from oreal_jax.sampling import (
 from oreal_jax.train import exchange, measures
 from oreal_jax.train.examination import examination_of
 from oreal_jax.train.exchange import Judged, Samples
-from oreal_jax.train.programs import engine_of, mesh_of, update_of
+from oreal_jax.train.programs import engine_of, limits_of, mesh_of, update_of
 from oreal_jax.train.session import (
     Session,
     chat_of,
@@ -78,6 +78,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     """
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
+    program_cache.enable()
     chat = chat_of(config, run, source, config.stop_strings)
     judging = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
@@ -85,10 +86,11 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     saved = run / "data"  # a run goes on with the prompts that it began with
     prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
     processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
-    repeated, longest = usable_prompts(config, source.config, prompts, chat, screen)
+    repeated, sizes = usable_prompts(config, source.config, prompts, chat, screen)
+    limits = limits_of(config, min(sizes))
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
     engine = engine_of(config, source.config, mesh, stop_tokens, stop_table)
-    engine.require_room(longest, config.sampling.max_tokens)
+    engine.require_room(max(sizes), config.sampling.max_tokens)
     examination = examination_of(config, chat, prompts, engine)
     session = Session(
         config,
@@ -125,7 +127,9 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                 kept = rollout.keep_some(usable, config.keep, config.seed, step)
                 values = rollout.metrics(groups, kept) | how_it_went(engine, judge)
                 if kept:
-                    values |= learn(session, kept, reference, add_reference, update)
+                    values |= learn(
+                        session, kept, limits, reference, add_reference, update
+                    )
                     most = config.max_disagreement
                     measures.require_agreement(values, most, session.step)
                 else:
@@ -167,6 +171,7 @@ def judge_of(
 def learn(
     session: Session,
     kept: Sequence[Trajectory],
+    limits: Limits,
     reference: Params,
     add_reference: Callable[[Params, Batch], Batch],
     update: TrainStep,
@@ -177,6 +182,7 @@ def learn(
         [trajectory.example() for trajectory in kept],
         rows=session.rows,
         row_length=session.config.packing.row_length,
+        limits=limits,
     )
     batch = place(batch, session.mesh)
     with session.screen.phase("ref", label=label):
@@ -192,9 +198,9 @@ def usable_prompts(
     prompts: Sequence[Prompt],
     chat: Chat,
     screen: Screen,
-) -> tuple[list[Prompt], int]:
-    """The prompts that are short enough, repeated by difficulty as published, and the
-    tokens of the longest."""
+) -> tuple[list[Prompt], list[int]]:
+    """The prompts that are short enough, repeated by difficulty as published, and how
+    many tokens those that are short enough have."""
     encoded = [chat.encode(prompt.question) for prompt in prompts]
     shape.require_tokens(itertools.chain.from_iterable(encoded), config.prompts)
     sizes = [len(tokens) for tokens in encoded]
@@ -211,7 +217,7 @@ def usable_prompts(
         f"{config.prompts}: {len(prompts)} prompts, {left_out} over "
         f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
     )
-    return repeated, max(size for size, does in zip(sizes, fits, strict=True) if does)
+    return repeated, [size for size, does in zip(sizes, fits, strict=True) if does]
 
 
 def questions(

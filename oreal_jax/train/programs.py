@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from oreal_jax import model, sharding
+from oreal_jax import model, rollout, sharding
 from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.data.packing import Limits
 from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampled_from
@@ -104,3 +105,14 @@ def engine_of(
     )
     engine.require(config.sampling)
     return engine
+
+
+def limits_of(config: TrainConfig, shortest_prompt: int = 0) -> Limits:
+    """What no step exceeds; prompts have at least `shortest_prompt` tokens."""
+    each = 2 if config.keep is rollout.one_pair else config.samples_per_prompt
+    return Limits(
+        completions=each * config.prompts_per_step,
+        sequence=config.max_prompt_tokens + config.sampling.max_tokens,
+        completion=config.sampling.max_tokens,
+        shortest_prompt=shortest_prompt,
+    )

@@ -269,8 +269,8 @@ class Session:
             "perf/time_per_step": seconds,
             "perf/throughput": tokens / seconds / self.mesh.size,
             "perf/total_num_tokens": float(tokens),
-            "perf/compilations": float(compilations.take()),
-        } | self.screen.take_timings()
+        }
+        timed |= compilations.take() | self.screen.take_timings()
         rates = efficiency.metrics(
             done,
             {phase: timed[f"timing_s/{phase}"] for phase in done},

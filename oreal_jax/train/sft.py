@@ -8,11 +8,11 @@ import hashlib
 import itertools
 from pathlib import Path
 
-from oreal_jax import efficiency, processes
+from oreal_jax import efficiency, processes, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, read_examples
-from oreal_jax.data.packing import Example, pack
+from oreal_jax.data.packing import Example, Limits, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
@@ -30,11 +30,13 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     """
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
+    program_cache.enable()
     chat = chat_of(config, run, source)
     examples = usable_examples(config, source.config, chat, screen)
     of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     processes.agree(f"{config.examples}: fingerprint", of_all)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
+    limits = Limits.of(examples, config.examples_per_step)
     steps = config.steps or config.epochs * len(examples) // config.examples_per_step
     session = Session(
         config,
@@ -57,6 +59,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 taken,
                 rows=session.rows,
                 row_length=config.packing.row_length,
+                limits=limits,
             )
             with processes.together():
                 with screen.phase("update_actor", label=f"step {step + 1}: "):

@@ -1,0 +1,235 @@
+"""Programs on disk: loaded by the next process, whatever happened to the last one."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from tiny_runs import ALONE, ROOT
+
+from oreal_jax import metrics, program_cache
+from oreal_jax.program_cache import Entries
+
+# Three programs, one of them on four devices; prints JAX's count of each kind of event
+# and the exact numbers.
+PROGRAM = """
+import collections, json, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from oreal_jax import program_cache
+program_cache.enable()
+count = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: count.update([event]))
+mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,))
+split = jax.NamedSharding(mesh, jax.P("x", None))
+x = np.random.default_rng(0).normal(size=(64, 64)).astype("float32")
+loss = lambda x: (jax.nn.log_softmax(x @ x.T) ** 2).sum()
+found = [
+    jax.jit(jax.grad(loss))(x),
+    jax.jit(jax.grad(loss))(jax.device_put(x, split)),
+    jax.random.normal(jax.random.key(1), (5,)),
+]
+print(json.dumps([
+    count["/jax/compilation_cache/cache_hits"],
+    count["/jax/compilation_cache/cache_misses"],
+    [np.asarray(y).tobytes().hex() for y in found],
+]))
+"""
+# As a user has it: without the tests' cache, and what JAX leaves for libtpu.
+OURS = {
+    name: value
+    for name, value in ALONE.items()
+    if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "TPU_"))
+}
+
+
+def launch(environment, program: str = PROGRAM) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=OURS | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, int, list[str]]:
+    """Programs loaded and written, and the numbers they gave."""
+    printed, complained = process.communicate(timeout=100)
+    assert (process.returncode, complained) == (0, "")
+    return json.loads(printed)
+
+
+def run(environment) -> tuple[int, int, list[str]]:
+    return finish(launch(environment))
+
+
+def entries(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*-cache"))
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A user's cache directory after a process, and the numbers it computed."""
+    home = tmp_path_factory.mktemp("cache")
+    loaded, written, numbers = run({"XDG_CACHE_HOME": str(home)})
+    assert loaded == 0 and written == len(entries(home / "oreal_jax/programs")) > 4
+    return home, numbers
+
+
+def test_loaded_programs_give_the_same_numbers_bit_for_bit(filled):
+    home, numbers = filled
+    count = len(entries(home / "oreal_jax/programs"))
+    assert run({"XDG_CACHE_HOME": str(home)}) == [count, 0, numbers]
+
+
+def test_a_truncated_or_damaged_entry_is_compiled_again_and_replaced(filled):
+    environment = {"XDG_CACHE_HOME": str(filled[0])}
+    paths = entries(filled[0] / "oreal_jax/programs")
+    paths[0].write_bytes(paths[0].read_bytes()[:100])
+    paths[1].write_bytes(b"no program")
+    paths[2].write_bytes(b"")
+    paths[3].write_bytes(zlib.compress(b"0000 no program"))
+    assert run(environment) == [len(paths) - 4, 4, filled[1]]
+    assert run(environment) == [len(paths), 0, filled[1]]
+
+
+def test_two_processes_at_once_write_one_cache(filled, tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    for found in [finish(p) for p in [launch(environment), launch(environment)]]:
+        assert found[2] == filled[1]
+    count = len(entries(filled[0] / "oreal_jax/programs"))
+    assert len(list((tmp_path / "oreal_jax/programs").iterdir())) == count
+    assert run(environment) == [count, 0, filled[1]]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("JAX_ENABLE_COMPILATION_CACHE", "0"), ("JAX_COMPILATION_CACHE_DIR", "")],
+)
+def test_it_is_switched_off(filled, tmp_path, name, value):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), name: value}
+    assert run(environment) == [0, 0, filled[1]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_moved(filled, tmp_path):
+    moved = {
+        "XDG_CACHE_HOME": str(tmp_path / "a"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "b"),
+    }
+    run(moved)
+    assert not (tmp_path / "a").exists()
+    count = len(entries(filled[0] / "oreal_jax/programs"))
+    assert len(entries(tmp_path / "b")) == count
+
+
+def test_a_directory_that_cannot_be_made_stops_nothing(filled, tmp_path):
+    (tmp_path / "file").touch()
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    assert run(environment)[2] == filled[1]
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert program_cache.default_directory() is None
+
+
+@pytest.mark.parametrize("method", ["mkstemp", "replace", "utime", "open"])
+def test_a_full_or_read_only_file_system_is_a_miss(tmp_path, monkeypatch, method):
+    def fail(*_, **__):
+        raise OSError(28, "no space left on device")
+
+    cache = Entries(tmp_path, 1000)
+    cache.put("old", b"program")
+    with monkeypatch.context() as patch:
+        if method == "mkstemp":
+            patch.setattr(program_cache.tempfile, "NamedTemporaryFile", fail)
+        elif method == "open":
+            patch.setattr(Path, "read_bytes", fail)
+        else:
+            patch.setattr(os, method, fail)
+        cache.put("new", b"program")
+        read = cache.get("old")
+    assert read == (None if method == "open" else b"program")
+    assert cache.get("new") == (b"program" if method in ("utime", "open") else None)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_what_was_not_read_for_longest_makes_room(tmp_path):
+    cache = Entries(tmp_path, 1000)
+    for age, key in enumerate(["a", "b", "c"]):
+        cache.put(key, bytes(300))
+        os.utime(tmp_path / f"{key}-cache", (age, age))
+    assert cache.get("a")
+    Entries(tmp_path, 1000).put("d", bytes(300))
+    assert [path.name[0] for path in entries(tmp_path)] == ["a", "c", "d"]
+    cache.put("too large", bytes(1001))
+    assert cache.get("too large") is None
+
+
+def test_a_killed_writer_leaves_no_entry_and_its_file_goes(tmp_path):
+    (tmp_path / "tmp1.unfinished").write_bytes(bytes(300))
+    (tmp_path / "tmp2.unfinished").write_bytes(bytes(300))
+    os.utime(tmp_path / "tmp1.unfinished", (1, 1))  # of yesterday
+    Entries(tmp_path, 1000).put("a", bytes(300))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["a-cache", "tmp2.unfinished"]
+
+
+def test_a_reader_during_writes_reads_one_whole(tmp_path):
+    contents = {bytes([i]) * 100_000 for i in range(4)}
+    done = threading.Event()
+
+    def write(content: bytes) -> None:
+        cache = Entries(tmp_path, 10**9)
+        while not done.is_set():
+            cache.put("key", content)
+
+    writers = [threading.Thread(target=write, args=(each,)) for each in contents]
+    for writer in writers:
+        writer.start()
+    reader = Entries(tmp_path, 10**9)
+    found = {reader.get("key") for _ in range(2000)}
+    done.set()
+    for writer in writers:
+        writer.join()
+    assert found <= contents | {None} and found & contents
+
+
+def test_no_program_is_kept_where_it_is_disabled(filled, tmp_path):
+    planned = PROGRAM.replace("found = [", "with program_cache.disabled(): found = [")
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert finish(launch(environment, planned)) == [0, 0, filled[1]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_compiles_nothing_and_reports_it(start, tmp_path):
+    def measured(run: str) -> list[dict[str, float]]:
+        process = tiny_runs.oreal(
+            "sft",
+            ROOT / "configs/tiny_sft.py",
+            *("--set", f"model={start / 'hf'}"),
+            *("--set", f"examples={start / 'solutions.jsonl'}"),
+            *("--set", "steps=2"),
+            *("--run", tmp_path / run),
+            environment=OURS | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )
+        _, complained = process.communicate(timeout=300)
+        assert (process.returncode, complained) == (0, "")
+        return metrics.read(tmp_path / run / "metrics.jsonl")
+
+    first, second = measured("first"), measured("second")
+    assert first[0]["perf/compilations"] > 0
+    assert all(step["perf/compilations"] == 0 for step in second)
+    seconds = [step["perf/compile_seconds"] for step in (first[0], second[0])]
+    assert 0 < seconds[1] < 0.7 * seconds[0]
+    assert first[1]["perf/compile_seconds"] < 0.1 * seconds[0]
+    losses = [[step["actor/loss"] for step in run] for run in (first, second)]
+    assert losses[0] == losses[1]
