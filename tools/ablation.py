@@ -49,13 +49,28 @@ from oreal_jax.train.sft import sft
 from oreal_jax.train.state import Optimizer
 from oreal_jax.verify import Pool
 
-DIGITS, TRAINED, HELD_OUT = 4, 2048, 256
+DIGITS = 4
 SWAPPED = 0.5  # share of the start's solutions in which two digits change places
-SAMPLES_TO_MEASURE = 8
 ENOUGH = 0.95  # confidence of intervals and verdicts
 # "released" is not a rung: it has the factor A in its cloning, as all released configs.
 ROWS = (*losses.presets.LADDER, "released")
 WEIGHTED = ("token_weights", "released")  # those that need a token reward model
+
+
+class Size(NamedTuple):
+    """Problems to train on and held out, samples to measure each, steps of SFT, and
+    the prompts and slots of a step."""
+
+    trained: int
+    held_out: int
+    samples: int
+    sft_steps: int
+    prompts: int
+    slots: int
+
+
+FULL = Size(2048, 256, 8, 400, 16, 256)
+SMOKE = Size(16, 4, 2, 120, 2, 8)
 
 
 class Result(NamedTuple):
@@ -83,12 +98,12 @@ def verdict(low: float, high: float) -> str:
     return "not reproduced" if high < 0 else "within noise"
 
 
-def problems(seed: int = 0) -> list[dict[str, str]]:
+def problems(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Different strings of digits to sort, in a fixed random order."""
     draw = random.Random(seed)
     texts = (f"{n}" for n in range(10 ** (DIGITS - 1), 10**DIGITS))
     usable = [text for text in texts if "0" not in text]
-    rows = draw.sample(usable, TRAINED + HELD_OUT)
+    rows = draw.sample(usable, count)
     return [
         {"id": text, "question": f"sort {text}?", "gold_answer": "".join(sorted(text))}
         for text in rows
@@ -107,12 +122,12 @@ def solutions(rows: Sequence[dict[str, str]], seed: int = 0) -> Iterator[dict]:
             yield {"question": row["question"], "solution": "".join(answer)}
 
 
-def make_start(home: Path, screen: Screen) -> Path:
+def make_start(home: Path, size: Size, screen: Screen) -> Path:
     """The fine-tuned model that every run starts from."""
-    rows = problems()
-    write_lines(home / "train.jsonl", rows[:TRAINED])
-    write_lines(home / "heldout.jsonl", rows[TRAINED:])
-    write_lines(home / "solutions.jsonl", solutions(rows[:TRAINED]))
+    rows = problems(size.trained + size.held_out)
+    write_lines(home / "train.jsonl", rows[: size.trained])
+    write_lines(home / "heldout.jsonl", rows[size.trained :])
+    write_lines(home / "solutions.jsonl", solutions(rows[: size.trained]))
     if not (home / "hf").exists():
         shape = dataclasses.replace(make_tiny.CONFIG, layers=3, embed=96, mlp=256)
         made = home / ".hf.incomplete"
@@ -122,17 +137,17 @@ def make_start(home: Path, screen: Screen) -> Path:
     config = SftConfig(
         model=str(home / "hf"),
         examples=str(home / "solutions.jsonl"),
-        steps=400,
-        examples_per_step=64,
+        steps=size.sft_steps,
+        examples_per_step=4 * size.prompts,
         policy=Optimizer(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=20),
         packing=Packing(rows=8, row_length=256),
-        saving=Saving(every=400, keep=1),
+        saving=Saving(every=size.sft_steps, keep=1),
     )
     sft(config, home / "start", screen)
     return home / "start"
 
 
-def config_of(home: Path, row: str, seed: int, steps: int) -> TrainConfig:
+def config_of(home: Path, row: str, seed: int, steps: int, size: Size) -> TrainConfig:
     """The run of a row: all alike but for the loss, and the model it needs. As
     published, a ninth of the steps trains the token reward model alone."""
     rate = Optimizer(learning_rate=3e-4, final_learning_rate=1e-4, warmup_steps=2)
@@ -142,11 +157,11 @@ def config_of(home: Path, row: str, seed: int, steps: int) -> TrainConfig:
         prompts=str(home / "train.jsonl"),
         seed=seed,
         steps=steps,
-        prompts_per_step=16,
+        prompts_per_step=size.prompts,
         samples_per_prompt=8,
         sampling=Sampling(max_tokens=8),
         max_prompt_tokens=40,
-        decode_rows=128,
+        decode_rows=8 * size.prompts,
         verification=Verification(workers=1),
         loss=losses.presets.NAMED[row],
         policy=rate,
@@ -159,32 +174,29 @@ def config_of(home: Path, row: str, seed: int, steps: int) -> TrainConfig:
     )
 
 
-def measure(run: Path, prompts: Path, pool: Pool) -> float:
+def measure(run: Path, prompts: Path, size: Size, pool: Pool) -> float:
     """Mean accuracy of several samples of every held-out problem."""
     source = open_model(run)
     mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
     program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
-    engine = Engine(
-        source.config, mesh, Sampling(max_tokens=8), chat.stop_tokens(), rows=256
-    )
+    engine = Engine(source.config, mesh, chat.stop_tokens(), rows=size.slots)
     rows = read_prompts(prompts)
-    report = evaluate(
-        engine, source.load(mesh), chat, rows, pool, samples=SAMPLES_TO_MEASURE
-    )
+    params, sampling = source.load(mesh), Sampling(max_tokens=8)
+    report = evaluate(engine, params, sampling, chat, rows, pool, samples=size.samples)
     return report.accuracy
 
 
 def run_all(
-    home: Path, seeds: int, steps: int, screen: Screen
+    home: Path, seeds: int, steps: int, size: Size, screen: Screen
 ) -> tuple[float, list[Result]]:
     """The start's accuracy and every row's, from files where they are there."""
     home.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[int, float]] = {row: {} for row in ROWS}
     quiet = Screen(Console(file=(home / "log.txt").open("a"), highlight=False))
     with Pool(1) as pool:
-        start = make_start(home, quiet)
-        begin = kept(home / "start.json", lambda: measured(start, home, pool))
+        start = make_start(home, size, quiet)
+        begin = kept(home / "start.json", lambda: measured(start, home, size, pool))
         screen.say(f"start: {begin:.1%} right")
         with screen.phase("runs", total=seeds * len(ROWS)) as advance:
             for seed in range(seeds):
@@ -192,8 +204,8 @@ def run_all(
                     run = home / f"{row}_{steps}_steps" / f"seed_{seed}"
 
                     def accuracy(row=row, seed=seed, run=run) -> float:
-                        train(config_of(home, row, seed, steps), run, quiet)
-                        return measured(run, home, pool)
+                        train(config_of(home, row, seed, steps, size), run, quiet)
+                        return measured(run, home, size, pool)
 
                     found = kept(run.with_suffix(".json"), accuracy)
                     results[row][seed] = found
@@ -202,9 +214,9 @@ def run_all(
     return begin, [Result(row, by_seed) for row, by_seed in results.items()]
 
 
-def measured(run: Path, home: Path, pool: Pool) -> float:
+def measured(run: Path, home: Path, size: Size, pool: Pool) -> float:
     """`measure` on this study's held-out problems."""
-    return measure(run, home / "heldout.jsonl", pool)
+    return measure(run, home / "heldout.jsonl", size, pool)
 
 
 def kept(path: Path, compute) -> float:
@@ -285,16 +297,29 @@ def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def main() -> int:
-    """Runs the study."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--seeds", type=int, default=8, help="runs of each row")
-    parser.add_argument("--steps", type=int, default=18, help="the budget of a run")
-    parsed = parser.parse_args()
+    made.add_argument("directory", type=Path)
+    made.add_argument("--seeds", type=int, default=8, help="runs of each row")
+    made.add_argument("--steps", type=int, default=18, help="the budget of a run")
+    made.add_argument(
+        "--smoke",
+        action="store_true",
+        help="two seeds, few steps and problems: does it still run?",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the study."""
+    parsed = parser().parse_args(arguments)
     screen = Screen()
+    size = SMOKE if parsed.smoke else FULL
+    if parsed.smoke:
+        parsed.seeds, parsed.steps = 2, 9
     try:
         if parsed.seeds < 2:
             raise BadInput(f"--seeds {parsed.seeds}: an interval needs at least 2")
@@ -303,7 +328,9 @@ def main() -> int:
         cache = parsed.directory / "compiled"  # runs of a row share their programs
         jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        begin, results = run_all(parsed.directory, parsed.seeds, parsed.steps, screen)
+        begin, results = run_all(
+            parsed.directory, parsed.seeds, parsed.steps, size, screen
+        )
         report(parsed.directory, begin, results, parsed.steps, screen)
     except BadInput as error:
         print(f"ablation: {error}", file=sys.stderr)

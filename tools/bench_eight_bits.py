@@ -7,6 +7,7 @@ in float32; natural stops, at most 64 new tokens.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from oreal_jax import hardware
@@ -17,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_sampling import HOW, QUESTIONS
+from jax.sharding import Mesh
 
 from oreal_jax import model, program_cache, sharding
-from oreal_jax.checkpoints.source import open_model
+from oreal_jax.checkpoints.source import ModelSource, open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
-from oreal_jax.sampling import Engine, Request, Sampling
+from oreal_jax.model import Params
+from oreal_jax.sampling import Completion, Engine, Request, Sampling
 
 OPTIONS = {
     "float32": {},
@@ -32,11 +35,42 @@ OPTIONS = {
 }
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("model", type=Path)
+    made.add_argument(
+        "--smoke", action="store_true", help="few short rows: does it still run?"
+    )
+    return made
+
+
+def sample(
+    source: ModelSource,
+    mesh: Mesh,
+    params: Params,
+    chat: Chat,
+    requests: Sequence[Request],
+    **options,
+) -> list[Completion]:
+    """A completion of each request, from an engine with these `options`."""
+    engine = Engine(
+        source.config,
+        mesh,
+        chat.stop_tokens(),
+        rows=len(requests),
+        **options,
+    )
+    groups = engine.sample(engine.weights(params), requests, 1)
+    return [group[0] for group in groups]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line for each option."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parsed = parser.parse_args()
+    parsed = parser().parse_args(arguments)
+    questions, limit = (QUESTIONS[:2], 4) if parsed.smoke else (QUESTIONS, 64)
     screen = Screen()
     source = open_model(parsed.model)
     config = source.config
@@ -44,8 +78,9 @@ def main() -> None:
     program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)
-    requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
-    longest = max(len(r.prompt) for r in requests) + 64
+    sampling = Sampling(max_tokens=limit, **HOW)
+    requests = [Request(chat.encode(q), sampling, i) for i, q in enumerate(questions)]
+    longest = max(len(r.prompt) for r in requests) + limit
 
     @jax.jit
     def score(tokens, targets):
@@ -54,16 +89,7 @@ def main() -> None:
         return model.log_probs(config, params, states, targets)[0]
 
     for name, options in OPTIONS.items():
-        engine = Engine(
-            config,
-            mesh,
-            Sampling(max_tokens=64, **HOW),
-            chat.stop_tokens(),
-            rows=len(requests),
-            **options,
-        )
-        drawn = engine.sample(engine.weights(params), requests, 1, seed=0)
-        completions = [group[0] for group in drawn]
+        completions = sample(source, mesh, params, chat, requests, **options)
         tokens = np.zeros((len(requests), longest + 1), np.int32)
         for row, request, c in zip(tokens, requests, completions, strict=True):
             whole = [*request.prompt, *c.tokens]

@@ -13,10 +13,11 @@ are simulated on the published run's lengths.
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
-from oreal_jax.model import ModelConfig, decoding
+from oreal_jax.model import Params, decoding
 from oreal_jax.model.decoding import Weights
-from oreal_jax.sampling import Engine, Request, Sampling
+from oreal_jax.sampling import Completion, Engine, Request, Sampling
 
 QUESTIONS = [f"What is {a} + {20 - a}?" for a in range(1, 17)]
 SAMPLES = 16
@@ -69,6 +70,30 @@ def seconds(work: Callable) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def sample(
+    engine: Engine,
+    params: Params,
+    requests: Sequence[Request],
+    samples: int,
+    seed: int,
+    renormalise: bool = False,
+) -> list[list[Completion]]:
+    """Groups of completions, weights prepared for decoding included."""
+    seeded = [request._replace(seed=seed) for request in requests]
+    weights = engine.weights(params)
+    return engine.sample(weights, seeded, samples, renormalise=renormalise)
+
+
+def without_end(
+    requests: Sequence[Request], stops: Sequence[int], max_tokens: int
+) -> list[Request]:
+    """Requests whose completions never stop: the stop tokens are banned. With as many
+    samples as slots, every slot decodes a token in every step."""
+    bans = tuple((stop, -math.inf) for stop in stops)
+    sampling = Sampling(max_tokens=max_tokens, logit_bias=bans, **HOW)
+    return [request._replace(sampling=sampling) for request in requests]
 
 
 def of_transformers(loaded: Any, requests, batch: int, limit: int, stops) -> float:
@@ -157,22 +182,35 @@ def peers(parsed, source, chat, requests, stops, exported, lengths) -> Iterator[
         )
 
 
-def main() -> None:
-    """Runs the comparison and prints one JSON line a measurement."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--rows", type=int, default=64, help="slots of our engine")
-    parser.add_argument("--limit", type=int, default=256, help="new tokens at most")
-    parser.add_argument(
+    made.add_argument("model", type=Path)
+    made.add_argument("--rows", type=int, default=64, help="slots of our engine")
+    made.add_argument("--limit", type=int, default=256, help="new tokens at most")
+    made.add_argument(
         "--batches",
         type=int,
         nargs="*",
         default=[16, 32, 64],
         help="batch sizes that transformers may choose the best of",
     )
-    parsed = parser.parse_args()
+    made.add_argument(
+        "--smoke", action="store_true", help="few short rows: does it still run?"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the comparison and prints one JSON line a measurement."""
+    parsed = parser().parse_args(arguments)
+    questions, samples, full_tokens = QUESTIONS, SAMPLES, 128
+    if parsed.smoke:
+        questions, samples, full_tokens = QUESTIONS[:2], 2, 8
+        parsed.rows, parsed.limit = 4, 8
+        parsed.batches = [2 for _ in parsed.batches[:1]]
     screen = Screen()
     say = lambda row: screen.say(json.dumps({k: round(v, 3) for k, v in row.items()}))
     say(
@@ -189,43 +227,27 @@ def main() -> None:
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)
     stops = chat.stop_tokens()
-    requests = [Request(chat.encode(q), i) for i, q in enumerate(QUESTIONS)]
     sampling = Sampling(max_tokens=parsed.limit, **HOW)
-    engine = Engine(source.config, mesh, sampling, stops, rows=parsed.rows)
+    requests = [Request(chat.encode(q), sampling, i) for i, q in enumerate(questions)]
+    engine = Engine(source.config, mesh, stops, rows=parsed.rows)
     weights = decoding.weights(source.config, params, decoding.in_dtype(jnp.float32))
     products = matrix_products(source.config, weights, parsed.rows)
     products()
-    drawn = engine.sample(engine.weights(params), requests, SAMPLES, seed=0)  # compiles
-    lengths = [
-        len(one.tokens) for samples in zip(*drawn, strict=True) for one in samples
-    ]
+    groups = sample(engine, params, requests, samples, seed=0)  # compiles
+    lengths = [len(one.tokens) for row in zip(*groups, strict=True) for one in row]
     ours, alone, decode, truncated, others = [], [], [], [], {}
-    # As many rows as slots and no stop: every slot draws a token in every step.
-    full = {
-        renormalise: Engine(
-            source.config,
-            mesh,
-            Sampling(max_tokens=128, **HOW),
-            [source.config.vocab],
-            rows=parsed.rows,
-            renormalise=renormalise,
-        )
-        for renormalise in (False, True)
-    }
+    full = without_end(requests, stops, full_tokens)
 
     def full_slots(renormalise: bool) -> float:
-        engine = full[renormalise]
-        engine.sample(
-            engine.weights(params), requests, parsed.rows // len(requests), seed=1
-        )
-        return engine.statistics.metrics()["perf/decode_throughput"]
+        sample(engine, params, full, parsed.rows // len(requests), 1, renormalise)
+        counted = engine.statistics
+        assert counted.new_tokens == parsed.rows * full_tokens  # none stopped
+        return counted.metrics()["perf/decode_throughput"]
 
     def measure(seed: int) -> None:
         rates = lambda: [parsed.rows / seconds(products) for _ in range(9)]
         before = rates()
-        took = seconds(
-            lambda: engine.sample(engine.weights(params), requests, SAMPLES, seed=seed)
-        )
+        took = seconds(lambda: sample(engine, params, requests, samples, seed=seed))
         found = engine.statistics
         ours.append(found.new_tokens / took)
         decode.append(full_slots(False))
@@ -240,12 +262,11 @@ def main() -> None:
                 "prefill": found.metrics()["perf/prefill_throughput"],
                 "matrix_products": alone[-1],
                 "occupancy": found.occupancy,
-                "mean_length": found.new_tokens / (len(requests) * SAMPLES),
+                "mean_length": found.new_tokens / len(lengths),
             }
         )
 
-    for renormalise in full:
-        full_slots(renormalise)  # compiles
+    full_slots(False)  # compiles
     measure(1)
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "hf"

@@ -49,12 +49,14 @@ OPTIMIZER = Optimizer(learning_rate=1e-6, final_learning_rate=1e-6, warmup_steps
 POLICY_ALONE = Reinforce(kl_weight=0.0)
 
 
-def trajectories(config: ModelConfig, count: int, mean: int) -> list[Example]:
+def trajectories(
+    config: ModelConfig, count: int, mean: int, longest: int
+) -> list[Example]:
     """Pairs of a right and a wrong completion, in random tokens."""
     draw = np.random.default_rng(0)
     tokens = lambda size: draw.integers(0, config.vocab, size).tolist()
     prompts = [tokens(size) for size in draw.integers(40, 160, count // 2)]
-    lengths = heavy_tailed(count, mean, 1800)
+    lengths = heavy_tailed(count, mean, longest)
     return [
         Example(prompts[i // 2], tokens(size), i % 2 == 0, (0.5, -0.5)[i % 2])
         for i, size in enumerate(lengths.tolist())
@@ -223,44 +225,57 @@ def compile_seconds(config: ModelConfig, layers: int) -> float:
     return seconds(lambda: program.lower(step.state, step.batch, False).compile())
 
 
-def main() -> None:
-    """Runs the comparison and prints one JSON line a measurement."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--completions", type=int, default=40)
-    parser.add_argument("--mean", type=int, default=250, help="tokens of a completion")
-    parser.add_argument("--row-length", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
+    made.add_argument("model", type=Path)
+    made.add_argument("--completions", type=int, default=40)
+    made.add_argument("--mean", type=int, default=250, help="tokens of a completion")
+    made.add_argument("--row-length", type=int, default=2048)
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument(
         "--theirs",
         type=Manner.read,
         nargs="*",
         default=[Manner(1, False, False)],
         help="how transformers is run: 4_sorted, 8_unsorted_checkpointing, ...",
     )
-    parser.add_argument(
+    made.add_argument(
         "--remat",
         choices=get_args(model.Remat),
         default="elementwise",
         help="what our backward pass computes again",
     )
-    parser.add_argument(
+    made.add_argument(
         "--compile", action="store_true", help="measure compilation by depth instead"
     )
-    parsed = parser.parse_args()
+    made.add_argument(
+        "--smoke", action="store_true", help="few short rows: does it still run?"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the comparison and prints one JSON line a measurement."""
+    parsed = parser().parse_args(arguments)
+    depths, longest = (28, 64, 28, 64), 1800
+    if parsed.smoke:
+        depths, longest = (1, 2), 64
+        parsed.completions, parsed.mean, parsed.row_length = 4, 16, 256
+        parsed.rounds = 1
     screen = Screen()
     say = lambda row: screen.say(json.dumps({k: round(v, 3) for k, v in row.items()}))
     source = open_model(parsed.model)
     config = source.config
     if parsed.compile:
-        for layers in (28, 64, 28, 64):
+        for layers in depths:
             say({f"compile_seconds_{layers}_layers": compile_seconds(config, layers)})
         return
     program_cache.enable()
     params = source.load(sharding.make_mesh(sharding.MeshShape(), config))
-    examples = trajectories(config, parsed.completions, parsed.mean)
+    examples = trajectories(config, parsed.completions, parsed.mean, longest)
     work = efficiency.whole((len(e.prompt), len(e.completion)) for e in examples)
     flops = efficiency.training_flops(config, work)
     alone = products(config, work, parsed.row_length)

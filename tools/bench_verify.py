@@ -1,6 +1,6 @@
 """How right and how fast the verifier is, on real problems and on bombs.
 
-    python tools/bench_verify.py ../shared/data/math500.jsonl ...
+    python tools/bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl
 
 Every file has `gold_answer` rows. Each gold answer is written anew in every way of
 `WAYS` that changes it, and judged against itself; then come answers a second over
@@ -12,7 +12,7 @@ import collections
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -229,15 +229,25 @@ def reformatted(pool: Pool, file: Path, show: bool) -> None:
         print(f"   [{way}] {gold!r}: {completion!r}: {verdict.reason}")
 
 
-def main() -> None:
-    """Measures and prints."""
-    parsed = argparse.ArgumentParser(description=__doc__)
-    parsed.add_argument("files", type=Path, nargs="+")
-    parsed.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("files", type=Path, nargs="+")
+    made.add_argument(
         "--solutions", type=Path, help="rows with `solution`: measure answers a second"
     )
-    parsed.add_argument("--show", action="store_true", help="print what is missed")
-    options = parsed.parse_args()
+    made.add_argument("--show", action="store_true", help="print missed answers")
+    made.add_argument(
+        "--smoke", action="store_true", help="few hanging answers: does it still run?"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    options = parser().parse_args(arguments)
     for file in options.files:
         with Pool(2) as pool:
             reformatted(pool, file, options.show)
@@ -251,9 +261,9 @@ def main() -> None:
     print(f"with {len(bombs)} bombs: {seconds:.1f} s; deadline 1 s, 2 workers")
     from bench_verify import stuck  # by the name under which workers find it
 
-    hangs = [(f"hang {n}", "") for n in range(20)]
+    hangs = [(f"hang {n}", "") for n in range(2 if options.smoke else 20)]
     seconds = timed(hangs, deadline=1.0, judge=stuck)
-    print(f"20 answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
+    print(f"{len(hangs)} answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
 
 
 def timed(pairs: list[tuple[str, str]], **how) -> float:

@@ -11,12 +11,14 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from oreal_jax import hardware
 
 hardware.leave_out_absent()  # before what follows imports JAX
 
+import make_tiny
 from plot_run import plot
 from rich.table import Table
 
@@ -30,10 +32,19 @@ from oreal_jax.errors import BadInput
 from oreal_jax.files import write_lines
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
+from oreal_jax.train.sft import sft
 from oreal_jax.verify import Pool
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2_arithmetic.py"
 HELD_OUT = 128
+SMOKE = (
+    "steps=2",
+    "prompts_per_step=2",
+    "samples_per_prompt=4",
+    "decode_rows=8",
+    "packing.rows=1",
+    "sampling.max_tokens=8",
+)
 
 
 def problems() -> list[dict[str, str]]:
@@ -56,6 +67,31 @@ def weights() -> Path:
     return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
 
 
+def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> Path:
+    """The tiny model in place of SmolLM2, fine-tuned to answer every second time
+    correctly: with all answers alike a prompt teaches nothing."""
+    make_tiny.write(home / "tiny")
+    solutions = [
+        {"question": row["question"], "solution": solution}
+        for row in rows
+        for solution in (row["gold_answer"], "none")
+    ]
+    write_lines(home / "tiny" / "solutions.jsonl", solutions)
+    config = configuration.load(
+        CONFIG.with_name("tiny_sft.py"),
+        configuration.SftConfig,
+        [
+            f"model={home / 'tiny' / 'hf'}",
+            f"examples={home / 'tiny' / 'solutions.jsonl'}",
+            "packing.rows=2",
+            "packing.row_length=256",
+            "examples_per_step=8",
+        ],
+    )
+    sft(config, home / "tiny" / "sft", screen)
+    return home / "tiny" / "sft"
+
+
 def measure(
     model: Path, prompts: Path, screen: Screen, label: str
 ) -> evaluation.Report:
@@ -63,14 +99,8 @@ def measure(
     source = open_model(model)
     mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
     chat = Chat(load_tokenizer(source.files))
-    engine = Engine(
-        source.config,
-        mesh,
-        Sampling(max_tokens=24, temperature=0.0),
-        chat.stop_tokens(),
-        rows=HELD_OUT,
-    )
     rows = read_prompts(prompts)
+    engine = Engine(source.config, mesh, chat.stop_tokens(), rows=len(rows))
     with (
         Pool(1) as pool,
         screen.phase(f"pass@1 {label}", total=len(rows)) as advance,
@@ -78,6 +108,7 @@ def measure(
         return evaluation.evaluate(
             engine,
             source.load(mesh),
+            Sampling(max_tokens=24, temperature=0.0),
             chat,
             rows,
             pool,
@@ -85,12 +116,24 @@ def measure(
         )
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--directory", type=Path, default=Path("runs/demo"))
+    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    made.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the tiny model, two steps, few problems: does it still run?",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    parsed = parser.parse_args()
+    parsed = parser().parse_args(arguments)
+    held_out = 4 if parsed.smoke else HELD_OUT
+    settings = [*(SMOKE if parsed.smoke else ()), *parsed.set]
     screen, began = Screen(), time.perf_counter()
     program_cache.enable()
     home = parsed.directory
@@ -98,13 +141,13 @@ def main() -> int:
     try:
         screen.say("OREAL on SmolLM2-135M: 5 to 10 minutes on 2 CPU cores")
         home.mkdir(parents=True, exist_ok=True)
-        rows = problems()
-        write_lines(home / "heldout.jsonl", rows[:HELD_OUT])
-        write_lines(home / "train.jsonl", rows[HELD_OUT:])
+        rows = problems()[: 8 if parsed.smoke else None]
+        write_lines(home / "heldout.jsonl", rows[:held_out])
+        write_lines(home / "train.jsonl", rows[held_out:])
         if not start.exists():
             with screen.phase("convert the model", total=272) as advance:
                 import_model(
-                    weights(),
+                    tiny_weights(home, rows, screen) if parsed.smoke else weights(),
                     start,
                     lambda model: sharding.make_mesh(sharding.MeshShape(), model),
                     "float32",
@@ -113,9 +156,9 @@ def main() -> int:
         config = configuration.load(
             CONFIG,
             configuration.TrainConfig,
-            [f"model={start}", f"prompts={home / 'train.jsonl'}", *parsed.set],
+            [f"model={start}", f"prompts={home / 'train.jsonl'}", *settings],
         )
-        screen.say(f"{len(rows) - HELD_OUT} problems to train on, {HELD_OUT} held out")
+        screen.say(f"{len(rows) - held_out} problems to train on, {held_out} held out")
         before = measure(start, home / "heldout.jsonl", screen, "before")
         screen.say(f"before: {before}")
         train(config, run, screen)

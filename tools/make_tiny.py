@@ -6,6 +6,7 @@ python tools/make_tiny.py DIRECTORY
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from oreal_jax import hardware
@@ -79,10 +80,21 @@ def write(directory: Path, seed: int = 0) -> None:
         (directory / f"{name}.jsonl").write_text(text)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="where it is made")
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("directory", type=Path, help="where to write it")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the model into the directory of the command line."""
+    parsed = parser().parse_args(arguments)
     try:
-        write(parser.parse_args().directory)
+        write(parsed.directory)
     except BadInput as error:
-        parser.error(str(error))
+        parser().error(str(error))
+
+
+if __name__ == "__main__":
+    main()

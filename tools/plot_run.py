@@ -4,6 +4,7 @@ python tools/plot_run.py RUN PICTURE.png
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,14 +28,19 @@ def plot(run: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("run", type=Path)
+    made.add_argument("picture", type=Path)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Plots the run named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("picture", type=Path)
-    parsed = parser.parse_args()
+    parsed = parser().parse_args(arguments)
     if not (parsed.run / "metrics.jsonl").is_file():
-        parser.error(f"{parsed.run}: no metrics.jsonl in it, not a run directory")
+        parser().error(f"{parsed.run}: no metrics.jsonl in it, not a run directory")
     plot(parsed.run, parsed.picture)
 
 

@@ -5,7 +5,7 @@ Started, it says what a cache that has not room for all rows costs an engine tha
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,11 +102,11 @@ def simulate(
     )
 
 
-def main() -> None:
-    """Prints a line for each size of the cache."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slots", type=int, default=256, help="of the engine (256)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--slots", type=int, default=256, help="of the engine (256)")
+    made.add_argument(
         "--cache-tokens",
         type=int,
         nargs="+",
@@ -114,7 +114,12 @@ def main() -> None:
         metavar="N",
         help="sizes of the cache (131072 262144 524288 4194304)",
     )
-    options = parser.parse_args()
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a line for each size of the cache."""
+    options = parser().parse_args(arguments)
     lengths = heavy_tailed(256, 6500, 14_000).reshape(16, 16)
     page = 64
     for cache_tokens in options.cache_tokens:

@@ -1,0 +1,780 @@
+"""Every printed command and Python snippet works: `printed.py` collects them, bash
+splits them, and each program has a rule here.
+
+The programs that bash finds are stand-ins that record their arguments. `oreal` and the
+tools then run in this process, in a folder with small files by all the names that are
+printed. Decoding and training have stand-ins there; the slow set does without them.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import printed
+import pytest
+from printed import ROOT, Printed
+from scripted import write_lines
+from test_laboratory import two_groups
+
+from oreal_jax import config as configuration
+from oreal_jax.cli import main, parser
+from oreal_jax.errors import BadInput, Failure
+
+ALL = printed.everything(parser())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# What a name in capitals stands for.
+MEANT = {
+    "CONFIG": "configs/tiny.py",
+    "CONFIG.py": "configs/tiny.py",
+    "FILE": "runs/demo/run/trajectories/step_000005.jsonl",
+    "T": "v5p:2x2x4",
+}
+OUTPUTS = ("out", "items", "json", "removed", "picture", "run", "destination")
+SMALL = {
+    "train": (
+        *("steps=2", "freeze_steps=0", "prompts_per_step=2", "samples_per_prompt=2"),
+        *("sampling.max_tokens=8", "decode_rows=4", "packing.rows=1"),
+    ),
+    "sft": ("steps=2", "examples_per_step=4", "packing.rows=1"),
+}
+# Tools that run whole in a few seconds; the others have `--smoke`, in the slow set.
+QUICK = {"make_tiny", "plot_run", "simulate_slots"}
+SMOKES = [
+    "ablation.py runs/ablation",
+    "bench_eight_bits.py runs/demo/start",
+    "bench_sampling.py runs/demo/start",
+    "bench_train.py runs/demo/start",
+    "bench_train.py runs/demo/start --compile",
+    "bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl",
+    "demo.py",
+]
+# Models that are not on this machine: recipes for pods, and the hub's names.
+FAR = re.compile(r"/mnt/|(internlm|deepseek-ai)/")
+
+RECORD = """#!/bin/bash
+{ printf '%d\\0' $#; printf '%s\\0' "${0##*/}" "$@"; env | grep ^OREAL_ || :
+  printf '\\0'; } >> "$CALLS"
+"""
+STAND_INS = {
+    **dict.fromkeys(("oreal", "python", "make", "pip", "ruff", "pyright"), RECORD),
+    **dict.fromkeys(("python3", "python3.11"), RECORD),
+    **dict.fromkeys(("sudo", "git", "tar", "scancel", "scontrol"), "#!/bin/bash\n"),
+    "gcloud": """#!/bin/bash
+[[ "$*" != *describe* ]] || echo ACTIVE
+for word; do [[ $word != --command=* ]] || bash -euc "${word#--command=}"; done
+""",
+    "sbatch": """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_JOB_ID=1 exec bash "$@"
+""",
+    "srun": """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+""",
+}
+
+
+# -- files by all printed names
+
+
+@pytest.fixture(scope="module")
+def judges() -> Iterator[Any]:
+    """One pool of judging processes for all commands."""
+    from oreal_jax.verify import Pool
+
+    with Pool(1) as pool:
+        yield pool
+
+
+def stand_in(engine, weights, requests, samples, **how) -> list[list]:
+    """In place of `Engine.sample`: every second completion answers 7."""
+    import make_tiny
+
+    from oreal_jax.sampling import Completion
+
+    tokenizer, groups = make_tiny.tokenizer(), []
+    for place, _ in enumerate(requests):
+        texts = [f"It is {7 if (place + k) % 2 else 8}" for k in range(samples)]
+        tokens = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
+        group = [Completion(t, np.zeros(len(t)), None, "stop") for t in tokens]
+        for sample, completion in enumerate(group):
+            how.get("on_finished", lambda *_: None)(place, sample, completion)
+            how.get("on_progress", lambda *_: None)(len(completion.tokens), 1)
+        groups.append(group)
+    return groups
+
+
+def lay_out(home: Path, hf: Path) -> None:
+    """Writes a small file or model by every name that commands print."""
+    from oreal_jax.checkpoints.source import import_model
+    from oreal_jax.data import load_prompts
+    from oreal_jax.data.builder import write_prompts
+    from oreal_jax.sharding import MeshShape, make_mesh
+
+    demo, steps = home / "runs/demo", home / "runs/pass"
+    for folder in (demo, steps, home / "data", home / "docs"):
+        folder.mkdir(parents=True)
+    import_model(
+        hf, demo / "start", lambda m: make_mesh(MeshShape(), m), np.dtype("float32")
+    )
+    shutil.copytree(demo / "start", demo / "run")
+    (demo / "run/trajectories").mkdir()
+    for step in (5, 9):
+        two_groups(demo / f"run/trajectories/step_{step:06d}.jsonl")
+    metrics = {"step": 0, "critic/score/mean": 0.5, "response_length/mean": 4}
+    write_lines(demo / "run/metrics.jsonl", [metrics])
+    for name in ("runs/sft", "runs/tiny_sft", "runs/pass/rft", "runs/pass/oreal/best"):
+        copy_as_link(demo / "start", home / name)
+    (home / "runs/tiny_start").mkdir()
+    for name in ("runs/tiny_start/hf", "DIR", "SRC", "STRONG"):
+        copy_as_link(hf, home / name)
+    copy_as_link(demo / "run", home / "RUN")
+
+    def rows(what: str, count: int, **fields) -> list[dict]:
+        return [
+            {"id": f"{what}{i}", "question": f"{what} {i}?", "gold_answer": "7"}
+            | {"solution": "It is 7"}
+            | fields
+            for i in range(count)
+        ]
+
+    measured = {"pass_rate": 0.25, "skills": ["addition"], "level": 1}
+    for name, content in {
+        "runs/demo/train.jsonl": rows("train", 72),
+        "runs/demo/heldout.jsonl": rows("held", 64),
+        "runs/tiny_start/prompts.jsonl": rows("tiny", 8),
+        "runs/tiny_start/solutions.jsonl": rows("tiny", 8),
+        "runs/pass/raw.jsonl": rows("raw", 4),
+        "runs/pass/exam.jsonl": rows("exam", 4),
+        "runs/pass/again.jsonl": rows("again", 4, **measured),
+        "runs/pass/solutions.jsonl": rows("raw", 8),
+        "data/math500.jsonl": rows("math", 8, level=1),
+        "raw.jsonl": rows("raw", 4),
+        "heldout.jsonl": rows("held", 4),
+        "measured.jsonl": rows("raw", 4, **measured),
+        "weak.jsonl": rows("weak", 4),
+        "all.jsonl": rows("raw", 8),
+        "math500.jsonl": rows("math", 4, level=1),
+        "olympiadbench.jsonl": rows("olympiad", 4),
+        "gsm8k_test.jsonl": rows("gsm", 21),
+    }.items():
+        write_lines(home / name, content)
+    for name in ("prompts", *(f"runs/pass/{x}" for x in ("clean", "prompts", "train"))):
+        write_prompts(load_prompts(str(home / "weak.jsonl")), home / name)
+    for name in ("skills.txt", "runs/pass/skills.txt"):
+        (home / name).write_text("addition\nmultiplication\n")
+
+
+def copy_as_link(target: Path, link: Path) -> None:
+    """A name for what is elsewhere in the layout."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent))
+
+
+@pytest.fixture(scope="module")
+def layout(start, judges, tmp_path_factory) -> Path:
+    """The folder that each command starts in."""
+    home = tmp_path_factory.mktemp("printed") / "home"
+    home.mkdir()
+    shutil.copytree(start / "hf", home / "tiny")
+    lay_out(home, home / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        share(patch, judges)
+        without_decoding(patch)
+        judged = ["--completions", "judged.jsonl", "--out", "measured_again.jsonl"]
+        model = ["--model", "runs/demo/start", "--data", "weak.jsonl", "--k", "4"]
+        assert main(["data", "pass-rate", *model, *judged]) == 0
+        assert main(["eval", *model, "--greedy", "--items", "before.jsonl"]) == 0
+    for name in ("after.jsonl", "runs/pass/start.jsonl", "runs/pass/best.jsonl"):
+        shutil.copy(home / "before.jsonl", home / name)
+    shutil.copy(home / "judged.jsonl", home / "runs/pass/judged.jsonl")
+    (home / ".venv").mkdir()
+    (home / ".venv/bin").mkdir()
+    for name, text in STAND_INS.items():
+        (home / ".venv/bin" / name).write_text(text)
+        (home / ".venv/bin" / name).chmod(0o755)
+    (home / "oreal-jax").symlink_to(".")  # the checkout on a host of a pod
+    for name in ("configs", "tools", "tests"):
+        (home / name).symlink_to(ROOT / name)
+    return home
+
+
+# -- what stands in for minutes of work
+
+
+def share(patch: pytest.MonkeyPatch, judges) -> None:
+    """No command starts judging processes of its own."""
+    from oreal_jax.verify import Pool
+
+    patch.setattr(Pool, "__init__", lambda *_, **__: None)
+    patch.setattr(Pool, "__enter__", lambda _: judges)
+    patch.setattr(Pool, "__exit__", lambda *_: None)
+
+
+def without_decoding(patch: pytest.MonkeyPatch) -> None:
+    """Engines that neither decode nor copy weights."""
+    from oreal_jax.sampling import Engine
+
+    patch.setattr(Engine, "sample", stand_in)
+    patch.setattr(Engine, "weights", lambda engine, params: params)
+
+
+def without_training(patch: pytest.MonkeyPatch) -> None:
+    """Runs that end after their config and files are read; plans that end before a
+    program is compiled."""
+    from oreal_jax import plan, processes
+    from oreal_jax.checkpoints.source import open_model
+    from oreal_jax.data import load_prompts, read_examples
+    from oreal_jax.evaluation import load_sets
+    from oreal_jax.plan import compiler, estimate
+    from oreal_jax.processes import place
+
+    def read_model(config) -> None:
+        if not FAR.match(config.model):
+            open_model(config.model)
+
+    def train(config, run, screen, profile=0) -> None:
+        read_model(config)
+        if not FAR.match(config.prompts):
+            load_prompts(config.prompts)
+        load_sets(config.evaluation.data, Path(config.evaluation.folder))
+
+    def sft(config, run, screen, profile=0) -> None:
+        read_model(config)
+        read_examples(Path(config.examples))
+
+    def make_plan(config, topology, mean_tokens, on_program):
+        plan.shape_of(config)
+        if topology.split(":")[0] in estimate.GPUS:
+            estimate.gpus_of(topology)
+        elif not re.fullmatch(r"v(4|5p|5e|6e):\d+x\d+(x\d+)?", topology):
+            raise BadInput(f"--topology {topology}: no such topology")
+        elif util.find_spec("libtpu"):
+            compiler.devices_of(topology)
+        return types.SimpleNamespace(fits=True)
+
+    for module, name, work in [
+        ("oreal_jax.train.loop", "train", train),
+        ("oreal_jax.train.sft", "sft", sft),
+    ]:
+        patch.setattr(importlib.import_module(module), name, work)
+    real = plan.plan
+    patch.setattr(plan, "plan", functools.wraps(real)(make_plan))
+    patch.setattr("oreal_jax.plan.show.show", lambda *_: None)
+    patch.setattr(place, "detected", lambda environment: None)
+    patch.setattr(processes, "joined", lambda *_: contextlib.nullcontext())
+
+
+# -- rules
+
+
+class Check:
+    """Runs a printed command by its rule, and fails where it does not work."""
+
+    def __init__(self, home: Path, patch: pytest.MonkeyPatch, nodes: dict, deep=False):
+        self.home, self.patch, self.nodes, self.deep = home, patch, nodes, deep
+        self.programs: dict[str, Callable[[list[str]], None]] = {
+            "oreal": self.oreal,
+            "make": self.make,
+            "pip": self.pip,
+            **dict.fromkeys(("python", "python3", "python3.11"), self.python),
+            **dict.fromkeys(("ruff", "pyright"), lambda words: None),
+        }
+        self.whole = True
+
+    def __call__(self, item: Printed) -> None:
+        rules = {
+            "options": self.options,
+            "path": self.path,
+        }
+        if item.kind in rules:
+            rules[item.kind](item.text)
+        elif item.kind in ("block", "inline"):
+            self.whole = item.kind == "block"
+            self.shell(item.text, variables(item.file))
+        else:
+            pytest.fail(f"no rule for a block: {item.text}")
+
+    def shell(self, text: str, before: str = "") -> None:
+        """Has bash find programs and their arguments, and follows the rule of each."""
+        calls = self.home / ".calls"
+        calls.write_bytes(b"")
+        environment = os.environ | {"CALLS": str(calls), "PAUSE": "0"}
+        environment["PATH"] = f"{self.home / '.venv/bin'}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"{before}\n{text}"],
+            cwd=self.home,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"no rule for it, or it fails: {done.stderr}"
+        fields = iter(calls.read_text().split("\0")[:-1])
+        recorded = [
+            ([next(fields) for _ in range(int(count) + 1)], next(fields))
+            for count in fields
+        ]
+        for (program, *words), exported in recorded:
+            for line in exported.splitlines():
+                name, _, value = line.partition("=")
+                assert name in documented_variables(), f"{name} is read nowhere"
+                self.patch.setenv(name, value)
+            self.programs[program](words)
+
+    def oreal(self, words: list[str]) -> None:
+        """The real verb; in prose, where something is left out, its options."""
+        words = [MEANT.get(word, word) for word in words]
+        if words[0] == "sft":
+            words = [
+                word.replace("configs/tiny.py", "configs/tiny_sft.py") for word in words
+            ]
+        try:
+            parsed = parser().parse_args(words)
+        except SystemExit as end:
+            if end.code == 0:  # --help
+                return
+            assert not self.whole, f"oreal {shlex.join(words)}: not accepted"
+            parsed = relaxed(parser()).parse_args(words)
+            for word in words:
+                assert not word.endswith(".py") or (self.home / word).is_file(), word
+            return
+        for name in OUTPUTS:
+            self.remove(vars(parsed).get(name))
+        if parsed.call.__name__ == "pass_rate":
+            self.remove(parsed.completions)
+        if parsed.call.__name__ in SMALL and self.deep:
+            self.remove(parsed.run or Path("runs") / parsed.config.stem)
+            small = SMALL[parsed.call.__name__]
+            words += [word for setting in small for word in ("--set", setting)]
+        elif self.deep and "max_tokens" in parsed:
+            words += ["--max-tokens", "8"]
+        parsed = parser().parse_args(words)
+        try:
+            parsed.call(parsed)
+        except (BadInput, Failure) as error:
+            left_out = not self.whole and "takes either" in str(error)
+            assert left_out, f"oreal {shlex.join(words)}: {error}"
+
+    def remove(self, output: Any) -> None:
+        """Makes room for what a command writes."""
+        path = self.home / output if isinstance(output, Path) else None
+        if path and (path.is_symlink() or path.is_file()):
+            path.unlink()
+        elif path and path.is_dir():
+            shutil.rmtree(path)
+
+    def make(self, words: list[str]) -> None:
+        """The targets exist, and so does what their recipes call."""
+        targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].split("\n")[0]
+        assert set(words) <= set(targets.split()), f"make {words}: no such target"
+        done = subprocess.run(
+            ["make", "-n", "-C", ROOT, "--no-print-directory", *words],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        self.shell(done.stdout)
+
+    def python(self, words: list[str]) -> None:
+        """Tools, pytest, pip; what make's recipes do besides."""
+        match words:
+            case ["-m", "pytest", *rest]:
+                self.pytest(rest)
+            case ["-m", "pip", *rest]:
+                self.pip(rest)
+            case ["-m", "venv", _]:
+                pass
+            case ["-c", source]:
+                compile(source, "-c", "exec")
+            case [path, *rest] if path.startswith("tools/"):
+                self.tool(path, rest)
+            case _:
+                pytest.fail(f"no rule for python {words}")
+
+    def tool(self, path: str, words: list[str]) -> None:
+        """A quick tool runs; of the others the options and input files are read."""
+        assert (self.home / path).is_file(), f"{path}: no such tool"
+        module = importlib.import_module(Path(path).stem)
+        parsed = module.parser().parse_args(words)
+        for name, value in vars(parsed).items():
+            for given in value if isinstance(value, list) else [value]:
+                if isinstance(given, Path) and name not in ("directory", "picture"):
+                    assert (self.home / given).exists(), f"{path}: no {given}"
+        if Path(path).stem in QUICK:
+            self.remove(vars(parsed).get("directory"))
+            assert not module.main(words)
+
+    def pytest(self, words: list[str]) -> None:
+        """Markers are declared, files are there, names in them are found."""
+        made = argparse.ArgumentParser()
+        made.add_argument("-m", default="")
+        made.add_argument("-k", default="")
+        made.add_argument("files", nargs="*")
+        parsed = made.parse_args(words)
+        declared = PROJECT["tool"]["pytest"]["ini_options"]["markers"]
+        known = {marker.split(":")[0] for marker in declared} | {"not", "and", "or"}
+        assert set(parsed.m.split()) <= known, f"-m {parsed.m}: no such marker"
+        found = [name for file in parsed.files for name in self.nodes_of(file)]
+        assert not parsed.k or any(parsed.k in name for name in found), parsed.k
+
+    def nodes_of(self, file: str) -> list[str]:
+        """The tests of a file, as pytest collects them."""
+        assert (ROOT / file).is_file(), f"{file}: no such file"
+        return self.nodes[file]
+
+    def path(self, text: str) -> None:
+        """A file or folder of this repository; a test of it."""
+        file, _, name = text.partition("::")
+        places = [ROOT / file, *(ROOT / "oreal_jax").glob(f"**/{file}")]
+        assert any(place.exists() for place in places), f"{file}: no such file"
+        if name:
+            tests = [node.partition("::")[2] for node in self.nodes_of(file)]
+            assert name in [test.partition("[")[0] for test in tests], text
+
+    def pip(self, words: list[str]) -> None:
+        """pip's own options; extras that are declared."""
+        from pip._internal.commands import create_command
+
+        assert words[0] == "install"
+        _, requirements = create_command("install").parser.parse_args(words[1:])
+        editable = [word for word in words[1:] if word.startswith((".", "oreal-jax"))]
+        for requirement in {*requirements, *editable}:
+            name, extra = re.match(r"([\w.-]+)(?:\[(\w+)\])?", requirement).groups()  # pyright: ignore
+            if extra and name in (".", "oreal-jax"):
+                assert extra in EXTRAS, f"{requirement}: no such extra"
+            elif extra:
+                provided = metadata.metadata(name).get_all("Provides-Extra") or []
+                assert extra in provided, f"{requirement}: no such extra"
+
+    def options(self, text: str) -> None:
+        """Options that a verb or a tool has; a setting that a config has."""
+        words = shlex.split(text)
+        if words[0] == "--set":
+            return check_setting(words[1])
+        if words == ["--help"]:
+            return
+        named = {"N": "1", "FIELD": "level", "FILE": "x.jsonl"}
+        words = [named.get(word, word) for word in words]
+        parsers = [relaxed(verb) for verb in verbs(parser())]
+        takes = lambda made: accepts(made, words) or accepts(made, [*words, "1"])
+        if not any(map(takes, parsers)):
+            sources = [
+                path.read_text()
+                for path in (ROOT / "tools").iterdir()
+                if path.is_file()
+            ]
+            quoted = re.compile(rf"""["| ]{re.escape(words[0])}["| )]""")
+            assert any(map(quoted.search, sources)), f"{text}: no verb or tool has it"
+            assert len(words) == 1, f"no rule for {text}"
+
+
+def verbs(made: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of all verbs."""
+    inner = [a for a in made._actions if isinstance(a, argparse._SubParsersAction)]
+    if not inner:
+        yield made
+    for action in inner:
+        for verb in action.choices.values():
+            yield from verbs(verb)
+
+
+def relaxed(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser that takes part of a command: nothing is required."""
+    for action in made._actions:
+        action.required = False
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                relaxed(verb)
+        elif not action.option_strings:
+            action.nargs = "*" if action.nargs == "+" else action.nargs or "?"
+    for group in made._mutually_exclusive_groups:
+        group.required = False
+    return made
+
+
+def accepts(made: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Whether a parser takes these words."""
+    try:
+        made.parse_args(words)
+    except SystemExit:
+        return False
+    return True
+
+
+def check_setting(setting: str) -> None:
+    """Fails where no config has the field, or its value is of another type."""
+    errors = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        kinds = (configuration.TrainConfig, configuration.SftConfig)
+        for kind in kinds:
+            try:
+                return configuration.load(path, kind, [setting])
+            except BadInput as error:
+                errors.append(str(error))
+    pytest.fail(errors[0])
+
+
+@functools.cache
+def documented_variables() -> set[str]:
+    """The environment variables that the program reads."""
+    sources = [path.read_text() for path in (ROOT / "oreal_jax").rglob("*.py")]
+    return {name for text in sources for name in re.findall(r"\bOREAL_\w+", text)}
+
+
+def variables(file: str) -> str:
+    """Shell variables that a document has set, for its commands."""
+    lines = [item.text for item in ALL if item.file == file and item.kind == "block"]
+    return "\n".join(line for line in lines if re.match(r"[A-Z]+=\S+;", line))
+
+
+def run_snippet(item: Printed) -> None:
+    """Runs a Python snippet after what its document takes for granted."""
+    assert item.file in GRANTED, f"no rule for Python in {item.file}"
+    name = f"snippet_{Path(item.file).stem}"
+    module = types.ModuleType(name)
+    vars(module).update(GRANTED[item.file]())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        exec(compile(item.text, item.file, "exec"), vars(module))
+
+
+def granted_to_sampling() -> dict[str, Any]:
+    """A tiny model of the length that the snippet needs, and a prompt."""
+    import make_tiny
+
+    from oreal_jax import model, sharding
+
+    config = dataclasses.replace(make_tiny.CONFIG, max_length=1024)
+    return {
+        "config": config,
+        "mesh": sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1]),
+        "params": model.init(config, jax.random.key(0)),
+        "stop_tokens": [256],
+        "tokens": [1, 2, 3],
+    }
+
+
+def granted_to_losses() -> dict[str, Any]:
+    """The imports of the config file that the snippet is a part of."""
+    tree = ast.parse((ROOT / "configs/my_loss.py").read_text())
+    kinds = (ast.Import, ast.ImportFrom)
+    imports: list[ast.stmt] = [n for n in tree.body if isinstance(n, kinds)]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module(imports, []), "my_loss.py", "exec"), names)
+    return names
+
+
+GRANTED: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/losses.md": granted_to_losses,
+    "docs/sampling.md": granted_to_sampling,
+    "docs/verification.md": dict,
+}
+
+
+# -- tests
+
+
+@pytest.fixture(scope="module")
+def nodes() -> dict[str, list[str]]:
+    """Tests of the files in which printed commands name some, collected by pytest."""
+    names = re.compile(r"(tests/\w+\.py)(?:::| -k)|-m slow (tests/\w+\.py)")
+    texts = "\n".join(item.text for item in ALL)
+    files = {a or b for a, b in names.findall(texts)}
+    command = ["-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *sorted(files)]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    return {file: [x for x in lines if x.startswith(f"{file}::")] for file in files}
+
+
+@pytest.fixture
+def home(layout, tmp_path, monkeypatch) -> Path:
+    """A copy of the layout to work in."""
+    home = tmp_path / "home"
+    shutil.copytree(layout, home, symlinks=True)
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.fixture
+def check(home, nodes, judges, monkeypatch) -> Check:
+    """The rules, with stand-ins for decoding and training."""
+    share(monkeypatch, judges)
+    without_decoding(monkeypatch)
+    without_training(monkeypatch)
+    return Check(home, monkeypatch, nodes)
+
+
+@pytest.mark.parametrize("item", [i for i in ALL if i.kind != "snippet"], ids=str)
+def test_what_is_printed_works(item, check):
+    check(item)
+
+
+@pytest.mark.parametrize("item", [i for i in ALL if i.kind == "snippet"], ids=str)
+def test_printed_python_runs(item):
+    run_snippet(item)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```\noreal verify --golden 7 --answer 7\n```", "not accepted"),
+        ("```\noreal judge --gold 7 --answer 7\n```", "not accepted"),
+        ("```\noreal compare before.jsonl nowhere.jsonl\n```", "nowhere.jsonl: "),
+        ("```\noreal train configs/nowhere.py\n```", "no such config file"),
+        ("```\noreal train configs/tiny.py --set stepz=3\n```", "no field 'stepz'"),
+        (
+            "```\noreal train configs/tiny.py --set model=NOWHERE\n```",
+            "NOWHERE: no such model",
+        ),
+        ("```\noreal plan configs/tiny.py --topology v9:2x2\n```", "v9:2x2"),
+        ("```\n$ oreal verify --gold 7\n7\n```", "takes either"),
+        ("```\norael train configs/tiny.py\n```", "orael: command not found"),
+        ("```\nOREAL_PLACES=2 oreal train configs/tiny.py\n```", "read nowhere"),
+        ("```\nmake demos\n```", "no such target"),
+        ("```\npython tools/nowhere.py\n```", "no such tool"),
+        ("```\npython tools/plot_run.py NOWHERE x.png\n```", "no NOWHERE"),
+        ("```\npython -m pytest -m slower\n```", "no such marker"),
+        ("```\npython -m pytest tests/nowhere.py\n```", "no such file"),
+        ("```\npython -m http.server\n```", "no rule for python"),
+        ("```\npip install 'oreal-jax[everything]'\n```", "no such extra"),
+        ("```\ntools/launch_pod.sh up --name a --zone z\n```", "--nfs is missing"),
+        ("```\nsbatch tools/slurm.sh configs/nowhere.py\n```", "no such config file"),
+        ("```console\n$ oreal\n```", "no rule for a block"),
+        ("x\n\n    oreal train\n", "no rule for a block"),
+        ("say `oreal trains CONFIG.py`", "SystemExit"),
+        ("say `oreal losses --lose grpo`", "SystemExit"),
+        ("say `orael train --run x`", "orael: command not found"),
+        ("say `make\ndemos`", "no such target"),
+        ("say `--golden`", "no verb or tool has it"),
+        ("say `--weights int4`", "no verb or tool has it"),
+        ("say `--set policy.rate=1`", "no field"),
+        ("say `configs/nowhere.py`", "no such file"),
+        ("say `tests/test_laboratory.py::test_nothing`", "test_nothing"),
+        ("see [there](docs/nowhere.md)", "no such file"),
+    ],
+    ids=lambda text: " ".join(text.split()),
+)
+def test_what_does_not_work_is_noticed(text, message, check):
+    items = list(printed.in_markdown("README.md", text))
+    assert items
+    failures = (AssertionError, pytest.fail.Exception, SystemExit)
+    with pytest.raises(failures) as raised:
+        for item in items:
+            check(item)
+    assert message in f"{raised.typename} {raised.value}"
+
+
+def test_a_document_without_a_rule_for_its_python_is_noticed():
+    with pytest.raises(AssertionError, match="no rule for Python in docs/new.md"):
+        run_snippet(Printed("docs/new.md", 1, "snippet", "pass"))
+
+
+def test_python_that_does_not_run_is_noticed():
+    before = "from oreal_jax.sampling import Engine, Sampling\n"
+    for source, message in [
+        (before + "Engine(config, mesh, Sampling(max_token=1), [])", "max_token"),
+        ("from oreal_jax.sampling import Engines", "Engines"),
+    ]:
+        with pytest.raises((TypeError, ImportError), match=message):
+            run_snippet(Printed("docs/sampling.md", 1, "snippet", source))
+
+
+def test_docstrings_scripts_and_help_are_read():
+    source = '"""Does.\n\n    oreal x    # y\n\nsay `make\nz`\n"""\n'
+    found = [(i.line, i.kind, i.text) for i in printed.in_docstrings("a.py", source)]
+    assert found == [(3, "block", "oreal x    # y"), (5, "inline", "make z")]
+    source = (
+        "#!/bin/sh\n# so:\n#     sbatch a.sh\ncat <<X\nexample\n  run \\\n    b\nX\n"
+    )
+    found = [(i.line, i.text) for i in printed.in_script("a.sh", source)]
+    assert found == [(3, "sbatch a.sh"), (6, "run \\\n    b")]
+    files = {item.file for item in printed.in_help(parser())}
+    assert {path.name for path in (ROOT / "oreal_jax/cli").glob("*.py")} - {
+        Path(file).name for file in files
+    } == {"options.py"}
+
+
+def test_every_tool_runs_in_a_test():
+    smoked = {smoke.split(".")[0] for smoke in SMOKES}
+    assert not smoked & QUICK
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == smoked | QUICK
+
+
+def test_scripts_parse():
+    for script in (ROOT / "tools").glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_completions_without_a_stop_token_fill_every_slot(start):
+    import bench_sampling
+    import make_tiny
+
+    from oreal_jax import sharding
+    from oreal_jax.checkpoints import hf
+    from oreal_jax.sampling import Request
+
+    config = make_tiny.CONFIG
+    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    engine = bench_sampling.endless(config, mesh, 256, 24, rows=4)
+    requests = [Request([1, 2, 3], 0)]
+    (group,) = bench_sampling.sample(engine, hf.load(start / "hf"), requests, 4, seed=0)
+    assert [c.finish_reason for c in group] == ["length"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", SMOKES)
+def test_a_tool_runs_to_its_end(words, home, monkeypatch):
+    tool, *rest = words.split()
+    with restored(
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    ):
+        module = importlib.import_module(Path(tool).stem)
+        assert not module.main([*rest, "--smoke"])
+
+
+@contextlib.contextmanager
+def restored(*names: str) -> Iterator[None]:
+    """Settings of JAX are afterwards what they were."""
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+REAL = [
+    item
+    for item in ALL
+    if item.file in ("README.md", "configs/tiny.py", "configs/my_loss.py")
+    and item.kind == "block"
+    and re.search(r"oreal (train|sft|sample|eval|data pass-rate)", item.text)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", REAL, ids=str)
+def test_commands_work_with_real_decoding_and_training(item, home, nodes, monkeypatch):
+    Check(home, monkeypatch, nodes, deep=True)(item)
