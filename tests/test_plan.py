@@ -258,7 +258,7 @@ def test_a_plan_for_gpus_counts_the_state_that_a_layout_has(config_file, capsys)
     run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], 64)
     for name in ("parameters", "optimizer"):
         assert said["held"][name] == pytest.approx(run.bytes[name], rel=0.01)
-    cache = run.engine.programs.abstract(run.size.slots, run.size.pages).cache
+    cache = run.engine.programs.abstract(run.size).cache
     # bfloat16 there, float32 here; some pages are kept in reserve
     assert said["sampling"]["cache"] == pytest.approx(on_device(cache) / 2, rel=0.3)
     offloaded = ["--set", "policy.offload=True", "--set", "token_reward.offload=True"]

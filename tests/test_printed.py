@@ -733,13 +733,14 @@ def test_completions_without_a_stop_token_fill_every_slot(start):
 
     from oreal_jax import sharding
     from oreal_jax.checkpoints import hf
-    from oreal_jax.sampling import Request
+    from oreal_jax.sampling import Engine, Request, Sampling
 
     config = make_tiny.CONFIG
     mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
-    engine = bench_sampling.endless(config, mesh, 256, 24, rows=4)
-    requests = [Request([1, 2, 3], 0)]
-    (group,) = bench_sampling.sample(engine, hf.load(start / "hf"), requests, 4, seed=0)
+    engine = Engine(config, mesh, [256], rows=4)
+    request = Request([1, 2, 3], Sampling(max_tokens=1), 0)
+    endless = bench_sampling.without_end([request], [256], 24)
+    (group,) = bench_sampling.sample(engine, hf.load(start / "hf"), endless, 4, seed=0)
     assert [c.finish_reason for c in group] == ["length"] * 4
 
 

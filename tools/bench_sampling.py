@@ -36,7 +36,7 @@ from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
-from oreal_jax.model import Params, decoding
+from oreal_jax.model import ModelConfig, Params, decoding
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
 
