@@ -56,10 +56,12 @@ class Compilations:
         jax.monitoring.register_event_duration_secs_listener(self._add_duration)
         jax.monitoring.register_event_listener(self._add_event)
 
-    def _add_duration(self, event: str, seconds: float, **details: str | int) -> None:
+    def _add_duration(
+        self, event: str, duration_secs: float, **details: str | int
+    ) -> None:
         self._count += event == self.COMPILED
         if event in (self.TRACED, self.LOWERED, self.COMPILED):
-            self._seconds += seconds
+            self._seconds += duration_secs
 
     def _add_event(self, event: str, **details: str | int) -> None:
         self._count -= event == self.LOADED
