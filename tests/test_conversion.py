@@ -302,3 +302,12 @@ def test_a_gguf_file_of_another_family_is_refused(tmp_path):
     with pytest.raises(BadInput, match="not a gguf file"):
         to_hugging_face_directory(tmp_path / "text.gguf", tmp_path / "hf", "float32")
     shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+
+
+def test_large_weights_are_stacked_on_the_devices_to_the_same(
+    pair, tmp_path, monkeypatch
+):
+    theirs, _, params = pair
+    theirs.save_pretrained(tmp_path)
+    monkeypatch.setattr(hf, "ON_HOST", 0)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path), params)

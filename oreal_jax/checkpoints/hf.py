@@ -2,12 +2,13 @@
 
 One table says where each Hugging Face tensor lives in our tree. Reading checks all
 names and shapes from the file headers first, then puts each tensor straight into its
-final sharding: a stacked weight starts as zeros on the mesh and takes its layers one
-by one, so host memory holds one tensor beside the result.
+final sharding: a large stacked weight starts as zeros on the mesh and takes its layers
+one by one, so host memory holds one tensor and small weights in addition to the result.
 """
 
 import functools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,10 @@ from oreal_jax.sharding import put
 
 OnTensor = Callable[[str], None]
 ignore: OnTensor = lambda name: None
+
+# Bytes of a stacked weight whose layers are put together on the host: on the devices,
+# two programs are compiled for it, which takes longer.
+ON_HOST = 2**28
 
 Path_ = tuple[str, ...]  # where a weight lies in our tree
 
@@ -160,7 +165,8 @@ def assemble(
     shardings: Params | None,
     on_tensor: OnTensor,
 ) -> Params:
-    """Builds the parameter tree from tensors that are read one at a time."""
+    """Builds the parameter tree from tensors that are read one at a time, the layers of
+    each weight in order."""
     shapes = model.abstract(config, dtype)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -172,6 +178,13 @@ def assemble(
         value = tensor.to_ours(np.asarray(read()).astype(dtype), whole)
         if tensor.layer is None:
             _set(params, tensor.path, put(value, sharding))
+        elif math.prod(shape.shape) * np.dtype(dtype).itemsize <= ON_HOST:
+            if tensor.layer == 0:
+                _set(params, tensor.path, np.zeros(shape.shape, dtype))
+            stacked = _at(params, tensor.path)
+            stacked[tensor.layer] = value
+            if tensor.layer == len(stacked) - 1:
+                _set(params, tensor.path, put(stacked, sharding))
         else:
             if tensor.layer == 0:
                 start = _zeros(shape.shape, jnp.dtype(dtype), sharding)
