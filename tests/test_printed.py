@@ -30,7 +30,7 @@ import numpy as np
 import printed
 import pytest
 from printed import ROOT, Printed
-from scripted import write_lines
+from scripted import read_lines, write_lines
 from test_laboratory import two_groups
 
 from oreal_jax import config as configuration
@@ -66,6 +66,10 @@ SMOKES = [
     "bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl",
     "demo.py",
 ]
+CACHE_SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 # Models that are not on this machine: recipes for pods, and the hub's names.
 FAR = re.compile(r"/mnt/|(internlm|deepseek-ai)/")
 
@@ -747,12 +751,17 @@ def test_completions_without_a_stop_token_fill_every_slot(start):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", SMOKES)
 def test_a_tool_runs_to_its_end(words, home, monkeypatch):
+    shutil.rmtree(home / "runs/demo/run")
+    if words == "demo.py":
+        shutil.rmtree(home / "runs/demo/start")
     tool, *rest = words.split()
-    with restored(
-        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    ):
+    with restored(*CACHE_SETTINGS):
         module = importlib.import_module(Path(tool).stem)
         assert not module.main([*rest, "--smoke"])
+    for metrics in (home / "runs").rglob("metrics.jsonl"):  # each run has learned
+        assert any(row.get("actor/grad_norm") for row in read_lines(metrics))
+    trains = tool in ("ablation.py", "demo.py")
+    assert trains == any((home / "runs").rglob("metrics.jsonl"))
 
 
 @contextlib.contextmanager

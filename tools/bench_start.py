@@ -1,9 +1,9 @@
 """Start-up time: `oreal sample` against ten lines of transformers, in new processes.
 
-    python tools/bench_start.py MODEL [--rounds 5]
-    python tools/bench_start.py --smoke
+    python tools/bench_start.py runs/tiny_start/hf
+    python tools/bench_start.py runs/demo/exported
 
-MODEL is a Hugging Face directory; torch must be installed (`make test`). A round runs
+The model is a Hugging Face directory; torch must be installed (`make test`). A round runs
 the script, `oreal sample` with an empty cache of compiled programs, and again with the
 one that this filled. Printed are medians of wall time and of CPU time (user and system,
 all threads), in seconds, and the ratios to the script's. Four completions of at most 8
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,27 +80,21 @@ def compare(model: str, rounds: int) -> dict[str, Seconds]:
     }
 
 
-def main() -> None:
-    """Prints one JSON line."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", help="a Hugging Face directory")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--smoke", action="store_true", help="the tiny model, one round"
-    )
-    options = parser.parse_args()
-    if bool(options.model) == options.smoke:
-        parser.error("name a MODEL, or --smoke")
-    with tempfile.TemporaryDirectory() as home:
-        model, rounds = options.model, options.rounds
-        if options.smoke:
-            import make_tiny
+    options.add_argument("model", type=Path, help="a Hugging Face directory")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--smoke", action="store_true", help="one round")
+    return options
 
-            make_tiny.write(Path(home))
-            model, rounds = str(Path(home) / "hf"), 1
-        medians = compare(model, rounds)
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints one JSON line."""
+    parsed = parser().parse_args(arguments)
+    medians = compare(str(parsed.model), 1 if parsed.smoke else parsed.rounds)
     theirs = medians["transformers"]
     print(
         json.dumps(

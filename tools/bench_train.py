@@ -32,6 +32,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+from jax.sharding import Mesh
 from simulate_slots import heavy_tailed
 
 from oreal_jax import efficiency, model, program_cache, sharding
@@ -70,6 +71,11 @@ def seconds(work: Callable) -> float:
     return time.perf_counter() - start
 
 
+def one_device(config: ModelConfig) -> Mesh:
+    """A mesh of one device: a row is a micro-batch, as it is for torch."""
+    return sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+
+
 class Ours:
     """Our train step on these trajectories, again and again."""
 
@@ -83,7 +89,7 @@ class Ours:
         row_length: int,
         remat: model.Remat,
     ):
-        mesh = sharding.make_mesh(sharding.MeshShape(), config)
+        mesh = one_device(config)
         both = learners(config, OPTIMIZER, token_reward, 1000, mesh)
         self.state = both.start(params, mesh)
         batch, _ = pack(examples, rows=1, row_length=row_length)
@@ -274,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say({f"compile_seconds_{layers}_layers": compile_seconds(config, layers)})
         return
     program_cache.enable()
-    params = source.load(sharding.make_mesh(sharding.MeshShape(), config))
+    params = source.load(one_device(config))
     examples = trajectories(config, parsed.completions, parsed.mean, longest)
     work = efficiency.whole((len(e.prompt), len(e.completion)) for e in examples)
     flops = efficiency.training_flops(config, work)

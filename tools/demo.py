@@ -38,10 +38,10 @@ from oreal_jax.verify import Pool
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2_arithmetic.py"
 HELD_OUT = 128
 SMOKE = (
-    "steps=2",
-    "prompts_per_step=2",
-    "samples_per_prompt=4",
-    "decode_rows=8",
+    "steps=3",
+    "prompts_per_step=4",
+    "samples_per_prompt=8",
+    "decode_rows=32",
     "packing.rows=1",
     "sampling.max_tokens=8",
 )
@@ -85,7 +85,8 @@ def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> 
             f"examples={home / 'tiny' / 'solutions.jsonl'}",
             "packing.rows=2",
             "packing.row_length=256",
-            "examples_per_step=8",
+            "examples_per_step=16",
+            "steps=150",
         ],
     )
     sft(config, home / "tiny" / "sft", screen)
@@ -124,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--smoke",
         action="store_true",
-        help="the tiny model, two steps, few problems: does it still run?",
+        help="the tiny model, three steps, few problems: does it still run?",
     )
     return made
 
