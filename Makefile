@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers; tests/conftest.py says which tests go together, the longest first.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint format clean
 
@@ -11,10 +13,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not timed"
+	$(BIN)/python -m pytest -m timed
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny_runs import finish, train
+from tiny_runs import trained
 
 from oreal_jax import metrics, sharding
 from oreal_jax.cli import main
@@ -52,7 +52,7 @@ def test_the_scopes_of_the_model_are_in_the_program():
 @pytest.fixture(scope="module")
 def traced(tiny):
     run = tiny / "traced"
-    said = finish(train(tiny, run, "steps=3", options=("--profile", "1")))
+    said = trained(tiny, run, "steps=3", options=("--profile", "1"))
     return said, run
 
 
