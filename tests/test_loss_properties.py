@@ -393,7 +393,9 @@ def weigh(credit, weighting):
     return jax.jit(both)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+@pytest.mark.parametrize(
+    "weighting", WEIGHTINGS, ids=lambda of: getattr(of, "__name__", str(of))
+)
 @pytest.mark.parametrize("credit", [running_credit, token_credit])
 @settings(thorough, max_examples=30)
 @given(batches(), extremes)
