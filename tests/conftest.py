@@ -123,6 +123,30 @@ def start(built) -> Path:
     return built("start", make_tiny.write)
 
 
+@pytest.fixture(scope="session")
+def shared_pool():
+    """Judging processes that stay, and that whoever has done with them leaves alone."""
+    from oreal_jax.verify import Pool
+
+    class Shared(Pool):
+        def close(self) -> None:
+            pass
+
+    pool = Shared(1)
+    yield pool
+    Pool.close(pool)
+
+
+@pytest.fixture
+def judges(shared_pool, monkeypatch):
+    """One pool for all that is judged in this process: each takes a second to start."""
+    from oreal_jax import verify
+    from oreal_jax.train import loop
+
+    for module in (verify, loop):
+        monkeypatch.setattr(module, "Pool", lambda *_: shared_pool)
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A folder to work in, with six problems of two levels."""

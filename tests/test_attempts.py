@@ -16,6 +16,8 @@ from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import Journal
 from oreal_jax.evaluation.attempts import Drawn, drawing, kept_beside
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 
 def test_an_interrupted_evaluation_goes_on(home, script, oreal, capsys):
     words = ["eval", "--data", "six.jsonl", "--k", 2, "--greedy", "--items", "i.jsonl"]

@@ -153,6 +153,8 @@ def test_a_wrong_line_is_named(rows, said, tmp_path, capsys):
     assert complained.count("\n") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.timed
 def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
     """From the start of the process to the end of its output; 2 cores."""
     rows = [

@@ -18,6 +18,8 @@ from oreal_jax.train.profile import Profile
 from oreal_jax.train.state import Optimizer, learners
 from oreal_jax.train.step import train_step
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 CONFIG = ModelConfig(
     vocab=64, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=32
 )

@@ -27,6 +27,8 @@ from oreal_jax.laboratory.recorded import LISTS
 from oreal_jax.sampling import Engine
 from oreal_jax.train.programs import mesh_of
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 
 def lasting(run: Path) -> list[dict]:
     """The metrics of a run without what depends on the clock."""
