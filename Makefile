@@ -15,9 +15,10 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
+# Those of `make test` too, compiled as users compile (tests/conftest.py).
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not timed"
-	$(BIN)/python -m pytest -m timed
+	XLA_FLAGS= $(BIN)/python -m pytest $(PARALLEL) -m "not timed"
+	XLA_FLAGS= $(BIN)/python -m pytest -m timed
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -142,7 +142,7 @@ def test_a_real_interruption_of_the_real_model(start, tmp_path):
         return subprocess.Popen(
             [sys.executable, "-c", program + ")"],
             cwd=tmp_path,
-            env=ALONE | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
+            env=ALONE,
             stdout=subprocess.PIPE,
             text=True,
         )
