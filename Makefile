@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers; tests/conftest.py says which tests go together, the longest first.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers; tests/conftest.py says which tests go together, and in which order.
+PARALLEL := -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint format clean
 

@@ -44,18 +44,29 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
-# With several workers (`make test`) a file goes to one of them, for its fixtures; the
-# tests of these files stand alone and go to whichever worker is free.
-SPREAD = {"test_run"}
+# The tests of these files stand alone and go to whichever worker is free.
+SPREAD = {"tests/test_run.py"}
 # The longest files are begun first, so that both workers end together.
 FIRST = ["test_processes", "test_run", "test_train_step", "test_sampling", "test_cli"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (`make test`) a file goes to one of them, for its fixtures.
+
+    Not by `--dist loadgroup`: pytest 9.2 ignores the groups of xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if file in SPREAD else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     rank = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
 
