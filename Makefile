@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers; tests/conftest.py says which tests go together, and in which order.
+PARALLEL := -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint format clean
 
@@ -11,10 +13,12 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
+# Those of `make test` too, compiled as users compile (tests/conftest.py).
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest $(PARALLEL) -m "not timed"
+	XLA_FLAGS= $(BIN)/python -m pytest -m timed
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,13 +1,35 @@
-"""Eight fake devices, shapes that must agree without silent broadcasting, and what
-several files start from.
+"""Eight fake devices, quick compilation, shapes that must agree without silent
+broadcasting, and what several files start from.
 
 Nothing of oreal_jax is imported before a test runs: its shapes are checked only in what
 is imported after pytest has begun.
 """
 
+import fcntl
 import os
+import shutil
 import signal
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+# Nearly all time of the tests is compilation. Without LLVM's optimization, and with
+# XLA's older emitters, it takes a fifth; the program is the same up to rounding.
+# `XLA_FLAGS= pytest ...` compiles as users do.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What the tests, their workers and the processes they start compile is compiled
+    # once. Workers and processes inherit the environment of the first process.
+    COMPILED = tempfile.TemporaryDirectory(prefix="oreal_compiled_")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import families
 import hypothesis
@@ -17,10 +39,57 @@ import pytest
 # A job in a shell's background ignores Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+
+# The tests of these files stand alone and go to whichever worker is free.
+SPREAD = {"tests/test_run.py"}
+# The longest files are begun first, so that both workers end together.
+FIRST = ["test_processes", "test_run", "test_train_step", "test_sampling", "test_cli"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (`make test`) a file goes to one of them, for its fixtures.
+
+    Not by `--dist loadgroup`: pytest 9.2 ignores the groups of xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if file in SPREAD else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """`built(name, build)`: a folder that the first worker to need it fills by
+    `build(folder)`, and that all others find."""
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+
+    def find(name: str, build: Callable[[Path], object]) -> Path:
+        folder, finished = top / name, top / f"{name}.finished"
+        with (top / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
+                build(folder)
+                finished.touch()
+        return folder
+
+    return find
 
 
 @pytest.fixture
@@ -41,30 +110,52 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def tiny(built) -> Path:
     """A folder with the tiny model, its prompts, and a fine-tuned run of it."""
     import tiny_runs
 
-    return tiny_runs.fine_tuned(tmp_path_factory.mktemp("tiny"))
+    return built("tiny", tiny_runs.fine_tuned)
 
 
 @pytest.fixture(scope="session")
-def whole(tiny) -> Path:
-    """A run of five steps that nothing disturbs."""
+def whole(tiny, built) -> Path:
+    """A run of five steps that nothing disturbs, in a process of its own: its numbers
+    depend on the process' threads, and so in the last bit on its number of devices."""
     import tiny_runs
 
-    tiny_runs.finish(tiny_runs.train(tiny, tiny / "whole"))
-    return tiny / "whole"
+    return built("whole", lambda run: tiny_runs.finish(tiny_runs.train(tiny, run)))
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory) -> Path:
+def start(built) -> Path:
     """The tiny model and its prompts "max A B?"."""
     import make_tiny
 
-    home = tmp_path_factory.mktemp("start")
-    make_tiny.write(home)
-    return home
+    return built("start", make_tiny.write)
+
+
+@pytest.fixture(scope="session")
+def shared_pool():
+    """Judging processes that stay, and that whoever has done with them leaves alone."""
+    from oreal_jax.verify import Pool
+
+    class Shared(Pool):
+        def close(self) -> None:
+            pass
+
+    pool = Shared(1)
+    yield pool
+    Pool.close(pool)
+
+
+@pytest.fixture
+def judges(shared_pool, monkeypatch):
+    """One pool for all that is judged in this process: each takes a second to start."""
+    from oreal_jax import verify
+    from oreal_jax.train import loop
+
+    for module in (verify, loop):
+        monkeypatch.setattr(module, "Pool", lambda *_: shared_pool)
 
 
 @pytest.fixture

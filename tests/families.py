@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
 SIZES = {
     "vocab_size": 96,
@@ -47,6 +45,9 @@ FAMILIES = {
 
 def make(name: str, seed: int = 0):
     """A random model whose norms and biases are not at their neutral start."""
+    import torch  # seconds to import, which most files of tests do not need
+    import transformers
+
     kind, extra = FAMILIES[name]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
@@ -73,6 +74,8 @@ def sequences(vocab: int) -> list[np.ndarray]:
 
 
 def their_logits(theirs, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return theirs(torch.tensor(tokens)[None]).logits[0].numpy()
 

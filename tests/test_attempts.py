@@ -16,6 +16,8 @@ from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import Journal
 from oreal_jax.evaluation.attempts import Drawn, drawing, kept_beside
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 
 def test_an_interrupted_evaluation_goes_on(home, script, oreal, capsys):
     words = ["eval", "--data", "six.jsonl", "--k", 2, "--greedy", "--items", "i.jsonl"]
@@ -140,7 +142,7 @@ def test_a_real_interruption_of_the_real_model(start, tmp_path):
         return subprocess.Popen(
             [sys.executable, "-c", program + ")"],
             cwd=tmp_path,
-            env=ALONE | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
+            env=ALONE,
             stdout=subprocess.PIPE,
             text=True,
         )

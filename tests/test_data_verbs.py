@@ -10,6 +10,8 @@ from oreal_jax.cli import main
 from oreal_jax.data import load_prompts, read_examples
 from oreal_jax.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 
 def test_the_whole_way_from_raw_rows_to_an_rft_set(home, script, oreal, capsys):
     raw = [{"problem": f"max {a} 7?", "answer": "\\boxed{7}"} for a in range(6)]

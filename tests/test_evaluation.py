@@ -20,6 +20,8 @@ from oreal_jax.evaluation.tables import beside_the_paper
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.verdict import Outcome
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 
 def test_one_sample_is_greedy_and_several_are_not(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl") == 0

@@ -18,6 +18,8 @@ from oreal_jax.sampling import Engine
 from oreal_jax.sharding import MeshShape, make_mesh
 from oreal_jax.train import examination
 
+pytestmark = pytest.mark.usefixtures("judges")
+
 ROOT = Path(__file__).parents[1]
 TRAINED_ON = range(10, 18)
 

@@ -54,10 +54,18 @@ FLOATS = (
     "entropy",
 )
 
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-every_policy_loss = pytest.mark.parametrize(
-    "loss", POLICY_LOSSES.values(), ids=POLICY_LOSSES.keys()
-)
+# Made of the same parts as others: with `make test-slow`.
+VARIANTS = {"reward_shaping", "behaviour_cloning", "token_weights"}
+
+
+def each(losses: dict[str, Any]):
+    """A test of every loss."""
+    marks = lambda name: [pytest.mark.slow] if name in VARIANTS else []
+    values = [pytest.param(loss, id=n, marks=marks(n)) for n, loss in losses.items()]
+    return pytest.mark.parametrize("loss", values)
+
+
+every_loss, every_policy_loss = each(LOSSES), each(POLICY_LOSSES)
 
 
 class Drawn(NamedTuple):
@@ -393,7 +401,9 @@ def weigh(credit, weighting):
     return jax.jit(both)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+@pytest.mark.parametrize(
+    "weighting", WEIGHTINGS, ids=lambda of: getattr(of, "__name__", str(of))
+)
 @pytest.mark.parametrize("credit", [running_credit, token_credit])
 @settings(thorough, max_examples=30)
 @given(batches(), extremes)

@@ -61,6 +61,7 @@ SMOKES = [
     "ablation.py runs/ablation",
     "bench_eight_bits.py runs/demo/start",
     "bench_sampling.py runs/demo/start",
+    "bench_start.py runs/tiny_start/hf",
     "bench_train.py runs/demo/start",
     "bench_train.py runs/demo/start --compile",
     "bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl",

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny_runs import finish, train
+from tiny_runs import trained
 
 from oreal_jax import metrics, sharding
 from oreal_jax.cli import main
@@ -17,6 +17,8 @@ from oreal_jax.model import ModelConfig
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.state import Optimizer, learners
 from oreal_jax.train.step import train_step
+
+pytestmark = pytest.mark.usefixtures("judges")
 
 CONFIG = ModelConfig(
     vocab=64, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=32
@@ -52,7 +54,7 @@ def test_the_scopes_of_the_model_are_in_the_program():
 @pytest.fixture(scope="module")
 def traced(tiny):
     run = tiny / "traced"
-    said = finish(train(tiny, run, "steps=3", options=("--profile", "1")))
+    said = trained(tiny, run, "steps=3", options=("--profile", "1"))
     return said, run
 
 

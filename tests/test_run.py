@@ -5,21 +5,29 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from judge_stub import says, serving
-from tiny_runs import ROOT, arrays, finish, train, wait_for_steps
+from tiny_runs import (
+    ROOT,
+    arrays,
+    finish,
+    train,
+    train_here,
+    trained,
+    wait_for_steps,
+)
 
-from oreal_jax import laboratory, losses, metrics, sharding
+from oreal_jax import laboratory, losses, metrics
 from oreal_jax.checkpoints.source import open_model
-from oreal_jax.cli import main
 from oreal_jax.config import TrainConfig, load
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import BadInput
 from oreal_jax.laboratory.recorded import LISTS
 from oreal_jax.sampling import Engine
 from oreal_jax.train.programs import mesh_of
+
+pytestmark = pytest.mark.usefixtures("judges")
 
 
 def lasting(run: Path) -> list[dict]:
@@ -119,7 +127,7 @@ def test_a_loss_of_ones_own_trains_from_its_config_file_alone(tiny, tmp_path):
     config.write_text(own.replace("smollm2_arithmetic", "tiny"))
     shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
     run = tmp_path / "run"
-    finish(train(tiny, run, "loss.weight=0.25", "steps=2", config=config))
+    trained(tiny, run, "loss.weight=0.25", "steps=2", config=config)
     recorded = json.loads((run / "config.json").read_text())["loss"]
     assert recorded["class"] == "own.RareCloning" and recorded["weight"] == 0.25
     assert metrics.read(run / "metrics.jsonl")[-1]["actor/pg_loss"] > 0
@@ -153,19 +161,19 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp
     shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
     config.write_text(OWN_LOSS)
     # A loss may record nothing of its own.
-    assert "loss" in finish(train(tiny, run, "steps=1", config=config))
-    process = train(tiny, run, "steps=3", "loss.broken=True", config=config)
-    said, complained = process.communicate(timeout=300)
-    assert process.returncode == 1
+    assert "loss" in trained(tiny, run, "steps=1", config=config)
+    code, _, complained = train_here(
+        tiny, run, "steps=3", "loss.broken=True", config=config
+    )
+    assert code == 1
     assert "step 2: actor/grad_norm=nan; it is not saved" in complained
     assert "Traceback" not in complained
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_run_does_not_change_whether_it_has_a_token_reward_model(tiny, whole):
-    process = train(tiny, whole, "token_reward=None", "freeze_steps=0")
-    said, complained = process.communicate(timeout=120)
-    assert process.returncode == 2
+    code, _, complained = train_here(tiny, whole, "token_reward=None", "freeze_steps=0")
+    assert code == 2
     assert "with a token reward model or without" in complained
     assert complained.count("\n") == 1
 
@@ -178,9 +186,8 @@ def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
         ),
         (["cache_tokens=64"], "does not fit cache_tokens=64"),
     ]:
-        process = train(tiny, tmp_path / "run", *settings)
-        _, complained = process.communicate(timeout=120)
-        assert process.returncode == 2 and said in complained
+        code, _, complained = train_here(tiny, tmp_path / "run", *settings)
+        assert code == 2 and said in complained
         assert not (tmp_path / "run").exists()
 
 
@@ -196,7 +203,7 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
     differences = []
     for kind in ("sampled", "full"):
         run = tiny / f"log-probs-{kind}"
-        finish(train(tiny, run, *settings, f"log_probs={kind}"))
+        trained(tiny, run, *settings, f"log_probs={kind}")
         row = metrics.read(run / "metrics.jsonl")[0]
         differences.append(row["training/rollout_probs_diff_max"])
         lines = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
@@ -222,7 +229,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
     prompts = tiny / "never.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tiny / "skipped"
-    said = finish(train(tiny, run, f"prompts={prompts}", "steps=1"))
+    said = trained(tiny, run, f"prompts={prompts}", "steps=1")
     assert "no update: every prompt was all right or all wrong" in said
     before, after = arrays(tiny / "sft", 60)[:3], arrays(run, 1)[:3]
     for ours, expected in zip(after, before, strict=True):
@@ -237,7 +244,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
             "verification.judge_model=m",
             "verification.undecided=drop",
         ]
-        finish(train(tiny, run, "steps=1", *judge))
+        trained(tiny, run, "steps=1", *judge)
     row = metrics.read(run / "metrics.jsonl")[0]
     assert row["judge/asked"] == row["judge/undecided"] == stub.requests > 0
     assert row["verdict/undecided"] == row["verdict/by_judge"] == row["judge/asked"]
@@ -248,18 +255,18 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
 
 
 def test_tensorboard_files_come_when_asked_for(tiny):
-    finish(train(tiny, tiny / "board", "steps=1", "tensorboard=True"))
+    trained(tiny, tiny / "board", "steps=1", "tensorboard=True")
     assert list((tiny / "board" / "tensorboard").glob("events*"))
 
 
-def test_a_runs_template_and_system_prompt_stay_with_it(tiny, capsys):
+def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
     template, run = tiny / "other.jinja", tiny / "other"
     text = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     template.write_text(text)
     settings = [f"chat_template={template}", "system_prompt=Long.", "steps=1"]
-    finish(train(tiny, run, *settings))
+    trained(tiny, run, *settings)
     template.unlink()
-    finish(train(tiny, run, *settings[:2], "steps=2"))
+    trained(tiny, run, *settings[:2], "steps=2")
     assert (run / "model" / "chat_template.jinja").read_text() == text
     source = open_model(run)
     assert source.system_prompt == "Long."
@@ -273,16 +280,15 @@ def test_a_runs_template_and_system_prompt_stay_with_it(tiny, capsys):
 
 
 def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):
-    process = train(tiny, whole, "seed=7")
-    said, complained = process.communicate(timeout=120)
-    assert process.returncode == 2
+    code, _, complained = train_here(tiny, whole, "seed=7")
+    assert code == 2
     assert "seed: 0 -> 7" in complained and complained.count("\n") == 1
 
 
 def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
     run = tiny / "eight"
     settings = ["decode_weights=int8", "decode_cache=float8", "steps=1"]
-    finish(train(tiny, run, *settings))
+    trained(tiny, run, *settings)
     (row,) = metrics.read(run / "metrics.jsonl")
     assert 1e-4 < row["training/rollout_probs_diff_mean"] < 0.05
     assert row["training/rollout_probs_correlation"] > 0.9
@@ -291,26 +297,17 @@ def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
 def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     run = tiny / "apart"
     settings = ["decode_weights=int8", "max_disagreement=1e-6", "steps=1"]
-    process = train(tiny, run, *settings)
-    _, complained = process.communicate(timeout=300)
-    assert process.returncode == 1
+    code, _, complained = train_here(tiny, run, *settings)
+    assert code == 1
     assert "max_disagreement=1e-06; the step is not saved" in complained
     assert "Traceback" not in complained
     assert not metrics.read(run / "metrics.jsonl")
     assert not list((run / "checkpoints").glob("*"))
 
 
-def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, capsys, monkeypatch):
+def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
     run = tiny / "interrupted"
-    settings = [f"model={tiny / 'sft'}", "steps=1"]
-    settings += [f"prompts={tiny / 'start' / 'prompts.jsonl'}"]
-    flags = [word for setting in settings for word in ("--set", setting)]
-    command = ["train", str(ROOT / "configs/tiny.py"), *flags, "--run", str(run)]
     draw = Engine.sample
-    make, one = sharding.make_mesh, jax.devices()[:1]
-    monkeypatch.setattr(
-        sharding, "make_mesh", lambda *given: make(given[0], given[1], one)
-    )
 
     def broken_off(*arguments, on_finished, **options):
         seen = []
@@ -324,13 +321,14 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, capsys, monkeypat
         return draw(*arguments, on_finished=count, **options)
 
     monkeypatch.setattr(Engine, "sample", broken_off)
-    assert main(command) == 130
+    code, said, _ = train_here(tiny, run, "steps=1")
+    assert code == 130
     left = run / "interrupted" / "step_000000.jsonl"
     rows = [json.loads(line) for line in left.read_text().splitlines()]
     assert len(rows) == 10
-    assert f"10 of 64 completions are in {left}" in capsys.readouterr().out
+    assert f"10 of 64 completions are in {left}" in said
     monkeypatch.setattr(Engine, "sample", draw)
-    assert main(command) == 0
+    trained(tiny, run, "steps=1")
     whole = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     drawn = {(r["group"], r["sample"]): r["completion"] for r in map(json.loads, whole)}
     for row in rows:  # the same, drawn anew

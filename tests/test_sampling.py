@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from oreal_jax import metrics, model, sharding
+from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
@@ -446,6 +446,11 @@ def test_requests_of_one_call_may_differ_in_everything(params, prompts):
 
 
 def test_other_parameters_compile_nothing(params, prompts):
+    with program_cache.disabled():
+        check_that_other_parameters_compile_nothing(params, prompts)
+
+
+def check_that_other_parameters_compile_nothing(params, prompts):
     engine = make_engine(rows=16)
     weights = weights_for(engine, params)
     compiled = lambda: metrics.compilations.take()["perf/compilations"]

@@ -235,6 +235,8 @@ def test_a_stuck_a_dead_and_a_failing_judge_cost_one_answer_each():
     assert sum(heard) == len(pairs)
 
 
+@pytest.mark.slow
+@pytest.mark.timed
 def test_stuck_answers_wait_side_by_side():
     with Pool(2, deadline=1.0, judge=troubled) as pool:
         pool.verdicts([("a", "a"), ("b", "b")])  # ready

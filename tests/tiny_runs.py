@@ -1,28 +1,56 @@
-"""Runs of the tiny model in processes of their own."""
+"""Runs of the tiny model: in this process, or in processes of their own where a signal,
+a death or several processes are the subject."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import make_tiny
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
+
+from oreal_jax import sharding
+from oreal_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
-# What processes of the tests compile is compiled once.
-COMPILED = tempfile.TemporaryDirectory(prefix="oreal_compiled_")
-ALONE = os.environ | {
-    "XLA_FLAGS": "",
-    "PYTHONPATH": str(ROOT),
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+ALONE = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+class Result(NamedTuple):
+    """What a command leaves."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def oreal_here(*arguments) -> Result:
+    """`oreal` in this process, with one device."""
+    make, one = sharding.make_mesh, jax.devices()[:1]
+    alone = lambda shape, config, devices=None: make(shape, config, devices or one)
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.setattr(sharding, "make_mesh", alone)
+        code = main(list(map(str, arguments)))
+    return Result(code, output.getvalue(), errors.getvalue())
+
+
+def done(result: Result) -> str:
+    """The output of a command that succeeded."""
+    assert result.code == 0, result.output + result.errors
+    return result.output
 
 
 def oreal(*arguments, environment: Mapping[str, str] = ALONE) -> subprocess.Popen:
@@ -47,8 +75,8 @@ def finish(process: subprocess.Popen) -> str:
 def fine_tuned(home: Path) -> Path:
     """Writes the tiny model into a folder, and a fine-tuned run of it as `sft`."""
     make_tiny.write(home / "start")
-    said = finish(
-        oreal(
+    said = done(
+        oreal_here(
             "sft",
             ROOT / "configs/tiny_sft.py",
             *("--set", f"model={home / 'start' / 'hf'}"),
@@ -60,14 +88,9 @@ def fine_tuned(home: Path) -> Path:
     return home
 
 
-def train(
-    tiny: Path,
-    run: Path,
-    *settings: str,
-    config: Path = ROOT / "configs/tiny.py",
-    options: Sequence[str] = (),
-    environment: Mapping[str, str] = ALONE,
-) -> subprocess.Popen:
+def command(
+    tiny: Path, run: Path, *settings: str, config: Path, options: Sequence[str]
+) -> list:
     given = [
         f"model={tiny / 'sft'}",
         f"prompts={tiny / 'start' / 'prompts.jsonl'}",
@@ -76,8 +99,42 @@ def train(
         *settings,
     ]
     flags = [word for setting in given for word in ("--set", setting)]
-    command = ["train", config, *flags, "--run", run, *options]
-    return oreal(*command, environment=environment)
+    return ["train", config, *flags, "--run", run, *options]
+
+
+def train(
+    tiny: Path,
+    run: Path,
+    *settings: str,
+    config: Path = ROOT / "configs/tiny.py",
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] = ALONE,
+) -> subprocess.Popen:
+    """`oreal train` in a process of its own."""
+    words = command(tiny, run, *settings, config=config, options=options)
+    return oreal(*words, environment=environment)
+
+
+def train_here(
+    tiny: Path,
+    run: Path,
+    *settings: str,
+    config: Path = ROOT / "configs/tiny.py",
+    options: Sequence[str] = (),
+) -> Result:
+    """`oreal train` in this process."""
+    return oreal_here(*command(tiny, run, *settings, config=config, options=options))
+
+
+def trained(
+    tiny: Path,
+    run: Path,
+    *settings: str,
+    config: Path = ROOT / "configs/tiny.py",
+    options: Sequence[str] = (),
+) -> str:
+    """The output of an `oreal train` in this process that succeeds."""
+    return done(train_here(tiny, run, *settings, config=config, options=options))
 
 
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:

@@ -3,11 +3,11 @@
     python tools/bench_start.py runs/tiny_start/hf
     python tools/bench_start.py runs/demo/exported
 
-The model is a Hugging Face directory; torch must be installed (`make test`). A round runs
-the script, `oreal sample` with an empty cache of compiled programs, and again with the
-one that this filled. Printed are medians of wall time and of CPU time (user and system,
-all threads), in seconds, and the ratios to the script's. Four completions of at most 8
-tokens, float32.
+The model is a Hugging Face directory; torch must be installed (`make test`). A round
+runs the script, `oreal sample` with an empty cache of compiled programs, and again with
+the one that this filled. Printed are medians of wall time and of CPU time (user and
+system, all threads), in seconds, and the ratios to the script's. Four completions of at
+most 8 tokens, float32.
 """
 
 import argparse

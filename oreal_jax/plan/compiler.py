@@ -1,12 +1,14 @@
 """Compiles for devices that are not here, and reads what the compiler says.
 
-libtpu compiles for any TPU topology on any machine (`pip install "jax[tpu]"`).
+libtpu compiles for any TPU topology on any machine (`pip install "oreal-jax[plan]"`).
 """
 
+import contextlib
 import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from oreal_jax.efficiency import PEAKS
@@ -40,7 +43,7 @@ def devices_of(topology: str) -> list:
     if not util.find_spec("libtpu"):
         raise BadInput(
             f"--topology {topology}: the TPU's compiler is not installed: "
-            "pip install 'jax[tpu]'"
+            "pip install 'oreal-jax[plan]'"
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -73,6 +76,23 @@ def host_of(topology: str, devices: list) -> list:
     return devices_of(f"{kind}:{own}")
 
 
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Compilation without JAX's persistent cache.
+
+    A program for devices that are not here can be written to the cache but not read
+    from it, and the compiler writes no text of a program that it does not compile.
+    """
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether it has a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def memory_of(device) -> int:
     """Bytes that programs may use on a device: what the compiler says of one that wants
     far too many."""
@@ -80,7 +100,8 @@ def memory_of(device) -> int:
     huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=where)
     double = jax.jit(lambda x: x + x, out_shardings=where)
     try:
-        double.lower(huge).compile()
+        with uncached():
+            double.lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
         return _sizes(str(error))[-1]
     raise AssertionError(f"{device} holds {huge.shape} bytes")
@@ -90,7 +111,7 @@ def compile_program(program: Program) -> Compiled:
     """Compiles a program; one that does not fit comes back with its error."""
     start = time.perf_counter()
     lowered = program.lower()
-    with tempfile.TemporaryDirectory() as scratch:
+    with uncached(), tempfile.TemporaryDirectory() as scratch:
         options = {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
         try:
             made = lowered.compile(compiler_options=options)
