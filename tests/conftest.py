@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Nearly all time of the tests is compilation. Without LLVM's optimization, and with
-# XLA's older emitters, it takes a fifth; the program is the same up to rounding.
+# XLA's older emitters, it takes far less; the program is the same up to rounding.
 # `XLA_FLAGS= pytest ...` compiles as users do.
 QUICK = (
     "--xla_backend_optimization_level=0",
