@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oreal_jax import program_cache
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
 from oreal_jax.efficiency import PEAKS
@@ -162,19 +161,16 @@ def compiled(
     host = host_of(topology, devices)
     run = programs.layout(config, shape, devices, host, mean_tokens)
     made = []
-    # What is compiled for devices elsewhere cannot be loaded here.
-    with program_cache.disabled():
-        for program in programs.programs(config, shape, run):
-            on_program(program.name)
-            made.append(compile_program(program))
-            if made[-1].error:
-                break
-        memory = memory_of(devices[0])
+    for program in programs.programs(config, shape, run):
+        on_program(program.name)
+        made.append(compile_program(program))
+        if made[-1].error:
+            break
     size, engine = run.size, run.engine
     cache = engine.programs.abstract(size).cache
     return Findings(
         kind=devices[0].device_kind,
-        memory=memory,
+        memory=memory_of(devices[0]),
         devices=len(devices),
         processes=run.processes,
         micros=run.micros,

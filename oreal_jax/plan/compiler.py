@@ -3,12 +3,10 @@
 libtpu compiles for any TPU topology on any machine (`pip install "oreal-jax[plan]"`).
 """
 
-import contextlib
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
@@ -16,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
+from oreal_jax import program_cache
 from oreal_jax.efficiency import PEAKS
 from oreal_jax.errors import BadInput
 from oreal_jax.plan.collectives import moved
@@ -76,23 +74,6 @@ def host_of(topology: str, devices: list) -> list:
     return devices_of(f"{kind}:{own}")
 
 
-@contextlib.contextmanager
-def uncached() -> Iterator[None]:
-    """Compilation without JAX's persistent cache.
-
-    A program for devices that are not here can be written to the cache but not read
-    from it, and the compiler writes no text of a program that it does not compile.
-    """
-    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX decides once whether it has a cache
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
-
-
 def memory_of(device) -> int:
     """Bytes that programs may use on a device: what the compiler says of one that wants
     far too many."""
@@ -100,7 +81,7 @@ def memory_of(device) -> int:
     huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=where)
     double = jax.jit(lambda x: x + x, out_shardings=where)
     try:
-        with uncached():
+        with program_cache.disabled():
             double.lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
         return _sizes(str(error))[-1]
@@ -111,7 +92,9 @@ def compile_program(program: Program) -> Compiled:
     """Compiles a program; one that does not fit comes back with its error."""
     start = time.perf_counter()
     lowered = program.lower()
-    with uncached(), tempfile.TemporaryDirectory() as scratch:
+    # A program for devices that are not here can be written to the cache but not read
+    # from it, and the compiler dumps no text of a program that it does not compile.
+    with program_cache.disabled(), tempfile.TemporaryDirectory() as scratch:
         options = {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
         try:
             made = lowered.compile(compiler_options=options)
