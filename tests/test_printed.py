@@ -149,7 +149,7 @@ def lay_out(home: Path, hf: Path) -> None:
     for name in ("runs/sft", "runs/tiny_sft", "runs/pass/rft", "runs/pass/oreal/best"):
         copy_as_link(demo / "start", home / name)
     (home / "runs/tiny_start").mkdir()
-    for name in ("runs/tiny_start/hf", "DIR", "SRC", "STRONG"):
+    for name in ("runs/tiny_start/hf", "runs/demo/exported", "DIR", "SRC", "STRONG"):
         copy_as_link(hf, home / name)
     copy_as_link(demo / "run", home / "RUN")
 
@@ -433,6 +433,8 @@ class Check:
         made = argparse.ArgumentParser()
         made.add_argument("-m", default="")
         made.add_argument("-k", default="")
+        made.add_argument("-n")
+        made.add_argument("--no-loadscope-reorder", action="store_true")
         made.add_argument("files", nargs="*")
         parsed = made.parse_args(words)
         declared = PROJECT["tool"]["pytest"]["ini_options"]["markers"]

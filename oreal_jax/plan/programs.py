@@ -20,7 +20,13 @@ from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Engine
 from oreal_jax.sampling.programs import Size, Starts
 from oreal_jax.sampling.scheduler import smaller
-from oreal_jax.sampling.work import DISPATCH, PAGE, PREFILL, prompts_together
+from oreal_jax.sampling.work import (
+    DISPATCH,
+    PAGE,
+    PREFILL,
+    prompts_together,
+    slots_together,
+)
 from oreal_jax.train.programs import (
     compute_dtype,
     engine_of,
@@ -198,14 +204,15 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         (weights, state, *prompts),
         held,
     )
+    together = slots_together(size.slots)
     starts = Starts(
-        *(array(size.slots) for _ in Starts._fields[:-2]),
-        prompts=array(size.slots, bucket(config.max_prompt_tokens)),
-        sampling=state.sampling,
-    )._replace(key=array(size.slots, dtype=jnp.uint32))
+        *(array(together) for _ in Starts._fields[:-2]),
+        prompts=array(together, bucket(config.max_prompt_tokens)),
+        sampling=programs.abstract(size._replace(slots=together)).sampling,
+    )._replace(key=array(together, dtype=jnp.uint32))
     beside = held + on_device(weights)
     yield Program(
-        f"admission of {size.slots}",
+        f"admission of {together}",
         "gen",
         programs.admit,
         (state, starts, 0),
@@ -234,10 +241,10 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
             name += f" of {size.table_pages} pages"
             yield Program(name, "gen", function, arguments, beside)
     yield Program(
-        f"collection of {size.slots}",
+        f"collection of {together}",
         "gen",
         programs.take,
-        (state, array(size.slots)),
+        (state, array(together)),
         beside,
     )
 

@@ -7,7 +7,6 @@ meet. Letters: A slots or starts, R prompts, S tokens a prompt, M pages.
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,14 +17,7 @@ from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import SlotSampling
 from oreal_jax.sampling.completion import Completion, Request, Statistics
 from oreal_jax.sampling.programs import Decoding, Programs, Size, Starts, Stops
-from oreal_jax.sampling.scheduler import (
-    HAND_BACK,
-    Admission,
-    Job,
-    Prefill,
-    Scheduler,
-    Swap,
-)
+from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swap
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
@@ -121,23 +113,12 @@ class Work:
         )
 
     def _admit(self, admissions: list[Admission]) -> None:
-        while admissions:
-            queues = self._by_engine(admissions)
-            count = self._batch(max(map(len, queues)))
-            self._admit_batch([queue[:count] for queue in queues], count)
-            admissions = [a for queue in queues for a in queue[count:]]
+        queues = [[a for a in admissions if a.shard == i] for i in range(self.engines)]
+        for batch in _batches(queues, slots_together(self.size.slots)):
+            self._admit_batch(batch)
 
-    def _by_engine(self, items: Sequence[Any]) -> list[list[Any]]:
-        return [[x for x in items if x.shard == i] for i in range(self.engines)]
-
-    def _batch(self, count: int) -> int:
-        """How many slots of an engine are written or read at once: few, or all, so
-        that there are two programs for it."""
-        few = max(1, self.size.slots // HAND_BACK)
-        return few if count <= few else self.size.slots
-
-    def _admit_batch(self, queues: list[list[Admission]], count: int) -> None:
-        shape = (self.engines, count)
+    def _admit_batch(self, queues: list[list[Admission]]) -> None:
+        shape = (self.engines, slots_together(self.size.slots))
         whole = lambda *shape: np.zeros(shape, np.int32)
         starts = Starts(
             *(whole(*shape) for _ in Starts._fields[:-2]),
@@ -249,14 +230,15 @@ class Work:
         self.state, self.size = rows._replace(cache=self.state.cache), smaller
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
-        if not finished:
-            return []
         rows_by_engine: list[list] = [[] for _ in range(self.engines)]
         for place, *rest in finished:
             engine, slot = divmod(place, self.size.slots)
             rows_by_engine[engine].append((slot, *rest))
-        count = self._batch(max(map(len, rows_by_engine)))
-        slots = np.zeros((self.engines, count), np.int32)
+        batches = _batches(rows_by_engine, slots_together(self.size.slots))
+        return [c for batch in batches for c in self._collect_batch(batch)]
+
+    def _collect_batch(self, rows_by_engine) -> list[tuple[int, int, Completion]]:
+        slots = np.zeros((self.engines, slots_together(self.size.slots)), np.int32)
         for engine, rows in enumerate(rows_by_engine):
             slots[engine, : len(rows)] = [slot for slot, *_ in rows]
         *arrays, found = jax.device_get(
@@ -286,6 +268,18 @@ class Work:
             self.decode_seconds,
             self.busy_steps / self.slot_steps if self.slot_steps else 1.0,
         )
+
+
+def slots_together(slots: int) -> int:
+    """How many of an engine's slots are written or read at once: always as many, so
+    that there is one program for it."""
+    return max(1, slots // 16)
+
+
+def _batches(queues: list[list], size: int) -> Iterator[list[list]]:
+    """The queues of all engines in parts of at most so many each."""
+    for first in range(0, max(map(len, queues)), size):
+        yield [queue[first : first + size] for queue in queues]
 
 
 def prompts_together(limit: int) -> int:
