@@ -50,9 +50,11 @@ class Compilations:
     # JAX reports this for a program that it loads, too, after the event of `LOADED`.
     COMPILED = "/jax/core/compile/backend_compile_duration"
     LOADED = "/jax/compilation_cache/cache_hits"
+    SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 
     def __init__(self):
         self._count, self._seconds = 0, 0.0
+        self.saved_seconds = 0.0  # by loading, since the process began
         jax.monitoring.register_event_duration_secs_listener(self._add_duration)
         jax.monitoring.register_event_listener(self._add_event)
 
@@ -60,6 +62,7 @@ class Compilations:
         self, event: str, duration_secs: float, **details: str | int
     ) -> None:
         self._count += event == self.COMPILED
+        self.saved_seconds += duration_secs * (event == self.SAVED)
         if event in (self.TRACED, self.LOWERED, self.COMPILED):
             self._seconds += duration_secs
 

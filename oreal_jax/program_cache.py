@@ -16,7 +16,8 @@ with the same names and contents, written atomically and without locks.
 
 import contextlib
 import os
-import tempfile
+import secrets
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ MAX_BYTES = 4 * 2**30
 SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    # XLA's own files there would be neither bounded nor safe.
+    "jax_persistent_cache_enable_xla_caches": "none",
 }
 SUFFIX = "-cache"  # as JAX names entries
 UNFINISHED = ".unfinished"
@@ -114,12 +117,10 @@ class Entries(CacheInterface):
             return
         unfinished = None
         try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=self._path, suffix=UNFINISHED, delete=False
-            ) as file:
-                unfinished = Path(file.name)
-                file.write(value)
+            self._path.mkdir(parents=True, exist_ok=True)
+            # Not of `tempfile`: a group that shares the directory may read its files.
+            unfinished = self._path / (secrets.token_hex(8) + UNFINISHED)
+            unfinished.write_bytes(value)
             unfinished.replace(self._path / (key + SUFFIX))
             self._make_room(len(value))
         except OSError:
@@ -156,7 +157,10 @@ def _file_cache(path: str) -> tuple[CacheInterface, str] | None:
     if "://" in path or jax.config.values["jax_compilation_cache_check_contents"]:
         return _jax_file_cache(path)
     max_bytes = jax.config.values["jax_compilation_cache_max_size"]
-    return Entries(Path(path), MAX_BYTES if max_bytes == -1 else max_bytes), path
+    if max_bytes == -1:
+        # Other programs may use a directory that the user chose.
+        max_bytes = MAX_BYTES if path == default_directory() else sys.maxsize
+    return Entries(Path(path), max_bytes), path
 
 
 def _switch(on: bool) -> None:

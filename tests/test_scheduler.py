@@ -78,12 +78,12 @@ def test_a_smaller_engine_takes_over_the_rows_that_run():
     scheduler = Scheduler(jobs, shards=2, slots=32, pages=100, size=16, dispatch=4)
     scheduler.place()
     _, before, _ = scheduler.grow()
-    assert scheduler.fitting == 32  # nine rows on a shard, the next engine has eight
+    assert scheduler.fitting == []  # nine rows on a shard, the next engine has eight
     assert scheduler.enough == 2
     done = np.zeros(64, bool)
     done[[3, 32]] = True  # a row of each shard
     scheduler.advance(done, np.full(64, 2))
-    assert scheduler.fitting == 8
+    assert scheduler.fitting == [8]
     kept = scheduler.shrink(8)
     assert kept.shape == (2, 8)
     runs, tables, _ = scheduler.grow()
@@ -100,7 +100,7 @@ def test_no_slot_goes_while_samples_wait():
     scheduler = Scheduler(jobs, shards=1, slots=32, pages=3, size=16, dispatch=4)
     scheduler.place()  # pages for one row alone
     assert scheduler.running == 1 and scheduler.waiting
-    assert scheduler.fitting == 32
+    assert scheduler.fitting == []
     assert scheduler.enough == 1
 
 

@@ -80,11 +80,13 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, examples: Sequence[Example], completions: int) -> "Limits":
         """Those of batches of `completions` of these examples."""
+        longest = max(len(e.completion) for e in examples)
         return cls(
             completions,
             max(len(e.prompt) + len(e.completion) for e in examples),
-            max(len(e.completion) for e in examples),
-            min(len(e.prompt) for e in examples),
+            longest,
+            # In proportion to the longest completion: the largest share of a row.
+            int(longest * min(len(e.prompt) / len(e.completion) for e in examples)),
         )
 
     def shape(self, rows: int, row_length: int) -> Shape:

@@ -86,6 +86,7 @@ def estimated(
     sampling = {
         "weights": numbers * width // tensor,
         "cache": cache_tokens * a_token // tensor,
+        "penalties": slots * shape.vocab * 5,  # `Seen`, a byte and four
     }
     beside, drawing = sum(held.values()), sum(sampling.values())
     training = _training(config, shape, mesh, [count for count, _ in trained])

@@ -207,7 +207,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     together = slots_together(size.slots)
     starts = Starts(
         *(array(together) for _ in Starts._fields[:-2]),
-        prompts=array(together, bucket(config.max_prompt_tokens)),
+        prompts=array(together, size.table_pages * PAGE),
         sampling=programs.abstract(size._replace(slots=together)).sampling,
     )._replace(key=array(together, dtype=jnp.uint32))
     beside = held + on_device(weights)

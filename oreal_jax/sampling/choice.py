@@ -137,8 +137,9 @@ class SlotSampling(NamedTuple):
     def put(self, slot: Any, sampling: Sampling, renormalise: bool) -> None:
         """Writes one slot of NumPy arrays in place."""
         for name in self._fields:
-            if hasattr(sampling, name):
+            if hasattr(sampling, name) and name != "top_k":
                 getattr(self, name)[slot] = getattr(sampling, name)
+        self.top_k[slot] = min(sampling.top_k, np.iinfo(np.int32).max)
         for k, (token, value) in enumerate(sampling.logit_bias):
             self.bias_tokens[slot][k], self.bias_values[slot][k] = token, value
         self.renormalise[slot] = renormalise
@@ -214,26 +215,23 @@ def choose(
 
     # Whole choices as branches: a branch that returned scores would copy them.
     def choose_by(scores: Float[Array, "B V"]) -> Chosen:
-        highest = jnp.max(scores, axis=-1, keepdims=True)
-        likeliest = first_where(scores == highest)
+        highest, likeliest = largest(scores)
         token, sampled = jax.lax.cond(
             uses.chance,
-            lambda: _draw(scores - highest, likeliest, uses, keys, slots),
+            lambda: _draw(scores - highest[:, None], likeliest, uses, keys, slots),
             lambda: (likeliest, jnp.zeros(likeliest.shape)),
         )
-        return Chosen(token, _log_prob(logits, token), sampled)
+        if scores is not logits:
+            highest, _ = largest(logits)
+        total = jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
+        log_prob = _pick(logits, token) - highest - jnp.log(total)
+        return Chosen(token, log_prob, sampled)
 
     return jax.lax.cond(
         uses.adjustment,
         lambda: choose_by(adjusted(logits, slots, seen)),
         lambda: choose_by(logits),
     )
-
-
-def _log_prob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    total = jnp.sum(jnp.exp(logits - highest), axis=-1)
-    return _pick(logits, token) - highest[:, 0] - jnp.log(total)
 
 
 def _pick(values: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -392,10 +390,8 @@ def lowest_of_nucleus(
     """The smallest weight of the likeliest tokens that hold `mass` (arXiv:1904.09751),
     of those of at least `lowest`; `lowest` where there is less, or a row is not
     active."""
-    kept = _only(weights, lowest)
-    above = lambda threshold: jnp.sum(
-        kept, axis=-1, where=weights >= threshold[:, None]
-    )
+    least = lambda threshold: jnp.maximum(threshold, lowest)
+    above = lambda threshold: jnp.sum(_only(weights, least(threshold)), axis=-1)
     # Every token between two thresholds weighs at least the lower one.
     single = lambda low, above_low, above_high: above_low - above_high < 2 * low
     return jnp.maximum(lowest, _bisect(above, mass, single, active))
@@ -442,21 +438,25 @@ def _bisect(
 
 def block_sums(weights: Float[Array, "B V"]) -> Float[Array, "B C"]:
     """Sums of blocks of `BLOCK` tokens."""
-    return jnp.sum(_blocks(weights), axis=-1)
+    return jnp.sum(_blocks(weights, 0), axis=-1)
 
 
-def _blocks(values: Shaped[Array, "B V"]) -> Shaped[Array, "B C block"]:
-    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK)))
+def _blocks(values: Float[Array, "B V"], fill: float) -> Float[Array, "B C block"]:
+    width = ((0, 0), (0, -values.shape[1] % BLOCK))
+    padded = jnp.pad(values, width, constant_values=fill)
     return padded.reshape(values.shape[0], -1, BLOCK)
 
 
-def first_where(mask: Bool[Array, "B V"]) -> Int[Array, "B"]:
-    """The first token where the mask holds; looked for by block, as an argmax over the
-    whole vocabulary is slow on CPU."""
-    blocks = _blocks(mask)
-    block = jnp.argmax(jnp.any(blocks, axis=-1), axis=-1)
+def largest(
+    scores: Float[Array, "B V"],
+) -> tuple[Float[Array, "B"], Int[Array, "B"]]:
+    """The largest score and the first token that has it; looked for by block, as an
+    argmax over the whole vocabulary is slow on CPU."""
+    blocks = _blocks(scores, -jnp.inf)
+    by_block = jnp.max(blocks, axis=-1)
+    highest, block = jnp.max(by_block, axis=-1), jnp.argmax(by_block, axis=-1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + jnp.argmax(inside, axis=-1)
+    return highest, block * BLOCK + jnp.argmax(inside, axis=-1)
 
 
 def invert(

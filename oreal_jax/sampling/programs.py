@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
+from oreal_jax.metrics import compilations
 from oreal_jax.model import ModelConfig, Params, decoding
 from oreal_jax.model.decoding import Cache, Weights
 from oreal_jax.model.kernels import pages_for
@@ -133,17 +134,19 @@ class Programs:
         self.own = sharding.of_weights(axes, mesh)
         self.lies = self._shardings()
         self.empty = jax.jit(self._empty, static_argnums=0, out_shardings=self.lies)
-        self.prefill = jax.jit(
-            each(self._prefill, False, True, True, True, True), donate_argnums=1
-        )
-        self.admit = jax.jit(each(self._admit, True, True, False), donate_argnums=0)
-        self.decode = jax.jit(self._decode, donate_argnums=1)
-        self.shrink = jax.jit(each(self._shrink, True, True))
+        # What is compiled for a size must take the state from all of these programs.
+        prefill = each(self._prefill, False, True, True, True, True)
+        self.prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self.lies)
+        admit = each(self._admit, True, True, False)
+        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.lies)
+        results = self.lies, sharding.replicated(mesh)
+        self.decode = jax.jit(self._decode, donate_argnums=1, out_shardings=results)
+        rows = self.lies._replace(cache=())
+        self.shrink = jax.jit(each(self._shrink, True, True), out_shardings=rows)
         self.take = jax.jit(each(self._take, True, True))
         self.swap_out = jax.jit(each(self._swap_out, True, True, True))
-        self.swap_in = jax.jit(
-            each(self._swap_in, True, True, True, True), donate_argnums=0
-        )
+        swap_in = each(self._swap_in, True, True, True, True)
+        self.swap_in = jax.jit(swap_in, donate_argnums=0, out_shardings=self.lies)
         self._decoders: dict[tuple, Callable] = {}
         self.compile_seconds = 0.0
 
@@ -156,9 +159,10 @@ class Programs:
         automaton."""
         key = size, *_shapes(arguments[-1])
         if key not in self._decoders:
-            start = time.perf_counter()
+            # A program that is loaded from disk counts with the seconds it once took.
+            saved, start = compilations.saved_seconds, time.perf_counter()
             self._decoders[key] = self.decode.lower(*arguments).compile()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start + compilations.saved_seconds - saved
             self.compile_seconds = max(self.compile_seconds, seconds)
         return functools.partial(self._decoders[key], *arguments)
 

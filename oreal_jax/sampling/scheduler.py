@@ -283,15 +283,15 @@ class Scheduler:
         return max(1, self.running - fit) if fit else 0
 
     @property
-    def fitting(self) -> int:
-        """The slots of the smallest engine that the rows fit in, all of them while
-        samples wait."""
-        slots = self._slots
+    def fitting(self) -> list[int]:
+        """The slots of the smaller engines that the rows fit in, the smallest first;
+        none while samples wait."""
+        sizes: list[int] = []
         if not self.waiting:
-            rows = max(1, *(shard.running for shard in self._shards))
-            while smaller(slots) >= rows:
-                slots = smaller(slots)
-        return slots
+            rows, slots = max(shard.running for shard in self._shards), self._slots
+            while (slots := smaller(slots)) >= max(1, rows):
+                sizes.insert(0, slots)
+        return sizes
 
     @property
     def expected_steps(self) -> int:
@@ -305,8 +305,8 @@ class Scheduler:
         return max((min(new(row), remaining(row)) for row in rows), default=0)
 
     def shrink(self, slots: int) -> np.ndarray:
-        """Continues with `fitting` slots on each shard; returns the old slots that they
-        take over, [shards, slots]."""
+        """Continues with so many slots on each shard, one of `fitting`; returns the old
+        slots that they take over, [shards, slots]."""
         kept = np.zeros((len(self._shards), slots), np.int32)
         for row, shard in zip(kept, self._shards, strict=True):
             order = sorted(range(self._slots), key=lambda slot: not shard.rows[slot])

@@ -44,7 +44,6 @@ class Work:
         self.stop_tokens = stops.tokens
         self.stops = jax.device_put(stops, sharding.replicated(programs.mesh))
         self.engines = sharding.row_ways(programs.mesh)
-        self.longest_prompt = bucket(max(len(r.prompt) for r in requests))
         self.scheduler = Scheduler(
             jobs,
             shards=self.engines,
@@ -123,7 +122,9 @@ class Work:
         starts = Starts(
             *(whole(*shape) for _ in Starts._fields[:-2]),
             prompts=np.full(
-                (*shape, self.longest_prompt), self.programs.config.vocab, np.int32
+                (*shape, self.size.table_pages * PAGE),
+                self.programs.config.vocab,
+                np.int32,
             ),
             sampling=SlotSampling.off(shape, self.size.biases),
         )._replace(slot=np.full(shape, -1, np.int32), key=np.zeros(shape, np.uint32))
@@ -146,6 +147,8 @@ class Work:
     def _decode(self) -> list[tuple[int, int, Completion]]:
         """Decodes for a while; returns the finished completions."""
         self._shrink()
+        # Where a smaller engine does not pay yet, only the last row ends a dispatch.
+        enough = 0 if self.scheduler.fitting else self.scheduler.enough
         runs, tables, leaving = self.scheduler.grow()
         self._swap_out(leaving)
         table = np.zeros((len(runs), self.size.table_pages), np.int32)
@@ -161,7 +164,7 @@ class Work:
             each(table),
             each(runs),
             DISPATCH,
-            self.scheduler.enough,
+            enough,
             self.stops,
         )
         start = time.perf_counter()
@@ -216,18 +219,21 @@ class Work:
         """Continues in a smaller engine, in the same pages, where no sample waits, the
         rows fit, and the program is there or saves more time than compiling it takes.
         """
-        smaller = self.size._replace(slots=self.scheduler.fitting)
-        if smaller.slots == self.size.slots:
-            return
-        if smaller not in self.programs.sizes(self.stops):
-            share = 1 - smaller.slots / self.size.slots
-            saving = self.scheduler.expected_steps * self.step_seconds * share
-            if saving < self.programs.compile_seconds:
+        for slots in self.scheduler.fitting:
+            smaller = self.size._replace(slots=slots)
+            if self._pays(smaller):
+                kept = self.scheduler.shrink(slots)
+                rows = self.state._replace(cache=())
+                rows = self.programs.shrink(rows, self._place(kept))
+                self.state, self.size = rows._replace(cache=self.state.cache), smaller
                 return
-        kept = self.scheduler.shrink(smaller.slots)
-        rows = self.state._replace(cache=())
-        rows = self.programs.shrink(rows, self._place(kept))
-        self.state, self.size = rows._replace(cache=self.state.cache), smaller
+
+    def _pays(self, smaller: Size) -> bool:
+        if smaller in self.programs.sizes(self.stops):
+            return True
+        share = 1 - smaller.slots / self.size.slots
+        saving = self.scheduler.expected_steps * self.step_seconds * share
+        return saving >= self.programs.compile_seconds
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         rows_by_engine: list[list] = [[] for _ in range(self.engines)]
