@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers; tests/conftest.py says which tests go together, and in which order.
+# Two workers; tests/conftest.py defines which tests share one, and their order.
 PARALLEL := -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint format clean
@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-# Those of `make test` too, compiled as users compile (tests/conftest.py).
+# All tests, compiled with full optimization (tests/conftest.py).
 test-slow: $(VENV)/.installed-dev
 	XLA_FLAGS= $(BIN)/python -m pytest $(PARALLEL) -m "not timed"
 	XLA_FLAGS= $(BIN)/python -m pytest -m timed
