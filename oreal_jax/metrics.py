@@ -42,12 +42,12 @@ class MetricsLog:
 
 
 class Compilations:
-    """Programs that JAX compiles, and the seconds before programs can run: tracing,
-    lowering, and compiling or loading from disk."""
+    """Counts compiled programs and the seconds spent on tracing, lowering, and
+    compiling or loading them."""
 
     TRACED = "/jax/core/compile/jaxpr_trace_duration"
     LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-    # JAX reports this for a program that it loads, too, after the event of `LOADED`.
+    # JAX also reports this for loaded programs, after `LOADED`.
     COMPILED = "/jax/core/compile/backend_compile_duration"
     LOADED = "/jax/compilation_cache/cache_hits"
     SAVED = "/jax/compilation_cache/compile_time_saved_sec"

@@ -1,17 +1,17 @@
-"""Compiled programs on disk: what one process compiled, the next one loads.
+"""The on-disk cache of compiled programs, shared by successive processes.
 
-They are stored in `oreal_jax/programs` of the user's cache directory (`XDG_CACHE_HOME`,
-else `~/.cache`). JAX's own variables move the cache (`JAX_COMPILATION_CACHE_DIR=DIR`),
-bound it (`JAX_COMPILATION_CACHE_MAX_SIZE`, in bytes) and switch it off
+It is `oreal_jax/programs` in the user's cache directory (`XDG_CACHE_HOME`, else
+`~/.cache`). JAX's own variables move the cache (`JAX_COMPILATION_CACHE_DIR=DIR`), bound
+it (`JAX_COMPILATION_CACHE_MAX_SIZE`, in bytes) and disable it
 (`JAX_ENABLE_COMPILATION_CACHE=0`).
 
 JAX's key of a program covers the program, its options, the versions of jaxlib and of
-the device's compiler, and the devices, for a CPU with its instruction set. JAX's files
-are not safe, though: a process that is killed while it writes leaves half an entry,
-which is then reported and compiled again in every run and never replaced; with a
-maximum size, entries of a read-only directory cannot be read, and a process that is
-killed between an entry and its time stamp ends all writing. `Entries` is that directory
-with the same names and contents, written atomically and without locks.
+the device's compiler, and the devices, including a CPU's instruction set. JAX's own
+directory is not crash-safe, though: a process killed during a write leaves a truncated
+entry, which is reported and recompiled in every run and never replaced; with a maximum
+size, entries of a read-only directory cannot be read, and a process killed between
+writing an entry and its time stamp blocks all later writes. `Entries` is the same
+directory, names and contents, written atomically and without locks.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
 MAX_BYTES = 4 * 2**30
-# Loading the smallest program takes 5 ms, compiling it 30.
+# Loading the smallest program takes 5 ms, compiling it 30 ms.
 SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -43,17 +43,17 @@ _jax_file_cache = compilation_cache.get_file_cache
 
 
 def enable() -> None:
-    """Has JAX keep compiled programs; settings that the user made are left alone.
+    """Enables the cache; settings that the user made take precedence.
 
-    To be called once the devices of all processes are known.
+    Call it once the devices of all processes are known.
     """
-    chosen = "JAX_COMPILATION_CACHE_DIR" in os.environ
-    if not chosen and jax.config.values["jax_compilation_cache_dir"] is None:
+    user_choice = "JAX_COMPILATION_CACHE_DIR" in os.environ
+    if not user_choice and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", default_directory())
     for name, value in SETTINGS.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-    # An entry that cannot be read is compiled again, and replaced.
+    # An unreadable entry is recompiled and replaced.
     for action in ("reading", "writing"):
         message = f"Error {action} persistent compilation cache entry"
         warnings.filterwarnings("ignore", message)
@@ -62,26 +62,26 @@ def enable() -> None:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """No program is looked for or kept in the block."""
+    """Neither reads nor writes the cache inside the block."""
     before = jax.config.values["jax_enable_compilation_cache"]
-    _switch(False)
+    _set_enabled(False)
     try:
         yield
     finally:
-        _switch(before)
+        _set_enabled(before)
 
 
 def default_directory() -> str | None:
-    """The directory of a user who did not choose one; None: nothing is kept.
+    """The directory unless the user chose one; None: nothing is cached.
 
-    Only process 0 writes (JAX's rule). Where another does not see that directory, it
-    compiles what process 0 loads, and on GPUs it would wait for ever: there processes
+    Only process 0 writes (JAX's rule). A process without access to that directory
+    compiles what process 0 loads, and on GPUs it would wait forever: there processes
     share the search for the fastest kernels.
     """
     if jax.distributed.is_initialized() and jax.default_backend() == "gpu":
         return None
     root = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(root):  # as the XDG standard has it, that is no path
+    if not os.path.isabs(root):  # the XDG standard ignores relative paths
         root = os.path.expanduser("~/.cache")
     if not os.path.isabs(root):  # a user without a home
         return None
@@ -89,30 +89,30 @@ def default_directory() -> str | None:
 
 
 class Entries(CacheInterface):
-    """A directory of programs. Errors of the file system are misses.
+    """A cache directory of programs. File system errors count as misses.
 
-    Two processes that write an entry write the same one; who reads meanwhile reads the
-    first or the second, whole. Over `max_bytes`, what was not read for longest goes.
+    Processes that write an entry write the same contents; a concurrent reader gets one
+    of them, complete. Above `max_bytes`, the least recently read entries are evicted.
     """
 
     def __init__(self, directory: Path, max_bytes: int):
         self._path = directory
         self._max_bytes = max_bytes
-        self._bytes: int | None = None  # known from the first write on
+        self._bytes: int | None = None  # counted at the first write
 
     def get(self, key: str) -> bytes | None:  # pyright: ignore  # JAX's says None
-        """The entry, None if there is none."""
+        """The entry, or None if missing."""
         path = self._path / (key + SUFFIX)
         try:
             entry = path.read_bytes()
         except OSError:
             return None
-        with contextlib.suppress(OSError):  # not ours, but readable
+        with contextlib.suppress(OSError):  # readable, but owned by another user
             os.utime(path)
         return entry
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes an entry whole or not at all."""
+        """Writes an entry atomically; skips one larger than the limit."""
         if len(value) > self._max_bytes:
             return
         unfinished = None
@@ -133,16 +133,16 @@ class Entries(CacheInterface):
             self._bytes += added
             return
         entries = []
-        killed = time.time() - HOUR  # a writer that has not finished since
+        oldest_write = time.time() - HOUR  # writers older than this have died
         for file in os.scandir(self._path):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 stat = file.stat()
                 if file.name.endswith(SUFFIX):
                     entries.append((stat.st_mtime, stat.st_size, file.path))
-                elif file.name.endswith(UNFINISHED) and stat.st_mtime < killed:
+                elif file.name.endswith(UNFINISHED) and stat.st_mtime < oldest_write:
                     os.unlink(file.path)
         total = sum(size for _, size, _ in entries)
-        # Some more than needed: the directory is not read again for the next one.
+        # Evict more than needed, so that the next write does not scan the directory.
         limit = self._max_bytes if total <= self._max_bytes else 0.9 * self._max_bytes
         for _, size, path in sorted(entries):
             if total <= limit:
@@ -153,7 +153,7 @@ class Entries(CacheInterface):
 
 
 def _file_cache(path: str) -> tuple[CacheInterface, str] | None:
-    """The cache of a directory; JAX's own where that is not on a file system."""
+    """The cache of a directory; JAX's own for remote storage."""
     if "://" in path or jax.config.values["jax_compilation_cache_check_contents"]:
         return _jax_file_cache(path)
     max_bytes = jax.config.values["jax_compilation_cache_max_size"]
@@ -163,6 +163,6 @@ def _file_cache(path: str) -> tuple[CacheInterface, str] | None:
     return Entries(Path(path), max_bytes), path
 
 
-def _switch(on: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", on)
-    compilation_cache.reset_cache()  # JAX looks once, unless reset
+def _set_enabled(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # JAX reads the setting once, unless reset

@@ -314,9 +314,9 @@ def per_head(attend: Callable, mesh: Mesh) -> Callable:
 
 
 def per_slot(choose: Callable, mesh: Mesh) -> Callable:
-    """`choose(logits, common, *state)`, all but `common` with a leading axis of slots,
-    each device of an engine for a part of them, inside `per_engine`; what it returns is
-    whole on all. Where the devices do not divide the slots, each does all."""
+    """`choose(logits, common, *state)` inside `per_engine`, split by slot over the
+    devices of an engine; all arguments but `common` have a leading axis of slots, and
+    results are replicated. Where the devices do not divide the slots, each does all."""
     tensor, slots = mesh.shape["tensor"], _on(mesh, "slots", rules=DECODING).spec
     # Said of what comes in, or the split would spread to all that it is made of.
     by_token, whole = _constrain(_on(mesh, None, "vocab")), _constrain(_on(mesh))

@@ -1,5 +1,5 @@
-"""Eight fake devices, quick compilation, shapes that must agree without silent
-broadcasting, and what several files start from.
+"""Eight fake devices, quick compilation, shape checks without silent broadcasting, and
+shared fixtures.
 
 Nothing of oreal_jax is imported before a test runs: its shapes are checked only in what
 is imported after pytest has begun.
@@ -13,20 +13,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Nearly all time of the tests is compilation. Without LLVM's optimization, and with
-# XLA's older emitters, it takes far less; the program is the same up to rounding.
-# `XLA_FLAGS= pytest ...` compiles as users do.
+# The tests spend nearly all their time on compilation. Without LLVM's optimization and
+# with XLA's older emitters it takes far less; programs are the same up to rounding.
+# `XLA_FLAGS= pytest ...` compiles with full optimization.
 QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # What the tests, their workers and the processes they start compile is compiled
-    # once. Workers and processes inherit the environment of the first process.
-    COMPILED = tempfile.TemporaryDirectory(prefix="oreal_compiled_")
+    # Tests, workers and the processes they start share one cache of compiled programs:
+    # they inherit the environment of the first process.
+    PROGRAM_CACHE = tempfile.TemporaryDirectory(prefix="oreal_compiled_")
     os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_COMPILATION_CACHE_DIR": PROGRAM_CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
@@ -44,17 +44,17 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
-# The tests of these files stand alone and go to whichever worker is free.
+# The tests of these files are independent and go to whichever worker is free.
 SPREAD = {"tests/test_run.py"}
-# The longest files are begun first, so that both workers end together.
+# The longest files start first, so that both workers finish together.
 FIRST = ["test_processes", "test_run", "test_train_step", "test_sampling", "test_cli"]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With several workers (`make test`) a file goes to one of them, for its fixtures.
+    """Sends a file to one of several workers (`make test`), for its fixtures.
 
-    Not by `--dist loadgroup`: pytest 9.2 ignores the groups of xdist 3.8.
+    `--dist loadgroup` does not work: pytest 9.2 ignores the groups of xdist 3.8.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -67,29 +67,29 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    rank = {name: place for place, name in enumerate(FIRST)}
+    rank = {name: index for index, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """`built(name, build)`: a folder that the first worker to need it fills by
-    `build(folder)`, and that all others find."""
+def build_once(tmp_path_factory):
+    """`build_once(name, build)`: a folder that the first worker to request it fills by
+    calling `build(folder)`, and that all others reuse."""
     top = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         top = top.parent
 
-    def find(name: str, build: Callable[[Path], object]) -> Path:
+    def get(name: str, build: Callable[[Path], object]) -> Path:
         folder, finished = top / name, top / f"{name}.finished"
         with (top / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not finished.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a failed build
                 build(folder)
                 finished.touch()
         return folder
 
-    return find
+    return get
 
 
 @pytest.fixture
@@ -110,47 +110,47 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(built) -> Path:
+def tiny(build_once) -> Path:
     """A folder with the tiny model, its prompts, and a fine-tuned run of it."""
     import tiny_runs
 
-    return built("tiny", tiny_runs.fine_tuned)
+    return build_once("tiny", tiny_runs.fine_tuned)
 
 
 @pytest.fixture(scope="session")
-def whole(tiny, built) -> Path:
-    """A run of five steps that nothing disturbs, in a process of its own: its numbers
-    depend on the process' threads, and so in the last bit on its number of devices."""
+def whole(tiny, build_once) -> Path:
+    """An undisturbed run of five steps, in a separate process: the last bits of its
+    numbers depend on the threads of the process, and so on its number of devices."""
     import tiny_runs
 
-    return built("whole", lambda run: tiny_runs.finish(tiny_runs.train(tiny, run)))
+    return build_once("whole", lambda run: tiny_runs.finish(tiny_runs.train(tiny, run)))
 
 
 @pytest.fixture(scope="session")
-def start(built) -> Path:
+def start(build_once) -> Path:
     """The tiny model and its prompts "max A B?"."""
     import make_tiny
 
-    return built("start", make_tiny.write)
+    return build_once("start", make_tiny.write)
 
 
 @pytest.fixture(scope="session")
 def shared_pool():
-    """Judging processes that stay, and that whoever has done with them leaves alone."""
+    """One pool of judging processes for the session, which `close` does not end."""
     from oreal_jax.verify import Pool
 
-    class Shared(Pool):
+    class SharedPool(Pool):
         def close(self) -> None:
             pass
 
-    pool = Shared(1)
+    pool = SharedPool(1)
     yield pool
     Pool.close(pool)
 
 
 @pytest.fixture
 def judges(shared_pool, monkeypatch):
-    """One pool for all that is judged in this process: each takes a second to start."""
+    """Shares one pool among all code that judges: each takes a second to start."""
     from oreal_jax import verify
     from oreal_jax.train import loop
 

@@ -45,7 +45,7 @@ FAMILIES = {
 
 def make(name: str, seed: int = 0):
     """A random model whose norms and biases are not at their neutral start."""
-    import torch  # seconds to import, which most files of tests do not need
+    import torch  # takes seconds to import; most test files do not need it
     import transformers
 
     kind, extra = FAMILIES[name]

@@ -1,10 +1,9 @@
 """Commands and Python snippets printed in documents, docstrings and `--help`.
 
-In Markdown a fenced block without a language is for the shell: where it has lines that
-begin with "$ " those are its commands and the others their output, else every line is
+In Markdown a fenced block without a language is for the shell: if some of its lines
+begin with "$ ", those are its commands and the others their output, else every line is
 a command. `text` blocks are not commands, `python` blocks are snippets. Inline code is
-a command where it begins with a program of `PROGRAMS`, options where it begins with
-"--".
+a command if it begins with one of `PROGRAMS`, options if it begins with "--".
 """
 
 import argparse
@@ -48,7 +47,7 @@ def is_command(text: str) -> bool:
 
 
 def in_markdown(file: str, text: str) -> Iterator[Printed]:
-    """Everything printed in a Markdown document."""
+    """Commands, snippets and paths of a Markdown document."""
     for match in FENCE.finditer(text):
         first = text[: match.start()].count("\n") + 2
         language, body = match[1].strip(), match[2]
@@ -58,7 +57,7 @@ def in_markdown(file: str, text: str) -> Iterator[Printed]:
             yield from in_shell_block(file, first, body)
         elif language != "text":
             yield Printed(file, first - 1, "fence", language)
-    # Blank lines in place of blocks: line numbers stay.
+    # Blank out blocks; line numbers do not change.
     prose = FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
     for match in re.finditer(r"\n\n {4,}\S", prose):
         line = prose[: match.start()].count("\n") + 3
@@ -70,7 +69,7 @@ def in_markdown(file: str, text: str) -> Iterator[Printed]:
 
 
 def in_shell_block(file: str, first: int, body: str) -> Iterator[Printed]:
-    """The commands of a block, each with all of its lines."""
+    """Commands of a shell block, each with its continuation lines."""
     lines = body.splitlines()
     transcript = any(line.startswith("$ ") for line in lines)
     pending, begin = "", first
@@ -88,7 +87,7 @@ def in_shell_block(file: str, first: int, body: str) -> Iterator[Printed]:
 
 
 def is_complete(command: str) -> bool:
-    """Whether bash can parse it."""
+    """Whether bash can parse the command."""
     return not subprocess.run(["bash", "-n", "-c", command], stderr=-3).returncode
 
 
@@ -106,8 +105,8 @@ def inline(file: str, first: int, prose: str) -> Iterator[Printed]:
 
 
 def in_docstrings(file: str, source: str) -> Iterator[Printed]:
-    """Commands in a Python file's docstrings: indented lines, lines that begin with a
-    program, inline code."""
+    """Commands in the docstrings of a Python file: indented lines, lines that begin
+    with a program, inline code."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, kinds) or not ast.get_docstring(node):
@@ -136,33 +135,33 @@ def in_script(file: str, source: str) -> Iterator[Printed]:
 
 
 def in_help(parser: argparse.ArgumentParser) -> Iterator[Printed]:
-    """The examples of every verb, and where the verb is defined."""
+    """Examples of every verb, located where the verb is defined."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for verb in action.choices.values():
                 yield from in_help(verb)
     epilog = parser.epilog or ""
     call = parser.get_default("call")
-    place = ("oreal_jax/cli/__init__.py", 1)
+    location = ("oreal_jax/cli/__init__.py", 1)
     if call:
         code = inspect.unwrap(call).__code__
         path = Path(code.co_filename).resolve().relative_to(ROOT)
-        place = (path.as_posix(), code.co_firstlineno)
+        location = (path.as_posix(), code.co_firstlineno)
     if epilog:
-        yield Printed(*place, "block", epilog.partition(": ")[2])
+        yield Printed(*location, "block", epilog.partition(": ")[2])
 
 
-def everything(parser: argparse.ArgumentParser) -> list[Printed]:
-    """All that this repository prints."""
-    found: list[Printed] = []
+def collect_all(parser: argparse.ArgumentParser) -> list[Printed]:
+    """Everything that this repository prints."""
+    items: list[Printed] = []
 
     def read(patterns: Iterable[str], collect) -> None:
         for path in sorted(p for pattern in patterns for p in ROOT.glob(pattern)):
             file = path.relative_to(ROOT).as_posix()
-            found.extend(collect(file, path.read_text(encoding="utf-8")))
+            items.extend(collect(file, path.read_text(encoding="utf-8")))
 
     read(["*.md", "docs/*.md"], in_markdown)
     read(["configs/*.py", "tools/*.py"], in_docstrings)
     read(["tools/*.sh"], in_script)
-    found.extend(in_help(parser))
-    return found
+    items.extend(in_help(parser))
+    return items

@@ -38,15 +38,17 @@ def seen_of(vocabulary: int) -> Seen:
     return Seen(jnp.asarray(prompt), jnp.asarray(drawn, jnp.int32))
 
 
-def slots_of(sampling: Sampling, count: int, renormalise: bool = True) -> SlotSampling:
+def make_slots(
+    sampling: Sampling, count: int, renormalise: bool = True
+) -> SlotSampling:
     slots = SlotSampling.of([sampling] * count, 4, renormalise)
     return jax.tree.map(jnp.asarray, slots)
 
 
 def choose_all(logits, keys, sampling, seen=None):
-    """Every row by the same sampling."""
+    """Chooses for all rows with the same sampling."""
     rows, V = logits.shape
-    slots = slots_of(sampling, rows)
+    slots = make_slots(sampling, rows)
     if seen is None:
         seen = Seen(jnp.zeros((rows, V), bool), jnp.zeros((rows, V), jnp.int32))
     uses = Uses.of(slots, jnp.ones(rows, bool))
@@ -57,7 +59,7 @@ def choose_all(logits, keys, sampling, seen=None):
 def test_the_repetition_penalty_is_transformers(penalty):
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, repetition_penalty=penalty)
-    ours = adjusted(jnp.asarray(logits), slots_of(sampling, 3), seen_of(20))
+    ours = adjusted(jnp.asarray(logits), make_slots(sampling, 3), seen_of(20))
     processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
     history = torch.tensor([[7, *row] for row in HISTORY])
     theirs = processor(history, torch.tensor(logits))
@@ -68,7 +70,7 @@ def test_the_logit_bias_is_transformers():
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     bias = ((4, 2.5), (11, -100.0))
     sampling = Sampling(max_tokens=1, logit_bias=bias)
-    ours = adjusted(jnp.asarray(logits), slots_of(sampling, 3), seen_of(20))
+    ours = adjusted(jnp.asarray(logits), make_slots(sampling, 3), seen_of(20))
     entries: Any = [[[token], value] for token, value in bias]
     processor: Any = SequenceBiasLogitsProcessor(entries)
     history = torch.tensor([[7, *row] for row in HISTORY])
@@ -81,7 +83,7 @@ def test_presence_is_punished_once_and_frequency_each_time():
     completion alone."""
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, presence_penalty=0.5, frequency_penalty=0.25)
-    slots = slots_of(sampling, 3)
+    slots = make_slots(sampling, 3)
     ours = np.asarray(adjusted(jnp.asarray(logits), slots, seen_of(20)))
     for row, history in enumerate(HISTORY):
         for token in range(20):
@@ -130,11 +132,11 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
     logits = 2 * jax.random.normal(jax.random.key(0), (V,))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
     seen = Seen(jnp.arange(V)[None] % 3 == 0, jnp.arange(V)[None] % 5)
-    one = lambda key: choose_all(logits[None], key[None], sampling, seen)[0][0]
+    choose_one = lambda key: choose_all(logits[None], key[None], sampling, seen)[0][0]
     tokens = np.asarray(
-        jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=1000))(keys)
+        jax.jit(lambda keys: jax.lax.map(choose_one, keys, batch_size=1000))(keys)
     )
-    scores = adjusted(logits[None], slots_of(sampling, 1), seen)
+    scores = adjusted(logits[None], make_slots(sampling, 1), seen)
     kept = np.asarray(truncated(scores, sampling)[0], np.float64)
     expected = draws * kept / kept.sum()
     counts = np.bincount(tokens, minlength=V)

@@ -304,10 +304,8 @@ def test_a_gguf_file_of_another_family_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "hf", ignore_errors=True)
 
 
-def test_large_weights_are_stacked_on_the_devices_to_the_same(
-    pair, tmp_path, monkeypatch
-):
+def test_stacking_on_the_devices_gives_the_same_weights(pair, tmp_path, monkeypatch):
     theirs, _, params = pair
     theirs.save_pretrained(tmp_path)
-    monkeypatch.setattr(hf, "ON_HOST", 0)
+    monkeypatch.setattr(hf, "MAX_HOST_STACK_BYTES", 0)
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path), params)

@@ -165,7 +165,7 @@ def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
     path = write(tmp_path / "step.jsonl", rows)
     program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "losses", str(path)]
-    # Nothing of what makes tests compile quickly: see conftest.py.
+    # Without the settings that make tests compile quickly: see conftest.py.
     quick = ("XLA_", "JAX_")
     plain = {k: v for k, v in os.environ.items() if not k.startswith(quick)}
     seconds = []

@@ -54,18 +54,18 @@ FLOATS = (
     "entropy",
 )
 
-# Made of the same parts as others: with `make test-slow`.
+# Combinations of the parts of other losses; tested by `make test-slow`.
 VARIANTS = {"reward_shaping", "behaviour_cloning", "token_weights"}
 
 
-def each(losses: dict[str, Any]):
-    """A test of every loss."""
+def for_each(losses: dict[str, Any]):
+    """Parametrizes a test over `losses`."""
     marks = lambda name: [pytest.mark.slow] if name in VARIANTS else []
     values = [pytest.param(loss, id=n, marks=marks(n)) for n, loss in losses.items()]
     return pytest.mark.parametrize("loss", values)
 
 
-every_loss, every_policy_loss = each(LOSSES), each(POLICY_LOSSES)
+every_loss, every_policy_loss = for_each(LOSSES), for_each(POLICY_LOSSES)
 
 
 class Drawn(NamedTuple):
@@ -402,7 +402,9 @@ def weigh(credit, weighting):
 
 
 @pytest.mark.parametrize(
-    "weighting", WEIGHTINGS, ids=lambda of: getattr(of, "__name__", str(of))
+    "weighting",
+    WEIGHTINGS,
+    ids=lambda weighting: getattr(weighting, "__name__", str(weighting)),
 )
 @pytest.mark.parametrize("credit", [running_credit, token_credit])
 @settings(thorough, max_examples=30)

@@ -1,4 +1,4 @@
-"""Few shapes of the training batch: each is a compilation of the train step."""
+"""Training batches have few shapes: each one is a compilation of the train step."""
 
 from collections.abc import Callable
 
@@ -13,25 +13,25 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Example, Limits, Shape, arrange, fill_rows, pack
 from oreal_jax.train.programs import limits_of
 
-Draw = Callable[[np.random.Generator, int], np.ndarray]
+Lengths = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def steps(
-    config: TrainConfig, prompts: Draw, completions: Draw
+    config: TrainConfig, prompts: Lengths, completions: Lengths
 ) -> list[list[tuple[int, int]]]:
-    """(prompt, completion) lengths of the pairs that each step learns from, where the
-    model learns to answer: more and more prompts are all right."""
+    """(prompt, completion) lengths of the pairs of each step. The model improves: more
+    and more prompts have only correct completions."""
     random = np.random.default_rng(0)
-    found = []
+    batches = []
     for step in range(config.steps):
         pass_rate = random.normal(0.4 + 0.4 * step / config.steps, 0.3, size=(64,))
         rates = np.clip(pass_rate[: config.prompts_per_step], 0, 1)
-        right = random.binomial(config.samples_per_prompt, rates)
-        pairs = int(((right > 0) & (right < config.samples_per_prompt)).sum())
-        before = np.repeat(prompts(random, pairs), 2).tolist()
-        after = completions(random, 2 * pairs).tolist()
-        found.append(list(zip(before, after, strict=True)))
-    return found
+        correct = random.binomial(config.samples_per_prompt, rates)
+        pairs = int(((correct > 0) & (correct < config.samples_per_prompt)).sum())
+        prompt_lengths = np.repeat(prompts(random, pairs), 2).tolist()
+        completion_lengths = completions(random, 2 * pairs).tolist()
+        batches.append(list(zip(prompt_lengths, completion_lengths, strict=True)))
+    return batches
 
 
 def published(random: np.random.Generator, count: int) -> np.ndarray:
@@ -41,10 +41,10 @@ def published(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def shapes(config: TrainConfig, lengths, shards: int) -> list[tuple[Shape, int]]:
-    """The shape and the micro-batches of each step, on so many data shards."""
+    """The batch shape and the number of micro-batches of each step."""
     packing = config.packing
     limits = limits_of(config, min(prompt for step in lengths for prompt, _ in step))
-    found = []
+    batches = []
     for step in lengths:
         groups, shape = arrange(
             step,
@@ -52,8 +52,8 @@ def shapes(config: TrainConfig, lengths, shards: int) -> list[tuple[Shape, int]]
             row_length=packing.row_length,
             limits=limits,
         )
-        found.append((shape, len(groups)))
-    return found
+        batches.append((shape, len(groups)))
+    return batches
 
 
 @pytest.mark.parametrize("shards", [1, 4, 16, 32])
@@ -61,18 +61,18 @@ def test_the_published_recipe_compiles_its_step_at_most_three_times(shards):
     config = oreal_7b.config
     lengths = steps(config, lambda r, n: r.integers(150, 800, n), published)
     assert len(lengths) == 90 and 80 < max(map(len, lengths)) <= 128
-    found = shapes(config, lengths, shards)
+    batches = shapes(config, lengths, shards)
     compiled = {
-        (shape, step < config.freeze_steps) for step, (shape, _) in enumerate(found)
+        (shape, step < config.freeze_steps) for step, (shape, _) in enumerate(batches)
     }
     assert len(compiled) <= 3
-    assert len({shape for shape, _ in found}) <= 2  # of the reference's scorer
-    # The head's columns are those of the rows, so prompts are all that it pays for.
+    assert len({shape for shape, _ in batches}) <= 2  # of the reference's scorer
+    # The vocabulary head computes few columns beyond those of completions.
     answers = sum(answer for step in lengths for _, answer in step)
-    used = sum(count * shards * shape.columns for shape, count in found)
+    used = sum(count * shards * shape.columns for shape, count in batches)
     sizes = [[prompt + answer for prompt, answer in step] for step in lengths]
     rows = sum(len(fill_rows(step, config.packing.row_length)) for step in sizes)
-    full_rows = sum(count * shards for _, count in found)
+    full_rows = sum(count * shards for _, count in batches)
     assert used <= full_rows * config.packing.row_length
     assert used * rows / full_rows < 1.25 * answers
 
@@ -85,12 +85,12 @@ def test_the_published_recipe_compiles_its_step_at_most_three_times(shards):
     ],
 )
 def test_small_configs_compile_their_step_once(config, prompts, completions):
-    draw = lambda least, most: lambda r, n: r.integers(least, most, n)
-    lengths = steps(config, draw(*prompts), draw(*completions))
-    found = shapes(config, lengths, 1)
-    assert len({shape for shape, _ in found}) == 1
-    # Not the whole row: its prompts' columns are never predicted.
-    assert found[0][0].columns <= 0.4 * config.packing.row_length
+    uniform = lambda low, high: lambda r, n: r.integers(low, high, n)
+    lengths = steps(config, uniform(*prompts), uniform(*completions))
+    batches = shapes(config, lengths, 1)
+    assert len({shape for shape, _ in batches}) == 1
+    # Not the full row: columns of prompts are never predicted.
+    assert batches[0][0].columns <= 0.4 * config.packing.row_length
 
 
 def test_limits_change_the_shape_and_nothing_else():
@@ -108,7 +108,7 @@ def test_limits_change_the_shape_and_nothing_else():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_batch_within_the_limits_outgrows_them(seed):
+def test_batches_within_the_limits_fit_their_shape(seed):
     random = np.random.default_rng(seed)
     row_length, rows = int(random.integers(40, 400)), int(random.integers(1, 5))
     prompts = random.integers(1, 20, size=(30,))

@@ -205,7 +205,7 @@ def config_file(tmp_path, model_file):
 
 @pytest.fixture
 def tpu_compiler():
-    """Skips where it is not installed; `.ci/run` installs it."""
+    """Skips the test without the TPU's compiler, which `.ci/run` installs."""
     pytest.importorskip("libtpu", reason="pip install 'oreal-jax[plan]'")
 
 
@@ -246,7 +246,7 @@ def test_a_plan_that_cannot_be_made_says_why(config_file, arguments, said, capsy
     assert said in capsys.readouterr().err
 
 
-def test_a_mean_of_no_tokens_is_refused(config_file, capsys):
+def test_a_mean_of_zero_tokens_is_rejected(config_file, capsys):
     arguments = ["--topology", "v5e:2x2", "--mean-tokens", "0"]
     assert main(["plan", str(config_file), *arguments]) == 2
     assert "--mean-tokens 0" in capsys.readouterr().err

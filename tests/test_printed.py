@@ -1,9 +1,9 @@
 """Every printed command and Python snippet works: `printed.py` collects them, bash
 splits them, and each program has a rule here.
 
-The programs that bash finds are stand-ins that record their arguments. `oreal` and the
-tools then run in this process, in a folder with small files by all the names that are
-printed. Decoding and training have stand-ins there; the slow set does without them.
+Bash runs stand-in programs that record their arguments. `oreal` and the tools then run
+in this process, in a folder with small files under all printed names. Decoding and
+training have stand-ins too, except in the slow tests.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from oreal_jax import config as configuration
 from oreal_jax.cli import main, parser
 from oreal_jax.errors import BadInput, Failure
 
-ALL = printed.everything(parser())
+ALL = printed.collect_all(parser())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-# What a name in capitals stands for.
-MEANT = {
+# Values of placeholder names.
+PLACEHOLDERS = {
     "CONFIG": "configs/tiny.py",
     "CONFIG.py": "configs/tiny.py",
     "FILE": "runs/demo/run/trajectories/step_000005.jsonl",
@@ -55,7 +55,7 @@ SMALL = {
     ),
     "sft": ("steps=2", "examples_per_step=4", "packing.rows=1"),
 }
-# Tools that run whole in a few seconds; the others have `--smoke`, in the slow set.
+# Tools that complete in a few seconds; the others run with `--smoke`, as slow tests.
 QUICK = {"make_tiny", "plot_run", "simulate_slots"}
 SMOKES = [
     "ablation.py runs/ablation",
@@ -71,8 +71,8 @@ CACHE_SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
 )
-# Models that are not on this machine: recipes for pods, and the hub's names.
-FAR = re.compile(r"/mnt/|(internlm|deepseek-ai)/")
+# Models that are not on this machine: paths on pods, and names on the hub.
+REMOTE = re.compile(r"/mnt/|(internlm|deepseek-ai)/")
 
 RECORD = """#!/bin/bash
 { printf '%d\\0' $#; printf '%s\\0' "${0##*/}" "$@"; env | grep ^OREAL_ || :
@@ -97,7 +97,7 @@ exec "$@"
 }
 
 
-# -- files by all printed names
+# -- files under all printed names
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def judges() -> Iterator[Any]:
         yield pool
 
 
-def stand_in(engine, weights, requests, samples, **how) -> list[list]:
-    """In place of `Engine.sample`: every second completion answers 7."""
+def stand_in(engine, weights, requests, samples, **options) -> list[list]:
+    """Replaces `Engine.sample`: every second completion answers 7."""
     import make_tiny
 
     from oreal_jax.sampling import Completion
@@ -121,14 +121,14 @@ def stand_in(engine, weights, requests, samples, **how) -> list[list]:
         tokens = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
         group = [Completion(t, np.zeros(len(t)), None, "stop") for t in tokens]
         for sample, completion in enumerate(group):
-            how.get("on_finished", lambda *_: None)(place, sample, completion)
-            how.get("on_progress", lambda *_: None)(len(completion.tokens), 1)
+            options.get("on_finished", lambda *_: None)(place, sample, completion)
+            options.get("on_progress", lambda *_: None)(len(completion.tokens), 1)
         groups.append(group)
     return groups
 
 
 def lay_out(home: Path, hf: Path) -> None:
-    """Writes a small file or model by every name that commands print."""
+    """Writes a small file or model under every printed name."""
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.data import load_prompts
     from oreal_jax.data.builder import write_prompts
@@ -147,11 +147,11 @@ def lay_out(home: Path, hf: Path) -> None:
     metrics = {"step": 0, "critic/score/mean": 0.5, "response_length/mean": 4}
     write_lines(demo / "run/metrics.jsonl", [metrics])
     for name in ("runs/sft", "runs/tiny_sft", "runs/pass/rft", "runs/pass/oreal/best"):
-        copy_as_link(demo / "start", home / name)
+        add_link(demo / "start", home / name)
     (home / "runs/tiny_start").mkdir()
     for name in ("runs/tiny_start/hf", "runs/demo/exported", "DIR", "SRC", "STRONG"):
-        copy_as_link(hf, home / name)
-    copy_as_link(demo / "run", home / "RUN")
+        add_link(hf, home / name)
+    add_link(demo / "run", home / "RUN")
 
     def rows(what: str, count: int, **fields) -> list[dict]:
         return [
@@ -188,8 +188,8 @@ def lay_out(home: Path, hf: Path) -> None:
         (home / name).write_text("addition\nmultiplication\n")
 
 
-def copy_as_link(target: Path, link: Path) -> None:
-    """A name for what is elsewhere in the layout."""
+def add_link(target: Path, link: Path) -> None:
+    """Links a name to another part of the layout."""
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(os.path.relpath(target, link.parent))
 
@@ -203,7 +203,7 @@ def layout(start, judges, tmp_path_factory) -> Path:
     lay_out(home, home / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        share(patch, judges)
+        share_pool(patch, judges)
         without_decoding(patch)
         judged = ["--completions", "judged.jsonl", "--out", "measured_again.jsonl"]
         model = ["--model", "runs/demo/start", "--data", "weak.jsonl", "--k", "4"]
@@ -223,11 +223,11 @@ def layout(start, judges, tmp_path_factory) -> Path:
     return home
 
 
-# -- what stands in for minutes of work
+# -- stand-ins for minutes of work
 
 
-def share(patch: pytest.MonkeyPatch, judges) -> None:
-    """No command starts judging processes of its own."""
+def share_pool(patch: pytest.MonkeyPatch, judges) -> None:
+    """Makes all commands use one pool of judging processes."""
     from oreal_jax.verify import Pool
 
     patch.setattr(Pool, "__init__", lambda *_, **__: None)
@@ -236,7 +236,7 @@ def share(patch: pytest.MonkeyPatch, judges) -> None:
 
 
 def without_decoding(patch: pytest.MonkeyPatch) -> None:
-    """Engines that neither decode nor copy weights."""
+    """Replaces decoding and the copy of weights."""
     from oreal_jax.sampling import Engine
 
     patch.setattr(Engine, "sample", stand_in)
@@ -244,8 +244,8 @@ def without_decoding(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_training(patch: pytest.MonkeyPatch) -> None:
-    """Runs that end after their config and files are read; plans that end before a
-    program is compiled."""
+    """Ends runs after reading their config and files, and plans before compiling a
+    program."""
     from oreal_jax import plan, processes
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.data import load_prompts, read_examples
@@ -254,12 +254,12 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     from oreal_jax.processes import place
 
     def read_model(config) -> None:
-        if not FAR.match(config.model):
+        if not REMOTE.match(config.model):
             open_model(config.model)
 
     def train(config, run, screen, profile=0) -> None:
         read_model(config)
-        if not FAR.match(config.prompts):
+        if not REMOTE.match(config.prompts):
             load_prompts(config.prompts)
         load_sets(config.evaluation.data, Path(config.evaluation.folder))
 
@@ -293,7 +293,7 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
 
 
 class Check:
-    """Runs a printed command by its rule, and fails where it does not work."""
+    """Runs a printed command by its rule; fails if it does not work."""
 
     def __init__(self, home: Path, patch: pytest.MonkeyPatch, nodes: dict, deep=False):
         self.home, self.patch, self.nodes, self.deep = home, patch, nodes, deep
@@ -304,7 +304,7 @@ class Check:
             **dict.fromkeys(("python", "python3", "python3.11"), self.python),
             **dict.fromkeys(("ruff", "pyright"), lambda words: None),
         }
-        self.whole = True
+        self.complete = True
 
     def __call__(self, item: Printed) -> None:
         rules = {
@@ -314,25 +314,25 @@ class Check:
         if item.kind in rules:
             rules[item.kind](item.text)
         elif item.kind in ("block", "inline"):
-            self.whole = item.kind == "block"
+            self.complete = item.kind == "block"
             self.shell(item.text, variables(item.file))
         else:
             pytest.fail(f"no rule for a block: {item.text}")
 
-    def shell(self, text: str, before: str = "") -> None:
-        """Has bash find programs and their arguments, and follows the rule of each."""
+    def shell(self, text: str, prelude: str = "") -> None:
+        """Lets bash find programs and their arguments; applies the rule of each."""
         calls = self.home / ".calls"
         calls.write_bytes(b"")
         environment = os.environ | {"CALLS": str(calls), "PAUSE": "0"}
         environment["PATH"] = f"{self.home / '.venv/bin'}:{os.environ['PATH']}"
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", f"{before}\n{text}"],
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"{prelude}\n{text}"],
             cwd=self.home,
             env=environment,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, f"no rule for it, or it fails: {done.stderr}"
+        assert result.returncode == 0, f"no rule for it, or it failed: {result.stderr}"
         fields = iter(calls.read_text().split("\0")[:-1])
         recorded = [
             ([next(fields) for _ in range(int(count) + 1)], next(fields))
@@ -346,8 +346,8 @@ class Check:
             self.programs[program](words)
 
     def oreal(self, words: list[str]) -> None:
-        """The real verb; in prose, where something is left out, its options."""
-        words = [MEANT.get(word, word) for word in words]
+        """Runs the verb; in prose, where arguments may be omitted, only parses them."""
+        words = [PLACEHOLDERS.get(word, word) for word in words]
         if words[0] == "sft":
             words = [
                 word.replace("configs/tiny.py", "configs/tiny_sft.py") for word in words
@@ -357,7 +357,7 @@ class Check:
         except SystemExit as end:
             if end.code == 0:  # --help
                 return
-            assert not self.whole, f"oreal {shlex.join(words)}: not accepted"
+            assert not self.complete, f"oreal {shlex.join(words)}: not accepted"
             parsed = relaxed(parser()).parse_args(words)
             for word in words:
                 assert not word.endswith(".py") or (self.home / word).is_file(), word
@@ -376,11 +376,11 @@ class Check:
         try:
             parsed.call(parsed)
         except (BadInput, Failure) as error:
-            left_out = not self.whole and "takes either" in str(error)
-            assert left_out, f"oreal {shlex.join(words)}: {error}"
+            omitted = not self.complete and "takes either" in str(error)
+            assert omitted, f"oreal {shlex.join(words)}: {error}"
 
     def remove(self, output: Any) -> None:
-        """Makes room for what a command writes."""
+        """Removes what an earlier command wrote."""
         path = self.home / output if isinstance(output, Path) else None
         if path and (path.is_symlink() or path.is_file()):
             path.unlink()
@@ -388,19 +388,19 @@ class Check:
             shutil.rmtree(path)
 
     def make(self, words: list[str]) -> None:
-        """The targets exist, and so does what their recipes call."""
+        """Checks that targets exist and the commands of their recipes work."""
         targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].split("\n")[0]
         assert set(words) <= set(targets.split()), f"make {words}: no such target"
-        done = subprocess.run(
+        result = subprocess.run(
             ["make", "-n", "-C", ROOT, "--no-print-directory", *words],
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
-        self.shell(done.stdout)
+        assert result.returncode == 0, result.stderr
+        self.shell(result.stdout)
 
     def python(self, words: list[str]) -> None:
-        """Tools, pytest, pip; what make's recipes do besides."""
+        """Applies the rules of tools, pytest, pip and make's recipes."""
         match words:
             case ["-m", "pytest", *rest]:
                 self.pytest(rest)
@@ -416,32 +416,32 @@ class Check:
                 pytest.fail(f"no rule for python {words}")
 
     def tool(self, path: str, words: list[str]) -> None:
-        """A quick tool runs; of the others the options and input files are read."""
+        """Runs a quick tool; checks options and input files of the others."""
         assert (self.home / path).is_file(), f"{path}: no such tool"
         module = importlib.import_module(Path(path).stem)
         parsed = module.parser().parse_args(words)
         for name, value in vars(parsed).items():
-            for given in value if isinstance(value, list) else [value]:
-                if isinstance(given, Path) and name not in ("directory", "picture"):
-                    assert (self.home / given).exists(), f"{path}: no {given}"
+            for file in value if isinstance(value, list) else [value]:
+                if isinstance(file, Path) and name not in ("directory", "picture"):
+                    assert (self.home / file).exists(), f"{path}: no {file}"
         if Path(path).stem in QUICK:
             self.remove(vars(parsed).get("directory"))
             assert not module.main(words)
 
     def pytest(self, words: list[str]) -> None:
-        """Markers are declared, files are there, names in them are found."""
-        made = argparse.ArgumentParser()
-        made.add_argument("-m", default="")
-        made.add_argument("-k", default="")
-        made.add_argument("-n")
-        made.add_argument("--no-loadscope-reorder", action="store_true")
-        made.add_argument("files", nargs="*")
-        parsed = made.parse_args(words)
+        """Checks that markers are declared and that files and test names exist."""
+        options = argparse.ArgumentParser()
+        options.add_argument("-m", default="")
+        options.add_argument("-k", default="")
+        options.add_argument("-n")
+        options.add_argument("--no-loadscope-reorder", action="store_true")
+        options.add_argument("files", nargs="*")
+        parsed = options.parse_args(words)
         declared = PROJECT["tool"]["pytest"]["ini_options"]["markers"]
         known = {marker.split(":")[0] for marker in declared} | {"not", "and", "or"}
         assert set(parsed.m.split()) <= known, f"-m {parsed.m}: no such marker"
-        found = [name for file in parsed.files for name in self.nodes_of(file)]
-        assert not parsed.k or any(parsed.k in name for name in found), parsed.k
+        names = [name for file in parsed.files for name in self.nodes_of(file)]
+        assert not parsed.k or any(parsed.k in name for name in names), parsed.k
 
     def nodes_of(self, file: str) -> list[str]:
         """The tests of a file, as pytest collects them."""
@@ -449,16 +449,17 @@ class Check:
         return self.nodes[file]
 
     def path(self, text: str) -> None:
-        """A file or folder of this repository; a test of it."""
+        """Checks that a file, folder or test of this repository exists."""
         file, _, name = text.partition("::")
-        places = [ROOT / file, *(ROOT / "oreal_jax").glob(f"**/{file}")]
-        assert any(place.exists() for place in places), f"{file}: no such file"
+        candidates = [ROOT / file, *(ROOT / "oreal_jax").glob(f"**/{file}")]
+        exists = any(candidate.exists() for candidate in candidates)
+        assert exists, f"{file}: no such file"
         if name:
             tests = [node.partition("::")[2] for node in self.nodes_of(file)]
             assert name in [test.partition("[")[0] for test in tests], text
 
     def pip(self, words: list[str]) -> None:
-        """pip's own options; extras that are declared."""
+        """Checks pip's options, and that extras are declared."""
         from pip._internal.commands import create_command
 
         assert words[0] == "install"
@@ -473,16 +474,18 @@ class Check:
                 assert extra in provided, f"{requirement}: no such extra"
 
     def options(self, text: str) -> None:
-        """Options that a verb or a tool has; a setting that a config has."""
+        """Checks that a verb or tool has the options, or a config the setting."""
         words = shlex.split(text)
         if words[0] == "--set":
             return check_setting(words[1])
         if words == ["--help"]:
             return
-        named = {"N": "1", "FIELD": "level", "FILE": "x.jsonl"}
-        words = [named.get(word, word) for word in words]
+        values = {"N": "1", "FIELD": "level", "FILE": "x.jsonl"}
+        words = [values.get(word, word) for word in words]
         parsers = [relaxed(verb) for verb in verbs(parser())]
-        takes = lambda made: accepts(made, words) or accepts(made, [*words, "1"])
+        takes = lambda command: (
+            accepts(command, words) or accepts(command, [*words, "1"])
+        )
         if not any(map(takes, parsers)):
             sources = [
                 path.read_text()
@@ -494,41 +497,41 @@ class Check:
             assert len(words) == 1, f"no rule for {text}"
 
 
-def verbs(made: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def verbs(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """The parsers of all verbs."""
-    inner = [a for a in made._actions if isinstance(a, argparse._SubParsersAction)]
+    inner = [a for a in command._actions if isinstance(a, argparse._SubParsersAction)]
     if not inner:
-        yield made
+        yield command
     for action in inner:
         for verb in action.choices.values():
             yield from verbs(verb)
 
 
-def relaxed(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """A parser that takes part of a command: nothing is required."""
-    for action in made._actions:
+def relaxed(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Makes all arguments of a parser optional, for parts of commands."""
+    for action in command._actions:
         action.required = False
         if isinstance(action, argparse._SubParsersAction):
             for verb in action.choices.values():
                 relaxed(verb)
         elif not action.option_strings:
             action.nargs = "*" if action.nargs == "+" else action.nargs or "?"
-    for group in made._mutually_exclusive_groups:
+    for group in command._mutually_exclusive_groups:
         group.required = False
-    return made
+    return command
 
 
-def accepts(made: argparse.ArgumentParser, words: Sequence[str]) -> bool:
-    """Whether a parser takes these words."""
+def accepts(command: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Whether a parser accepts these words."""
     try:
-        made.parse_args(words)
+        command.parse_args(words)
     except SystemExit:
         return False
     return True
 
 
 def check_setting(setting: str) -> None:
-    """Fails where no config has the field, or its value is of another type."""
+    """Fails unless a config has the field, with a value of that type."""
     errors = []
     for path in sorted((ROOT / "configs").glob("*.py")):
         kinds = (configuration.TrainConfig, configuration.SftConfig)
@@ -548,23 +551,23 @@ def documented_variables() -> set[str]:
 
 
 def variables(file: str) -> str:
-    """Shell variables that a document has set, for its commands."""
+    """Assignments of shell variables in a document, for its commands."""
     lines = [item.text for item in ALL if item.file == file and item.kind == "block"]
     return "\n".join(line for line in lines if re.match(r"[A-Z]+=\S+;", line))
 
 
 def run_snippet(item: Printed) -> None:
-    """Runs a Python snippet after what its document takes for granted."""
-    assert item.file in GRANTED, f"no rule for Python in {item.file}"
+    """Runs a Python snippet with the names that its document assumes."""
+    assert item.file in ASSUMED_NAMES, f"no rule for Python in {item.file}"
     name = f"snippet_{Path(item.file).stem}"
     module = types.ModuleType(name)
-    vars(module).update(GRANTED[item.file]())
+    vars(module).update(ASSUMED_NAMES[item.file]())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        patch.setitem(sys.modules, name, module)  # dataclasses look up their module
         exec(compile(item.text, item.file, "exec"), vars(module))
 
 
-def granted_to_sampling() -> dict[str, Any]:
+def names_for_sampling() -> dict[str, Any]:
     """A tiny model of the length that the snippet needs, and a prompt."""
     import make_tiny
 
@@ -580,8 +583,8 @@ def granted_to_sampling() -> dict[str, Any]:
     }
 
 
-def granted_to_losses() -> dict[str, Any]:
-    """The imports of the config file that the snippet is a part of."""
+def names_for_losses() -> dict[str, Any]:
+    """The imports of the config file that the snippet is taken from."""
     tree = ast.parse((ROOT / "configs/my_loss.py").read_text())
     kinds = (ast.Import, ast.ImportFrom)
     imports: list[ast.stmt] = [n for n in tree.body if isinstance(n, kinds)]
@@ -590,9 +593,9 @@ def granted_to_losses() -> dict[str, Any]:
     return names
 
 
-GRANTED: dict[str, Callable[[], dict[str, Any]]] = {
-    "docs/losses.md": granted_to_losses,
-    "docs/sampling.md": granted_to_sampling,
+ASSUMED_NAMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/losses.md": names_for_losses,
+    "docs/sampling.md": names_for_sampling,
     "docs/verification.md": dict,
 }
 
@@ -602,16 +605,16 @@ GRANTED: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def nodes() -> dict[str, list[str]]:
-    """Tests of the files in which printed commands name some, collected by pytest."""
+    """Tests of the files named in printed commands, as pytest collects them."""
     names = re.compile(r"(tests/\w+\.py)(?:::| -k)|-m slow (tests/\w+\.py)")
     texts = "\n".join(item.text for item in ALL)
     files = {a or b for a, b in names.findall(texts)}
     command = ["-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *sorted(files)]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
     return {file: [x for x in lines if x.startswith(f"{file}::")] for file in files}
 
 
@@ -627,14 +630,14 @@ def home(layout, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def check(home, nodes, judges, monkeypatch) -> Check:
     """The rules, with stand-ins for decoding and training."""
-    share(monkeypatch, judges)
+    share_pool(monkeypatch, judges)
     without_decoding(monkeypatch)
     without_training(monkeypatch)
     return Check(home, monkeypatch, nodes)
 
 
 @pytest.mark.parametrize("item", [i for i in ALL if i.kind != "snippet"], ids=str)
-def test_what_is_printed_works(item, check):
+def test_printed_commands_work(item, check):
     check(item)
 
 
@@ -683,7 +686,7 @@ def test_printed_python_runs(item):
     ],
     ids=lambda text: " ".join(text.split()),
 )
-def test_what_does_not_work_is_noticed(text, message, check):
+def test_broken_commands_fail(text, message, check):
     items = list(printed.in_markdown("README.md", text))
     assert items
     failures = (AssertionError, pytest.fail.Exception, SystemExit)
@@ -693,12 +696,12 @@ def test_what_does_not_work_is_noticed(text, message, check):
     assert message in f"{raised.typename} {raised.value}"
 
 
-def test_a_document_without_a_rule_for_its_python_is_noticed():
+def test_python_in_a_document_without_a_rule_fails():
     with pytest.raises(AssertionError, match="no rule for Python in docs/new.md"):
         run_snippet(Printed("docs/new.md", 1, "snippet", "pass"))
 
 
-def test_python_that_does_not_run_is_noticed():
+def test_broken_python_fails():
     before = "from oreal_jax.sampling import Engine, Sampling\n"
     for source, message in [
         (before + "Engine(config, mesh, Sampling(max_token=1), [])", "max_token"),
@@ -710,13 +713,13 @@ def test_python_that_does_not_run_is_noticed():
 
 def test_docstrings_scripts_and_help_are_read():
     source = '"""Does.\n\n    oreal x    # y\n\nsay `make\nz`\n"""\n'
-    found = [(i.line, i.kind, i.text) for i in printed.in_docstrings("a.py", source)]
-    assert found == [(3, "block", "oreal x    # y"), (5, "inline", "make z")]
+    items = [(i.line, i.kind, i.text) for i in printed.in_docstrings("a.py", source)]
+    assert items == [(3, "block", "oreal x    # y"), (5, "inline", "make z")]
     source = (
         "#!/bin/sh\n# so:\n#     sbatch a.sh\ncat <<X\nexample\n  run \\\n    b\nX\n"
     )
-    found = [(i.line, i.text) for i in printed.in_script("a.sh", source)]
-    assert found == [(3, "sbatch a.sh"), (6, "run \\\n    b")]
+    items = [(i.line, i.text) for i in printed.in_script("a.sh", source)]
+    assert items == [(3, "sbatch a.sh"), (6, "run \\\n    b")]
     files = {item.file for item in printed.in_help(parser())}
     assert {path.name for path in (ROOT / "oreal_jax/cli").glob("*.py")} - {
         Path(file).name for file in files
@@ -724,9 +727,9 @@ def test_docstrings_scripts_and_help_are_read():
 
 
 def test_every_tool_runs_in_a_test():
-    smoked = {smoke.split(".")[0] for smoke in SMOKES}
-    assert not smoked & QUICK
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == smoked | QUICK
+    smoke_tested = {smoke.split(".")[0] for smoke in SMOKES}
+    assert not smoke_tested & QUICK
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == smoke_tested | QUICK
 
 
 def test_scripts_parse():
@@ -753,7 +756,7 @@ def test_completions_without_a_stop_token_fill_every_slot(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", SMOKES)
-def test_a_tool_runs_to_its_end(words, home, monkeypatch):
+def test_tools_complete(words, home, monkeypatch):
     shutil.rmtree(home / "runs/demo/run")
     if words == "demo.py":
         shutil.rmtree(home / "runs/demo/start")
@@ -761,7 +764,7 @@ def test_a_tool_runs_to_its_end(words, home, monkeypatch):
     with restored(*CACHE_SETTINGS):
         module = importlib.import_module(Path(tool).stem)
         assert not module.main([*rest, "--smoke"])
-    for metrics in (home / "runs").rglob("metrics.jsonl"):  # each run has learned
+    for metrics in (home / "runs").rglob("metrics.jsonl"):  # every run made an update
         assert any(row.get("actor/grad_norm") for row in read_lines(metrics))
     trains = tool in ("ablation.py", "demo.py")
     assert trains == any((home / "runs").rglob("metrics.jsonl"))
@@ -769,7 +772,7 @@ def test_a_tool_runs_to_its_end(words, home, monkeypatch):
 
 @contextlib.contextmanager
 def restored(*names: str) -> Iterator[None]:
-    """Settings of JAX are afterwards what they were."""
+    """Restores these settings of JAX afterwards."""
     before = {name: getattr(jax.config, name) for name in names}
     try:
         yield

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny_runs import trained
+from tiny_runs import train_ok
 
 from oreal_jax import metrics, sharding
 from oreal_jax.cli import main
@@ -54,8 +54,8 @@ def test_the_scopes_of_the_model_are_in_the_program():
 @pytest.fixture(scope="module")
 def traced(tiny):
     run = tiny / "traced"
-    said = trained(tiny, run, "steps=3", options=("--profile", "1"))
-    return said, run
+    output = train_ok(tiny, run, "steps=3", options=("--profile", "1"))
+    return output, run
 
 
 def test_steps_behind_the_first_are_traced_with_their_phases(traced):

@@ -1,4 +1,4 @@
-"""Programs on disk: loaded by the next process, whatever happened to the last one."""
+"""Cached programs are loaded by the next process, however the last one ended."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from tiny_runs import ALONE, ROOT
 from oreal_jax import metrics, program_cache
 from oreal_jax.program_cache import Entries
 
-# Three programs, one of them on four devices; prints JAX's count of each kind of event
-# and the exact numbers.
+# Three programs, one of them on four devices; prints JAX's counts of cache hits and
+# misses and the exact results.
 PROGRAM = """
 import collections, json, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
@@ -28,7 +28,7 @@ mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,))
 split = jax.NamedSharding(mesh, jax.P("x", None))
 x = np.random.default_rng(0).normal(size=(64, 64)).astype("float32")
 loss = lambda x: (jax.nn.log_softmax(x @ x.T) ** 2).sum()
-found = [
+results = [
     jax.jit(jax.grad(loss))(x),
     jax.jit(jax.grad(loss))(jax.device_put(x, split)),
     jax.random.normal(jax.random.key(1), (5,)),
@@ -36,11 +36,11 @@ found = [
 print(json.dumps([
     count["/jax/compilation_cache/cache_hits"],
     count["/jax/compilation_cache/cache_misses"],
-    [np.asarray(y).tobytes().hex() for y in found],
+    [np.asarray(y).tobytes().hex() for y in results],
 ]))
 """
-# As a user has it: without the tests' cache, and what JAX leaves for libtpu.
-OURS = {
+# A user's environment: without the tests' cache and what JAX sets for libtpu.
+USER = {
     name: value
     for name, value in ALONE.items()
     if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "TPU_"))
@@ -50,7 +50,7 @@ OURS = {
 def launch(environment, program: str = PROGRAM) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", program],
-        env=OURS | environment,
+        env=USER | environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -59,10 +59,10 @@ def launch(environment, program: str = PROGRAM) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, int, list[str]]:
-    """Programs loaded and written, and the numbers they gave."""
-    printed, complained = process.communicate(timeout=100)
-    assert (process.returncode, complained) == (0, "")
-    return json.loads(printed)
+    """Numbers of programs loaded and written, and their results."""
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    return json.loads(output)
 
 
 def run(environment) -> tuple[int, int, list[str]]:
@@ -75,7 +75,7 @@ def entries(directory: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A user's cache directory after a process, and the numbers it computed."""
+    """A user's cache directory filled by a process, and the results of that process."""
     home = tmp_path_factory.mktemp("cache")
     loaded, written, numbers = run({"XDG_CACHE_HOME": str(home)})
     assert loaded == 0 and written == len(entries(home / "oreal_jax/programs")) > 4
@@ -88,7 +88,7 @@ def test_loaded_programs_give_the_same_numbers_bit_for_bit(filled):
     assert run({"XDG_CACHE_HOME": str(home)}) == [count, 0, numbers]
 
 
-def test_a_truncated_or_damaged_entry_is_compiled_again_and_replaced(filled):
+def test_a_truncated_or_corrupt_entry_is_recompiled_and_replaced(filled):
     environment = {"XDG_CACHE_HOME": str(filled[0])}
     paths = entries(filled[0] / "oreal_jax/programs")
     paths[0].write_bytes(paths[0].read_bytes()[:100])
@@ -99,10 +99,10 @@ def test_a_truncated_or_damaged_entry_is_compiled_again_and_replaced(filled):
     assert run(environment) == [len(paths), 0, filled[1]]
 
 
-def test_two_processes_at_once_write_one_cache(filled, tmp_path):
+def test_concurrent_processes_share_one_cache(filled, tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    for found in [finish(p) for p in [launch(environment), launch(environment)]]:
-        assert found[2] == filled[1]
+    for result in [finish(p) for p in [launch(environment), launch(environment)]]:
+        assert result[2] == filled[1]
     count = len(entries(filled[0] / "oreal_jax/programs"))
     assert len(list((tmp_path / "oreal_jax/programs").iterdir())) == count
     assert run(environment) == [count, 0, filled[1]]
@@ -112,13 +112,13 @@ def test_two_processes_at_once_write_one_cache(filled, tmp_path):
     "name, value",
     [("JAX_ENABLE_COMPILATION_CACHE", "0"), ("JAX_COMPILATION_CACHE_DIR", "")],
 )
-def test_it_is_switched_off(filled, tmp_path, name, value):
+def test_the_cache_can_be_disabled(filled, tmp_path, name, value):
     environment = {"XDG_CACHE_HOME": str(tmp_path), name: value}
     assert run(environment) == [0, 0, filled[1]]
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_moved(filled, tmp_path):
+def test_the_cache_can_be_moved(filled, tmp_path):
     moved = {
         "XDG_CACHE_HOME": str(tmp_path / "a"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "b"),
@@ -129,13 +129,13 @@ def test_it_is_moved(filled, tmp_path):
     assert len(entries(tmp_path / "b")) == count
 
 
-def test_a_directory_that_cannot_be_made_stops_nothing(filled, tmp_path):
+def test_a_directory_that_cannot_be_created_is_ignored(filled, tmp_path):
     (tmp_path / "file").touch()
     environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
     assert run(environment)[2] == filled[1]
 
 
-def test_without_a_home_nothing_is_kept(monkeypatch):
+def test_without_a_home_nothing_is_cached(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert program_cache.default_directory() is None
@@ -162,7 +162,7 @@ def test_a_full_or_read_only_file_system_is_a_miss(tmp_path, monkeypatch, method
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_what_was_not_read_for_longest_makes_room(tmp_path):
+def test_the_least_recently_read_entries_are_evicted(tmp_path):
     cache = Entries(tmp_path, 1000)
     for age, key in enumerate(["a", "b", "c"]):
         cache.put(key, bytes(300))
@@ -174,16 +174,16 @@ def test_what_was_not_read_for_longest_makes_room(tmp_path):
     assert cache.get("too large") is None
 
 
-def test_a_killed_writer_leaves_no_entry_and_its_file_goes(tmp_path):
+def test_the_file_of_a_killed_writer_is_removed(tmp_path):
     (tmp_path / "tmp1.unfinished").write_bytes(bytes(300))
     (tmp_path / "tmp2.unfinished").write_bytes(bytes(300))
-    os.utime(tmp_path / "tmp1.unfinished", (1, 1))  # of yesterday
+    os.utime(tmp_path / "tmp1.unfinished", (1, 1))  # long ago
     Entries(tmp_path, 1000).put("a", bytes(300))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["a-cache", "tmp2.unfinished"]
 
 
-def test_a_reader_during_writes_reads_one_whole(tmp_path):
+def test_a_concurrent_reader_gets_a_complete_entry(tmp_path):
     contents = {bytes([i]) * 100_000 for i in range(4)}
     done = threading.Event()
 
@@ -192,26 +192,28 @@ def test_a_reader_during_writes_reads_one_whole(tmp_path):
         while not done.is_set():
             cache.put("key", content)
 
-    writers = [threading.Thread(target=write, args=(each,)) for each in contents]
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
     for writer in writers:
         writer.start()
     reader = Entries(tmp_path, 10**9)
-    found = {reader.get("key") for _ in range(2000)}
+    entries_read = {reader.get("key") for _ in range(2000)}
     done.set()
     for writer in writers:
         writer.join()
-    assert found <= contents | {None} and found & contents
+    assert entries_read <= contents | {None} and entries_read & contents
 
 
-def test_no_program_is_kept_where_it_is_disabled(filled, tmp_path):
-    planned = PROGRAM.replace("found = [", "with program_cache.disabled(): found = [")
+def test_no_program_is_cached_while_disabled(filled, tmp_path):
+    program = PROGRAM.replace(
+        "results = [", "with program_cache.disabled(): results = ["
+    )
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    assert finish(launch(environment, planned)) == [0, 0, filled[1]]
+    assert finish(launch(environment, program)) == [0, 0, filled[1]]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_compiles_nothing_and_reports_it(start, tmp_path):
-    def measured(run: str) -> list[dict[str, float]]:
+    def train_metrics(run: str) -> list[dict[str, float]]:
         process = tiny_runs.oreal(
             "sft",
             ROOT / "configs/tiny_sft.py",
@@ -219,13 +221,13 @@ def test_a_second_run_compiles_nothing_and_reports_it(start, tmp_path):
             *("--set", f"examples={start / 'solutions.jsonl'}"),
             *("--set", "steps=2"),
             *("--run", tmp_path / run),
-            environment=OURS | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+            environment=USER | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         )
-        _, complained = process.communicate(timeout=300)
-        assert (process.returncode, complained) == (0, "")
+        _, errors = process.communicate(timeout=300)
+        assert (process.returncode, errors) == (0, "")
         return metrics.read(tmp_path / run / "metrics.jsonl")
 
-    first, second = measured("first"), measured("second")
+    first, second = train_metrics("first"), train_metrics("second")
     assert first[0]["perf/compilations"] > 0
     assert all(step["perf/compilations"] == 0 for step in second)
     seconds = [step["perf/compile_seconds"] for step in (first[0], second[0])]

@@ -13,8 +13,8 @@ from tiny_runs import (
     arrays,
     finish,
     train,
-    train_here,
-    trained,
+    train_in_process,
+    train_ok,
     wait_for_steps,
 )
 
@@ -46,12 +46,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, whole, blow):
     process = train(tiny, run)
     wait_for_steps(run, 2, process)
     process.send_signal(blow)
-    said, complained = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     if blow != signal.SIGKILL:
         assert process.returncode == 130
         assert "go on with the same command" in said
-        assert "Traceback" not in said + complained
+        assert "Traceback" not in said + errors
     assert "going on after step" in finish(train(tiny, run))
     for ours, expected in zip(arrays(run, 5), arrays(whole, 5), strict=True):
         assert ours.tobytes() == expected.tobytes()
@@ -127,7 +127,7 @@ def test_a_loss_of_ones_own_trains_from_its_config_file_alone(tiny, tmp_path):
     config.write_text(own.replace("smollm2_arithmetic", "tiny"))
     shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
     run = tmp_path / "run"
-    trained(tiny, run, "loss.weight=0.25", "steps=2", config=config)
+    train_ok(tiny, run, "loss.weight=0.25", "steps=2", config=config)
     recorded = json.loads((run / "config.json").read_text())["loss"]
     assert recorded["class"] == "own.RareCloning" and recorded["weight"] == 0.25
     assert metrics.read(run / "metrics.jsonl")[-1]["actor/pg_loss"] > 0
@@ -161,21 +161,23 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp
     shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
     config.write_text(OWN_LOSS)
     # A loss may record nothing of its own.
-    assert "loss" in trained(tiny, run, "steps=1", config=config)
-    code, _, complained = train_here(
+    assert "loss" in train_ok(tiny, run, "steps=1", config=config)
+    code, _, errors = train_in_process(
         tiny, run, "steps=3", "loss.broken=True", config=config
     )
     assert code == 1
-    assert "step 2: actor/grad_norm=nan; it is not saved" in complained
-    assert "Traceback" not in complained
+    assert "step 2: actor/grad_norm=nan; it is not saved" in errors
+    assert "Traceback" not in errors
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_run_does_not_change_whether_it_has_a_token_reward_model(tiny, whole):
-    code, _, complained = train_here(tiny, whole, "token_reward=None", "freeze_steps=0")
+    code, _, errors = train_in_process(
+        tiny, whole, "token_reward=None", "freeze_steps=0"
+    )
     assert code == 2
-    assert "with a token reward model or without" in complained
-    assert complained.count("\n") == 1
+    assert "with a token reward model or without" in errors
+    assert errors.count("\n") == 1
 
 
 def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
@@ -186,8 +188,8 @@ def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
         ),
         (["cache_tokens=64"], "does not fit cache_tokens=64"),
     ]:
-        code, _, complained = train_here(tiny, tmp_path / "run", *settings)
-        assert code == 2 and said in complained
+        code, _, errors = train_in_process(tiny, tmp_path / "run", *settings)
+        assert code == 2 and said in errors
         assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +205,7 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
     differences = []
     for kind in ("sampled", "full"):
         run = tiny / f"log-probs-{kind}"
-        trained(tiny, run, *settings, f"log_probs={kind}")
+        train_ok(tiny, run, *settings, f"log_probs={kind}")
         row = metrics.read(run / "metrics.jsonl")[0]
         differences.append(row["training/rollout_probs_diff_max"])
         lines = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
@@ -229,8 +231,8 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
     prompts = tiny / "never.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tiny / "skipped"
-    said = trained(tiny, run, f"prompts={prompts}", "steps=1")
-    assert "no update: every prompt was all right or all wrong" in said
+    output = train_ok(tiny, run, f"prompts={prompts}", "steps=1")
+    assert "no update: every prompt was all right or all wrong" in output
     before, after = arrays(tiny / "sft", 60)[:3], arrays(run, 1)[:3]
     for ours, expected in zip(after, before, strict=True):
         assert ours.tobytes() == expected.tobytes()
@@ -244,7 +246,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
             "verification.judge_model=m",
             "verification.undecided=drop",
         ]
-        trained(tiny, run, "steps=1", *judge)
+        train_ok(tiny, run, "steps=1", *judge)
     row = metrics.read(run / "metrics.jsonl")[0]
     assert row["judge/asked"] == row["judge/undecided"] == stub.requests > 0
     assert row["verdict/undecided"] == row["verdict/by_judge"] == row["judge/asked"]
@@ -255,7 +257,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
 
 
 def test_tensorboard_files_come_when_asked_for(tiny):
-    trained(tiny, tiny / "board", "steps=1", "tensorboard=True")
+    train_ok(tiny, tiny / "board", "steps=1", "tensorboard=True")
     assert list((tiny / "board" / "tensorboard").glob("events*"))
 
 
@@ -264,9 +266,9 @@ def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
     text = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     template.write_text(text)
     settings = [f"chat_template={template}", "system_prompt=Long.", "steps=1"]
-    trained(tiny, run, *settings)
+    train_ok(tiny, run, *settings)
     template.unlink()
-    trained(tiny, run, *settings[:2], "steps=2")
+    train_ok(tiny, run, *settings[:2], "steps=2")
     assert (run / "model" / "chat_template.jinja").read_text() == text
     source = open_model(run)
     assert source.system_prompt == "Long."
@@ -280,15 +282,15 @@ def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
 
 
 def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):
-    code, _, complained = train_here(tiny, whole, "seed=7")
+    code, _, errors = train_in_process(tiny, whole, "seed=7")
     assert code == 2
-    assert "seed: 0 -> 7" in complained and complained.count("\n") == 1
+    assert "seed: 0 -> 7" in errors and errors.count("\n") == 1
 
 
 def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
     run = tiny / "eight"
     settings = ["decode_weights=int8", "decode_cache=float8", "steps=1"]
-    trained(tiny, run, *settings)
+    train_ok(tiny, run, *settings)
     (row,) = metrics.read(run / "metrics.jsonl")
     assert 1e-4 < row["training/rollout_probs_diff_mean"] < 0.05
     assert row["training/rollout_probs_correlation"] > 0.9
@@ -297,10 +299,10 @@ def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
 def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     run = tiny / "apart"
     settings = ["decode_weights=int8", "max_disagreement=1e-6", "steps=1"]
-    code, _, complained = train_here(tiny, run, *settings)
+    code, _, errors = train_in_process(tiny, run, *settings)
     assert code == 1
-    assert "max_disagreement=1e-06; the step is not saved" in complained
-    assert "Traceback" not in complained
+    assert "max_disagreement=1e-06; the step is not saved" in errors
+    assert "Traceback" not in errors
     assert not metrics.read(run / "metrics.jsonl")
     assert not list((run / "checkpoints").glob("*"))
 
@@ -321,14 +323,14 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
         return draw(*arguments, on_finished=count, **options)
 
     monkeypatch.setattr(Engine, "sample", broken_off)
-    code, said, _ = train_here(tiny, run, "steps=1")
+    code, output, _ = train_in_process(tiny, run, "steps=1")
     assert code == 130
     left = run / "interrupted" / "step_000000.jsonl"
     rows = [json.loads(line) for line in left.read_text().splitlines()]
     assert len(rows) == 10
-    assert f"10 of 64 completions are in {left}" in said
+    assert f"10 of 64 completions are in {left}" in output
     monkeypatch.setattr(Engine, "sample", draw)
-    trained(tiny, run, "steps=1")
+    train_ok(tiny, run, "steps=1")
     whole = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     drawn = {(r["group"], r["sample"]): r["completion"] for r in map(json.loads, whole)}
     for row in rows:  # the same, drawn anew

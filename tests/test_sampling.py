@@ -74,7 +74,7 @@ def make_engine(mesh=None, rows=64, **options) -> Engine:
 def make_requests(
     prompts, *, keys=None, first_sample=0, seed=1, **options
 ) -> list[Request]:
-    """Requests of 90 tokens and a nucleus of 0.9, unless options say otherwise."""
+    """Requests for 90 tokens with a nucleus of 0.9, unless `options` override them."""
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
     return [
         Request(prompt, sampling, key, first_sample, seed)
@@ -87,14 +87,22 @@ def weights_for(engine: Engine, params):
     return engine.weights(placed)
 
 
-OF_ENGINE = ("mesh", "rows", "stop_table", "cache_tokens", "weights", "cache", "tensor")
-OF_CALL = ("step", "renormalise")
+ENGINE_OPTIONS = (
+    "mesh",
+    "rows",
+    "stop_table",
+    "cache_tokens",
+    "weights",
+    "cache",
+    "tensor",
+)
+CALL_OPTIONS = ("step", "renormalise")
 
 
 def draw(params, prompts, samples=3, **options):
-    """Completions by an engine, for requests and by a call with these options."""
+    """Completions of `prompts`, with options of the engine, the call and `Sampling`."""
     pop = lambda names: {name: options.pop(name) for name in names if name in options}
-    engine, call = make_engine(**pop(OF_ENGINE)), pop(OF_CALL)
+    engine, call = make_engine(**pop(ENGINE_OPTIONS)), pop(CALL_OPTIONS)
     requests = make_requests(prompts, **options)
     return engine.sample(weights_for(engine, params), requests, samples, **call)
 
@@ -170,8 +178,8 @@ def test_logits_are_exchanged_by_slot_and_never_gathered():
     assert of_a_token.get("all-gather", 0) < slots * 16 * 4
 
 
-def test_what_no_slot_needs_is_skipped_on_every_mesh():
-    """Conditions stay conditions where several engines are one program."""
+def test_unneeded_steps_are_skipped_on_every_mesh():
+    """Conditionals stay conditionals in a program of several engines."""
     branches = []
     for shape in (None, sharding.MeshShape(data=2, tensor=4)):
         engine = make_engine(mesh=mesh_of(shape))
@@ -194,8 +202,8 @@ def test_slots_that_the_devices_do_not_divide_are_chosen_by_all():
     one = sharding.per_slot(double, mesh_of(sharding.MeshShape(fsdp=2, tensor=4)))
     for slots in (3, 4):
         logits, state = jnp.arange(2.0 * slots).reshape(slots, 2), jnp.arange(slots)
-        found = jax.jit(one)(logits, 2, state)
-        np.testing.assert_array_equal(found, double(logits, 2, state))
+        result = jax.jit(one)(logits, 2, state)
+        np.testing.assert_array_equal(result, double(logits, 2, state))
 
 
 def test_an_engine_may_have_other_devices_than_a_row_of_the_mesh(
@@ -239,25 +247,25 @@ def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, prompts,
     options = dict(how)
     renormalise = options.pop("renormalise", False)
     mesh = mesh_of(options.pop("mesh", None))
-    of_engine = {"cache": options.pop("cache", "full")}
+    engine_options = {"cache": options.pop("cache", "full")}
     if options.pop("stop_strings", False):
-        of_engine["stop_table"] = token_table(["cabdd"], lambda: PIECES, 64)
-    roomy = make_engine(**of_engine)
-    tight = make_engine(mesh=mesh, rows=8, cache_tokens=256, **of_engine)
+        engine_options["stop_table"] = token_table(["cabdd"], lambda: PIECES, 64)
+    roomy = make_engine(**engine_options)
+    tight = make_engine(mesh=mesh, rows=8, cache_tokens=256, **engine_options)
     requests = make_requests(prompts, **options)
-    found = [
+    results = [
         engine.sample(weights_for(engine, params), requests, 3, renormalise=renormalise)
         for engine in (roomy, tight)
     ]
-    assert tokens_of(found[0]) == tokens_of(found[1])
-    for one, other in zip(*map(itertools.chain.from_iterable, found), strict=True):
+    assert tokens_of(results[0]) == tokens_of(results[1])
+    for one, other in zip(*map(itertools.chain.from_iterable, results), strict=True):
         assert one.finish_reason == other.finish_reason
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
         close(one.log_probs, other.log_probs)
         if renormalise:
             close(one.sampled_log_probs, other.sampled_log_probs)
     assert roomy.statistics.swapped_rows == 0 < tight.statistics.swapped_rows
-    tokens = sum(len(c.tokens) for group in found[0] for c in group)
+    tokens = sum(len(c.tokens) for group in results[0] for c in group)
     assert tight.statistics.new_tokens == tokens
 
 
@@ -298,28 +306,28 @@ def test_a_completion_that_can_never_fit_the_cache_is_refused(params, prompts):
         draw(params, prompts, cache_tokens=128)
 
 
-def test_finished_completions_are_heard_of_one_by_one(params, prompts, drawn):
-    heard = {}
+def test_finished_completions_are_reported_one_by_one(params, prompts, drawn):
+    reported = {}
     engine = make_engine(rows=4)
     engine.sample(
         engine.weights(params),
         make_requests(prompts),
         3,
-        on_finished=lambda n, k, completion: heard.setdefault((n, k), completion),
+        on_finished=lambda n, k, completion: reported.setdefault((n, k), completion),
     )
-    assert sorted(heard) == [(n, k) for n in range(len(prompts)) for k in range(3)]
-    for (n, k), completion in heard.items():
+    assert sorted(reported) == [(n, k) for n in range(len(prompts)) for k in range(3)]
+    for (n, k), completion in reported.items():
         assert completion.tokens == drawn[n][k].tokens
 
 
 def test_statistics_count_every_prompt_once_and_every_token(params, prompts):
     engine = make_engine(rows=4)
     drawn = engine.sample(engine.weights(params), make_requests(prompts), 3)
-    found = engine.statistics
-    assert found.prompt_tokens == sum(len(prompt) - 1 for prompt in prompts)
-    assert found.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
-    assert 0.8 < found.occupancy <= 1 and found.swapped_rows == 0
-    assert found.metrics()["perf/decode_throughput"] > 0
+    statistics = engine.statistics
+    assert statistics.prompt_tokens == sum(len(prompt) - 1 for prompt in prompts)
+    assert statistics.new_tokens == sum(len(c.tokens) for group in drawn for c in group)
+    assert 0.8 < statistics.occupancy <= 1 and statistics.swapped_rows == 0
+    assert statistics.metrics()["perf/decode_throughput"] > 0
 
 
 def test_samples_seeds_steps_and_copies_of_a_prompt_differ(params, prompts, drawn):
@@ -447,10 +455,10 @@ def test_requests_of_one_call_may_differ_in_everything(params, prompts):
 
 def test_other_parameters_compile_nothing(params, prompts):
     with program_cache.disabled():
-        check_that_other_parameters_compile_nothing(params, prompts)
+        check_nothing_is_compiled(params, prompts)
 
 
-def check_that_other_parameters_compile_nothing(params, prompts):
+def check_nothing_is_compiled(params, prompts):
     engine = make_engine(rows=16)
     weights = weights_for(engine, params)
     compiled = lambda: metrics.compilations.take()["perf/compilations"]
@@ -462,16 +470,16 @@ def check_that_other_parameters_compile_nothing(params, prompts):
     complete(max_tokens=1)  # all finish at once
     compiled()
     for options in MIXED:
-        complete(**options)  # fewer tokens than the first call among them
+        complete(**options)  # some with fewer tokens than the first call
     call["renormalise"] = True
     complete(seed=2)
     assert compiled() == 0
-    again = make_engine(rows=16)  # an engine like it has the same programs
+    again = make_engine(rows=16)  # an equal engine shares the programs
     again.sample(weights, make_requests(prompts), 2)
     assert compiled() == 0
 
 
-def test_an_engine_shrinks_for_its_last_rows_only_where_that_saves_time(
+def test_an_engine_shrinks_for_its_last_rows_only_if_that_saves_time(
     params, prompts, monkeypatch
 ):
     engine = make_engine(rows=32)
@@ -489,12 +497,39 @@ def test_an_engine_shrinks_for_its_last_rows_only_where_that_saves_time(
 
     monkeypatch.setattr(programs, "_decoders", {})
     monkeypatch.setattr(programs, "decoder", record)
-    whole = complete(1e6)
-    assert set(slots) == {32}  # compiling takes longer than what it saves
-    assert complete(0) == whole
+    expected = complete(1e6)
+    assert set(slots) == {32}  # compiling takes longer than it saves
+    assert complete(0) == expected
     assert set(slots) == {32, 8}
-    assert complete(1e6) == whole
-    assert set(slots) == {32, 8}  # the program is there
+    assert complete(1e6) == expected
+    assert set(slots) == {32, 8}  # the program is already compiled
+
+
+def test_an_engine_of_a_resumable_run_depends_on_its_requests_alone(params, prompts):
+    """Neither what is compiled nor the clock chooses its programs: the same sizes with
+    and without an earlier, longer call."""
+    engine = make_engine(rows=32, longest=(40, 90))
+    programs, weights = engine.programs, weights_for(engine, params)
+    decoder, sizes = programs.decoder, []
+
+    def record(size, *arguments):
+        sizes.append(size)
+        return decoder(size, *arguments)
+
+    def complete(**options) -> list:
+        sizes.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(programs, "decoder", record)
+            engine.sample(weights, make_requests(prompts, **options), 7)
+        return list(sizes)
+
+    first = complete()
+    assert {size.slots for size in first} == {32, 8}  # many steps are saved
+    complete(max_tokens=150)
+    programs.compile_seconds = 1e6
+    assert complete() == first
+    assert {size.slots for size in complete(max_tokens=4)} == {32}  # few steps
+    assert complete(max_tokens=4)[0] == first[0]
 
 
 def test_penalties_do_not_depend_on_slots(params, prompts):

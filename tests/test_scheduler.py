@@ -78,18 +78,19 @@ def test_a_smaller_engine_takes_over_the_rows_that_run():
     scheduler = Scheduler(jobs, shards=2, slots=32, pages=100, size=16, dispatch=4)
     scheduler.place()
     _, before, _ = scheduler.grow()
-    assert scheduler.fitting == []  # nine rows on a shard, the next engine has eight
+    # Nine rows on a shard; the next smaller engine has eight slots.
+    assert scheduler.fitting_slots == []
     assert scheduler.enough == 2
     done = np.zeros(64, bool)
     done[[3, 32]] = True  # a row of each shard
     scheduler.advance(done, np.full(64, 2))
-    assert scheduler.fitting == [8]
-    kept = scheduler.shrink(8)
-    assert kept.shape == (2, 8)
+    assert scheduler.fitting_slots == [8]
+    old_slots = scheduler.shrink(8)
+    assert old_slots.shape == (2, 8)
     runs, tables, _ = scheduler.grow()
     assert runs.all() and scheduler.enough == 0  # no engine is smaller
     for shard in range(2):
-        for slot, old in enumerate(kept[shard]):
+        for slot, old in enumerate(old_slots[shard]):
             place = 32 * shard + old
             assert tables[8 * shard + slot] == before[place]
             assert not done[place]
@@ -100,11 +101,11 @@ def test_no_slot_goes_while_samples_wait():
     scheduler = Scheduler(jobs, shards=1, slots=32, pages=3, size=16, dispatch=4)
     scheduler.place()  # pages for one row alone
     assert scheduler.running == 1 and scheduler.waiting
-    assert scheduler.fitting == []
+    assert scheduler.fitting_slots == []
     assert scheduler.enough == 1
 
 
-def test_rows_are_expected_to_double_within_their_limit():
+def test_rows_are_expected_to_double_their_length_up_to_the_limit():
     jobs = [Job(0, 10, 100, (0, 1))]
     scheduler = Scheduler(jobs, shards=1, slots=8, pages=100, size=16, dispatch=4)
     scheduler.place()

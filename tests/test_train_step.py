@@ -35,7 +35,7 @@ def examples(count: int = 12) -> list[Example]:
     ]
 
 
-@functools.cache  # tests that want the same share it
+@functools.cache  # tests with equal arguments share a run
 def run(
     shape=ONE,
     *,
@@ -167,8 +167,8 @@ def test_what_is_kept_trades_memory_for_products():
 
 
 def test_the_order_of_examples_does_not_change_the_update(whole):
-    backwards = lambda: examples()[::-1]
-    assert_same_step(run(row_length=256, batch=backwards), whole)
+    reversed_examples = lambda: examples()[::-1]
+    assert_same_step(run(row_length=256, batch=reversed_examples), whole)
 
 
 def test_scores_come_back_in_the_slot_of_their_example(whole):

@@ -1,5 +1,5 @@
-"""Runs of the tiny model: in this process, or in processes of their own where a signal,
-a death or several processes are the subject."""
+"""Runs of the tiny model: in this process, or in separate processes for tests of
+signals, deaths and several processes."""
 
 import contextlib
 import io
@@ -25,30 +25,32 @@ ALONE = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 class Result(NamedTuple):
-    """What a command leaves."""
+    """Exit code and output of a command."""
 
     code: int
     output: str
     errors: str
 
 
-def oreal_here(*arguments) -> Result:
-    """`oreal` in this process, with one device."""
-    make, one = sharding.make_mesh, jax.devices()[:1]
-    alone = lambda shape, config, devices=None: make(shape, config, devices or one)
+def oreal_in_process(*arguments) -> Result:
+    """Runs `oreal` in this process, with one device."""
+    make_mesh, one = sharding.make_mesh, jax.devices()[:1]
+    one_device = lambda shape, config, devices=None: make_mesh(
+        shape, config, devices or one
+    )
     output, errors = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
-        patch.setattr(sharding, "make_mesh", alone)
+        patch.setattr(sharding, "make_mesh", one_device)
         code = main(list(map(str, arguments)))
     return Result(code, output.getvalue(), errors.getvalue())
 
 
-def done(result: Result) -> str:
-    """The output of a command that succeeded."""
+def check_ok(result: Result) -> str:
+    """Checks that a command succeeded; returns its output."""
     assert result.code == 0, result.output + result.errors
     return result.output
 
@@ -75,8 +77,8 @@ def finish(process: subprocess.Popen) -> str:
 def fine_tuned(home: Path) -> Path:
     """Writes the tiny model into a folder, and a fine-tuned run of it as `sft`."""
     make_tiny.write(home / "start")
-    said = done(
-        oreal_here(
+    output = check_ok(
+        oreal_in_process(
             "sft",
             ROOT / "configs/tiny_sft.py",
             *("--set", f"model={home / 'start' / 'hf'}"),
@@ -84,7 +86,7 @@ def fine_tuned(home: Path) -> Path:
             *("--run", home / "sft"),
         )
     )
-    assert "step 60/60" in said
+    assert "step 60/60" in output
     return home
 
 
@@ -110,31 +112,35 @@ def train(
     options: Sequence[str] = (),
     environment: Mapping[str, str] = ALONE,
 ) -> subprocess.Popen:
-    """`oreal train` in a process of its own."""
+    """Starts `oreal train` in a separate process."""
     words = command(tiny, run, *settings, config=config, options=options)
     return oreal(*words, environment=environment)
 
 
-def train_here(
+def train_in_process(
     tiny: Path,
     run: Path,
     *settings: str,
     config: Path = ROOT / "configs/tiny.py",
     options: Sequence[str] = (),
 ) -> Result:
-    """`oreal train` in this process."""
-    return oreal_here(*command(tiny, run, *settings, config=config, options=options))
+    """Runs `oreal train` in this process."""
+    return oreal_in_process(
+        *command(tiny, run, *settings, config=config, options=options)
+    )
 
 
-def trained(
+def train_ok(
     tiny: Path,
     run: Path,
     *settings: str,
     config: Path = ROOT / "configs/tiny.py",
     options: Sequence[str] = (),
 ) -> str:
-    """The output of an `oreal train` in this process that succeeds."""
-    return done(train_here(tiny, run, *settings, config=config, options=options))
+    """Runs `oreal train` in this process, which must succeed; returns its output."""
+    return check_ok(
+        train_in_process(tiny, run, *settings, config=config, options=options)
+    )
 
 
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:

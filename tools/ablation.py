@@ -58,10 +58,10 @@ WEIGHTED = ("token_weights", "released")  # those that need a token reward model
 
 
 class Size(NamedTuple):
-    """Problems to train on and held out, samples to measure each, steps of SFT, and
-    the prompts and slots of a step."""
+    """Numbers of training and held-out problems, of samples per held-out problem, of
+    SFT steps, of prompts per step, and of slots."""
 
-    trained: int
+    training: int
     held_out: int
     samples: int
     sft_steps: int
@@ -124,10 +124,10 @@ def solutions(rows: Sequence[dict[str, str]], seed: int = 0) -> Iterator[dict]:
 
 def make_start(home: Path, size: Size, screen: Screen) -> Path:
     """The fine-tuned model that every run starts from."""
-    rows = problems(size.trained + size.held_out)
-    write_lines(home / "train.jsonl", rows[: size.trained])
-    write_lines(home / "heldout.jsonl", rows[size.trained :])
-    write_lines(home / "solutions.jsonl", solutions(rows[: size.trained]))
+    rows = problems(size.training + size.held_out)
+    write_lines(home / "train.jsonl", rows[: size.training])
+    write_lines(home / "heldout.jsonl", rows[size.training :])
+    write_lines(home / "solutions.jsonl", solutions(rows[: size.training]))
     if not (home / "hf").exists():
         shape = dataclasses.replace(make_tiny.CONFIG, layers=3, embed=96, mlp=256)
         made = home / ".hf.incomplete"
@@ -298,19 +298,19 @@ def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("directory", type=Path)
-    made.add_argument("--seeds", type=int, default=8, help="runs of each row")
-    made.add_argument("--steps", type=int, default=18, help="the budget of a run")
-    made.add_argument(
+    options.add_argument("directory", type=Path)
+    options.add_argument("--seeds", type=int, default=8, help="runs of each row")
+    options.add_argument("--steps", type=int, default=18, help="the budget of a run")
+    options.add_argument(
         "--smoke",
         action="store_true",
-        help="two seeds, few steps and problems: does it still run?",
+        help="quick check with two seeds, few steps and problems",
     )
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,15 +36,15 @@ OPTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("model", type=Path)
-    made.add_argument(
-        "--smoke", action="store_true", help="few short rows: does it still run?"
+    options.add_argument("model", type=Path)
+    options.add_argument(
+        "--smoke", action="store_true", help="quick check with few short rows"
     )
-    return made
+    return options
 
 
 def sample(

@@ -80,7 +80,7 @@ def sample(
     seed: int,
     renormalise: bool = False,
 ) -> list[list[Completion]]:
-    """Groups of completions, weights prepared for decoding included."""
+    """Completes all requests, including the preparation of weights for decoding."""
     seeded = [request._replace(seed=seed) for request in requests]
     weights = engine.weights(params)
     return engine.sample(weights, seeded, samples, renormalise=renormalise)
@@ -183,28 +183,28 @@ def peers(parsed, source, chat, requests, stops, exported, lengths) -> Iterator[
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("model", type=Path)
-    made.add_argument("--rows", type=int, default=64, help="slots of our engine")
-    made.add_argument("--limit", type=int, default=256, help="new tokens at most")
-    made.add_argument(
+    options.add_argument("model", type=Path)
+    options.add_argument("--rows", type=int, default=64, help="slots of our engine")
+    options.add_argument("--limit", type=int, default=256, help="maximum of new tokens")
+    options.add_argument(
         "--batches",
         type=int,
         nargs="*",
         default=[16, 32, 64],
         help="batch sizes that transformers may choose the best of",
     )
-    made.add_argument(
-        "--smoke", action="store_true", help="few short rows: does it still run?"
+    options.add_argument(
+        "--smoke", action="store_true", help="quick check with few short rows"
     )
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the comparison and prints one JSON line a measurement."""
+    """Runs the comparison and prints one JSON line per measurement."""
     parsed = parser().parse_args(arguments)
     questions, samples, full_tokens = QUESTIONS, SAMPLES, 128
     if parsed.smoke:
@@ -234,15 +234,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     products = matrix_products(source.config, weights, parsed.rows)
     products()
     groups = sample(engine, params, requests, samples, seed=0)  # compiles
-    lengths = [len(one.tokens) for row in zip(*groups, strict=True) for one in row]
+    lengths = [len(c.tokens) for row in zip(*groups, strict=True) for c in row]
     ours, alone, decode, truncated, others = [], [], [], [], {}
     full = without_end(requests, stops, full_tokens)
 
     def full_slots(renormalise: bool) -> float:
         sample(engine, params, full, parsed.rows // len(requests), 1, renormalise)
-        counted = engine.statistics
-        assert counted.new_tokens == parsed.rows * full_tokens  # none stopped
-        return counted.metrics()["perf/decode_throughput"]
+        counts = engine.statistics
+        assert counts.new_tokens == parsed.rows * full_tokens  # none stopped
+        return counts.metrics()["perf/decode_throughput"]
 
     def measure(seed: int) -> None:
         rates = lambda: [parsed.rows / seconds(products) for _ in range(9)]

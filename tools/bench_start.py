@@ -1,13 +1,13 @@
-"""Start-up time: `oreal sample` against ten lines of transformers, in new processes.
+"""Start-up time of `oreal sample` and of ten lines of transformers, in new processes.
 
     python tools/bench_start.py runs/tiny_start/hf
     python tools/bench_start.py runs/demo/exported
 
-The model is a Hugging Face directory; torch must be installed (`make test`). A round
-runs the script, `oreal sample` with an empty cache of compiled programs, and again with
-the one that this filled. Printed are medians of wall time and of CPU time (user and
-system, all threads), in seconds, and the ratios to the script's. Four completions of at
-most 8 tokens, float32.
+The model is a Hugging Face directory; torch must be installed (`make test`). Each round
+runs the script once and `oreal sample` twice: with an empty cache of compiled programs
+and with the cache that the first run filled. Prints the medians of wall time and of CPU
+time (user and system, all threads), in seconds, and the ratios of wall time to the
+script's. Four completions of at most 8 tokens, float32.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 QUESTION = "What is 7 + 5?"
-THEIRS = """
+TRANSFORMERS_SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -31,22 +31,22 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
 messages = [{"role": "user", "content": sys.argv[2]}]
 form = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
 inputs = tokenizer.apply_chat_template(messages, **form)
-drawing = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 4}
-tokens = model.generate(**inputs, **drawing, max_new_tokens=8)
+sampling = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 4}
+tokens = model.generate(**inputs, **sampling, max_new_tokens=8)
 print(*tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :]))
 """
-OURS = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+OREAL_SCRIPT = "import sys; from oreal_jax.cli import main; sys.exit(main())"
 
 
 class Seconds(NamedTuple):
-    """How long a process took."""
+    """Wall and CPU time of a process."""
 
     wall: float
     cpu: float
 
 
 def measure(code: str, *arguments: str, cache: str) -> Seconds:
-    """Runs code in a process of its own."""
+    """Times Python code in a new process."""
     environment = os.environ | {"XDG_CACHE_HOME": cache, "TRANSFORMERS_OFFLINE": "1"}
     for name in ("JAX_COMPILATION_CACHE_DIR", "TPU_LIBRARY_PATH"):
         environment.pop(name, None)
@@ -65,23 +65,24 @@ def measure(code: str, *arguments: str, cache: str) -> Seconds:
 
 
 def compare(model: str, rounds: int) -> dict[str, Seconds]:
-    """Medians by name, of rounds in which all take turns."""
+    """Median times by name, over rounds in which all alternate."""
     sample = ["sample", "--model", model, "--prompt", QUESTION]
     sample += ["--n", "4", "--max-tokens", "8"]
-    found: dict[str, list[Seconds]] = {"transformers": [], "cold": [], "warm": []}
+    times: dict[str, list[Seconds]] = {"transformers": [], "cold": [], "warm": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
-            found["transformers"].append(measure(THEIRS, model, QUESTION, cache=cache))
+            seconds = measure(TRANSFORMERS_SCRIPT, model, QUESTION, cache=cache)
+            times["transformers"].append(seconds)
             for name in ("cold", "warm"):
-                found[name].append(measure(OURS, *sample, cache=cache))
+                times[name].append(measure(OREAL_SCRIPT, *sample, cache=cache))
     return {
         name: Seconds(*map(statistics.median, zip(*runs, strict=True)))
-        for name, runs in found.items()
+        for name, runs in times.items()
     }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints one JSON line."""
     parsed = parser().parse_args(arguments)
     medians = compare(str(parsed.model), 1 if parsed.smoke else parsed.rounds)
-    theirs = medians["transformers"]
+    baseline = medians["transformers"]
     print(
         json.dumps(
-            {name: each._asdict() for name, each in medians.items()}
+            {name: median._asdict() for name, median in medians.items()}
             | {
-                f"{name}_ratio": medians[name].wall / theirs.wall
+                f"{name}_ratio": medians[name].wall / baseline.wall
                 for name in ("cold", "warm")
             },
             default=float,

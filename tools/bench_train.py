@@ -72,7 +72,7 @@ def seconds(work: Callable) -> float:
 
 
 def one_device(config: ModelConfig) -> Mesh:
-    """A mesh of one device: a row is a micro-batch, as it is for torch."""
+    """A mesh of one device: a row is a micro-batch, as for torch."""
     return sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
 
 
@@ -232,39 +232,41 @@ def compile_seconds(config: ModelConfig, layers: int) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("model", type=Path)
-    made.add_argument("--completions", type=int, default=40)
-    made.add_argument("--mean", type=int, default=250, help="tokens of a completion")
-    made.add_argument("--row-length", type=int, default=2048)
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument(
+    options.add_argument("model", type=Path)
+    options.add_argument("--completions", type=int, default=40)
+    options.add_argument(
+        "--mean", type=int, default=250, help="mean tokens per completion"
+    )
+    options.add_argument("--row-length", type=int, default=2048)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument(
         "--theirs",
         type=Manner.read,
         nargs="*",
         default=[Manner(1, False, False)],
         help="how transformers is run: 4_sorted, 8_unsorted_checkpointing, ...",
     )
-    made.add_argument(
+    options.add_argument(
         "--remat",
         choices=get_args(model.Remat),
         default="elementwise",
         help="what our backward pass computes again",
     )
-    made.add_argument(
+    options.add_argument(
         "--compile", action="store_true", help="measure compilation by depth instead"
     )
-    made.add_argument(
-        "--smoke", action="store_true", help="few short rows: does it still run?"
+    options.add_argument(
+        "--smoke", action="store_true", help="quick check with few short rows"
     )
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the comparison and prints one JSON line a measurement."""
+    """Runs the comparison and prints one JSON line per measurement."""
     parsed = parser().parse_args(arguments)
     depths, longest = (28, 64, 28, 64), 1800
     if parsed.smoke:

@@ -230,19 +230,19 @@ def reformatted(pool: Pool, file: Path, show: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("files", type=Path, nargs="+")
-    made.add_argument(
+    options.add_argument("files", type=Path, nargs="+")
+    options.add_argument(
         "--solutions", type=Path, help="rows with `solution`: measure answers a second"
     )
-    made.add_argument("--show", action="store_true", help="print missed answers")
-    made.add_argument(
-        "--smoke", action="store_true", help="few hanging answers: does it still run?"
+    options.add_argument("--show", action="store_true", help="print missed answers")
+    options.add_argument(
+        "--smoke", action="store_true", help="quick check with few hanging answers"
     )
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -68,8 +68,8 @@ def weights() -> Path:
 
 
 def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> Path:
-    """The tiny model in place of SmolLM2, fine-tuned to answer every second time
-    correctly: with all answers alike a prompt teaches nothing."""
+    """The tiny model in place of SmolLM2, fine-tuned to answer correctly half of the
+    time: a prompt whose answers are all alike teaches nothing."""
     make_tiny.write(home / "tiny")
     solutions = [
         {"question": row["question"], "solution": solution}
@@ -118,16 +118,16 @@ def measure(
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--directory", type=Path, default=Path("runs/demo"))
-    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    made.add_argument(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--directory", type=Path, default=Path("runs/demo"))
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    options.add_argument(
         "--smoke",
         action="store_true",
-        help="the tiny model, three steps, few problems: does it still run?",
+        help="quick check with the tiny model, three steps and few problems",
     )
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

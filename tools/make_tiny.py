@@ -81,14 +81,14 @@ def write(directory: Path, seed: int = 0) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("directory", type=Path, help="where to write it")
-    return made
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("directory", type=Path, help="where to write it")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the model into the directory of the command line."""
+    """Writes the model into the directory given on the command line."""
     parsed = parser().parse_args(arguments)
     try:
         write(parsed.directory)

@@ -29,11 +29,11 @@ def plot(run: Path, picture: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("run", type=Path)
-    made.add_argument("picture", type=Path)
-    return made
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("run", type=Path)
+    options.add_argument("picture", type=Path)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -103,10 +103,12 @@ def simulate(
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--slots", type=int, default=256, help="of the engine (256)")
-    made.add_argument(
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument(
+        "--slots", type=int, default=256, help="slots of the engine (256)"
+    )
+    options.add_argument(
         "--cache-tokens",
         type=int,
         nargs="+",
@@ -114,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sizes of the cache (131072 262144 524288 4194304)",
     )
-    return made
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

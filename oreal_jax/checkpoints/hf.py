@@ -2,8 +2,8 @@
 
 One table says where each Hugging Face tensor lives in our tree. Reading checks all
 names and shapes from the file headers first, then puts each tensor straight into its
-final sharding: a large stacked weight starts as zeros on the mesh and takes its layers
-one by one, so host memory holds one tensor and small weights in addition to the result.
+final sharding: the layers of a large stacked weight are written one by one into zeros
+on the mesh, so host memory holds one tensor and small weights beyond the result.
 """
 
 import functools
@@ -31,9 +31,9 @@ from oreal_jax.sharding import put
 OnTensor = Callable[[str], None]
 ignore: OnTensor = lambda name: None
 
-# Bytes of a stacked weight whose layers are put together on the host: on the devices,
-# two programs are compiled for it, which takes longer.
-ON_HOST = 2**28
+# Stacked weights of up to this many bytes are assembled on the host: on the devices,
+# two programs have to be compiled for each, which takes longer.
+MAX_HOST_STACK_BYTES = 2**28
 
 Path_ = tuple[str, ...]  # where a weight lies in our tree
 
@@ -165,8 +165,8 @@ def assemble(
     shardings: Params | None,
     on_tensor: OnTensor,
 ) -> Params:
-    """Builds the parameter tree from tensors that are read one at a time, the layers of
-    each weight in order."""
+    """Builds the parameter tree from tensors read one by one; the layers of a weight
+    come in order."""
     shapes = model.abstract(config, dtype)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -178,7 +178,7 @@ def assemble(
         value = tensor.to_ours(np.asarray(read()).astype(dtype), whole)
         if tensor.layer is None:
             _set(params, tensor.path, put(value, sharding))
-        elif math.prod(shape.shape) * np.dtype(dtype).itemsize <= ON_HOST:
+        elif math.prod(shape.shape) * np.dtype(dtype).itemsize <= MAX_HOST_STACK_BYTES:
             if tensor.layer == 0:
                 _set(params, tensor.path, np.zeros(shape.shape, dtype))
             stacked = _at(params, tensor.path)

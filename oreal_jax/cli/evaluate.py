@@ -131,8 +131,8 @@ def evaluate(parsed: argparse.Namespace) -> None:
         if parsed.items:
             write_lines(parsed.items, run.items(reports))
         if parsed.json:
-            whole = run.as_json(parsed.model, reports) | performance
-            text = json.dumps(whole, ensure_ascii=False, indent=1)
+            document = run.as_json(parsed.model, reports) | performance
+            text = json.dumps(document, ensure_ascii=False, indent=1)
             write_text(parsed.json, text + "\n")
     run.show(parsed.model, reports)
     screen.say("  ".join(f"{name} {value:.3g}" for name, value in performance.items()))

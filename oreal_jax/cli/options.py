@@ -175,8 +175,7 @@ def bias(text: str) -> tuple[int, float]:
 
 
 class Opened:
-    """A model ready to complete prompts as `sampling` says; `stops` are texts that end
-    completions."""
+    """A model ready to complete prompts with `sampling`; `stops` are stop strings."""
 
     def __init__(self, parsed: argparse.Namespace, sampling, stops=()):
         from oreal_jax import program_cache, sharding
@@ -207,7 +206,7 @@ class Opened:
             weights=parsed.weights,
             cache=parsed.cache,
         )
-        self.engine.require(sampling)
+        self.engine.check_sampling(sampling)
         self.sampling = sampling
         self.load = lambda: source.load(mesh, dtype)
 

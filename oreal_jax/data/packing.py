@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The sizes of a batch that are not its rows': M, C, N, T."""
+    """The sizes of a batch beyond those of its rows: M, C, N, T."""
 
     micros: int
     columns: int
@@ -69,7 +69,7 @@ class Shape(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What no step of a run exceeds: completions, tokens of a prompt with its
+    """Upper bounds for every step of a run: completions, tokens of a prompt with its
     completion, tokens of a completion; and the tokens of the shortest prompt."""
 
     completions: int
@@ -79,7 +79,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, examples: Sequence[Example], completions: int) -> "Limits":
-        """Those of batches of `completions` of these examples."""
+        """The limits of batches of `completions` examples out of these."""
         longest = max(len(e.completion) for e in examples)
         return cls(
             completions,
@@ -90,22 +90,22 @@ class Limits(NamedTuple):
         )
 
     def shape(self, rows: int, row_length: int) -> Shape:
-        """A shape that has room for nearly every batch; few are compiled then.
+        """A shape that fits nearly every batch, so that few shapes are compiled.
 
-        It does not depend on earlier batches: a resumed run has the same.
+        It does not depend on earlier batches: a resumed run uses the same.
         """
         # Each row but the last has at least this many sequences.
-        in_a_row = max(1, row_length // self.sequence)
-        worst = bucket(-(-self.completions // (in_a_row * rows)))
-        together = bucket(8 * rows * row_length // self.sequence, 16)
-        # In a full row, prompts take at least their part.
-        shortest = max(1, self.completion + self.shortest_prompt)
-        predicted = -(-row_length * self.completion // shortest)
+        per_row = max(1, row_length // self.sequence)
+        worst = bucket(-(-self.completions // (per_row * rows)))
+        per_micro_batch = bucket(8 * rows * row_length // self.sequence, 16)
+        # The share of completions is largest in a row of the shortest prompts.
+        sequence = max(1, self.completion + self.shortest_prompt)
+        predicted = -(-row_length * self.completion // sequence)
         return Shape(
-            # Micro-batches and completions that are not there take memory alone.
+            # Empty micro-batches and completions cost only memory.
             micros=max(1, worst // 2),
             columns=_columns(predicted, row_length),
-            completions=min(together, bucket(self.completions, 8)),
+            completions=min(per_micro_batch, bucket(self.completions, 8)),
             tokens=_tokens(self.completion),
         )
 
@@ -149,8 +149,8 @@ def _columns(predicted: int, row_length: int) -> int:
     return eighth * max(1, -(-predicted // eighth))
 
 
-def _tokens(most: int) -> int:
-    return bucket(most, 16) if most <= 128 else 128 * -(-most // 128)
+def _tokens(longest: int) -> int:
+    return bucket(longest, 16) if longest <= 128 else 128 * -(-longest // 128)
 
 
 def arrange(
@@ -160,8 +160,10 @@ def arrange(
     row_length: int,
     limits: Limits | None = None,
 ) -> tuple[list[list[list[int]]], Shape]:
-    """Assigns sequences of (prompt, completion) lengths to the rows of micro-batches;
-    the sequences of each row of each micro-batch, and the shape of the batch."""
+    """Assigns sequences of (prompt, completion) lengths to the rows of micro-batches.
+
+    Returns the sequences of each row of each micro-batch, and the shape of the batch.
+    """
     packed = fill_rows([prompt + answer for prompt, answer in lengths], row_length)
     groups = [packed[i : i + rows] for i in range(0, len(packed), rows)]
     predicted = (sum(lengths[i][1] for i in row) for row in packed)
@@ -183,8 +185,8 @@ def pack(
     row_length: int,
     limits: Limits | None = None,
 ) -> tuple[Batch, list[Slot]]:
-    """Packs examples into micro-batches of `rows` rows of `row_length` tokens; without
-    `limits` in a shape for these alone.
+    """Packs examples into micro-batches of `rows` rows of `row_length` tokens. Without
+    `limits`, the shape depends on these examples alone.
 
     Returns the batch (reference log-probabilities zero, to be filled in) and the slot
     of each example.

@@ -97,7 +97,7 @@ def evaluate(
 ) -> Report:
     """Completes and judges every prompt `samples` times.
 
-    Where the sampling is greedy one sample is enough.
+    One sample is enough where the sampling is greedy.
     """
     drawn = draw(
         engine,

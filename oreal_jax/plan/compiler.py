@@ -92,8 +92,8 @@ def compile_program(program: Program) -> Compiled:
     """Compiles a program; one that does not fit comes back with its error."""
     start = time.perf_counter()
     lowered = program.lower()
-    # A program for devices that are not here can be written to the cache but not read
-    # from it, and the compiler dumps no text of a program that it does not compile.
+    # A program for absent devices can be written to the cache but not read from it, and
+    # the compiler dumps no text of a program that it loads.
     with program_cache.disabled(), tempfile.TemporaryDirectory() as scratch:
         options = {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
         try:

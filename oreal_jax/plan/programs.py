@@ -24,8 +24,8 @@ from oreal_jax.sampling.work import (
     DISPATCH,
     PAGE,
     PREFILL,
-    prompts_together,
-    slots_together,
+    prompt_batch,
+    slot_batch,
 )
 from oreal_jax.train.programs import (
     compute_dtype,
@@ -100,14 +100,12 @@ def layout(
     learners = learners_of(config, shape, mesh, config.steps)
     # Stop tokens and strings are the tokenizer's, which a plan does not have; they
     # take a few kilobytes.
-    engine = engine_of(config, shape, mesh, [0], None, devices=host)
-    new = config.sampling.max_tokens
-    engine.require_room(config.max_prompt_tokens, new)
+    longest = config.max_prompt_tokens
+    engine = engine_of(config, shape, mesh, [0], None, longest, devices=host)
+    new_tokens = config.sampling.max_tokens
     processes = len({device.process_index for device in devices})
     prompts = -(-config.prompts_per_step // processes)
-    size = engine.size(
-        prompts * config.samples_per_prompt, config.max_prompt_tokens, new
-    )
+    size = engine.size(prompts * config.samples_per_prompt, longest, new_tokens)
     batch, _ = pack(
         [
             Example([0] * prompt, [0] * drawn)
@@ -189,13 +187,13 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
         (engines, *shape), dtype, sharding=rows
     )
-    whole = lambda x: jax.ShapeDtypeStruct(
+    replicated = lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=sharding.replicated(mesh)
     )
-    stops = jax.tree.map(whole, run.engine.stops)
+    stops = jax.tree.map(replicated, run.engine.stops)
     state = programs.abstract(size)
     length = bucket(config.max_prompt_tokens - 1, PAGE)
-    count = prompts_together(max(1, PREFILL // length))
+    count = prompt_batch(max(1, PREFILL // length))
     prompts = array(count, length), array(count), array(count, length // PAGE)
     yield Program(
         f"prefill of {count} x {length}",
@@ -204,15 +202,15 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         (weights, state, *prompts),
         held,
     )
-    together = slots_together(size.slots)
+    batch = slot_batch(size.slots)
     starts = Starts(
-        *(array(together) for _ in Starts._fields[:-2]),
-        prompts=array(together, size.table_pages * PAGE),
-        sampling=programs.abstract(size._replace(slots=together)).sampling,
-    )._replace(key=array(together, dtype=jnp.uint32))
+        *(array(batch) for _ in Starts._fields[:-2]),
+        prompts=array(batch, size.table_pages * PAGE),
+        sampling=programs.abstract(size._replace(slots=batch)).sampling,
+    )._replace(key=array(batch, dtype=jnp.uint32))
     beside = held + on_device(weights)
     yield Program(
-        f"admission of {together}",
+        f"admission of {batch}",
         "gen",
         programs.admit,
         (state, starts, 0),
@@ -222,13 +220,13 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     while smaller(fewest):
         fewest = smaller(fewest)
     for slots in dict.fromkeys([size.slots, fewest]):
-        left = programs.abstract(size._replace(slots=slots))
+        remaining = programs.abstract(size._replace(slots=slots))
         table, runs = array(slots, size.table_pages), array(slots, dtype=bool)
         yield Program(
             f"decode in {slots} slots",
             "decode",
             programs.decode,
-            (weights, left, table, runs, DISPATCH, 0, stops),
+            (weights, remaining, table, runs, DISPATCH, 0, stops),
             held,
         )
     if config.cache_tokens:  # rows may have to make room
@@ -241,10 +239,10 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
             name += f" of {size.table_pages} pages"
             yield Program(name, "gen", function, arguments, beside)
     yield Program(
-        f"collection of {together}",
+        f"collection of {batch}",
         "gen",
         programs.take,
-        (state, array(together)),
+        (state, array(batch)),
         beside,
     )
 

@@ -3,9 +3,9 @@ uniform numbers.
 
 The parameters are arrays over slots, so one compiled program serves every mixture of
 requests; a step that no slot needs is skipped (`Uses`). The vocabulary is never sorted.
-Truncation is a threshold per slot: tokens of a smaller weight are out. A token is found
-by inverting the cumulative distribution in two levels; whether it lies in the nucleus,
-by one sum over what is likelier.
+Truncation is a threshold per slot: tokens of smaller weight are masked. A token is
+sampled by inverting the cumulative distribution in two levels; one sum over the
+likelier tokens tells whether it is in the nucleus.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from oreal_jax.errors import BadInput
 from oreal_jax.model import Distribution
 
 BLOCK = 256  # tokens per block of the two-level cumulative sum
-# Drawing again until a token is inside is for nuclei that hold at least this much;
-# after so many misses (2^-100) it is the likeliest token.
+# Nuclei of at least mass `WIDE` are sampled by rejection; after `MAX_ATTEMPTS`
+# rejections (probability 2^-100) the likeliest token is chosen.
 WIDE, MAX_ATTEMPTS = 0.5, 100
 
 
@@ -91,8 +91,8 @@ class Sampling:
 
 
 class SlotSampling(NamedTuple):
-    """`Sampling` as arrays over slots, K biases each (a token beyond the vocabulary is
-    no bias). `renormalise` asks for `Chosen.sampled`."""
+    """`Sampling` as arrays over slots, with K biases per slot (unused ones have a token
+    beyond the vocabulary). `renormalise` requests `Chosen.sampled`."""
 
     temperature: Float[Any, "*B"]
     top_p: Float[Any, "*B"]
@@ -107,19 +107,19 @@ class SlotSampling(NamedTuple):
 
     @classmethod
     def off(cls, shape: tuple[int, ...], biases: int) -> "SlotSampling":
-        """Greedy choice without any option, for so many `biases` a slot."""
-        value = lambda x: np.full(shape, x, np.float32)
-        whole = lambda shape, x: np.full(shape, x, np.int32)
+        """Greedy choice without any option, with room for `biases` per slot."""
+        floats = lambda x: np.full(shape, x, np.float32)
+        integers = lambda shape, x: np.full(shape, x, np.int32)
         no_token = np.iinfo(np.int32).max
         return cls(
-            temperature=value(0),
-            top_p=value(1),
-            top_k=whole(shape, 0),
-            min_p=value(0),
-            repetition_penalty=value(1),
-            presence_penalty=value(0),
-            frequency_penalty=value(0),
-            bias_tokens=whole((*shape, biases), no_token),
+            temperature=floats(0),
+            top_p=floats(1),
+            top_k=integers(shape, 0),
+            min_p=floats(0),
+            repetition_penalty=floats(1),
+            presence_penalty=floats(0),
+            frequency_penalty=floats(0),
+            bias_tokens=integers((*shape, biases), no_token),
             bias_values=np.zeros((*shape, biases), np.float32),
             renormalise=np.zeros(shape, bool),
         )
@@ -128,7 +128,7 @@ class SlotSampling(NamedTuple):
     def of(
         cls, samplings: Sequence[Sampling], biases: int, renormalise: bool = False
     ) -> "SlotSampling":
-        """One slot for each of `samplings`, which have at most so many `biases`."""
+        """One slot for each of `samplings`, each with at most `biases` biases."""
         slots = cls.off((len(samplings),), biases)
         for slot, sampling in enumerate(samplings):
             slots.put(slot, sampling, renormalise)
@@ -146,38 +146,38 @@ class SlotSampling(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Which steps of choosing some slot needs. Scalars, the same for all engines of a
-    program: what no slot needs is then skipped, not computed and thrown away."""
+    """Sampling steps that at least one slot needs. Scalars, the same for all engines of
+    a program, so that unneeded steps are skipped, not computed and discarded."""
 
     adjustment: Bool[Any, ""]  # a bias or a penalty
-    chance: Bool[Any, ""]  # a temperature above 0
+    random: Bool[Any, ""]  # a temperature above 0
     top_k: Bool[Any, ""]
-    narrow: Bool[Any, ""]  # a nucleus that is searched for
-    wide: Bool[Any, ""]  # a nucleus that is drawn from by rejection
-    cut: Bool[Any, ""]  # fewer tokens than top-k leaves, before drawing
+    narrow: Bool[Any, ""]  # a nucleus found by search
+    wide: Bool[Any, ""]  # a nucleus sampled by rejection
+    cut: Bool[Any, ""]  # fewer tokens than top-k leaves, before sampling
     exact: Bool[Any, ""]  # the mass of a wide nucleus
 
     @classmethod
     def of(cls, slots: SlotSampling, running: Bool[Array, "*B"]) -> "Uses":
-        """What the slots that are `running` need."""
+        """The steps that `running` slots need."""
         needed = lambda slot: jnp.any(slot & running)
-        chance = slots.temperature > 0
+        random = slots.temperature > 0
         penalty = (slots.repetition_penalty != 1) | (slots.presence_penalty != 0)
         penalty |= slots.frequency_penalty != 0
         narrow, wide = _nuclei(slots)
         return cls(
             adjustment=needed(penalty | jnp.any(slots.bias_values != 0, axis=-1)),
-            chance=needed(chance),
-            top_k=needed(chance & (slots.top_k > 0)),
+            random=needed(random),
+            top_k=needed(random & (slots.top_k > 0)),
             narrow=needed(narrow),
             wide=needed(wide),
-            cut=needed(narrow | (chance & (slots.min_p > 0))),
+            cut=needed(narrow | (random & (slots.min_p > 0))),
             exact=needed(wide & slots.renormalise),
         )
 
 
 def _nuclei(slots: SlotSampling) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"]]:
-    """Which slots have a narrow nucleus, and which a wide one."""
+    """Masks of the slots with a narrow nucleus and of those with a wide one."""
     nucleus = (slots.temperature > 0) & (slots.top_p < 1)
     narrow = slots.top_p < WIDE
     return nucleus & narrow, nucleus & ~narrow
@@ -192,7 +192,7 @@ class Seen(NamedTuple):
 
 class Chosen(NamedTuple):
     """A token per row. `log_prob` is that of the full, untempered model, `sampled` that
-    of the distribution it was drawn from (0 where greedy or not asked for)."""
+    of the distribution it was sampled from (0 where greedy or not requested)."""
 
     token: Int[Array, "B"]
     log_prob: Float[Array, "B"]
@@ -206,18 +206,18 @@ def choose(
     slots: SlotSampling,
     seen: Seen,
 ) -> Chosen:
-    """Draws a token for every row; it depends on the row's own arguments alone.
+    """Chooses a token for every row, from that row's arguments alone.
 
-    A wide nucleus is not searched for: a token is drawn of all, and drawn again where
-    more than `top_p` of the mass is likelier than it is. Its log-probability within the
-    nucleus needs the nucleus; without `renormalise` it is not computed.
+    A wide nucleus is not searched for: a token is sampled from all, and again where at
+    least `top_p` of the mass is likelier. Its log-probability within the nucleus needs
+    the mass of the nucleus; without `renormalise` it is not computed.
     """
 
-    # Whole choices as branches: a branch that returned scores would copy them.
+    # Branches return choices: one that returned scores would copy them.
     def choose_by(scores: Float[Array, "B V"]) -> Chosen:
         highest, likeliest = largest(scores)
         token, sampled = jax.lax.cond(
-            uses.chance,
+            uses.random,
             lambda: _draw(scores - highest[:, None], likeliest, uses, keys, slots),
             lambda: (likeliest, jnp.zeros(likeliest.shape)),
         )
@@ -241,7 +241,7 @@ def _pick(values: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "
 def adjusted(
     logits: Float[Array, "B V"], slots: SlotSampling, seen: Seen
 ) -> Float[Array, "B V"]:
-    """Logits with the biases added, after the penalties."""
+    """Logits with biases added and then penalties applied."""
     rows = jnp.arange(len(logits))[:, None]
     logits = logits.at[rows, slots.bias_tokens].add(slots.bias_values, mode="drop")
     repetition = slots.repetition_penalty[:, None]
@@ -258,17 +258,17 @@ def _draw(
     keys: UInt32[Array, "B 2"],
     slots: SlotSampling,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draws a token by chance where the temperature is above 0, else the likeliest;
-    and its log-probability where it was asked for. The largest score is 0."""
-    by_chance = slots.temperature > 0
-    temperature = jnp.where(by_chance, slots.temperature, 1)
-    # A barrier, so that what follows reads these numbers and does not redo them.
+    """Samples a token where the temperature is above 0, else returns the likeliest;
+    also its log-probability where requested. The largest score is 0."""
+    random = slots.temperature > 0
+    temperature = jnp.where(random, slots.temperature, 1)
+    # A barrier, so that the consumers read these numbers and do not recompute them.
     weights = jax.lax.optimization_barrier(jnp.exp(scores / temperature[:, None]))
     zeros = jnp.zeros(len(weights))
     narrow, wide = _nuclei(slots)
     lowest = jax.lax.cond(
         uses.top_k,
-        lambda: lowest_of_top_k(weights, slots.top_k, by_chance & (slots.top_k > 0)),
+        lambda: top_k_threshold(weights, slots.top_k, random & (slots.top_k > 0)),
         lambda: zeros,
     )
     sums = block_sums(_only(weights, lowest))
@@ -276,7 +276,7 @@ def _draw(
     lowest = jnp.maximum(lowest, slots.min_p)  # the largest weight is 1
     lowest = jax.lax.cond(
         uses.narrow,
-        lambda: lowest_of_nucleus(weights, lowest, mass, narrow),
+        lambda: nucleus_threshold(weights, lowest, mass, narrow),
         lambda: lowest,
     )
     sums = jax.lax.cond(
@@ -292,27 +292,27 @@ def _draw(
     def attempt(state):
         number, token, accepted = state
         uniform = jax.vmap(lambda key: _uniform(key, number))(keys)
-        drawn = invert(weights, lowest, sums, uniform)
+        candidate = invert(weights, lowest, sums, uniform)
         fits = jax.lax.cond(
-            uses.wide, lambda: inside(drawn), lambda: jnp.ones_like(accepted)
+            uses.wide, lambda: inside(candidate), lambda: jnp.ones_like(accepted)
         )
-        token = jnp.where(fits & ~accepted, drawn, token)
+        token = jnp.where(fits & ~accepted, candidate, token)
         return number + 1, token, accepted | fits
 
-    # Rows whose token lies outside draw again, each with numbers of its own; a wide
+    # Rows whose token is outside sample again, each with its own random numbers; a wide
     # nucleus holds most of the mass, so few do. The likeliest token is inside whatever
-    # rounding says.
-    going = lambda state: ~jnp.all(state[2]) & (state[0] < MAX_ATTEMPTS)
-    token = jax.lax.while_loop(going, attempt, (0, likeliest, ~by_chance))[1]
+    # the rounding.
+    unfinished = lambda state: ~jnp.all(state[2]) & (state[0] < MAX_ATTEMPTS)
+    token = jax.lax.while_loop(unfinished, attempt, (0, likeliest, ~random))[1]
 
     def nucleus_mass():
         return jnp.sum(
-            _only(weights, lowest_of_nucleus(weights, lowest, mass, wide)), axis=-1
+            _only(weights, nucleus_threshold(weights, lowest, mass, wide)), axis=-1
         )
 
     total = jax.lax.cond(uses.exact, nucleus_mass, lambda: jnp.sum(sums, axis=-1))
     sampled = jnp.log(_pick(weights, token)) - jnp.log(total)
-    return token, jnp.where(by_chance & slots.renormalise, sampled, 0)
+    return token, jnp.where(random & slots.renormalise, sampled, 0)
 
 
 def _uniform(key: UInt32[Array, "2"], number) -> Float[Array, ""]:
@@ -356,10 +356,10 @@ def truncated(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "
     rows, lowest = jnp.ones(len(logits), bool), jnp.zeros(len(logits))
     if sampling.top_k:
         k = jnp.full(len(logits), sampling.top_k)
-        lowest = lowest_of_top_k(weights, k, rows)
+        lowest = top_k_threshold(weights, k, rows)
     if sampling.top_p < 1:
         mass = sampling.top_p * jnp.sum(_only(weights, lowest), axis=-1)
-        lowest = lowest_of_nucleus(weights, lowest, mass, rows)
+        lowest = nucleus_threshold(weights, lowest, mass, rows)
     return _only(weights, jnp.maximum(lowest, sampling.min_p))
 
 
@@ -370,26 +370,26 @@ def _only(
     return jnp.where(weights >= lowest[:, None], weights, 0)
 
 
-def lowest_of_top_k(
+def top_k_threshold(
     weights: Float[Array, "B V"], k: Int[Array, "B"], active: Bool[Array, "B"]
 ) -> Float[Array, "B"]:
-    """The smallest of the k largest weights (more than k where they tie) of each row
-    that is active, 0 for the others."""
+    """A threshold that the k largest weights of each active row reach (more than k if
+    they tie), 0 for the others."""
     count = lambda threshold: jnp.sum(weights >= threshold[:, None], axis=-1)
     enough = jnp.minimum(k, weights.shape[-1])
     exactly = lambda low, above_low, above_high: above_low == enough
     return _bisect(count, enough, exactly, active)
 
 
-def lowest_of_nucleus(
+def nucleus_threshold(
     weights: Float[Array, "B V"],
     lowest: Float[Array, "B"],
     mass: Float[Array, "B"],
     active: Bool[Array, "B"],
 ) -> Float[Array, "B"]:
-    """The smallest weight of the likeliest tokens that hold `mass` (arXiv:1904.09751),
-    of those of at least `lowest`; `lowest` where there is less, or a row is not
-    active."""
+    """A threshold that selects the nucleus: the likeliest tokens that hold `mass`
+    (arXiv:1904.09751), among those of at least `lowest`; `lowest` where the mass is
+    less or the row is inactive."""
     least = lambda threshold: jnp.maximum(threshold, lowest)
     above = lambda threshold: jnp.sum(_only(weights, least(threshold)), axis=-1)
     # Every token between two thresholds weighs at least the lower one.
@@ -404,7 +404,7 @@ def _bisect(
     active: Bool[Array, "B"],
 ) -> Float[Array, "B"]:
     """A threshold above which there is `enough`, and above whose next larger weight
-    there is not; 0 for rows that are not active. The largest weight is 1.
+    there is not; 0 for inactive rows. The largest weight is 1.
 
     Over the bit patterns of non-negative floats, which are ordered like the floats
     themselves, until the two bounds are neighbours or `settled(low, above low, above
@@ -432,8 +432,8 @@ def _bisect(
     low = jnp.zeros(enough.shape, jnp.int32)
     high = jnp.full(enough.shape, 0x3F800001, jnp.int32)  # just above 1.0
     start = (low, high, above(as_float(low)), jnp.zeros_like(enough))
-    found = as_float(jax.lax.while_loop(open_, halve, start)[0])
-    return jnp.where(active, found, 0)
+    threshold = as_float(jax.lax.while_loop(open_, halve, start)[0])
+    return jnp.where(active, threshold, 0)
 
 
 def block_sums(weights: Float[Array, "B V"]) -> Float[Array, "B C"]:
@@ -465,8 +465,8 @@ def invert(
     sums: Float[Array, "B C"],
     uniform: Float[Array, "B"],
 ) -> Int[Array, "B"]:
-    """The token at which the running sum of the weights of at least `lowest` passes
-    `uniform` of the total; `sums` are their `block_sums`."""
+    """The token at which the running sum of the weights of at least `lowest` exceeds a
+    fraction `uniform` of the total; `sums` are their `block_sums`."""
     B, _ = weights.shape
     block, rest = _pass(sums, uniform, None)
     columns = block[:, None] * BLOCK + jnp.arange(BLOCK)[None]

@@ -9,11 +9,11 @@ from oreal_jax.sampling.choice import Sampling
 
 
 class Request(NamedTuple):
-    """One prompt to complete, and how.
+    """One prompt and how to complete it.
 
-    `seed` and `key`, which names the prompt, make its random numbers. `first_sample`
-    numbers its samples from there on: two copies of a prompt in a batch draw different
-    completions.
+    `seed` and `key`, which identifies the prompt, determine its random numbers. Its
+    samples are numbered from `first_sample`: two copies of a prompt in a batch get
+    different completions.
     """
 
     prompt: Sequence[int]
@@ -28,8 +28,7 @@ class Completion(NamedTuple):
     neither came in time.
 
     `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
-    those of the distribution that the tokens were drawn from (None where they were not
-    requested).
+    those of the distribution that the tokens were sampled from (None unless requested).
     """
 
     tokens: list[int]

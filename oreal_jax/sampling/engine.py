@@ -3,12 +3,12 @@
 A process makes engines of its devices and waits for no other process. Each has a fixed
 number of slots. A prompt is prefilled once and its pages shared by its samples; the
 devices decode many tokens per dispatch and hand back when rows have finished, whose
-slots are filled again at once. A completion depends on its request and the step (their
+slots are refilled at once. A completion depends on its request and the step (its
 random numbers on seed, step, prompt, sample and position) and on nothing else: not on
 its slot, its neighbours or the devices.
 
-Requests of one call may differ in all parameters; the compiled programs are the same.
-work.py is one call.
+Requests of one call may differ in all parameters; they share the compiled programs.
+work.py runs one call.
 """
 
 import math
@@ -49,6 +49,7 @@ class Engine:
         cache: Literal["full", "float8"] = "full",
         tensor: int = 0,
         devices: Sequence | None = None,
+        longest: tuple[int, int] | None = None,
     ):
         """`rows` slots on all devices of the trainer's `mesh`, of which every `tensor`
         are an engine (0: as in the mesh); `devices` are this process's (None: as JAX
@@ -56,11 +57,14 @@ class Engine:
         completion in every slot) and decodes in `dtype`. `stop_table` is
         `stops.token_table` of stop strings. `weights` "int8" and `cache` "float8"
         (e4m3) take half the memory of bfloat16, and of what decoding a token reads;
-        prompts are then run in these numbers too.
+        prompts are then prefilled in these formats too. `longest` (tokens of a prompt,
+        of a completion) is for a run that must resume bit for bit: its programs follow
+        from these numbers and the requests, not from the clock or from what is compiled
+        already, because another number of slots changes the last bit of a logit.
 
         Raises:
-            BadInput: no stop token, one that the model does not have, or devices that
-                do not make whole engines.
+            BadInput: no stop token, a stop token outside the vocabulary, or a number of
+                devices that does not divide into engines.
         """
         if not stop_tokens:
             raise BadInput("no stop token: completions would never end")
@@ -69,7 +73,7 @@ class Engine:
         self.config, self.mesh = config, meshes.own
         self.engines = sharding.row_ways(meshes.own)
         self.slots = -(-rows // sharding.row_ways(meshes.all))
-        self.cache_tokens = cache_tokens
+        self.cache_tokens, self.longest = cache_tokens, longest
         self.stops = Stops.of(stop_tokens, stop_table, config.vocab)
         self.programs = programs_for(
             config,
@@ -100,15 +104,16 @@ class Engine:
     ) -> list[list[Completion]]:
         """`samples` completions of each request, in order.
 
-        `renormalise` asks for `Completion.sampled_log_probs` too: finding all of a
-        nucleus costs some passes over the vocabulary that drawing from it does without.
-        `on_progress(tokens, finished)` receives the tokens drawn and rows finished
+        `renormalise` also requests `Completion.sampled_log_probs`: finding all of a
+        nucleus costs a few passes over the vocabulary that sampling alone avoids.
+        `on_progress(tokens, finished)` receives the tokens generated and rows finished
         since its last call; `on_finished(request, sample, completion)` each completion
-        as it comes, in any order.
+        once it is finished, in any order.
 
         Raises:
-            BadInput: an empty prompt, one or a logit bias with a token that the model
-                does not have, or prompt and completion exceed the model or the cache.
+            BadInput: an empty prompt, a prompt or logit bias with a token outside the
+                vocabulary, or a prompt and completion longer than the model or the
+                cache allows.
         """
         completions: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
@@ -124,6 +129,7 @@ class Engine:
             self._size(requests, samples),
             step,
             renormalise,
+            self.longest is not None,
         )
         seen = 0
         for finished in work.rounds():
@@ -135,58 +141,74 @@ class Engine:
         self.statistics = work.statistics()
         return completions
 
-    def size(self, completions: int, prompt: int, new: int, biases: int = 0) -> Size:
-        """The shapes of a call for so many completions of at most so many `new` tokens,
-        after prompts of at most so many."""
+    def size(
+        self, completions: int, prompt_tokens: int, new_tokens: int, biases: int = 0
+    ) -> Size:
+        """The shapes of a call for `completions` completions of at most `new_tokens`
+        tokens each, with prompts of at most `prompt_tokens`."""
         slots = min(self.slots, bucket(-(-completions // self.engines)))
-        table_pages = bucket(-(-(prompt + new) // PAGE))
+        table_pages = bucket(-(-(prompt_tokens + new_tokens) // PAGE))
         pages = slots * (table_pages + 1) + table_pages + 1
         if self.cache_tokens:
             pages = min(pages, self.cache_tokens // PAGE + 1)
-        return Size(slots, pages, table_pages, bucket(new, PAGE), bucket(biases, 16))
+        return Size(
+            slots, pages, table_pages, bucket(new_tokens, PAGE), bucket(biases, 16)
+        )
 
     def _size(self, requests: Sequence[Request], samples: int) -> Size:
-        most = lambda of: max(map(of, requests))
-        longest = most(lambda r: len(r.prompt) + r.sampling.max_tokens)
-        new = most(lambda r: r.sampling.max_tokens)
-        biases = most(lambda r: len(r.sampling.logit_bias))
-        size = self.size(len(requests) * samples, longest - new, new, biases)
-        # What is compiled already and large enough takes memory, but no compilation.
+        maximum = lambda count: max(map(count, requests))
+        longest = maximum(lambda r: len(r.prompt) + r.sampling.max_tokens)
+        new_tokens = maximum(lambda r: r.sampling.max_tokens)
+        biases = maximum(lambda r: len(r.sampling.logit_bias))
+        if self.longest:
+            longest = max(longest, sum(self.longest))
+            new_tokens = max(new_tokens, self.longest[1])
+        size = self.size(
+            len(requests) * samples, longest - new_tokens, new_tokens, biases
+        )
+        if self.longest:
+            return size
+        # A larger size that is already compiled costs memory, but no compilation.
         limit = self.cache_tokens // PAGE + 1 if self.cache_tokens else math.inf
-        larger = [
+        reusable = [
             known
             for known in self.programs.sizes(self.stops)
             if known.slots == size.slots
             and known.pages <= limit
             and all(has >= need for has, need in zip(known, size, strict=True))
         ]
-        return min(larger, key=lambda known: known.pages, default=size)
+        return min(reusable, key=lambda known: known.pages, default=size)
 
-    def require_room(self, prompt: int, new: int) -> None:
-        """Checks that a prompt of so many tokens can be completed by `new` ones.
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Checks that prompt and completion fit the model and the cache.
 
         Raises:
-            BadInput: it is empty, or with `new` exceeds the model or the cache.
+            BadInput: the prompt is empty, or the two exceed the model or the cache.
         """
-        text = f"prompt of {prompt} tokens + max_tokens={new}"
-        if not prompt or prompt + new > self.config.max_length:
+        text = f"prompt of {prompt_tokens} tokens + max_tokens={new_tokens}"
+        if not prompt_tokens or prompt_tokens + new_tokens > self.config.max_length:
             raise BadInput(
                 f"{text} must lie within 1..{self.config.max_length}, the model's "
                 "max_length"
             )
-        if self.cache_tokens and prompt + new + 2 * PAGE > self.cache_tokens:
+        needed = prompt_tokens + new_tokens + 2 * PAGE
+        if self.cache_tokens and needed > self.cache_tokens:
             raise BadInput(f"{text} does not fit cache_tokens={self.cache_tokens}")
 
-    def require(self, sampling: Sampling) -> None:
-        """Raises BadInput where the model does not have a token of `logit_bias`."""
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Checks the tokens of `logit_bias`.
+
+        Raises:
+            BadInput: one is outside the vocabulary.
+        """
         biased = (token for token, _ in sampling.logit_bias)
         self.config.require_tokens(biased, "sampling: logit_bias")
 
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
         for sampling in {request.sampling for request in requests}:
-            self.require(sampling)
+            self.check_sampling(sampling)
         for request in requests:
-            self.require_room(len(request.prompt), request.sampling.max_tokens)
+            self.check_length(len(request.prompt), request.sampling.max_tokens)
             self.config.require_tokens(request.prompt, "prompt")
         # Prompts of like length are prefilled together.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))

@@ -29,8 +29,8 @@ from oreal_jax.sharding import EngineMeshes
 class Size(NamedTuple):
     """Static shapes of a call, on each engine; powers of two, so that programs are few.
 
-    `table_pages` is the longest row's, `pages` the cache's; a row has room for so many
-    `new_tokens` and logit `biases`.
+    `pages` is the size of the cache, `table_pages` that of the longest row;
+    `new_tokens` and `biases` (of logits) are the maxima per row.
     """
 
     slots: int
@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 
 class Stops(NamedTuple):
-    """What ends a completion: tokens (-1 is none), and the automaton of stop strings
+    """Stop tokens (padded with -1), and the automaton of stop strings
     (`stops.token_table`)."""
 
     tokens: Int[Any, "T"]
@@ -51,7 +51,7 @@ class Stops(NamedTuple):
     def of(
         cls, tokens: Sequence[int], table: Int[np.ndarray, "V S"] | None, vocab: int
     ) -> "Stops":
-        """Padded to few shapes; without a table no string is ever found."""
+        """Stops padded to few shapes; without a table no stop string matches."""
         padded = np.full(bucket(len(tokens), 8), -1, np.int32)
         padded[: len(tokens)] = sorted(tokens)
         if table is None:
@@ -68,7 +68,7 @@ class Decoding(NamedTuple):
     token: Int[Array, "B"]  # not yet fed to the model
     position: Int[Array, "B"]  # where that token stands
     drawn: Int[Array, "B"]  # tokens drawn so far
-    limit: Int[Array, "B"]  # tokens to draw at most
+    limit: Int[Array, "B"]  # maximum of `drawn`
     done: Bool[Array, "B"]  # finished, or idle
     matched: Int[Array, "B"]  # how much of a stop string there is: a state of `stops`
     sampling: SlotSampling
@@ -80,12 +80,12 @@ class Decoding(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Samples to start; slot -1 is none. `source` is a page to copy to `target`, and
-    `prompts` are the tokens that penalties look at (beyond the vocabulary: none)."""
+    """Samples to start; slot -1 is none. Page `source` is copied to page `target`.
+    `prompts` are tokens for the penalties, padded with one beyond the vocabulary."""
 
     slot: Int[Any, "*A"]
     token: Int[Any, "*A"]  # the last of the prompt
-    position: Int[Any, "*A"]  # where that token stands
+    position: Int[Any, "*A"]  # of that token
     limit: Int[Any, "*A"]
     seed: Int[Any, "*A"]
     key: UInt32[Any, "*A"]  # of the prompt
@@ -99,7 +99,7 @@ class Starts(NamedTuple):
 class Programs:
     """The jitted programs of a sampler; each compiled once per shape.
 
-    `compile_seconds` is what the dearest decoding program took so far.
+    `compile_seconds` is the longest compilation of a decoding program so far.
     """
 
     def __init__(
@@ -132,21 +132,23 @@ class Programs:
             out_shardings=sharding.of_weights(axes, meshes.all),
         )
         self.own = sharding.of_weights(axes, mesh)
-        self.lies = self._shardings()
-        self.empty = jax.jit(self._empty, static_argnums=0, out_shardings=self.lies)
-        # What is compiled for a size must take the state from all of these programs.
+        self.shardings = self._shardings()
+        self.empty = jax.jit(
+            self._empty, static_argnums=0, out_shardings=self.shardings
+        )
+        # A decoder compiled for a size must accept the state from all these programs.
         prefill = each(self._prefill, False, True, True, True, True)
-        self.prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self.lies)
+        self.prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self.shardings)
         admit = each(self._admit, True, True, False)
-        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.lies)
-        results = self.lies, sharding.replicated(mesh)
+        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.shardings)
+        results = self.shardings, sharding.replicated(mesh)
         self.decode = jax.jit(self._decode, donate_argnums=1, out_shardings=results)
-        rows = self.lies._replace(cache=())
+        rows = self.shardings._replace(cache=())
         self.shrink = jax.jit(each(self._shrink, True, True), out_shardings=rows)
         self.take = jax.jit(each(self._take, True, True))
         self.swap_out = jax.jit(each(self._swap_out, True, True, True))
         swap_in = each(self._swap_in, True, True, True, True)
-        self.swap_in = jax.jit(swap_in, donate_argnums=0, out_shardings=self.lies)
+        self.swap_in = jax.jit(swap_in, donate_argnums=0, out_shardings=self.shardings)
         self._decoders: dict[tuple, Callable] = {}
         self.compile_seconds = 0.0
 
@@ -155,8 +157,8 @@ class Programs:
         return jax.tree.map(sharding.own_part, self.reshard(params), self.own)
 
     def decoder(self, size: Size, *arguments) -> Callable:
-        """`_decode` of these arguments, compiled once for each size and shape of the
-        automaton."""
+        """`_decode` bound to these arguments, compiled once per size and shape of the
+        stops."""
         key = size, *_shapes(arguments[-1])
         if key not in self._decoders:
             # A program that is loaded from disk counts with the seconds it once took.
@@ -167,21 +169,21 @@ class Programs:
         return functools.partial(self._decoders[key], *arguments)
 
     def sizes(self, stops: Stops) -> list[Size]:
-        """The sizes that decoding is compiled for, with such stops."""
+        """Sizes that decoding is compiled for, with stops of these shapes."""
         return [size for size, *shapes in self._decoders if shapes == _shapes(stops)]
 
     def abstract(self, size: Size) -> Decoding:
         """Shapes, types and shardings of `empty`."""
         shapes = jax.eval_shape(lambda: self._empty(size))
-        return sharding.placed(shapes, self.lies)
+        return sharding.placed(shapes, self.shardings)
 
     def _shardings(self) -> Decoding:
-        """Where the arrays of `Decoding` are, whatever their size."""
+        """The shardings of `Decoding`, the same for all sizes."""
         shapes = jax.eval_shape(lambda: self._empty(Size(1, 1, 1, 1, 1)))
         rows = sharding.of_rows(self.mesh)
-        lies = jax.tree.map(lambda _: rows, shapes)
+        shardings = jax.tree.map(lambda _: rows, shapes)
         page = sharding.of_pages(self.form, self.mesh)
-        return lies._replace(cache=(page,) * self.config.layers)
+        return shardings._replace(cache=(page,) * self.config.layers)
 
     def _empty(self, size: Size) -> Decoding:
         """Idle slots and an empty cache on every engine."""
@@ -224,14 +226,14 @@ class Programs:
 
     def _admit(self, state: Decoding, starts: Starts, step) -> Decoding:
         """Starts samples in slots."""
-        # Out of range is dropped.
-        there = jnp.where(starts.slot < 0, state.token.size, starts.slot)
+        # Writes out of range are dropped.
+        slot = jnp.where(starts.slot < 0, state.token.size, starts.slot)
         keys = jax.vmap(_row_key, in_axes=(0, None, 0, 0))(
             starts.seed, step, starts.key, starts.sample
         )
-        put = lambda array, values: array.at[there].set(values, mode="drop")
+        put = lambda array, values: array.at[slot].set(values, mode="drop")
         prompt = put(state.seen.prompt, False)
-        prompt = prompt.at[there[:, None], starts.prompts].set(True, mode="drop")
+        prompt = prompt.at[slot[:, None], starts.prompts].set(True, mode="drop")
         return state._replace(
             cache=tuple(
                 pages.copy(starts.source, starts.target) for pages in state.cache
@@ -307,20 +309,20 @@ class Programs:
         """Draws and records a token in every row that is not done."""
         keys = jax.vmap(_fold)(state.keys, state.drawn)
         chosen = self.choose(logits, uses, keys, state.sampling, state.seen)
-        going, rows = ~state.done, jnp.arange(state.done.size)
-        at = (rows, jnp.where(going, state.drawn, state.tokens.shape[1]))
+        running, rows = ~state.done, jnp.arange(state.done.size)
+        at = (rows, jnp.where(running, state.drawn, state.tokens.shape[1]))
         put = lambda array, values: array.at[at].set(values, mode="drop")
         stopped = jnp.any(chosen.token[:, None] == stops.tokens[None], axis=-1)
         matched = stops.table[chosen.token, state.matched]
         stopped |= matched == FOUND
-        seen = state.seen.drawn.at[rows, chosen.token].add(going)
-        drawn = state.drawn + going
+        seen = state.seen.drawn.at[rows, chosen.token].add(running)
+        drawn = state.drawn + running
         return state._replace(
-            token=jnp.where(going, chosen.token, state.token),
-            position=state.position + going,
+            token=jnp.where(running, chosen.token, state.token),
+            position=state.position + running,
             drawn=drawn,
             done=state.done | stopped | (drawn >= state.limit),
-            matched=jnp.where(going, matched, state.matched),
+            matched=jnp.where(running, matched, state.matched),
             seen=state.seen._replace(drawn=seen),
             tokens=put(state.tokens, chosen.token),
             log_probs=put(state.log_probs, chosen.log_prob),
@@ -385,8 +387,8 @@ def programs_for(
     weights: Literal["full", "int8"],
     cache_dtype: Any,
 ) -> Programs:
-    """The same `Programs` for the same arguments: engines of a process that differ in
-    nothing else share what is compiled."""
+    """The `Programs` of these arguments, cached: engines of a process that differ in
+    nothing else share the compiled programs."""
     return Programs(
         config,
         meshes,

@@ -283,9 +283,9 @@ class Scheduler:
         return max(1, self.running - fit) if fit else 0
 
     @property
-    def fitting(self) -> list[int]:
-        """The slots of the smaller engines that the rows fit in, the smallest first;
-        none while samples wait."""
+    def fitting_slots(self) -> list[int]:
+        """Slots of the smaller engines that hold the running rows, ascending; none
+        while samples wait."""
         sizes: list[int] = []
         if not self.waiting:
             rows, slots = max(shard.running for shard in self._shards), self._slots
@@ -295,25 +295,25 @@ class Scheduler:
 
     @property
     def expected_steps(self) -> int:
-        """Steps until the last row is expected to finish: each to double its length,
-        its limit permitting, as is usual where lengths have a heavy tail."""
+        """Steps until the last row is expected to finish. A row is expected to double
+        its length, up to its limit, as usual for heavy-tailed lengths."""
         rows = [row for shard in self._shards for row in shard.rows if row]
-        new = lambda row: row.position - row.prompt.job.length + 1
+        drawn = lambda row: row.position - row.prompt.job.length + 1
         remaining = lambda row: (
-            row.prompt.job.longest - row.prompt.job.length - new(row)
+            row.prompt.job.longest - row.prompt.job.length - drawn(row)
         )
-        return max((min(new(row), remaining(row)) for row in rows), default=0)
+        return max((min(drawn(row), remaining(row)) for row in rows), default=0)
 
     def shrink(self, slots: int) -> np.ndarray:
-        """Continues with so many slots on each shard, one of `fitting`; returns the old
-        slots that they take over, [shards, slots]."""
-        kept = np.zeros((len(self._shards), slots), np.int32)
-        for row, shard in zip(kept, self._shards, strict=True):
+        """Continues with `slots` slots on each shard; returns the old slots of their
+        rows, [shards, slots]."""
+        old_slots = np.zeros((len(self._shards), slots), np.int32)
+        for row, shard in zip(old_slots, self._shards, strict=True):
             order = sorted(range(self._slots), key=lambda slot: not shard.rows[slot])
             row[:] = order[:slots]
             shard.rows = [shard.rows[slot] for slot in row.tolist()]
         self._slots = slots
-        return kept
+        return old_slots
 
     def advance(
         self, done: np.ndarray, drawn: np.ndarray

@@ -5,6 +5,7 @@ meet. Letters: A slots or starts, R prompts, S tokens a prompt, M pages.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +22,7 @@ from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swa
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
+MIN_SAVED_STEPS = 4  # for which a resumable engine shrinks
 PREFILL = 2048  # prompt tokens an engine runs at a time, or one prompt
 
 
@@ -37,10 +39,12 @@ class Work:
         size: Size,
         step: int,
         renormalise: bool,
+        resumable: bool,
     ):
         """`jobs` are the samples of `requests` to draw."""
         self.programs, self.weights, self.requests = programs, weights, requests
-        self.size, self.step, self.renormalise = size, step, renormalise
+        self.size, self.step = size, step
+        self.renormalise, self.resumable = renormalise, resumable
         self.stop_tokens = stops.tokens
         self.stops = jax.device_put(stops, sharding.replicated(programs.mesh))
         self.engines = sharding.row_ways(programs.mesh)
@@ -86,7 +90,7 @@ class Work:
             heads = [prefill.request for queue in waiting for prefill in queue[:1]]
             stored = max(len(self.requests[i].prompt) - 1 for i in heads)
             length = bucket(stored, PAGE)
-            count = prompts_together(max(1, PREFILL // length))
+            count = prompt_batch(max(1, PREFILL // length))
             taken = [[] for _ in waiting]
             for shard, queue in enumerate(waiting):
                 while queue and len(taken[shard]) < count:
@@ -96,7 +100,7 @@ class Work:
             self._prefill_batch(taken, length)
 
     def _prefill_batch(self, taken: list[list[Prefill]], length: int) -> None:
-        size = prompts_together(4 * max(map(len, taken)) - 3)  # at least as many
+        size = prompt_batch(4 * max(map(len, taken)) - 3)  # at least this many
         prompts = np.zeros((len(taken), size, length), np.int32)
         lengths = np.ones((len(taken), size), np.int32)
         table = np.zeros((len(taken), size, length // PAGE), np.int32)
@@ -113,14 +117,14 @@ class Work:
 
     def _admit(self, admissions: list[Admission]) -> None:
         queues = [[a for a in admissions if a.shard == i] for i in range(self.engines)]
-        for batch in _batches(queues, slots_together(self.size.slots)):
+        for batch in _batches(queues, slot_batch(self.size.slots)):
             self._admit_batch(batch)
 
     def _admit_batch(self, queues: list[list[Admission]]) -> None:
-        shape = (self.engines, slots_together(self.size.slots))
-        whole = lambda *shape: np.zeros(shape, np.int32)
+        shape = (self.engines, slot_batch(self.size.slots))
+        zeros = lambda *shape: np.zeros(shape, np.int32)
         starts = Starts(
-            *(whole(*shape) for _ in Starts._fields[:-2]),
+            *(zeros(*shape) for _ in Starts._fields[:-2]),
             prompts=np.full(
                 (*shape, self.size.table_pages * PAGE),
                 self.programs.config.vocab,
@@ -129,26 +133,27 @@ class Work:
             sampling=SlotSampling.off(shape, self.size.biases),
         )._replace(slot=np.full(shape, -1, np.int32), key=np.zeros(shape, np.uint32))
         for engine, queue in enumerate(queues):
-            for row, a in enumerate(queue):
-                at, request = (engine, row), self.requests[a.request]
-                starts.slot[at] = a.slot
+            for row, admission in enumerate(queue):
+                at, request = (engine, row), self.requests[admission.request]
+                starts.slot[at] = admission.slot
                 starts.token[at] = request.prompt[-1]
                 starts.position[at] = len(request.prompt) - 1
                 starts.limit[at] = request.sampling.max_tokens
                 starts.seed[at] = request.seed
                 starts.key[at] = request.key
-                starts.sample[at] = request.first_sample + a.sample
-                starts.source[at], starts.target[at] = a.source, a.target
+                starts.sample[at] = request.first_sample + admission.sample
+                starts.source[at] = admission.source
+                starts.target[at] = admission.target
                 starts.prompts[at][: len(request.prompt)] = request.prompt
                 starts.sampling.put(at, request.sampling, self.renormalise)
         starts = jax.tree.map(self._place, starts)
         self.state = self.programs.admit(self.state, starts, self.step)
 
     def _decode(self) -> list[tuple[int, int, Completion]]:
-        """Decodes for a while; returns the finished completions."""
+        """Decodes at most `DISPATCH` tokens per slot; returns finished completions."""
         self._shrink()
         # Where a smaller engine does not pay yet, only the last row ends a dispatch.
-        enough = 0 if self.scheduler.fitting else self.scheduler.enough
+        enough = 0 if self.scheduler.fitting_slots else self.scheduler.enough
         runs, tables, leaving = self.scheduler.grow()
         self._swap_out(leaving)
         table = np.zeros((len(runs), self.size.table_pages), np.int32)
@@ -196,8 +201,8 @@ class Work:
             for swap in swaps:
                 row = self.swapped.pop((swap.request, swap.sample))
                 jax.tree.map(functools.partial(_put, swap.shard), rows, row)
-            lies = jax.tree.map(lambda x: x.sharding, shapes)
-            rows = jax.device_put(rows, lies)
+            shardings = jax.tree.map(lambda x: x.sharding, shapes)
+            rows = jax.device_put(rows, shardings)
             self.state = self.programs.swap_in(self.state, rows, slots, pages)
 
     def _one_an_engine(
@@ -216,50 +221,52 @@ class Work:
             yield first, self._place(slots), self._place(pages)
 
     def _shrink(self) -> None:
-        """Continues in a smaller engine, in the same pages, where no sample waits, the
-        rows fit, and the program is there or saves more time than compiling it takes.
-        """
-        for slots in self.scheduler.fitting:
+        """Continues in a smaller engine, with the same pages, if no sample waits, the
+        rows fit, and its program is compiled or saves more time than compiling takes
+        (resumable engines: if enough steps are saved)."""
+        for slots in self.scheduler.fitting_slots:
             smaller = self.size._replace(slots=slots)
             if self._pays(smaller):
-                kept = self.scheduler.shrink(slots)
+                old_slots = self.scheduler.shrink(slots)
                 rows = self.state._replace(cache=())
-                rows = self.programs.shrink(rows, self._place(kept))
+                rows = self.programs.shrink(rows, self._place(old_slots))
                 self.state, self.size = rows._replace(cache=self.state.cache), smaller
                 return
 
     def _pays(self, smaller: Size) -> bool:
+        share = 1 - smaller.slots / self.size.slots
+        saved_steps = self.scheduler.expected_steps * share
+        if self.resumable:
+            return saved_steps >= MIN_SAVED_STEPS
         if smaller in self.programs.sizes(self.stops):
             return True
-        share = 1 - smaller.slots / self.size.slots
-        saving = self.scheduler.expected_steps * self.step_seconds * share
-        return saving >= self.programs.compile_seconds
+        return saved_steps * self.step_seconds >= self.programs.compile_seconds
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         rows_by_engine: list[list] = [[] for _ in range(self.engines)]
         for place, *rest in finished:
             engine, slot = divmod(place, self.size.slots)
             rows_by_engine[engine].append((slot, *rest))
-        batches = _batches(rows_by_engine, slots_together(self.size.slots))
-        return [c for batch in batches for c in self._collect_batch(batch)]
+        batches = _batches(rows_by_engine, slot_batch(self.size.slots))
+        return list(itertools.chain.from_iterable(map(self._collect_batch, batches)))
 
     def _collect_batch(self, rows_by_engine) -> list[tuple[int, int, Completion]]:
-        slots = np.zeros((self.engines, slots_together(self.size.slots)), np.int32)
+        slots = np.zeros((self.engines, slot_batch(self.size.slots)), np.int32)
         for engine, rows in enumerate(rows_by_engine):
             slots[engine, : len(rows)] = [slot for slot, *_ in rows]
-        *arrays, found = jax.device_get(
+        *arrays, stop_strings = jax.device_get(
             self.programs.take(self.state, self._place(slots))
         )
         completions = []
         for engine, rows in enumerate(rows_by_engine):
             for row, (_, request, sample, size) in enumerate(rows):
                 tokens, log_probs, sampled = (x[engine, row, :size] for x in arrays)
-                ended = tokens[-1] in self.stop_tokens or found[engine, row]
+                stopped = tokens[-1] in self.stop_tokens or stop_strings[engine, row]
                 completion = Completion(
                     tokens.tolist(),
                     log_probs.copy(),
                     sampled.copy() if self.renormalise else None,
-                    "stop" if ended else "length",
+                    "stop" if stopped else "length",
                 )
                 completions.append((request, sample, completion))
         return completions
@@ -276,20 +283,20 @@ class Work:
         )
 
 
-def slots_together(slots: int) -> int:
-    """How many of an engine's slots are written or read at once: always as many, so
-    that there is one program for it."""
+def slot_batch(slots: int) -> int:
+    """The number of an engine's slots that are written or read at once; constant, so
+    that one program suffices."""
     return max(1, slots // 16)
 
 
 def _batches(queues: list[list], size: int) -> Iterator[list[list]]:
-    """The queues of all engines in parts of at most so many each."""
+    """Splits the queues of all engines into parts of at most `size` each."""
     for first in range(0, max(map(len, queues)), size):
         yield [queue[first : first + size] for queue in queues]
 
 
-def prompts_together(limit: int) -> int:
-    """The largest power of four that is at most `limit`: few sizes, few programs."""
+def prompt_batch(limit: int) -> int:
+    """The largest power of four up to `limit`: few sizes, few programs."""
     return 1 << (limit.bit_length() - 1) // 2 * 2
 
 

@@ -41,8 +41,8 @@ class Examination:
         engine: Engine,
         sampling: Sampling,
     ):
-        """`engine` is training's, `sampling` as `config.samples` wants it: greedy, or
-        as in training."""
+        """`engine` is that of training; `sampling` is greedy for one sample per
+        problem, else that of training."""
         self.config, self.sets = config, sets
         self.engine, self.sampling = engine, sampling
         self.kind = "greedy" if config.samples == 1 else "sampled"
@@ -144,7 +144,7 @@ def examination_of(
     prompts: Sequence[Prompt],
     engine: Engine,
 ) -> Examination:
-    """What a config asks for, checked. `prompts` are trained on, `engine` is the one
+    """The checked evaluation of a config. `prompts` are trained on, `engine` is the one
     that training samples with.
 
     Raises:

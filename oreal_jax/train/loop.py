@@ -89,8 +89,8 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     repeated, sizes = usable_prompts(config, source.config, prompts, chat, screen)
     limits = limits_of(config, min(sizes))
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
-    engine = engine_of(config, source.config, mesh, stop_tokens, stop_table)
-    engine.require_room(max(sizes), config.sampling.max_tokens)
+    stops = stop_tokens, stop_table
+    engine = engine_of(config, source.config, mesh, *stops, max(sizes))
     examination = examination_of(config, chat, prompts, engine)
     session = Session(
         config,
@@ -199,13 +199,13 @@ def usable_prompts(
     chat: Chat,
     screen: Screen,
 ) -> tuple[list[Prompt], list[int]]:
-    """The prompts that are short enough, repeated by difficulty as published, and how
-    many tokens those that are short enough have."""
+    """The prompts that are short enough, repeated by difficulty as published, and the
+    lengths of the short ones in tokens, without repetition."""
     encoded = [chat.encode(prompt.question) for prompt in prompts]
     shape.require_tokens(itertools.chain.from_iterable(encoded), config.prompts)
     sizes = [len(tokens) for tokens in encoded]
     fits = [size <= config.max_prompt_tokens for size in sizes]
-    short = [prompt for prompt, does in zip(prompts, fits, strict=True) if does]
+    short = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     if not short:
         raise BadInput(
             f"{config.prompts}: all {len(prompts)} prompts are longer than "
@@ -217,7 +217,7 @@ def usable_prompts(
         f"{config.prompts}: {len(prompts)} prompts, {left_out} over "
         f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
     )
-    return repeated, [size for size, does in zip(sizes, fits, strict=True) if does]
+    return repeated, [size for size, fit in zip(sizes, fits, strict=True) if fit]
 
 
 def questions(

@@ -81,14 +81,16 @@ def engine_of(
     mesh: Mesh,
     stop_tokens: Sequence[int],
     stop_table: Int[np.ndarray, "V S"] | None,
+    longest_prompt: int,
     devices: Sequence | None = None,
 ) -> Engine:
-    """The engine of a run, for training and for evaluation; `devices` are this
-    process's (None: as JAX says).
+    """The engine of a run, for training and evaluation, with prompts of at most
+    `longest_prompt` tokens. `devices` are those of this process (None: JAX's default).
 
     Raises:
-        BadInput: the devices do not make engines, or the model does not have a token
-            that `config.sampling` or `stop_tokens` name.
+        BadInput: the devices do not divide into engines, or a token of
+            `config.sampling` or `stop_tokens` is outside the vocabulary, or the longest
+            completion exceeds the model or the cache.
     """
     engine = Engine(
         shape,
@@ -102,16 +104,18 @@ def engine_of(
         cache=config.decode_cache,
         tensor=config.decode_tensor,
         devices=devices,
+        longest=(longest_prompt, config.sampling.max_tokens),
     )
-    engine.require(config.sampling)
+    engine.check_sampling(config.sampling)
+    engine.check_length(longest_prompt, config.sampling.max_tokens)
     return engine
 
 
 def limits_of(config: TrainConfig, shortest_prompt: int = 0) -> Limits:
-    """What no step exceeds; prompts have at least `shortest_prompt` tokens."""
-    each = 2 if config.keep is rollout.one_pair else config.samples_per_prompt
+    """The limits of a run's steps; prompts have at least `shortest_prompt` tokens."""
+    per_prompt = 2 if config.keep is rollout.one_pair else config.samples_per_prompt
     return Limits(
-        completions=each * config.prompts_per_step,
+        completions=per_prompt * config.prompts_per_step,
         sequence=config.max_prompt_tokens + config.sampling.max_tokens,
         completion=config.sampling.max_tokens,
         shortest_prompt=shortest_prompt,
