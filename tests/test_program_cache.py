@@ -141,7 +141,7 @@ def test_without_a_home_nothing_is_cached(monkeypatch):
     assert program_cache.default_directory() is None
 
 
-@pytest.mark.parametrize("method", ["mkstemp", "replace", "utime", "open"])
+@pytest.mark.parametrize("method", ["write", "replace", "utime", "read"])
 def test_a_full_or_read_only_file_system_is_a_miss(tmp_path, monkeypatch, method):
     def fail(*_, **__):
         raise OSError(28, "no space left on device")
@@ -149,17 +149,24 @@ def test_a_full_or_read_only_file_system_is_a_miss(tmp_path, monkeypatch, method
     cache = Entries(tmp_path, 1000)
     cache.put("old", b"program")
     with monkeypatch.context() as patch:
-        if method == "mkstemp":
-            patch.setattr(program_cache.tempfile, "NamedTemporaryFile", fail)
-        elif method == "open":
+        if method == "write":
+            patch.setattr(Path, "write_bytes", fail)
+        elif method == "read":
             patch.setattr(Path, "read_bytes", fail)
         else:
             patch.setattr(os, method, fail)
         cache.put("new", b"program")
         read = cache.get("old")
-    assert read == (None if method == "open" else b"program")
-    assert cache.get("new") == (b"program" if method in ("utime", "open") else None)
+    assert read == (None if method == "read" else b"program")
+    assert cache.get("new") == (b"program" if method in ("utime", "read") else None)
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_directory_that_the_user_chose_is_not_bounded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bound = lambda path: program_cache._file_cache(str(path))[0]._max_bytes  # pyright: ignore
+    assert bound(tmp_path / "oreal_jax/programs") == program_cache.MAX_BYTES
+    assert bound(tmp_path) > 2**40
 
 
 def test_the_least_recently_read_entries_are_evicted(tmp_path):

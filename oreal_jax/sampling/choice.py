@@ -438,7 +438,7 @@ def _bisect(
 
 def block_sums(weights: Float[Array, "B V"]) -> Float[Array, "B C"]:
     """Sums of blocks of `BLOCK` tokens."""
-    return jnp.sum(_blocks(weights, 0), axis=-1)
+    return jnp.sum(_blocks(weights, 0.0), axis=-1)
 
 
 def _blocks(values: Float[Array, "B V"], fill: float) -> Float[Array, "B C block"]:
