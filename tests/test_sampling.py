@@ -188,7 +188,7 @@ def test_unneeded_steps_are_skipped_on_every_mesh():
         array = lambda *shape, dtype=jnp.int32, engines=engines: jax.ShapeDtypeStruct(
             (engines, *shape), dtype
         )
-        state = jax.eval_shape(lambda p=programs: p.empty(Size(16, 32, 8, 64, 16)))
+        state = programs.abstract(Size(16, 32, 8, 64, 16))
         slots = array(16, 8), array(16, dtype=bool)
         lowered = programs.decode.lower(weights, state, *slots, 1, 0, engine.stops)
         branches.append(lowered.as_text().count("stablehlo.case"))
@@ -508,7 +508,7 @@ def test_an_engine_shrinks_for_its_last_rows_only_if_that_saves_time(
 def test_an_engine_of_a_resumable_run_depends_on_its_requests_alone(params, prompts):
     """Neither what is compiled nor the clock chooses its programs: the same sizes with
     and without an earlier, longer call."""
-    engine = make_engine(rows=32, longest=(40, 90))
+    engine = make_engine(rows=32, longest=(40, 150))
     programs, weights = engine.programs, weights_for(engine, params)
     decoder, sizes = programs.decoder, []
 
@@ -523,11 +523,11 @@ def test_an_engine_of_a_resumable_run_depends_on_its_requests_alone(params, prom
             engine.sample(weights, make_requests(prompts, **options), 7)
         return list(sizes)
 
-    first = complete()
+    first = complete(max_tokens=120)
     assert {size.slots for size in first} == {32, 8}  # many steps are saved
-    complete(max_tokens=150)
+    complete(max_tokens=150, seed=3)
     programs.compile_seconds = 1e6
-    assert complete() == first
+    assert complete(max_tokens=120) == first
     assert {size.slots for size in complete(max_tokens=4)} == {32}  # few steps
     assert complete(max_tokens=4)[0] == first[0]
 

@@ -90,8 +90,8 @@ class Pages(NamedTuple):
 
     def write_prompts(self, table, key, value) -> "Pages":
         """See `Cached`."""
-        dtype = self.keys.dtype
-        key, value = (in_pages(x, table.shape[1]).astype(dtype) for x in (key, value))
+        dtype, shape = self.keys.dtype, (table.shape[1], self.values.shape[2])
+        key, value = (in_pages(x, *shape).astype(dtype) for x in (key, value))
         return self._replace(
             keys=self.keys.at[table].set(jnp.einsum("rmsgk->rmgks", key)),
             values=self.values.at[table].set(jnp.einsum("rmsgk->rmgsk", value)),
@@ -169,6 +169,9 @@ def place(
     return page, positions % size
 
 
-def in_pages(x: Float[Array, "R S G K"], pages: int) -> Float[Array, "R M size G K"]:
-    """Cuts S tokens into `pages` pages."""
-    return x.reshape(x.shape[0], pages, -1, *x.shape[2:])
+def in_pages(
+    x: Float[Array, "R S G K"], pages: int, size: int
+) -> Float[Array, "R M size G K"]:
+    """Splits S tokens into `pages` pages of `size`, padding the last one."""
+    padded = jnp.pad(x, ((0, 0), (0, pages * size - x.shape[1]), (0, 0), (0, 0)))
+    return padded.reshape(x.shape[0], pages, size, *x.shape[2:])

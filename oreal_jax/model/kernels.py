@@ -48,7 +48,7 @@ class TpuPages(NamedTuple):
 
     def write_prompts(self, table, key, value) -> "TpuPages":
         """See `Cached`."""
-        both = in_pages(_interleave(key, value), table.shape[1])
+        both = in_pages(_interleave(key, value), table.shape[1], self.pages.shape[1])
         return TpuPages(self.pages.at[table].set(both.astype(self.pages.dtype)))
 
     def copy(self, source, target) -> "TpuPages":

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import Batch, Example, bucket, pack
+from oreal_jax.data.packing import Batch, Example, pack
 from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Engine
 from oreal_jax.sampling.programs import Size, Starts
@@ -25,6 +25,7 @@ from oreal_jax.sampling.work import (
     PAGE,
     PREFILL,
     prompt_batch,
+    prompt_width,
     slot_batch,
 )
 from oreal_jax.train.programs import (
@@ -192,9 +193,9 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     )
     stops = jax.tree.map(replicated, run.engine.stops)
     state = programs.abstract(size)
-    length = bucket(config.max_prompt_tokens - 1, PAGE)
+    length = prompt_width(config.max_prompt_tokens - 1)
     count = prompt_batch(max(1, PREFILL // length))
-    prompts = array(count, length), array(count), array(count, length // PAGE)
+    prompts = array(count, length), array(count), array(count, -(-length // PAGE))
     yield Program(
         f"prefill of {count} x {length}",
         "prefill",

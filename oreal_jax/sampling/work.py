@@ -22,7 +22,7 @@ from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swa
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
-MIN_SAVED_STEPS = 4  # for which a resumable engine shrinks
+MIN_SAVED_STEPS = 16  # for which a resumable engine shrinks
 PREFILL = 2048  # prompt tokens an engine runs at a time, or one prompt
 
 
@@ -89,7 +89,7 @@ class Work:
         while any(waiting):
             heads = [prefill.request for queue in waiting for prefill in queue[:1]]
             stored = max(len(self.requests[i].prompt) - 1 for i in heads)
-            length = bucket(stored, PAGE)
+            length = prompt_width(stored)
             count = prompt_batch(max(1, PREFILL // length))
             taken = [[] for _ in waiting]
             for shard, queue in enumerate(waiting):
@@ -103,7 +103,7 @@ class Work:
         size = prompt_batch(4 * max(map(len, taken)) - 3)  # at least this many
         prompts = np.zeros((len(taken), size, length), np.int32)
         lengths = np.ones((len(taken), size), np.int32)
-        table = np.zeros((len(taken), size, length // PAGE), np.int32)
+        table = np.zeros((len(taken), size, -(-length // PAGE)), np.int32)
         for shard, queue in enumerate(taken):
             for row, prefill in enumerate(queue):
                 tokens = self.requests[prefill.request].prompt[:-1]
@@ -293,6 +293,12 @@ def _batches(queues: list[list], size: int) -> Iterator[list[list]]:
     """Splits the queues of all engines into parts of at most `size` each."""
     for first in range(0, max(map(len, queues)), size):
         yield [queue[first : first + size] for queue in queues]
+
+
+def prompt_width(tokens: int) -> int:
+    """The width that prompts of at most `tokens` tokens are padded to: powers of two,
+    and multiples of 16 below a page."""
+    return bucket(tokens, PAGE) if tokens > PAGE else 16 * max(1, -(-tokens // 16))
 
 
 def prompt_batch(limit: int) -> int:
