@@ -9,7 +9,7 @@ PARALLEL := -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint format clean
 
-# Large pages on Linux: a tenth of the time on CPUs are page faults otherwise.
+# Large pages on Linux save page faults (README).
 demo: $(VENV)/.installed-demo
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py
 

@@ -58,7 +58,7 @@ def traced(tiny):
     return output, run
 
 
-def test_steps_behind_the_first_are_traced_with_their_phases(traced):
+def test_steps_after_the_first_are_traced_with_their_phases(traced):
     said, run = traced
     assert f"profile: xprof --logdir {run / 'profile'}" in said
     (trace,) = run.glob("profile/plugins/profile/*/*.xplane.pb")

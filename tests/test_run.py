@@ -41,7 +41,7 @@ BLOWS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("blow", BLOWS, ids=str)
-def test_a_stopped_run_goes_on_bit_for_bit(tiny, whole, blow):
+def test_a_stopped_run_resumes_bit_for_bit(tiny, whole, blow):
     run = tiny / f"stopped-{blow.name}"
     process = train(tiny, run)
     wait_for_steps(run, 2, process)
