@@ -377,23 +377,6 @@ def _row_key(seed, step, prompt, sample) -> UInt32[Array, "2"]:
     return jax.random.key_data(key)
 
 
-@functools.lru_cache(maxsize=8)
-def programs_for(
-    config: ModelConfig,
-    meshes: EngineMeshes,
-    *,
-    page: int,
-    dtype: Any,
-    weights: Literal["full", "int8"],
-    cache_dtype: Any,
-) -> Programs:
-    """The `Programs` of these arguments, cached: engines of a process that differ in
-    nothing else share the compiled programs."""
-    return Programs(
-        config,
-        meshes,
-        page=page,
-        dtype=dtype,
-        weights=weights,
-        cache_dtype=cache_dtype,
-    )
+# The same `Programs` for the same arguments: engines of a process that differ in nothing
+# else share what is compiled.
+programs_for = functools.lru_cache(maxsize=8)(Programs)
