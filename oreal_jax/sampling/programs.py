@@ -377,6 +377,6 @@ def _row_key(seed, step, prompt, sample) -> UInt32[Array, "2"]:
     return jax.random.key_data(key)
 
 
-# The same `Programs` for the same arguments: engines of a process that differ in nothing
-# else share what is compiled.
+# The same `Programs` for the same arguments: engines of a process that differ in
+# nothing else share the compiled programs.
 programs_for = functools.lru_cache(maxsize=8)(Programs)
