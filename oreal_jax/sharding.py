@@ -230,19 +230,19 @@ def per_engine(work: Callable, mesh: Mesh, engines: Sequence[bool]) -> Callable:
     return alone
 
 
-def execution(
-    mesh: Mesh, config: ModelConfig, remat: Remat = "everything"
-) -> Execution:
+def execution(mesh: Mesh, remat: Remat = "everything", dtype: Any = None) -> Execution:
     """How a mesh runs packed rows: split by rows, tokens and heads, each device at its
     own part; the vocabulary head whole but for its split over tensor."""
-    head = ("vocab", None) if config.tied else (None, "vocab")
+    # Cast where it is stored, then gathered: not the other way around.
+    stored, whole = (_constrain(_on(mesh, x, "vocab")) for x in ("embed", None))
     return Execution(
         attend=per_part(mesh, rows="rows"),
         place=_constrain(_on(mesh, "rows", "sequence", None)),
-        gather=_constrain(_on(mesh, *head)),
+        gather=lambda x: whole(stored(x)),
         row_ways=row_ways(mesh),
         column_ways=mesh.shape["context"],
         remat=remat,
+        dtype=dtype,
     )
 
 
@@ -268,20 +268,39 @@ def per_part(mesh: Mesh, rows: str | None = None) -> Callable:
         kernel, lies = prepare(heads, length, _on(mesh, "heads", "sequence"))
         if key.shape[2] % tensor:  # fewer than devices: each gets the one it reads
             more = tensor // key.shape[2]
-            key, value = (jnp.repeat(x, more, axis=2) for x in (key, value))
+            key, value = (flash.repeat_heads(x, more) for x in (key, value))
 
         def own(kernel, query, key, value, of_queries, segments):
             first = jax.lax.axis_index("context") * query.shape[1]
+            if context > 1:
+                key, value = _gather_tokens(key), _gather_tokens(value)
             return kernel(query, key, value, of_queries, segments, first)
 
         part = spec(rows, "sequence", "heads", None)
-        whole = spec(rows, None, "heads", None)
-        names = (lies, part, whole, whole, spec(rows, "sequence"), spec(rows, None))
+        ids, whole_ids = spec(rows, "sequence"), spec(rows, None)
+        names = (lies, part, part, part, ids, whole_ids)
         return jax.shard_map(
             own, mesh=mesh, in_specs=names, out_specs=part, check_vma=False
         )(kernel, query, key, value, segments, segments)
 
     return attend
+
+
+@jax.custom_vjp
+def _gather_tokens(x: jax.Array) -> jax.Array:
+    """All tokens of rows [B, S, ...] on each device of context; the gradients of the
+    devices are summed in float32."""
+    return jax.lax.all_gather(x, "context", axis=1, tiled=True)
+
+
+def _scatter_tokens(_, slope: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(
+        slope.astype(jnp.float32), "context", scatter_dimension=1, tiled=True
+    )
+    return (total.astype(slope.dtype),)
+
+
+_gather_tokens.defvjp(lambda x: (_gather_tokens(x), None), _scatter_tokens)
 
 
 def platform(mesh: Mesh) -> str:

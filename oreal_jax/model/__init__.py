@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from oreal_jax.model.config import ModelConfig, Rope
 from oreal_jax.model.decoder import Decoder
-from oreal_jax.model.execution import ALONE, Execution, Remat
+from oreal_jax.model.execution import ALONE, Execution, Remat, exact
 from oreal_jax.model.head import Distribution, full, log_probs, logits
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "abstract",
     "axes",
     "cast",
+    "exact",
     "full",
     "hidden",
     "init",
@@ -109,6 +110,5 @@ def hidden(
 
 def token_scores(params: Params, states: Float[Array, "B C D"]) -> Float[Array, "B C"]:
     """One raw score per hidden state (the token reward model's head), in float32."""
-    return jnp.einsum(
-        "bcd,d->bc", states, params["score"], preferred_element_type=jnp.float32
-    )
+    states, score = (x.astype(jnp.float32) for x in (states, params["score"]))
+    return jnp.einsum("bcd,d->bc", states, score, precision="highest")

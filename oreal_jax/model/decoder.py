@@ -4,9 +4,16 @@ Every weight names its logical axes beside its shape; `sharding.py` says what th
 mean on a mesh. The layers are one stacked module, applied by a scan whose body is
 rematerialised, so neither compile time nor activation memory grows with depth.
 
+Activations have the compute dtype; a weight is cast to it where it is used. The
+gradient of a weight is summed, over tokens and over devices, in the weight's own dtype:
+float32 for the master weights, whatever is computed in. (Cast first, a weight of
+bfloat16 would have a gradient whose sum stops growing after 256 equal terms.)
+
 Letters: B rows, S tokens, D embed, H heads, G key-value heads, K head size, F mlp,
 V vocabulary, M pages a row.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +50,8 @@ def rms_norm(
     as long for what JAX would write.
     """
     normed = _normed(x, epsilon)[0]
-    return normed.astype(x.dtype) * jnp.expand_dims(gain, range(x.ndim - 1))
+    gain = jnp.expand_dims(gain.astype(x.dtype), range(x.ndim - 1))
+    return normed.astype(x.dtype) * gain
 
 
 def _normed(x, epsilon):
@@ -61,9 +69,10 @@ def _of_rms_norm(kept, slope):
     x, gain, epsilon = kept
     normed, scale = _normed(x, epsilon)
     slope = slope.astype(jnp.float32)
-    of_gain = jnp.einsum("...d,...d->d", slope, normed)
+    product = functools.partial(jnp.einsum, precision="highest")
+    of_gain = product("...d,...d->d", slope, normed)
     slope = slope * jnp.expand_dims(gain.astype(jnp.float32), range(x.ndim - 1))
-    along = jnp.einsum("...d,...d->...", slope, normed)[..., None] / x.shape[-1]
+    along = product("...d,...d->...", slope, normed)[..., None] / x.shape[-1]
     of_x = scale * (slope - along * normed)
     return of_x.astype(x.dtype), of_gain.astype(gain.dtype), None
 
@@ -90,27 +99,58 @@ def angles(config: ModelConfig, positions: Int[Array, "B S"]):
     return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
 
-@jax.custom_vjp
-def widen(x: Float[Array, "B S D"], wide: Float[Array, "D F"]) -> Float[Array, "B S F"]:
-    """x times a weight with more columns than rows.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def multiply(
+    spec: str, x: Float[Array, "..."], weight: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`einsum(spec, x, weight)` in the dtype of x.
 
-    Its gradient is the usual one, with x as the left factor of the weight's: XLA on CPU
-    copies that factor transposed, and JAX would put the wider one there.
+    The left factor of the weight's gradient is the one with fewer numbers: XLA on CPU
+    copies that factor transposed.
     """
-    return jnp.einsum("bsd,df->bsf", x, wide)
+    return jnp.einsum(spec, x, weight.astype(x.dtype))
 
 
-def _widen(x, wide):
-    return widen(x, wide), (x, wide)
+def _multiply(spec, x, weight):
+    return multiply(spec, x, weight), (x, weight)
 
 
-def _of_widen(kept, slope):
-    x, wide = kept
-    of_x = jnp.einsum("bsf,df->bsd", slope, wide)
-    return of_x, jnp.einsum("bsd,bsf->df", x, slope)
+def _of_multiply(spec, kept, slope):
+    x, weight = kept
+    inputs, out = spec.split("->")
+    of_x, of_weight = inputs.split(",")
+    (a, left), (b, right) = sorted([(out, slope), (of_x, x)], key=lambda f: f[1].size)
+    # In two steps: einsum would order the factors by the axes of its result.
+    found = "".join(c for c in a + b if c in of_weight)
+    gradient = jnp.einsum(
+        f"{a},{b}->{found}", left, right, preferred_element_type=weight.dtype
+    )
+    return (
+        jnp.einsum(f"{out},{of_weight}->{of_x}", slope, weight.astype(slope.dtype)),
+        jnp.einsum(f"{found}->{of_weight}", gradient),
+    )
 
 
-widen.defvjp(_widen, _of_widen)
+multiply.defvjp(_multiply, _of_multiply)
+
+
+@jax.custom_vjp
+def shift(
+    x: Float[Array, "B S H K"], bias: Float[Array, "H K"]
+) -> Float[Array, "B S H K"]:
+    """x plus a bias, in the dtype of x."""
+    return x + bias.astype(x.dtype)[None, None]
+
+
+def _shift(x, bias):
+    return shift(x, bias), bias
+
+
+def _of_shift(bias, slope):
+    return slope, jnp.sum(slope, axis=(0, 1), dtype=bias.dtype)
+
+
+shift.defvjp(_shift, _of_shift)
 
 
 class Attention(nnx.Module):
@@ -133,13 +173,13 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B S D"], cosine, sine):
         """Queries, keys and values of `x`, positions applied."""
-        query = jnp.einsum("bsd,dhk->bshk", x, self.query[...])
-        key = jnp.einsum("bsd,dgk->bsgk", x, self.key[...])
-        value = jnp.einsum("bsd,dgk->bsgk", x, self.value[...])
+        query = multiply("bsd,dhk->bshk", x, self.query[...])
+        key = multiply("bsd,dgk->bsgk", x, self.key[...])
+        value = multiply("bsd,dgk->bsgk", x, self.value[...])
         if self.config.qkv_bias:
-            query = query + self.query_bias[...][None, None]
-            key = key + self.key_bias[...][None, None]
-            value = value + self.value_bias[...][None, None]
+            query = shift(query, self.query_bias[...])
+            key = shift(key, self.key_bias[...])
+            value = shift(value, self.value_bias[...])
         if self.config.qk_norm:
             query = rms_norm(query, self.query_norm[...], self.config.norm_epsilon)
             key = rms_norm(key, self.key_norm[...], self.config.norm_epsilon)
@@ -148,7 +188,7 @@ class Attention(nnx.Module):
 
     def merge(self, attended: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
         """Brings the heads back to the residual stream."""
-        return jnp.einsum("bshk,hkd->bsd", attended, self.output[...])
+        return multiply("bshk,hkd->bsd", attended, self.output[...])
 
 
 class Mlp(nnx.Module):
@@ -162,9 +202,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """down(silu(gate(x)) * up(x))."""
-        gate = named(widen(x, self.gate[...]), "gate")
-        up = named(widen(x, self.up[...]), "up")
-        return jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...])
+        gate = named(multiply("bsd,df->bsf", x, self.gate[...]), "gate")
+        up = named(multiply("bsd,df->bsf", x, self.up[...]), "up")
+        return multiply("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...])
 
 
 class Layer(nnx.Module):
@@ -230,6 +270,8 @@ class Decoder(nnx.Module):
         def layer(x, weights: Layer):
             return weights.packed(x, cosine, sine, segments, execution)[0], None
 
-        x = execution.place(self.embedding[...][tokens])
+        embedding = self.embedding[...]
+        dtype = execution.dtype or embedding.dtype
+        x = execution.place(embedding[tokens].astype(dtype))
         x, _ = jax.lax.scan(layer, x, self.layers)
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)

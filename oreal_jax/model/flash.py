@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from oreal_jax.model.attention import ATTENDED, attend_part
 
@@ -89,12 +90,17 @@ def on_gpu(
     return attend, attend
 
 
+def repeat_heads(x: Float[Array, "B S G K"], repeats: int) -> Float[Array, "B S H K"]:
+    """Every head `repeats` times; their gradients are summed in float32."""
+    return jnp.repeat(x.astype(jnp.float32), repeats, axis=2).astype(x.dtype)
+
+
 def _triton(query, key, value, of_queries, segments, first, *, interpret):
     repeats = query.shape[2] // key.shape[2]
     return triton.mha(
         query,
-        jnp.repeat(key, repeats, axis=2),
-        jnp.repeat(value, repeats, axis=2),
+        repeat_heads(key, repeats),
+        repeat_heads(value, repeats),
         segments,
         sm_scale=query.shape[-1] ** -0.5,
         causal=True,

@@ -41,6 +41,7 @@ def logits(
 
 
 def _logits(weight: Float[Array, "D V"], states: Array) -> Array:
+    weight = weight.astype(states.dtype)
     return jnp.einsum("bcd,dv->bcv", states, weight, preferred_element_type=jnp.float32)
 
 
@@ -75,20 +76,23 @@ def log_probs(
         x = jnp.moveaxis(x.reshape(count, B, ways, chunk), 0, 2)
         return x.reshape(B, ways * count * chunk)[:, :C]
 
-    weight = execution.gather(params[head_name(config)])  # once, not in every chunk
+    weight = params[head_name(config)]
     weight = weight.T if config.tied else weight
-    outputs: Any = _in_chunks(distribution, weight, split(states), split(targets))
+    outputs: Any = _in_chunks(
+        distribution, execution.gather, weight, split(states), split(targets)
+    )
     return join(outputs[0]), join(outputs[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_chunks(
     distribution: Distribution,
+    gather: Callable,
     weight: Float[Array, "D V"],
     states: Float[Array, "m B c D"],
     targets: Int[Array, "m B c"],
 ) -> tuple[Float[Array, "m B c"], Float[Array, "m B c"]]:
-    return _forward(distribution, weight, states, targets)[0]
+    return _forward(distribution, gather, weight, states, targets)[0]
 
 
 def _is_target(scores: Array, targets: Array) -> Array:
@@ -96,13 +100,14 @@ def _is_target(scores: Array, targets: Array) -> Array:
     return jnp.arange(scores.shape[-1])[None, None] == targets[..., None]
 
 
-def _forward(distribution, weight, states, targets):
+def _forward(distribution, gather, weight, states, targets):
     """The outcome, and what the gradient needs."""
+    used = gather(weight.astype(states.dtype))  # once, not in every chunk
 
     @jax.named_scope("head")
     def one(chunk):
         states, targets = chunk
-        scores = distribution(_logits(weight, states), targets)
+        scores = distribution(_logits(used, states), targets)
         top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - top[..., None])
         chosen = jnp.where(_is_target(scores, targets), scores, 0)
@@ -117,20 +122,21 @@ def _forward(distribution, weight, states, targets):
         return chosen - log_total, log_total - weighted / total, log_total
 
     log_probs, entropy, log_total = jax.lax.map(one, (states, targets))
-    return (log_probs, entropy), (weight, states, targets, log_total, entropy)
+    kept = (weight, used, states, targets, log_total, entropy)
+    return (log_probs, entropy), kept
 
 
-def _backward(distribution, kept, slopes):
+def _backward(distribution, gather, kept, slopes):
     """With p = softmax(scores) and entropy H, the gradients by scores are 1[target] - p
     of a log-probability and -p (log p + H) of an entropy."""
-    weight, *of_chunks = kept
+    weight, used, *of_chunks = kept
 
     @jax.named_scope("head")
     def one(of_weight, chunk):
         states, targets, *of_tokens = chunk
         log_total, entropy, of_log_prob, of_entropy = (x[..., None] for x in of_tokens)
         scores, pull = jax.vjp(
-            lambda logits: distribution(logits, targets), _logits(weight, states)
+            lambda logits: distribution(logits, targets), _logits(used, states)
         )
         log_p = scores - log_total
         p = jnp.exp(log_p)
@@ -140,7 +146,7 @@ def _backward(distribution, kept, slopes):
         of_weight += jnp.einsum(
             "bcd,bcv->dv", states, slope, preferred_element_type=jnp.float32
         )
-        return of_weight, jnp.einsum("bcv,dv->bcd", slope, weight)
+        return of_weight, jnp.einsum("bcv,dv->bcd", slope, used)
 
     start = jnp.zeros(weight.shape, jnp.float32)
     of_weight, of_states = jax.lax.scan(one, start, (*of_chunks, *slopes))

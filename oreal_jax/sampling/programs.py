@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
 from oreal_jax.metrics import compilations
-from oreal_jax.model import ModelConfig, Params, decoding
+from oreal_jax.model import ModelConfig, Params, decoding, exact
 from oreal_jax.model.decoding import Cache, Weights
 from oreal_jax.model.kernels import pages_for
 from oreal_jax.sampling.choice import Seen, SlotSampling, Uses, choose
@@ -137,12 +137,14 @@ class Programs:
             self._empty, static_argnums=0, out_shardings=self.shardings
         )
         # A decoder compiled for a size must accept the state from all these programs.
-        prefill = each(self._prefill, False, True, True, True, True)
+        prefill = each(exact(self._prefill, dtype), False, True, True, True, True)
         self.prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self.shardings)
         admit = each(self._admit, True, True, False)
         self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.shardings)
         results = self.shardings, sharding.replicated(mesh)
-        self.decode = jax.jit(self._decode, donate_argnums=1, out_shardings=results)
+        self.decode = jax.jit(
+            exact(self._decode, dtype), donate_argnums=1, out_shardings=results
+        )
         rows = self.shardings._replace(cache=())
         self.shrink = jax.jit(each(self._shrink, True, True), out_shardings=rows)
         self.take = jax.jit(each(self._take, True, True))

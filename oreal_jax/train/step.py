@@ -110,7 +110,7 @@ def completion_log_probs(
 def reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
     """A jitted function of parameters and batch: the batch with the reference model's
     log-probabilities filled in."""
-    execution = sharding.execution(mesh, config)
+    execution = sharding.execution(mesh)
 
     def score(params: Params, batch: Batch) -> Batch:
         params = model.cast(params, dtype)
@@ -125,7 +125,7 @@ def reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
         scores = jax.lax.fori_loop(0, batch.filled, one, start)
         return batch._replace(reference_log_probs=scores)
 
-    return jax.jit(score, out_shardings=of_batch(mesh))
+    return jax.jit(model.exact(score, dtype), out_shardings=of_batch(mesh))
 
 
 def train_step(
@@ -146,7 +146,7 @@ def train_step(
     again.
     """
     policy, rewarder = learners
-    execution = sharding.execution(mesh, policy.config, remat)
+    execution = sharding.execution(mesh, remat, dtype)
 
     def scored(part: Batch, log_probs, entropy, token_scores) -> Scored:
         return Scored(
@@ -162,9 +162,8 @@ def train_step(
 
     def reward_objective(params, config: ModelConfig, part: Batch, counts: Counts):
         """Loss of the token reward model; metrics and token scores."""
-        weights = model.cast(params, dtype)
-        states = completion_states(config, weights, part, execution)
-        token_scores = unpack(model.token_scores(weights, states), part)
+        states = completion_states(config, params, part, execution)
+        token_scores = unpack(model.token_scores(params, states), part)
         blank = jnp.zeros_like(token_scores)
         of_part = scored(part, blank, blank, token_scores)
         with jax.named_scope("loss"):
@@ -174,7 +173,7 @@ def train_step(
     def policy_objective(params, part: Batch, counts: Counts, token_scores):
         """Loss of the policy; metrics and scores. Token scores are constants to it."""
         log_probs, entropy = completion_log_probs(
-            policy.config, model.cast(params, dtype), part, distribution, execution
+            policy.config, params, part, distribution, execution
         )
         of_part = scored(part, log_probs, entropy, token_scores)
         with jax.named_scope("loss"):
@@ -254,7 +253,7 @@ def train_step(
 
     whole = sharding.replicated(mesh)
     program = jax.jit(
-        step,
+        model.exact(step, dtype),
         static_argnums=2,
         donate_argnums=0,
         out_shardings=(learners.shardings(mesh), whole, whole),

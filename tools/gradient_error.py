@@ -1,0 +1,142 @@
+"""Gradients of a training step in bfloat16 against the same step in float32.
+
+    python tools/gradient_error.py
+    python tools/gradient_error.py --rows 16 --length 256
+
+Eight simulated CPU devices. Token frequencies follow Zipf's law, so that the gradient
+of a frequent token's embedding is a sum of thousands of terms. Every completion is
+cloned: all terms have a sign, and a sum that stops growing cannot hide. Prints the
+relative error of every leaf of both models' gradients.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from oreal_jax import model, sharding
+from oreal_jax.data.packing import Batch, Example, pack
+from oreal_jax.losses import BestOfNCloning
+from oreal_jax.model import ModelConfig
+from oreal_jax.train.state import Learners, Optimizer, TrainState, learners
+from oreal_jax.train.step import TrainStep, place, train_step
+
+CONFIG = ModelConfig(
+    vocab=256,
+    embed=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    mlp=256,
+    qkv_bias=True,
+    qk_norm=True,
+)
+OPTIMIZER = Optimizer(
+    learning_rate=1e-6, final_learning_rate=1e-6, warmup_steps=0, clip_norm=1e9
+)
+
+
+def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
+    """One micro-batch of `rows` x `length` tokens, one example a row."""
+    draw = np.random.default_rng(0)
+    frequency = 1 / np.arange(1, config.vocab + 1)
+    tokens = draw.choice(
+        config.vocab, (rows, length + 1), p=frequency / frequency.sum()
+    ).tolist()
+    examples = [Example(row[:8], row[8:-1]) for row in tokens]
+    return pack(examples, rows=rows, row_length=length)[0]
+
+
+class Step:
+    """One training step of both models from the same start, on one mesh."""
+
+    def __init__(self, config: ModelConfig, shape: sharding.MeshShape, **how: Any):
+        """`how` are arguments of `train_step`: its types."""
+        self.mesh: Mesh = sharding.make_mesh(
+            shape, config, jax.devices()[: math.prod(dataclasses.astuple(shape))]
+        )
+        self.learners: Learners = learners(config, OPTIMIZER, OPTIMIZER, 9, self.mesh)
+        self.update: TrainStep = train_step(
+            self.learners, BestOfNCloning(), self.mesh, **how
+        )
+        self.config = config
+
+    def start(self) -> TrainState:
+        """Random models, each with biases and a token reward head that do something."""
+        keys = iter(jax.random.split(jax.random.key(1), 99))
+
+        def moved(x):
+            return x + 0.1 * jax.random.normal(next(keys), x.shape) * (x.ndim < 4)
+
+        params = model.init(self.config, jax.random.key(0))
+        params["layers"] = jax.tree.map(moved, params["layers"])
+        state = self.learners.start(params, self.mesh)
+        if state.token_reward:
+            score = state.token_reward.params["score"]
+            state.token_reward.params["score"] = jax.device_put(
+                jax.random.normal(next(keys), score.shape) / score.size**0.5,
+                score.sharding,
+            )
+        return state
+
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The step before compilation."""
+        return self.update.program.lower(self.start(), place(batch, self.mesh), False)
+
+    def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Every leaf: after one step Adam's first moment is a tenth of it."""
+        state, *_ = self.update(self.start(), place(batch, self.mesh))
+        players = {"policy": state.policy, "token_reward": state.token_reward}
+        moments = {
+            name: next(part for part in player.optimizer if hasattr(part, "mu")).mu
+            for name, player in players.items()
+            if player
+        }
+        leaves = jax.tree_util.tree_flatten_with_path(moments)[0]
+        name = lambda path: "/".join(key.key for key in path)
+        return {name(path): 10 * np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
+def relative_errors(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Norm of the difference by the norm of what is expected, leaf by leaf."""
+    norm = np.linalg.norm
+    return {k: float(norm(found[k] - e) / norm(e)) for k, e in expected.items()}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Prints a table: a line a leaf, a column a way to run the step."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    args = parser.parse_args(words)
+    batch = make_batch(CONFIG, args.rows, args.length)
+    one, eight = sharding.MeshShape(fsdp=1), sharding.MeshShape(fsdp=8)
+    expected = Step(CONFIG, one, dtype=jnp.float32).gradients(batch)
+    ways = {
+        "1 device": Step(CONFIG, one, dtype=jnp.bfloat16),
+        "8 devices": Step(CONFIG, eight, dtype=jnp.bfloat16),
+    }
+    errors = {
+        name: relative_errors(step.gradients(batch), expected)
+        for name, step in ways.items()
+    }
+    print(f"{'':45}" + "".join(f"{name:>24}" for name in errors))
+    for leaf in expected:
+        print(f"{leaf:45}" + "".join(f"{e[leaf]:24.4f}" for e in errors.values()))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_platforms", "cpu")
+    main()
