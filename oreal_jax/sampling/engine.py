@@ -199,10 +199,16 @@ class Engine:
         """Checks the tokens of `logit_bias`.
 
         Raises:
-            BadInput: one is outside the vocabulary.
+            BadInput: one is outside the vocabulary, or all of it is banned.
         """
         biased = (token for token, _ in sampling.logit_bias)
         self.config.require_tokens(biased, "sampling: logit_bias")
+        banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
+        if len(banned) == self.config.vocab:
+            raise BadInput(
+                f"sampling: logit_bias: -inf for all {len(banned)} tokens leaves none "
+                "to choose"
+            )
 
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
         for sampling in {request.sampling for request in requests}:
