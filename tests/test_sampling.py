@@ -595,6 +595,22 @@ def test_eight_bits_change_little_and_depend_on_nothing_else(params, prompts, op
     assert same.mean() > 0.6 and 0 < difference.max() < 0.5
 
 
+def test_the_size_of_keys_and_values_does_not_change_a_float8_completion(
+    params, prompts
+):
+    """The same model with keys and values of thousands, queries and the output
+    projection as much smaller; e4m3 ends at 448."""
+    attention = dict(params["layers"]["attention"])
+    for name, factor in [("key", 12), ("query", -12), ("value", 12), ("output", -12)]:
+        attention[name] = attention[name] * 2.0**factor
+    large = params | {"layers": params["layers"] | {"attention": attention}}
+    how = {"max_tokens": 5, "cache": "float8"}
+    one, other = (draw(weights, prompts, **how) for weights in (params, large))
+    for a, b in zip(*map(itertools.chain.from_iterable, (one, other)), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
+
+
 def test_more_tensor_devices_than_key_value_heads_change_nothing(
     params, prompts, drawn
 ):
