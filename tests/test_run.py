@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from judge_stub import says, serving
+from safetensors.numpy import load_file, save_file
 from tiny_runs import (
     ROOT,
     arrays,
@@ -302,9 +303,25 @@ def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     code, _, errors = train_in_process(tiny, run, *settings)
     assert code == 1
     assert "max_disagreement=1e-06; the step is not saved" in errors
+    assert "decode_weights='int8' rounds, 'full' is closer" in errors
+    assert "decode_cache" not in errors
     assert "Traceback" not in errors
     assert not metrics.read(run / "metrics.jsonl")
     assert not list((run / "checkpoints").glob("*"))
+
+
+def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
+    home = shutil.copytree(tiny / "start" / "hf", tiny / "broken")
+    weights = load_file(home / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, home / "model.safetensors")
+    run = tiny / "not-finite"
+    code, _, errors = train_in_process(tiny, run, f"model={home}", "steps=1")
+    assert code == 1
+    assert "step 1: a token without a probability: 1 of the model's weights" in errors
+    assert "first layers/1/mlp/up; the step is not saved" in errors
+    assert not metrics.read(run / "metrics.jsonl")
 
 
 def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):

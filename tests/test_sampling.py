@@ -14,7 +14,7 @@ import torch
 
 from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import BadInput, Failure
 from oreal_jax.model import ModelConfig
 from oreal_jax.plan.collectives import moved
 from oreal_jax.sampling import (
@@ -558,6 +558,22 @@ def test_tokens_that_the_model_does_not_have_are_refused(params):
         draw(params, [[1, 64]])
     with pytest.raises(BadInput, match="no token -1"):
         Sampling(max_tokens=1, logit_bias=((-1, 1.0),))
+
+
+@pytest.mark.parametrize("option", [{}, {"weights": "int8"}, {"cache": "float8"}])
+def test_a_weight_that_is_not_finite_is_named(params, option):
+    attention = params["layers"]["attention"]
+    key = attention["key"].at[1, 2, 0, 3].set(jnp.nan)
+    broken = params["layers"] | {"attention": attention | {"key": key}}
+    with pytest.raises(Failure, match="1 of .* not finite, first layers/1/attention/k"):
+        draw(params | {"layers": broken}, [[1, 2]], 1, max_tokens=5, **option)
+
+
+def test_decoding_that_overflows_does_not_blame_the_weights(params):
+    large = params | {"final_norm": params["final_norm"] * 1e38}
+    large["head"] = large["head"] * 10.0
+    with pytest.raises(Failure, match="are finite: decoding in float32, weights='full"):
+        draw(large, [[1, 2]], 1, max_tokens=5)
 
 
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from oreal_jax import efficiency
+from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Slot
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import Failure
@@ -78,25 +79,20 @@ def work(
     return done | {"update_actor": Done(learned.tokens, flops)}
 
 
-def require_probabilities(groups: Sequence[Group], step: int) -> None:
-    """Raises `Failure` where a completion was drawn from no distribution: the weights
-    are not finite."""
-    for trajectory in (t for group in groups for t in group):
-        if not np.isfinite(trajectory.completion.log_probs).all():
-            raise Failure(
-                f"step {step + 1}: sample {trajectory.sample} of prompt "
-                f"{trajectory.prompt.id} has a token without a probability: the "
-                "policy's weights are not finite; the step is not saved"
-            )
-
-
-def require_agreement(values: dict[str, float], most: float, step: int) -> None:
-    """Raises `Failure` where sampler and trainer are further apart than `most`."""
-    found = values["training/rollout_probs_diff_mean"]
-    if not found <= most:
+def require_agreement(values: dict[str, float], config: TrainConfig, step: int) -> None:
+    """Raises `Failure` where sampler and trainer differ by more than
+    `max_disagreement`."""
+    difference = values["training/rollout_probs_diff_mean"]
+    if not difference <= config.max_disagreement:
+        narrow = "".join(
+            f"; {name}={getattr(config, name)!r} rounds, 'full' is closer"
+            for name in ("decode_weights", "decode_cache")
+            if getattr(config, name) != "full"
+        )
         raise Failure(
             f"step {step}: the sampler's token probabilities differ from the trainer's "
-            f"by {found:.4g} on average, max_disagreement={most}; the step is not saved"
+            f"by {difference:.4g} on average, max_disagreement="
+            f"{config.max_disagreement}; the step is not saved{narrow}"
         )
 
 
