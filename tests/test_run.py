@@ -213,6 +213,14 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
         kept = [row for row in map(json.loads, lines) if row["kept"]]
         mean = np.mean([np.mean(row["old_log_probs"]) for row in kept])
         differences.append(mean)
+        # The first step's policy is the reference, whatever it is sampled from.
+        assert row["actor/kl_loss"] < 1e-9
+        read = laboratory.read([run / "trajectories"])
+        found = laboratory.examine(losses.Oreal(), read)
+        assert found.terms["actor/kl_loss"] < 1e-9
+        for t in kept:
+            full = t.get("full_log_probs", t["log_probs"])
+            np.testing.assert_allclose(full, t["reference_log_probs"], atol=2e-5)
     assert differences[0] < 1e-3 and differences[2] < 1e-3
     assert differences[1] > differences[3]  # what is cut off makes the rest likelier
 

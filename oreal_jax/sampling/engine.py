@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
-from oreal_jax.errors import BadInput, Failure
+from oreal_jax.errors import BadInput, Diverged, Failure
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import Sampling
@@ -116,8 +116,8 @@ class Engine:
             BadInput: an empty prompt, a prompt or logit bias with a token outside the
                 vocabulary, or a prompt and completion longer than the model or the
                 cache allows.
-            Failure: a token without a probability; the message says whether weights or
-                decoding are to blame.
+            Diverged: a token without a probability, of weights that are not finite.
+            Failure: the same though they are finite: decoding overflows.
         """
         completions: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
@@ -139,7 +139,7 @@ class Engine:
         for finished in work.rounds():
             for request, sample, completion in finished:
                 if not _has_probabilities(completion):
-                    raise Failure(self._overflow(weights))
+                    raise self._no_probability(weights)
                 completions[request][sample] = completion
                 on_finished(request, sample, completion)
             on_progress(work.drawn_tokens - seen, len(finished))
@@ -216,19 +216,19 @@ class Engine:
                 "to choose"
             )
 
-    def _overflow(self, weights: Weights) -> str:
-        """Why a token has no probability."""
+    def _no_probability(self, weights: Weights) -> Failure:
+        """Why a token has no probability: its weights, or else decoding."""
         names = [
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, weight in jax.tree.leaves_with_path(weights)
             if not jnp.isfinite(weight).all()
         ]
         if names:
-            return (
+            return Diverged(
                 f"a token without a probability: {len(names)} of the model's weights "
                 f"are not finite, first {names[0]}"
             )
-        return (
+        return Failure(
             "a token without a probability, though the model's weights are finite: "
             f"decoding {self.formats} overflows; try float32 and 'full'"
         )

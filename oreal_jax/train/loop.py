@@ -356,7 +356,7 @@ def sample(
                 on_finished=note,
             )
         except Failure as error:
-            raise Failure(f"{label}{error}; the step is not saved") from None
+            raise type(error)(f"{label}{error}; the step is not saved") from None
     return [[finished[n, k] for k in range(K)] for n in range(len(asked))]
 
 

@@ -1,6 +1,7 @@
 """What a step's scores say: does the sampler agree with the trainer, does the token
 reward model tell right from wrong; and what the step has computed."""
 
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ from oreal_jax import efficiency
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Slot
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import Failure
+from oreal_jax.errors import Diverged
 from oreal_jax.rollout import Group, TokenScores, Trajectory
 from oreal_jax.train.state import Learners
 from oreal_jax.train.step import Scores
@@ -28,12 +29,14 @@ def agreement(
             batch.reference_log_probs,
             scores.entropy,
             scores.token_scores,
+            scores.full_log_probs,
         )
     )
     pairs, means = [], []
     for trajectory, (micro, place) in zip(kept, slots, strict=True):
         size = len(trajectory.completion.tokens)
-        said = TokenScores(*(values[micro, place, :size] for values in arrays))
+        take = operator.itemgetter((micro, place, slice(size)))
+        said = jax.tree.map(take, TokenScores(*arrays))
         trajectory.scores = said
         pairs.append(np.exp([trajectory.old_log_probs, said.log_probs]))
         means.append(said.token_scores.mean())
@@ -80,7 +83,7 @@ def work(
 
 
 def require_agreement(values: dict[str, float], config: TrainConfig, step: int) -> None:
-    """Raises `Failure` where sampler and trainer differ by more than
+    """Raises `Diverged` where sampler and trainer differ by more than
     `max_disagreement`."""
     difference = values["training/rollout_probs_diff_mean"]
     if not difference <= config.max_disagreement:
@@ -89,7 +92,7 @@ def require_agreement(values: dict[str, float], config: TrainConfig, step: int) 
             for name in ("decode_weights", "decode_cache")
             if getattr(config, name) != "full"
         )
-        raise Failure(
+        raise Diverged(
             f"step {step}: the sampler's token probabilities differ from the trainer's "
             f"by {difference:.4g} on average, max_disagreement="
             f"{config.max_disagreement}; the step is not saved{narrow}"
