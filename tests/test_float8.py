@@ -60,14 +60,16 @@ def test_scales_change_no_bit_of_a_logit(config):
     assert np.any(logits(config, params, E4M3) != logits(config, fitted, E4M3))
 
 
-@pytest.mark.parametrize("size", [0.0, 500.0, 5000.0])
-def test_large_keys_leave_probabilities_near(size):
-    """One channel of one head far out, as in Qwen2.5's keys."""
+@pytest.mark.parametrize(("plane", "limit"), [(1, 0.1), (7, 0.005)])
+@pytest.mark.parametrize("size", [500.0, 5000.0])
+def test_large_keys_leave_probabilities_near(size, plane, limit):
+    """One channel of one head far out, as in Qwen2.5's keys; nearer in the slowest
+    plane, where all tokens' keys round alike."""
     params = random_params(CONFIG)
     attention = params["layers"]["attention"]
-    attention["key_bias"] = attention["key_bias"].at[1, 0, 3].set(size)
+    attention["key_bias"] = attention["key_bias"].at[1, 0, plane].set(size)
     small = logits(CONFIG, float8.fit(CONFIG, params), E4M3)
-    assert 0 < log_prob_error(small, logits(CONFIG, params)) < 0.05
+    assert 0 < log_prob_error(small, logits(CONFIG, params)) < limit
 
 
 def test_the_worst_text_reaches_the_bound_and_not_the_end_of_the_range():
@@ -91,6 +93,7 @@ def test_the_worst_text_reaches_the_bound_and_not_the_end_of_the_range():
     tokens = jnp.arange(config.vocab)[:, None]  # a row each, at position 0
     lengths = [1] * config.vocab
     (pages,), table = prefilled(config, weights, tokens, lengths, pages=1)
+    assert isinstance(pages, Pages)
     keys = np.abs(pages.keys[table[:, 0], :, :, 0]).reshape(config.vocab, -1)
     values = np.abs(pages.values[table[:, 0], :, 0]).reshape(config.vocab, -1)
     limit = float8.LIMIT * (1 + 1e-5)
