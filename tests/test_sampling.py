@@ -14,7 +14,7 @@ import torch
 
 from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
-from oreal_jax.errors import BadInput, Failure
+from oreal_jax.errors import BadInput, Diverged, Failure
 from oreal_jax.model import ModelConfig
 from oreal_jax.plan.collectives import moved
 from oreal_jax.sampling import (
@@ -565,8 +565,18 @@ def test_a_weight_that_is_not_finite_is_named(params, option):
     attention = params["layers"]["attention"]
     key = attention["key"].at[1, 2, 0, 3].set(jnp.nan)
     broken = params["layers"] | {"attention": attention | {"key": key}}
-    with pytest.raises(Failure, match="1 of .* not finite, first layers/1/attention/k"):
+    named = "1 of .* not finite, first layers/1/attention/key"
+    with pytest.raises(Diverged, match=named):
         draw(params | {"layers": broken}, [[1, 2]], 1, max_tokens=5, **option)
+
+
+def test_a_completion_ends_at_a_token_without_a_probability(params, monkeypatch):
+    """It is not decoded to its limit before the error is raised."""
+    check = "oreal_jax.sampling.engine._has_probabilities"
+    monkeypatch.setattr(check, lambda completion: True)
+    broken = params | {"final_norm": params["final_norm"] * jnp.nan}
+    ((completion,),) = draw(broken, [[1, 2]], 1, max_tokens=5)
+    assert len(completion.tokens) == 1 and not np.isfinite(completion.log_probs[0])
 
 
 def test_decoding_that_overflows_does_not_blame_the_weights(params):

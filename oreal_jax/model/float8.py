@@ -20,21 +20,20 @@ def fit(config: ModelConfig, params: Any) -> Any:
 
     Each channel of keys and values is divided by a power of two, and that of queries
     and of the output projection's input multiplied by it. No score and no output
-    changes, not even by rounding. The power brings a bound on the channel below
-    `LIMIT`:
+    changes, not even by rounding (int8 weights round the output projection elsewhere).
+    The power brings a bound on the channel below `LIMIT`:
 
     * a normalised input has a norm of at most sqrt(D), so its product with column w is
       at most sqrt(D) |gain * w|; a bias adds to that;
     * a normalised head (Qwen3) has a norm of at most sqrt(K);
     * rotation mixes the two channels of a plane: at most the root of both squares.
 
-    Bounds are loose, often by a factor of a hundred, which costs nothing: e4m3 rounds
+    Bounds are loose, by about sqrt(D) for most texts, which costs little: e4m3 rounds
     all numbers from 2^-6 to 448 by the same share.
     """
     layers = params["layers"]
     attention = layers["attention"]
     of_query = lambda x: jnp.repeat(x, config.heads // attention["key"].shape[2], 1)
-
     gain = layers["attention_norm"].astype(jnp.float32)
 
     def bound(name: str) -> Float[Array, "L G K"]:

@@ -318,6 +318,7 @@ class Programs:
         stopped = jnp.any(chosen.token[:, None] == stops.tokens[None], axis=-1)
         matched = stops.table[chosen.token, state.matched]
         stopped |= matched == FOUND
+        stopped |= ~jnp.isfinite(chosen.log_prob)  # `Engine.sample` raises its error
         seen = state.seen.drawn.at[rows, chosen.token].add(running)
         drawn = state.drawn + running
         return state._replace(
