@@ -124,7 +124,8 @@ class TrainConfig:
     prompts; `loss.advantage` judges them within their prompt, `keep` chooses those to
     learn from. `log_probs` "full" trains on the probabilities of the whole vocabulary,
     as released; "sampled" on those of the policy that acted, tempered and renormalised
-    over the tokens that `sampling` keeps (the reference model's stay full).
+    over the tokens that `sampling` keeps (a KL to the reference model compares full
+    ones in both cases).
     `token_reward` None trains no token reward model. `stop_words` are added to the
     model's own stop tokens, `stop_strings` end a completion wherever its text has one.
     An engine is `decode_tensor` devices (0: as many as the mesh's tensor axis) with

@@ -24,6 +24,7 @@ class TokenScores(NamedTuple):
     reference_log_probs: Float[np.ndarray, "T"]
     entropy: Float[np.ndarray, "T"]
     token_scores: Float[np.ndarray, "T"]
+    full_log_probs: Float[np.ndarray, "T"] | None = None  # see `losses.Scored`
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -91,7 +92,11 @@ class Trajectory:
             row["mean_token_score"] = float(self.scores.token_scores.mean())
             row["pieces"] = pieces(self.completion.tokens)
             per_token = {"old_log_probs": self.old_log_probs} | self.scores._asdict()
-            row |= {name: _rounded(values) for name, values in per_token.items()}
+            row |= {
+                name: _rounded(values)
+                for name, values in per_token.items()
+                if values is not None
+            }
         return row
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from judge_stub import says, serving
+from safetensors.numpy import load_file, save_file
 from tiny_runs import (
     ROOT,
     arrays,
@@ -212,6 +213,14 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
         kept = [row for row in map(json.loads, lines) if row["kept"]]
         mean = np.mean([np.mean(row["old_log_probs"]) for row in kept])
         differences.append(mean)
+        # The first step's policy is the reference, whatever it is sampled from.
+        assert row["actor/kl_loss"] < 1e-9
+        read = laboratory.read([run / "trajectories"])
+        found = laboratory.examine(losses.Oreal(), read)
+        assert found.terms["actor/kl_loss"] < 1e-9
+        for t in kept:
+            full = t.get("full_log_probs", t["log_probs"])
+            np.testing.assert_allclose(full, t["reference_log_probs"], atol=2e-5)
     assert differences[0] < 1e-3 and differences[2] < 1e-3
     assert differences[1] > differences[3]  # what is cut off makes the rest likelier
 
@@ -302,9 +311,25 @@ def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     code, _, errors = train_in_process(tiny, run, *settings)
     assert code == 1
     assert "max_disagreement=1e-06; the step is not saved" in errors
+    assert "decode_weights='int8' rounds, 'full' is closer" in errors
+    assert "decode_cache" not in errors
     assert "Traceback" not in errors
     assert not metrics.read(run / "metrics.jsonl")
     assert not list((run / "checkpoints").glob("*"))
+
+
+def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
+    home = shutil.copytree(tiny / "start" / "hf", tiny / "broken")
+    weights = load_file(home / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, home / "model.safetensors")
+    run = tiny / "not-finite"
+    code, _, errors = train_in_process(tiny, run, f"model={home}", "steps=1")
+    assert code == 1
+    assert "step 1: a token without a probability: 1 of the model's weights" in errors
+    assert "first layers/1/mlp/up; the step is not saved" in errors
+    assert not metrics.read(run / "metrics.jsonl")
 
 
 def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):

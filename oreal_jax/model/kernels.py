@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from oreal_jax.errors import BadInput
 from oreal_jax.model.cache import Cached, Pages, in_pages, place
+from oreal_jax.model.float8 import saturated
 
 # What a TPU holds in fast memory at a time: tokens of a row, and rows. The kernel's own
 # table asks the device, which a compilation ahead of time does not have.
@@ -43,13 +44,13 @@ class TpuPages(NamedTuple):
     def write(self, table, positions, key, value) -> "TpuPages":
         """See `Cached`."""
         page, offset = place(table, positions, self.pages.shape[1])
-        both = _interleave(key, value).astype(self.pages.dtype)
+        both = saturated(_interleave(key, value), self.pages.dtype)
         return TpuPages(self.pages.at[page, offset].set(both))
 
     def write_prompts(self, table, key, value) -> "TpuPages":
         """See `Cached`."""
         both = in_pages(_interleave(key, value), table.shape[1], self.pages.shape[1])
-        return TpuPages(self.pages.at[table].set(both.astype(self.pages.dtype)))
+        return TpuPages(self.pages.at[table].set(saturated(both, self.pages.dtype)))
 
     def copy(self, source, target) -> "TpuPages":
         """See `Cached`."""
@@ -58,7 +59,8 @@ class TpuPages(NamedTuple):
     def attend(self, query, table, lengths) -> Float[Array, "B H K"]:
         """See `Cached`; the kernel itself stops at each row's length."""
         rows, size = query.shape[0], self.pages.shape[1]
-        narrow = self.pages.dtype.itemsize == 1  # the kernel reads float8 with a scale
+        # The kernel reads float8 with one scale for all heads. Ours are in the weights.
+        narrow = self.pages.dtype.itemsize == 1
         return ragged_paged_attention(
             query,
             self.pages,

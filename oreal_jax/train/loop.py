@@ -33,7 +33,7 @@ from oreal_jax.data import (
     repeat_by_difficulty,
 )
 from oreal_jax.data.packing import Batch, Limits, pack
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import BadInput, Failure
 from oreal_jax.evaluation.attempts import fingerprint
 from oreal_jax.files import write_lines
 from oreal_jax.model import ModelConfig, Params
@@ -120,7 +120,6 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
             with uninterrupted():
                 judged = processes.all_of(judged, exchange.encode, exchange.decode)
                 groups = trajectories(config, asked, judged)
-                measures.require_probabilities(groups, step)
                 usable = groups
                 if verification.undecided == "drop":
                     usable = [rollout.decided(group) for group in groups]
@@ -130,8 +129,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                     values |= learn(
                         session, kept, limits, reference, add_reference, update
                     )
-                    most = config.max_disagreement
-                    measures.require_agreement(values, most, session.step)
+                    measures.require_agreement(values, config, session.step)
                 else:
                     session.skip_step()
                 with screen.phase("write", label=f"step {step + 1}: "):
@@ -342,21 +340,23 @@ def sample(
     with processes.together():
         weights = engine.weights(session.state.policy.params)
     label, total = f"step {step + 1}: ", len(asked) * K
+    requests = [
+        Request(q.tokens, config.sampling, q.prompt.key, q.first_sample, config.seed)
+        for q in asked
+    ]
     with session.screen.phase("gen", total=total, label=label) as advance:
-        engine.sample(
-            weights,
-            [
-                Request(
-                    q.tokens, config.sampling, q.prompt.key, q.first_sample, config.seed
-                )
-                for q in asked
-            ],
-            K,
-            step=step,
-            renormalise=config.log_probs == "sampled",
-            on_progress=lambda tokens, finished: advance(finished, tokens),
-            on_finished=note,
-        )
+        try:
+            engine.sample(
+                weights,
+                requests,
+                K,
+                step=step,
+                renormalise=config.log_probs == "sampled",
+                on_progress=lambda tokens, finished: advance(finished, tokens),
+                on_finished=note,
+            )
+        except Failure as error:
+            raise type(error)(f"{label}{error}; the step is not saved") from None
     return [[finished[n, k] for k in range(K)] for n in range(len(asked))]
 
 
