@@ -9,7 +9,7 @@ import numpy as np
 from oreal_jax import efficiency
 from oreal_jax.data.packing import Batch, Slot
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import Failure
+from oreal_jax.errors import Diverged
 from oreal_jax.rollout import Group, TokenScores, Trajectory
 from oreal_jax.train.state import Learners
 from oreal_jax.train.step import Scores
@@ -79,11 +79,11 @@ def work(
 
 
 def require_probabilities(groups: Sequence[Group], step: int) -> None:
-    """Raises `Failure` where a completion was drawn from no distribution: the weights
+    """Raises `Diverged` where a completion was drawn from no distribution: the weights
     are not finite."""
     for trajectory in (t for group in groups for t in group):
         if not np.isfinite(trajectory.completion.log_probs).all():
-            raise Failure(
+            raise Diverged(
                 f"step {step + 1}: sample {trajectory.sample} of prompt "
                 f"{trajectory.prompt.id} has a token without a probability: the "
                 "policy's weights are not finite; the step is not saved"
@@ -91,10 +91,10 @@ def require_probabilities(groups: Sequence[Group], step: int) -> None:
 
 
 def require_agreement(values: dict[str, float], most: float, step: int) -> None:
-    """Raises `Failure` where sampler and trainer are further apart than `most`."""
+    """Raises `Diverged` where sampler and trainer are further apart than `most`."""
     found = values["training/rollout_probs_diff_mean"]
     if not found <= most:
-        raise Failure(
+        raise Diverged(
             f"step {step}: the sampler's token probabilities differ from the trainer's "
             f"by {found:.4g} on average, max_disagreement={most}; the step is not saved"
         )
