@@ -172,10 +172,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
-def test_a_run_does_not_change_whether_it_has_a_token_reward_model(tiny, whole):
-    code, _, errors = train_in_process(
-        tiny, whole, "token_reward=None", "freeze_steps=0"
-    )
+def test_a_run_does_not_change_whether_it_has_a_token_reward_model(
+    tiny, whole, tmp_path
+):
+    config = tmp_path / "own.py"
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
+    config.write_text(OWN_LOSS)
+    code, _, errors = train_in_process(tiny, whole, config=config)
     assert code == 2
     assert "with a token reward model or without" in errors
     assert errors.count("\n") == 1
