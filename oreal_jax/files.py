@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,11 @@ def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> N
             if option in outputs and place in seen:
                 raise BadInput(f"{seen[place]} and {option} are the same: {path}")
             seen[place] = option
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits that tell one JSON value from another."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from judge_stub import says, serving
 from safetensors.numpy import load_file, save_file
 from tiny_runs import (
+    ONE_STEP,
     ROOT,
     arrays,
     finish,
@@ -172,10 +173,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
-def test_a_run_does_not_change_whether_it_has_a_token_reward_model(tiny, whole):
-    code, _, errors = train_in_process(
-        tiny, whole, "token_reward=None", "freeze_steps=0"
-    )
+def test_a_run_does_not_change_whether_it_has_a_token_reward_model(
+    tiny, whole, tmp_path
+):
+    config = tmp_path / "own.py"
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
+    config.write_text(OWN_LOSS)
+    code, _, errors = train_in_process(tiny, whole, config=config)
     assert code == 2
     assert "with a token reward model or without" in errors
     assert errors.count("\n") == 1
@@ -202,7 +206,7 @@ def test_rows_that_context_does_not_divide_are_refused(tiny):
 
 
 def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
-    settings = ["sampling.top_p=0.6", "sampling.temperature=0.8", "steps=1"]
+    settings = ["sampling.top_p=0.6", "sampling.temperature=0.8", *ONE_STEP]
     differences = []
     for kind in ("sampled", "full"):
         run = tiny / f"log-probs-{kind}"
@@ -240,7 +244,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
     prompts = tiny / "never.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tiny / "skipped"
-    output = train_ok(tiny, run, f"prompts={prompts}", "steps=1")
+    output = train_ok(tiny, run, f"prompts={prompts}", *ONE_STEP)
     assert "no update: every prompt was all right or all wrong" in output
     before, after = arrays(tiny / "sft", 60)[:3], arrays(run, 1)[:3]
     for ours, expected in zip(after, before, strict=True):
@@ -255,7 +259,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
             "verification.judge_model=m",
             "verification.undecided=drop",
         ]
-        train_ok(tiny, run, "steps=1", *judge)
+        train_ok(tiny, run, *ONE_STEP, *judge)
     row = metrics.read(run / "metrics.jsonl")[0]
     assert row["judge/asked"] == row["judge/undecided"] == stub.requests > 0
     assert row["verdict/undecided"] == row["verdict/by_judge"] == row["judge/asked"]
@@ -266,7 +270,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
 
 
 def test_tensorboard_files_come_when_asked_for(tiny):
-    train_ok(tiny, tiny / "board", "steps=1", "tensorboard=True")
+    train_ok(tiny, tiny / "board", *ONE_STEP, "tensorboard=True")
     assert list((tiny / "board" / "tensorboard").glob("events*"))
 
 
@@ -274,7 +278,7 @@ def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
     template, run = tiny / "other.jinja", tiny / "other"
     text = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     template.write_text(text)
-    settings = [f"chat_template={template}", "system_prompt=Long.", "steps=1"]
+    settings = [f"chat_template={template}", "system_prompt=Long.", *ONE_STEP]
     train_ok(tiny, run, *settings)
     template.unlink()
     train_ok(tiny, run, *settings[:2], "steps=2")
@@ -298,7 +302,7 @@ def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):
 
 def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
     run = tiny / "eight"
-    settings = ["decode_weights=int8", "decode_cache=float8", "steps=1"]
+    settings = ["decode_weights=int8", "decode_cache=float8", *ONE_STEP]
     train_ok(tiny, run, *settings)
     (row,) = metrics.read(run / "metrics.jsonl")
     assert 1e-4 < row["training/rollout_probs_diff_mean"] < 0.05
@@ -307,7 +311,7 @@ def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
 
 def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     run = tiny / "apart"
-    settings = ["decode_weights=int8", "max_disagreement=1e-6", "steps=1"]
+    settings = ["decode_weights=int8", "max_disagreement=1e-6", *ONE_STEP]
     code, _, errors = train_in_process(tiny, run, *settings)
     assert code == 1
     assert "max_disagreement=1e-06; the step is not saved" in errors
@@ -348,14 +352,14 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
         return draw(*arguments, on_finished=count, **options)
 
     monkeypatch.setattr(Engine, "sample", broken_off)
-    code, output, _ = train_in_process(tiny, run, "steps=1")
+    code, output, _ = train_in_process(tiny, run, *ONE_STEP)
     assert code == 130
     left = run / "interrupted" / "step_000000.jsonl"
     rows = [json.loads(line) for line in left.read_text().splitlines()]
     assert len(rows) == 10
     assert f"10 of 64 completions are in {left}" in output
     monkeypatch.setattr(Engine, "sample", draw)
-    train_ok(tiny, run, "steps=1")
+    train_ok(tiny, run, *ONE_STEP)
     whole = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     drawn = {(r["group"], r["sample"]): r["completion"] for r in map(json.loads, whole)}
     for row in rows:  # the same, drawn anew

@@ -21,6 +21,7 @@ from oreal_jax import sharding
 from oreal_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
+ONE_STEP = ("steps=1", "freeze_steps=0")  # in which the policy is trained
 ALONE = os.environ | {"PYTHONPATH": str(ROOT)}
 
 

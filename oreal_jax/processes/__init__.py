@@ -215,11 +215,11 @@ def agree(what: str, value: Any) -> None:
             )
 
 
-def barrier(what: str) -> None:
-    """Returns when all processes have come to it; those that do not come in time are
-    named, and all end."""
+def barrier(what: str, patience: float = PATIENCE) -> None:
+    """Returns when all processes have come to it; those that do not come within
+    `patience` seconds are named, and all end."""
     if _link:
-        _link.barrier(what, PATIENCE)
+        _link.barrier(what, patience)
 
 
 def ask_to_stop() -> None:

@@ -7,9 +7,10 @@
         add the reference model's log-probabilities
         update the token reward model and the policy
 
-Everything random is a function of (seed, step), so a run that was stopped goes on as
-if it had not been. Where several processes run it, each draws and judges its share of
-the prompts; from there on all of them have all completions and do the same.
+Everything random is a function of (seed, step), and a checkpoint records how many
+prompts were taken, so a run that was stopped resumes as if it had not been. Where
+several processes run it, each draws and judges its share of the prompts; from there on
+all of them have all completions and do the same.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from oreal_jax import processes, program_cache, rollout
+from oreal_jax import losses, processes, program_cache, rollout
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -34,8 +35,7 @@ from oreal_jax.data import (
 )
 from oreal_jax.data.packing import Batch, Limits, pack
 from oreal_jax.errors import BadInput, Failure
-from oreal_jax.evaluation.attempts import fingerprint
-from oreal_jax.files import write_lines
+from oreal_jax.files import fingerprint, write_lines
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
@@ -51,6 +51,7 @@ from oreal_jax.train.examination import examination_of
 from oreal_jax.train.exchange import Judged, Samples
 from oreal_jax.train.programs import engine_of, limits_of, mesh_of, update_of
 from oreal_jax.train.session import (
+    Data,
     Session,
     chat_of,
     source_of,
@@ -79,13 +80,14 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
     program_cache.enable()
+    check_loss(config)
     chat = chat_of(config, run, source, config.stop_strings)
     judging = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
     stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
-    saved = run / "data"  # a run goes on with the prompts that it began with
-    prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
-    processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
+    prompts = prompts_of(config, run, screen)
+    rows = fingerprint([prompt.as_json() for prompt in prompts])
+    processes.agree(f"{config.prompts}: fingerprint", rows)
     repeated, sizes = usable_prompts(config, source.config, prompts, chat, screen)
     limits = limits_of(config, min(sizes))
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
@@ -99,11 +101,17 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         source=source,
         mesh=mesh,
         chat=chat,
+        data=Data(
+            config.prompts,
+            rows,
+            fingerprint([prompt.id for prompt in repeated]),
+            config.prompts_per_step,
+        ),
         steps=config.steps,
         profile=profile,
     )
-    if processes.is_first() and not saved.is_dir():
-        build(prompts, saved)
+    if processes.is_first() and not (run / "data").is_dir():
+        build(prompts, run / "data")
     verification = config.verification
     pool = Pool(verification.workers, verification.deadline)
     with session, pool, judging as judge:
@@ -141,6 +149,49 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                 done = measures.work(session.learners, groups, kept, frozen)
                 session.finish_step(values, tokens, said, done)
         examination.take(session, pool, judge)
+
+
+def check_loss(config: TrainConfig) -> None:
+    """Raises BadInput where the loss cannot train the policy."""
+    scores, samples = config.token_reward is not None, config.samples_per_prompt
+    if losses.has_gradient(config.loss, samples, token_scores=scores):
+        return
+    message = f"loss={config.loss}: no token has a gradient, nothing would be learned"
+    if not scores:
+        presets = [
+            name
+            for name, loss in losses.presets.NAMED.items()
+            if losses.has_gradient(loss, samples, token_scores=False)
+        ]
+        message = (
+            f"token_reward=None with {message}; without a token reward model all "
+            f"token scores are 0. Of losses.presets.NAMED these learn without it: "
+            f"{', '.join(presets)}"
+        )
+    raise BadInput(message)
+
+
+def prompts_of(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
+    """The prompts that a run began with, of which it keeps a copy.
+
+    Raises:
+        BadInput: they cannot be read.
+    """
+    copy = run / "data"
+    if not copy.is_dir():
+        return load_prompts(config.prompts)
+    prompts = load_prompts(str(copy))
+    if Path(config.prompts).exists():
+        try:
+            changed = load_prompts(config.prompts) != prompts
+        except BadInput:
+            changed = True
+        if changed:
+            screen.say(
+                f"{config.prompts}: has changed since {run} began, which keeps to its "
+                f"copy in {copy}; to train on the new prompts, begin another run"
+            )
+    return prompts
 
 
 def judge_of(
@@ -229,7 +280,7 @@ def questions(
             session.chat.encode(prompt.question),
             occurrence * config.samples_per_prompt,
         )
-        for group, (prompt, occurrence) in enumerate(order.batch(session.step))
+        for group, (prompt, occurrence) in enumerate(order.batch(session.taken))
     ]
 
 
