@@ -38,7 +38,7 @@ from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput, Failure
-from oreal_jax.files import write_text
+from oreal_jax.files import BackgroundWriter, write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
@@ -138,6 +138,7 @@ class Session:
         self.state = self._restore_or_start(source)
         self._write_config()
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
+        self.writer = BackgroundWriter()
         self._log = Unwritten()
         if processes.is_first():
             self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
@@ -152,7 +153,8 @@ class Session:
             if kind is KeyboardInterrupt:
                 processes.ask_to_stop()
                 self.screen.say(f"stopped after step {self.step}; saving")
-                self._checkpoints.save(self.state)
+                self._save()
+            self.writer.close()
             self._checkpoints.close()
             self._log.close()
             self._profile.close()
@@ -219,6 +221,12 @@ class Session:
                 checkpoints.save_params(directory, cast(params, self.dtype))
         return self.learners.start(params, self.mesh)
 
+    def _save(self) -> None:
+        """Saves the state; first the files of the steps up to it are complete, since a
+        resumed run does not write them again."""
+        self.writer.flush()
+        self._checkpoints.save(self.state)
+
     def load_reference(self) -> Params:
         """The initial policy, in the compute dtype."""
         shardings = sharding.of_params(self.model, self.mesh)
@@ -281,5 +289,5 @@ class Session:
         self.screen.say(f"{line}  {seconds:.1f} s")
         if self.step % self.config.saving.every == 0 or self.step == self.steps:
             with self.screen.phase("save"):
-                self._checkpoints.save(self.state)
+                self._save()
         self._profile.step_done(self.step, last=self.step == self.steps)
