@@ -19,7 +19,7 @@ def compile_for_long(parsed):
     import jax, jax.numpy as jnp
 
     def f(x):
-        for i in range(400):
+        for i in range(150):
             x = jnp.sin(x * i) @ x
         return x
 

@@ -38,7 +38,7 @@ def leave(code: int) -> NoReturn:
     An interrupted one ends without the clean-up of Python and of C++ libraries: Ctrl-C
     ends the wait for a compilation, not the compilation. Its thread uses the devices of
     XLA's client, whose destructor frees them before it joins that thread (SIGSEGV with
-    jaxlib 0.10.2 and 0.12.0). So files must be closed before.
+    jaxlib 0.10.2; 0.12.0 does not end the wait). So files must be closed before.
     """
     if code != INTERRUPTED:
         sys.exit(code)
