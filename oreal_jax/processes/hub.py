@@ -41,7 +41,7 @@ class Hello(NamedTuple):
     connection: socket.socket
     process: int
     host: str
-    count: int
+    processes: int
 
 
 class Hub:
@@ -126,11 +126,11 @@ class Hub:
 
     def _admit(self, hello: Hello) -> None:
         """Makes a process a member, or tells it why not."""
-        connection, process, host, count = hello
+        connection, process, host, processes = hello
         refusal = ""
-        if count != self._count or process >= self._count:
+        if processes != self._count or process >= self._count:
             refusal = (
-                f"process {process} was told of {count} processes, "
+                f"process {process} was told of {processes} processes, "
                 f"process 0 of {self._count}"
             )
         before = self._members.get(process)
