@@ -29,8 +29,8 @@ test-matrix: $(MATRIX:%=test-python-%)
 
 test-python-%:
 	@for python in $$(ls -d $(PYENV)/versions/$*.*/bin/python 2>/dev/null) python$*; do \
-	  if $$python --version; then \
-	    exec $(MAKE) VENV=.venv-$* PYTHON=$$python .venv-$*/.installed-plan test; \
+	  if $$python --version >/dev/null 2>&1; then \
+	    exec make VENV=.venv-$* PYTHON=$$python .venv-$*/.installed-plan test; \
 	  fi; \
 	done; echo "Python $* is not installed: pyenv install $*" >&2; exit 1
 
