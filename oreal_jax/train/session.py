@@ -3,7 +3,7 @@
     RUN/config.json        what is run
     RUN/model/             config.json, tokenizer, chat template
     RUN/metrics.jsonl      one object a step
-    RUN/trajectories/      one file a step
+    RUN/trajectories/      one file per step, written while the next one samples
     RUN/interrupted/       what a step that was interrupted had drawn
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
