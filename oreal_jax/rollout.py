@@ -68,8 +68,8 @@ class Trajectory:
     ) -> dict[str, Any]:
         """One line of a trajectories file; `pieces` gives the text of each token.
 
-        What was learned from has lists with one entry a token: `oreal losses` reads
-        them.
+        Selected completions have one entry per token in each of several lists, which
+        `oreal losses` reads; those of numbers are arrays (float64, six decimals).
         """
         row = {
             "step": step,
@@ -100,9 +100,9 @@ class Trajectory:
         return row
 
 
-def _rounded(values: Float[np.ndarray, "T"]) -> list[float]:
+def _rounded(values: Float[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:
     """Six decimals: more would double the file and say nothing."""
-    return np.round(values.astype(np.float64), 6).tolist()
+    return np.round(values.astype(np.float64), 6)
 
 
 Group = list[Trajectory]

@@ -318,7 +318,7 @@ def test_verify_says_what_is_judged_when_it_is_interrupted(
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"gold": "7", "prediction": "8"}\n' * 3)
-    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+    program = "from oreal_jax.cli import command; command()"
     command = f"{sys.executable} -c '{program}' verify --file {file} | true"
     shell = subprocess.run(
         command, shell=True, capture_output=True, text=True, cwd=ROOT

@@ -2,11 +2,14 @@
 attention on one. Kernels run in Pallas's interpreter here."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import ALONE
 
 from oreal_jax import sharding
 from oreal_jax.model import ModelConfig, flash
@@ -119,3 +122,50 @@ def test_attention_split_over_devices_is_that_of_one(
 )
 def test_a_kernel_is_chosen_where_its_blocks_fit(platform, length, context, chosen):
     assert flash.prepare_for(platform, length, context) is chosen
+
+
+WITHOUT_KERNELS = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))  # None: cannot be imported
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import oreal_jax.train.loop
+from oreal_jax.model import flash, kernels
+
+mesh = jax.make_mesh((1, 1), ("heads", "tokens"))
+prepare = flash.prepare_for({platform!r}, 256, 1)
+attend, _ = prepare(2, 256, NamedSharding(mesh, PartitionSpec("heads", "tokens")))
+x = jax.ShapeDtypeStruct((1, 256, 2, 128), "float32")
+ids = jax.ShapeDtypeStruct((1, 256), "int32")
+print(jax.eval_shape(attend, x, x, x, ids, ids, 0).shape)
+
+pages = kernels.pages_for({platform!r}, 2, 128, "float32")
+print(jax.eval_shape(
+    lambda: pages.empty(8, 16, 2, 128, "float32").attend(
+        jax.numpy.zeros((4, 2, 128)),
+        jax.numpy.zeros((4, 2), "int32"),
+        jax.numpy.ones(4, "int32"),
+    )
+).shape)
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "missing"),
+    [
+        ("cpu", ["jax.experimental.pallas"]),
+        (
+            "tpu",
+            [
+                "jax.experimental.pallas.triton",
+                "jax.experimental.pallas.ops.gpu.attention",
+            ],
+        ),
+    ],
+)
+def test_kernels_of_other_devices_need_not_exist(platform, missing):
+    program = WITHOUT_KERNELS.format(platform=platform, missing=missing)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ALONE, capture_output=True, text=True
+    )
+    assert done.stdout == "(1, 256, 2, 128)\n(4, 2, 128)\n", done.stderr

@@ -178,7 +178,7 @@ def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
         for i in range(200)
     ]
     path = write(tmp_path / "step.jsonl", rows)
-    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+    program = "from oreal_jax.cli import command; command()"
     command = [sys.executable, "-c", program, "losses", str(path)]
     # Without the settings that make tests compile quickly: see conftest.py.
     quick = ("XLA_", "JAX_")

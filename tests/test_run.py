@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,14 @@ from tiny_runs import (
 )
 
 from oreal_jax import laboratory, losses, metrics
+from oreal_jax.checkpoints.run import Checkpoints
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig, load
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import BadInput
 from oreal_jax.laboratory.recorded import LISTS
 from oreal_jax.sampling import Engine
+from oreal_jax.train import loop
 from oreal_jax.train.programs import mesh_of
 
 pytestmark = pytest.mark.usefixtures("judges")
@@ -110,6 +113,41 @@ def test_what_a_run_directory_holds(whole):
         assert "".join(trajectory["pieces"][:-1]) == trajectory["completion"]
         for name in LISTS:
             assert len(trajectory[name]) == trajectory["tokens"]
+
+
+def test_trajectories_are_written_while_the_next_step_samples(tiny, monkeypatch):
+    """And before the checkpoint after which they would not be written again."""
+    run, sampling = tiny / "background", threading.Event()
+    write, sample, save = loop.write_trajectories, Engine.sample, Checkpoints.save
+    saved = []
+
+    def write_late(folder, step, *others):
+        assert step or sampling.wait(60)
+        write(folder, step, *others)
+
+    def announce(*arguments, step, **options):
+        if step == 1:
+            sampling.set()
+        return sample(*arguments, step=step, **options)
+
+    def list_files(self, *arguments):
+        saved.append(sorted(path.name for path in (run / "trajectories").iterdir()))
+        save(self, *arguments)
+
+    monkeypatch.setattr(loop, "write_trajectories", write_late)
+    monkeypatch.setattr(Engine, "sample", announce)
+    monkeypatch.setattr(Checkpoints, "save", list_files)
+    train_ok(tiny, run, "steps=2", "saving.every=2")
+    assert saved == [["step_000000.jsonl", "step_000001.jsonl"]]
+
+
+def test_trajectories_that_cannot_be_written_end_the_run_unsaved(tiny, tmp_path):
+    (tmp_path / "trajectories").touch()  # a file where a folder should be
+    code, _, errors = train_in_process(tiny, tmp_path, "steps=2")
+    assert code == 2
+    assert "step_000000.jsonl: cannot be written: " in errors
+    assert errors.count("\n") == 1
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_the_laboratory_finds_the_loss_that_the_run_had(whole):

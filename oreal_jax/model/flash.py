@@ -6,6 +6,9 @@ sees, so that no scores leave fast memory. `attention.py` is their oracle.
 
 A kernel is prepared for a shape: that may take arrays (which blocks to visit) that are
 split over the devices as the queries are. What is prepared is a callable pytree.
+
+A kernel is imported where it is used: JAX may move or remove one (it has deprecated
+`jax.experimental.pallas.triton`) without breaking other kinds of devices.
 """
 
 import functools
@@ -14,8 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as triton
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
@@ -44,6 +45,8 @@ def on_tpu(
     heads: int, length: int, where: NamedSharding, *, interpret: bool = False
 ) -> tuple[Partial, Any]:
     """Splash attention with segment ids."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     own_heads, own = where.shard_shape((heads, length))
     queries, keys = _block(own), _block(length)
     mask = splash.CausalMask((length, length))
@@ -70,6 +73,8 @@ def on_tpu(
 
 def _splash(kernel, query, key, value, of_queries, segments, first):
     """`attend_part` by a prepared kernel, which knows `first` by its own arrays."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     ids = splash.SegmentIds(of_queries, segments)
     attended = jax.vmap(kernel)(
@@ -90,6 +95,8 @@ def on_gpu(
 
 
 def _triton(query, key, value, of_queries, segments, first, *, interpret):
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
     repeats = query.shape[2] // key.shape[2]
     return triton.mha(
         query,

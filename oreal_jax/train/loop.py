@@ -14,6 +14,7 @@ all of them have all completions and do the same.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import orjson
 
 from oreal_jax import losses, processes, program_cache, rollout
 from oreal_jax.config import TrainConfig
@@ -35,7 +37,7 @@ from oreal_jax.data import (
 )
 from oreal_jax.data.packing import Batch, Limits, pack
 from oreal_jax.errors import BadInput, Failure
-from oreal_jax.files import fingerprint, write_lines
+from oreal_jax.files import fingerprint, write_bytes, write_lines
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
@@ -142,7 +144,10 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                     session.skip_step()
                 with screen.phase("write", label=f"step {step + 1}: "):
                     if processes.is_first():
-                        write_trajectories(run, step, groups, chat)
+                        write = functools.partial(
+                            write_trajectories, run, step, groups, chat
+                        )
+                        session.writer.submit(write)
                 said = line(step, config.steps, values)
                 tokens = rollout.token_count(groups)
                 frozen = step < config.freeze_steps
@@ -450,8 +455,14 @@ def write_trajectories(
     run: Path, step: int, groups: Sequence[Group], chat: Chat
 ) -> None:
     """All completions of a step as JSON lines, whole or not at all."""
-    rows = [t.as_json(step, chat.pieces) for group in groups for t in group]
-    write_lines(run / "trajectories" / f"step_{step:06d}.jsonl", rows)
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    lines = (
+        orjson.dumps(trajectory.as_json(step, chat.pieces), option=options)
+        for group in groups
+        for trajectory in group
+    )
+    path = run / "trajectories" / f"step_{step:06d}.jsonl"
+    write_bytes(path, b"".join(lines))
     for left in interrupted_path(run, step, 0).parent.glob(f"step_{step:06d}.*"):
         left.unlink()
 

@@ -3,7 +3,7 @@
     RUN/config.json        what is run
     RUN/model/             config.json, tokenizer, chat template
     RUN/metrics.jsonl      one object a step
-    RUN/trajectories/      one file a step
+    RUN/trajectories/      one file per step, written while the next one samples
     RUN/interrupted/       what a step that was interrupted had drawn
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
@@ -41,7 +41,7 @@ from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput, Diverged
-from oreal_jax.files import write_text
+from oreal_jax.files import BackgroundWriter, write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
@@ -190,6 +190,7 @@ class Session:
         self._open_directory()
         self.state = state or self._start(source, params)
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
+        self.writer = BackgroundWriter()
         self._log = Unwritten()
         if processes.is_first():
             self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
@@ -201,7 +202,12 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         with uninterrupted(), contextlib.ExitStack() as closing:
-            for part in (self._profile, self._log, self._checkpoints):
+            for part in (
+                self._profile,
+                self._log,
+                self._checkpoints,
+                self.writer,
+            ):  # closed from the last to the first
                 closing.callback(part.close)
             if kind is KeyboardInterrupt:
                 processes.ask_to_stop()
@@ -234,7 +240,9 @@ class Session:
         return int(self.state.step)
 
     def _save(self) -> None:
-        """Saves the state and the progress, in the background."""
+        """Saves the state and the progress, in the background; first the files of the
+        steps up to it are complete, since a resumed run does not write them again."""
+        self.writer.flush()
         rates = {name: float(rate(self.step)) for name, rate in self._rates.items()}
         progress = Progress(self.taken, self.data.rows, self.data.order, rates)
         self._checkpoints.save(self.state, progress)
