@@ -54,7 +54,7 @@ def decoding(
     each; process i has prompts i, i + processes, ..."""
     prompt = mean_prompt(config)
     flops = efficiency.forward_flops(
-        shape, efficiency.decode((prompt, size) for size in lengths.flat)
+        shape, efficiency.decode((prompt, int(size)) for size in lengths.flat)
     )
 
     def of_process(own: Int[np.ndarray, "N K"]) -> Decoding:
