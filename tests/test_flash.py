@@ -14,6 +14,7 @@ from tiny_runs import ALONE
 from oreal_jax import sharding
 from oreal_jax.model import ModelConfig, flash
 from oreal_jax.model.attention import attend_packed
+from oreal_jax.model.execution import Execution
 
 HEADS, GROUPS, SIZE, LENGTH = 4, 2, 128, 512
 
@@ -106,6 +107,58 @@ def test_attention_split_over_devices_is_that_of_one(
         value_and_gradients(attend, *arrays),
         value_and_gradients(attend_packed, *arrays),
     )
+
+
+def maxima(jaxpr) -> int:
+    """How often scores are reduced to their maximum: in attention's forward pass alone,
+    kernels included. What has neither result nor effect is never run."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if not equation.outvars and not equation.effects:
+            continue
+        count += equation.primitive.name == "reduce_max"
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            count += maxima(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@pytest.mark.parametrize(
+    ("remat", "passes"),
+    [("everything", 2), ("but_attention", 1), ("elementwise", 1)],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [sharding.MeshShape(fsdp=1), sharding.MeshShape(fsdp=2, tensor=2)],
+    ids=["one device", "four"],
+)
+@pytest.mark.parametrize("kernel", ["plain", "cpu", *interpreted])
+def test_a_kept_output_of_attention_is_not_computed_again(
+    kernel, shape, remat, passes, monkeypatch
+):
+    """By every kernel; kept are its output and its log-sum-exp, one a query and head,
+    and nothing that the layer's own input gives."""
+    kernels = interpreted | {"plain": flash.plain, "cpu": flash.on_cpu}
+    attend = on(monkeypatch, kernels[kernel], shape)
+    *arrays, segments = packed()
+
+    def layer(query, key, value):
+        return jnp.sum(jnp.sin(attend(jnp.sin(query), key, value, segments)))
+
+    def checkpointed(remat):
+        return Execution(remat=remat).remembering(layer)
+
+    def kept(remat):
+        pulling = lambda *arrays: jax.vjp(checkpointed(remat), *arrays)[1]
+        sizes = jax.tree.leaves(jax.eval_shape(pulling, *arrays))
+        return sum(size.size for size in sizes)
+
+    both = jax.value_and_grad(checkpointed(remat), (0, 1, 2))
+    once = maxima(jax.make_jaxpr(layer)(*arrays).jaxpr)
+    assert once > 0
+    assert maxima(jax.make_jaxpr(both)(*arrays).jaxpr) == passes * once
+    output = arrays[0].size + arrays[0].size // SIZE
+    assert kept(remat) - kept("everything") == (output if passes == 1 else 0)
 
 
 @pytest.mark.parametrize(

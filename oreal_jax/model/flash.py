@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
@@ -98,7 +99,7 @@ def _triton(query, key, value, of_queries, segments, first, *, interpret):
     from jax.experimental.pallas.ops.gpu import attention as triton
 
     repeats = query.shape[2] // key.shape[2]
-    return triton.mha(
+    return _naming(triton.mha)(
         query,
         jnp.repeat(key, repeats, axis=2),
         jnp.repeat(value, repeats, axis=2),
@@ -107,6 +108,21 @@ def _triton(query, key, value, of_queries, segments, first, *, interpret):
         causal=True,
         interpret=interpret,
     )
+
+
+def _naming(kernel: Any) -> Callable:
+    """`triton.mha` with names for its output and its log of the sum of exponentials,
+    which its gradient reads. Without names `remat` cannot keep them, and the backward
+    pass would run the kernel again."""
+
+    def forward(*arguments):
+        out, (*inputs, _, log_total) = kernel.fwd(*arguments)
+        out, log_total = (checkpoint_name(x, ATTENDED) for x in (out, log_total))
+        return out, (*inputs, out, log_total)
+
+    named = jax.custom_vjp(kernel.fun, nondiff_argnums=kernel.nondiff_argnums)
+    named.defvjp(forward, kernel.bwd)
+    return named
 
 
 def prepare_for(platform: str, length: int, context: int) -> Prepare:
