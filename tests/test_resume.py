@@ -320,7 +320,10 @@ def test_an_error_saves_the_last_finished_step(start, files, policy):
 def test_an_error_after_the_update_saves_the_updated_state(
     start, files, policy, monkeypatch
 ):
-    """Its record is lost, not its learning: the update has replaced the old state."""
+    """Its record is lost, not its learning: the update has replaced the old state.
+
+    A file that cannot be written is an error of the step after it.
+    """
     policy.learns = True
     assert train(start, files, "steps=3", "saving.every=2", run="whole").code == 0
     write = loop.write_trajectories
@@ -333,9 +336,9 @@ def test_an_error_after_the_update_saves_the_updated_state(
     monkeypatch.setattr(loop, "write_trajectories", fail)
     with pytest.raises(OSError, match="no route"):
         train(start, files, "steps=3")
-    assert saved_steps(files / "run") == [2]
-    whole = arrays(files / "whole", 2)
-    for ours, theirs in zip(arrays(files / "run", 2), whole, strict=True):
+    assert saved_steps(files / "run") == [3]
+    whole = arrays(files / "whole", 3)
+    for ours, theirs in zip(arrays(files / "run", 3), whole, strict=True):
         assert ours.tobytes() == theirs.tobytes()
 
 

@@ -368,7 +368,9 @@ def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
     weights[name] = np.full_like(weights[name], np.nan)
     save_file(weights, home / "model.safetensors")
     run = tiny / "not-finite"
-    code, _, errors = train_in_process(tiny, run, f"model={home}", "steps=1")
+    code, _, errors = train_in_process(
+        tiny, run, f"model={home}", "steps=1", "freeze_steps=0"
+    )
     assert code == 1
     assert "step 1: a token without a probability: 1 of the model's weights" in errors
     assert "first layers/1/mlp/up; the step is not saved" in errors

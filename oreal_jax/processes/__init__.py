@@ -223,11 +223,11 @@ def agree(what: str, value: Any) -> None:
             )
 
 
-def barrier(what: str, patience: float = PATIENCE) -> None:
+def barrier(what: str, patience: float | None = None) -> None:
     """Returns when all processes have come to it; those that do not come within
-    `patience` seconds are named, and all end."""
+    `patience` seconds (`PATIENCE`) are named, and all end."""
     if _link:
-        _link.barrier(what, patience)
+        _link.barrier(what, PATIENCE if patience is None else patience)
 
 
 def ask_to_stop() -> None:

@@ -216,7 +216,7 @@ class Session:
             elif error and not isinstance(error, Diverged):
                 self._save_after(error)
 
-    def _save_together(self, reason: str, patience: float = processes.PATIENCE) -> None:
+    def _save_together(self, reason: str, patience: float | None = None) -> None:
         """Saves when all processes have come to it: a save waits for all of them."""
         processes.barrier(f"saving the run after {reason}", patience)
         self._save()
