@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh clone: `make demo` and `make test`.
-# They need python3 (3.11 or newer) with venv and pip, and a package index.
+# They need python3 (3.11 to 3.13) with venv and pip, and a package index.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 # Two workers; tests/conftest.py defines which tests share one, and their order.
 PARALLEL := -n 2 --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint format clean
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)
+MATRIX := 3.11 3.12 3.13
+
+.PHONY: demo test test-slow test-matrix lint format clean
 
 # Large pages on Linux save page faults (README).
 demo: $(VENV)/.installed-demo
@@ -21,6 +24,16 @@ test-slow: $(VENV)/.installed-dev
 	XLA_FLAGS= $(BIN)/python -m pytest $(PARALLEL) -m "not timed"
 	XLA_FLAGS= $(BIN)/python -m pytest -m timed
 
+# The tests of `make test` and of plans for TPUs on each Python, newest packages for each.
+test-matrix: $(MATRIX:%=test-python-%)
+
+test-python-%:
+	@for python in $$(ls -d $(PYENV)/versions/$*.*/bin/python 2>/dev/null) python$*; do \
+	  if $$python --version >/dev/null 2>&1; then \
+	    exec make VENV=.venv-$* PYTHON=$$python .venv-$*/.installed-plan test; \
+	  fi; \
+	done; echo "Python $* is not installed: pyenv install $*" >&2; exit 1
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -31,7 +44,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a few minutes, once"
 
@@ -46,4 +59,4 @@ $(VENV)/.installed-demo: $(VENV)/bin/python pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(MATRIX:%=.venv-%) runs

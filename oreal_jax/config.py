@@ -38,6 +38,13 @@ def _seed(seed: int) -> None:
         raise BadInput(f"config: seed={seed} must be from 0 to {2**31 - 1}")
 
 
+def _deterministic(sampling: Sampling) -> str | None:
+    """The field that leaves a sampler one token to choose, None without."""
+    alone = {"temperature": 0, "top_k": 1, "min_p": 1}
+    fields = (name for name, value in alone.items() if getattr(sampling, name) == value)
+    return next(fields, None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
     """A micro-batch: `rows` packed rows of `row_length` tokens on each data shard."""
@@ -124,7 +131,8 @@ class TrainConfig:
     prompts; `loss.advantage` judges them within their prompt, `keep` chooses those to
     learn from. `log_probs` "full" trains on the probabilities of the whole vocabulary,
     as released; "sampled" on those of the policy that acted, tempered and renormalised
-    over the tokens that `sampling` keeps (the reference model's stay full).
+    over the tokens that `sampling` keeps (a KL to the reference model compares full
+    ones in both cases).
     `token_reward` None trains no token reward model. `stop_words` are added to the
     model's own stop tokens, `stop_strings` end a completion wherever its text has one.
     An engine is `decode_tensor` devices (0: as many as the mesh's tensor axis) with
@@ -201,10 +209,10 @@ class TrainConfig:
                 f"{self.sampling.max_tokens} must not exceed packing.row_length="
                 f"{self.packing.row_length}"
             )
-        if self.log_probs == "sampled" and not self.sampling.temperature:
+        if field := _deterministic(self.sampling):
             raise BadInput(
-                f"log_probs='sampled' with sampling.temperature="
-                f"{self.sampling.temperature}: greedy choice has no probabilities"
+                f"sampling.{field}={getattr(self.sampling, field)}: all samples of a "
+                "prompt are the same, so their advantages are 0 and nothing is learned"
             )
         if self.log_probs == "sampled" and self.sampling.penalises:
             raise BadInput(
@@ -219,6 +227,11 @@ class TrainConfig:
             raise BadInput(
                 f"freeze_steps={self.freeze_steps} without token_reward: nothing "
                 "would learn in those steps"
+            )
+        if self.freeze_steps >= self.steps:
+            raise BadInput(
+                f"freeze_steps={self.freeze_steps} must be below steps={self.steps}: "
+                "the policy would never be trained"
             )
 
 

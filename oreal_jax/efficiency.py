@@ -104,7 +104,7 @@ def training_flops(config: ModelConfig, work: Work) -> float:
 
 def decode_bytes(
     config: ModelConfig,
-    contexts: Iterable[int],
+    contexts: Iterable[int | float],
     *,
     weight_bytes: int = 2,
     cache_bytes: int = 2,

@@ -9,3 +9,7 @@ class BadInput(ValueError):
 class Failure(RuntimeError):
     """The input is good, the work cannot go on: what was seen and what bounds it (exit
     code 1)."""
+
+
+class Diverged(Failure):
+    """The models are no longer usable: their state must not be saved."""

@@ -1,8 +1,10 @@
 """Files that are written whole or not at all."""
 
+import concurrent.futures
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,11 @@ def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> N
             seen[place] = option
 
 
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits that tell one JSON value from another."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as JSON lines; like `write_text`."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -42,6 +49,11 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Text in UTF-8; like `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; folders on the way are made, links followed.
 
     Raises:
@@ -51,7 +63,38 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.incomplete")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
+
+
+class BackgroundWriter:
+    """Runs writes in one thread, in order, each after the one before has ended.
+
+    At most one write is pending, so that memory is bounded. What a write raises is
+    raised by the next call of a method.
+    """
+
+    def __init__(self):
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "writer")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Waits for the write before, then starts this one and returns."""
+        self.flush()
+        self._pending = self._executor.submit(write)
+
+    def flush(self) -> None:
+        """Returns when all that was submitted is written."""
+        if self._pending:
+            concurrent.futures.wait([self._pending])  # an interruption loses nothing
+            done, self._pending = self._pending, None
+            done.result()
+
+    def close(self) -> None:
+        """Flushes, and ends the thread."""
+        try:
+            self.flush()
+        finally:
+            self._executor.shutdown()

@@ -24,6 +24,7 @@ class TokenScores(NamedTuple):
     reference_log_probs: Float[np.ndarray, "T"]
     entropy: Float[np.ndarray, "T"]
     token_scores: Float[np.ndarray, "T"]
+    full_log_probs: Float[np.ndarray, "T"] | None = None  # see `losses.Scored`
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,8 +68,8 @@ class Trajectory:
     ) -> dict[str, Any]:
         """One line of a trajectories file; `pieces` gives the text of each token.
 
-        What was learned from has lists with one entry a token: `oreal losses` reads
-        them.
+        Selected completions have one entry per token in each of several lists, which
+        `oreal losses` reads; those of numbers are arrays (float64, six decimals).
         """
         row = {
             "step": step,
@@ -91,13 +92,17 @@ class Trajectory:
             row["mean_token_score"] = float(self.scores.token_scores.mean())
             row["pieces"] = pieces(self.completion.tokens)
             per_token = {"old_log_probs": self.old_log_probs} | self.scores._asdict()
-            row |= {name: _rounded(values) for name, values in per_token.items()}
+            row |= {
+                name: _rounded(values)
+                for name, values in per_token.items()
+                if values is not None
+            }
         return row
 
 
-def _rounded(values: Float[np.ndarray, "T"]) -> list[float]:
+def _rounded(values: Float[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:
     """Six decimals: more would double the file and say nothing."""
-    return np.round(values.astype(np.float64), 6).tolist()
+    return np.round(values.astype(np.float64), 6)
 
 
 Group = list[Trajectory]

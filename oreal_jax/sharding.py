@@ -114,7 +114,8 @@ def engine_meshes(
     if len(own) % tensor:
         raise BadInput(
             f"an engine of {tensor} devices: a process has {len(own)}, which is no "
-            "multiple; set decode_tensor"
+            "multiple; set decode_tensor, or start fewer processes with more devices "
+            "each (under SLURM: one task per node)"
         )
     _check_splits(config, fsdp=1, tensor=tensor)
     of = lambda devices: _mesh(devices, (len(devices) // tensor, 1, 1, tensor))

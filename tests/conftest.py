@@ -11,15 +11,18 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+
+from packaging.version import Version
 
 # The tests spend nearly all their time on compilation. Without LLVM's optimization and
 # with XLA's older emitters it takes far less; programs are the same up to rounding.
 # `XLA_FLAGS= pytest ...` compiles with full optimization.
-QUICK = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+QUICK = ["--xla_backend_optimization_level=0"]
+# Later ones do not know this flag, and end a process that has it.
+if Version(metadata.version("jaxlib")) < Version("0.11"):
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Tests, workers and the processes they start share one cache of compiled programs:

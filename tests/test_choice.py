@@ -1,6 +1,7 @@
 """How a token is chosen: penalties, truncation, frequencies, and stop strings."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -19,11 +20,15 @@ from oreal_jax.sampling import (
     token_table,
 )
 from oreal_jax.sampling.choice import (
+    MAX_FACTOR,
+    MAX_SHIFT,
     Seen,
     SlotSampling,
     Uses,
     adjusted,
+    block_sums,
     choose,
+    invert,
     truncated,
 )
 from oreal_jax.sampling.stops import FOUND, START
@@ -149,6 +154,55 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("lowest", [0.0, 1e-3])
+def test_no_uniform_number_gives_a_token_of_weight_zero(lowest):
+    """Rounding decides at the boundaries of blocks, so uniform numbers (multiples of
+    2^-23) next to all of them are tried; `lowest` masks tokens of other weights."""
+    rows, blocks, kept, one = 64, 16, 20, 2**23
+    random = np.random.default_rng(0)
+    weights = np.zeros((rows, blocks * 256), np.float32)
+    for row in weights:
+        row[:] = random.uniform(0, lowest, row.size) * 0.999
+        places = random.choice(row.size, kept, replace=False)
+        row[places] = np.exp(random.normal(0, 2, kept))
+    weights /= weights.max(axis=1, keepdims=True)
+    allowed = weights >= lowest if lowest else weights > 0
+    sums = np.asarray(block_sums(jnp.where(allowed, weights, 0)))
+    shares = np.cumsum(sums, axis=1, dtype=np.float64)
+    shares = np.floor(shares / shares[:, -1:] * one)
+    near = (shares[:, :, None] + np.arange(-3, 4)).reshape(rows, -1).clip(0, one - 1)
+    near = np.concatenate([near, np.tile([0, 1, one - 1], (rows, 1))], axis=1)
+    for uniform in near.T.astype(np.float32) / np.float32(one):
+        token = invert_jitted(weights, jnp.full(rows, lowest), sums, uniform)
+        assert allowed[np.arange(rows), token].all()
+
+
+invert_jitted = jax.jit(invert)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_largest_adjustments_leave_probabilities(greedy):
+    """At the ends of their ranges together: the biased token or none but it."""
+    rows, V = 8, 20
+    logits = jax.random.normal(jax.random.key(0), (rows, V))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), rows))
+    seen = Seen(jnp.ones((rows, V), bool), jnp.full((rows, V), 10**5))
+    temperature = 0.0 if greedy else 1.0
+    for sign in (-1, 1):
+        for factor in (1 / MAX_FACTOR, MAX_FACTOR):
+            sampling = Sampling(
+                max_tokens=1,
+                temperature=temperature,
+                repetition_penalty=factor,
+                presence_penalty=sign * MAX_SHIFT,
+                frequency_penalty=sign * MAX_SHIFT,
+                logit_bias=((3, sign * MAX_SHIFT), (4, -np.inf)),
+            )
+            token, log_prob, sampled = choose_all(logits, keys, sampling, seen)
+            assert np.all((token >= 0) & (token < V) & (token != 4))
+            assert np.isfinite(log_prob).all() and np.isfinite(sampled).all()
+
+
 def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Probabilities of one row: tempered, cut to top-k, then to the nucleus."""
     probabilities = np.exp(logits / sampling.temperature)
@@ -225,18 +279,23 @@ def test_stop_strings_that_cannot_be_are_refused():
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 1.1),
+        ("temperature", float("inf")),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-7),
+        ("repetition_penalty", 1e39),
         ("presence_penalty", float("nan")),
+        ("presence_penalty", -1e31),
         ("frequency_penalty", float("inf")),
+        ("frequency_penalty", 1e39),
     ],
 )
 def test_an_option_outside_its_range_is_named(field, value):
-    with pytest.raises(BadInput, match=f"{field}={value}"):
+    with pytest.raises(BadInput, match=re.escape(f"{field}={value} must be")):
         dataclasses.replace(Sampling(max_tokens=1), **{field: value})
 
 
-@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), 1e39])
 def test_a_bias_bans_a_token_or_moves_it(bias):
-    with pytest.raises(BadInput, match=f"logit_bias of token 3 is {bias}"):
+    with pytest.raises(BadInput, match=re.escape(f"of token 3 is {bias};")):
         Sampling(max_tokens=1, logit_bias=((3, bias),))
     Sampling(max_tokens=1, logit_bias=((3, float("-inf")),))

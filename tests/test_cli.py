@@ -120,8 +120,21 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
         (lambda d: ["loss=1"], "which only a config file can give"),
         (
-            lambda d: ["log_probs=sampled", "sampling.temperature=0.0"],
-            "greedy choice has no probabilities",
+            lambda d: ["sampling.temperature=0.0"],
+            "sampling.temperature=0.0: all samples of a prompt are the same",
+        ),
+        (lambda d: ["sampling.top_k=1"], "sampling.top_k=1: all samples of a prompt"),
+        (lambda d: ["sampling.min_p=1.0"], "sampling.min_p=1.0: all samples of a"),
+        (lambda d: ["steps=1"], "freeze_steps=1 must be below steps=1"),
+        (
+            lambda d: ["token_reward=None", "freeze_steps=0"],
+            "Of losses.presets.NAMED these learn without it: without_token_rewards, "
+            "reinforce, reward_shaping, behaviour_cloning, best_of_n, grpo, dr_grpo, "
+            "dapo, xtuner",
+        ),
+        (
+            lambda d: ["loss.positive_weight=0.0", "loss.negative_weight=0.0"],
+            "no token has a gradient, nothing would be learned",
         ),
         (lambda d: ["steps"], "expected name=value"),
         (lambda d: ["steps=0"], "steps=0 must be at least 1"),
@@ -305,7 +318,7 @@ def test_verify_says_what_is_judged_when_it_is_interrupted(
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"gold": "7", "prediction": "8"}\n' * 3)
-    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+    program = "from oreal_jax.cli import command; command()"
     command = f"{sys.executable} -c '{program}' verify --file {file} | true"
     shell = subprocess.run(
         command, shell=True, capture_output=True, text=True, cwd=ROOT

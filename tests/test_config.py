@@ -84,7 +84,7 @@ def test_without_token_rewards_filtering_and_freezing_are_off_too():
 @pytest.mark.parametrize(
     ("setting", "read"),
     [
-        ("steps=7", lambda c: c.steps == 7),
+        ("steps=70", lambda c: c.steps == 70),
         ("policy.learning_rate=1", lambda c: c.policy.learning_rate == 1),
         ("policy.learning_rate=3e-6", lambda c: c.policy.learning_rate == 3e-6),
         ("sampling.top_k=5", lambda c: c.sampling.top_k == 5),

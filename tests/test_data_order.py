@@ -9,7 +9,19 @@ from oreal_jax.errors import BadInput
 
 
 def drawn(order: PromptOrder, steps: range) -> list:
-    return [item for step in steps for item, _ in order.batch(step)]
+    size = order.batch_size
+    return [item for step in steps for item, _ in order.batch(step * size)]
+
+
+def test_another_batch_size_continues_where_the_first_one_stopped():
+    sizes = [4, 4, 3, 3, 3, 5]
+    taken, batches = 0, []
+    for size in sizes:
+        order = PromptOrder(range(10), batch=size, seed=1)
+        batches += [item for item, _ in order.batch(taken)]
+        taken += size
+    whole = PromptOrder(range(10), batch=10, seed=1)
+    assert batches == drawn(whole, range(3))[: sum(sizes)]
 
 
 def test_a_batch_across_two_epochs_loses_and_doubles_nothing():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from judge_stub import says, serving
 from scripted import Script
+from tiny_runs import ONE_STEP
 
 from oreal_jax import metrics, rollout
 from oreal_jax.checkpoints.source import open_model
@@ -113,13 +114,13 @@ def test_the_policy_is_measured_before_every_n_steps_and_at_the_end(
 
 def test_without_data_nothing_is_evaluated(start, tmp_path, monkeypatch):
     skill = Skill(monkeypatch, start, 0)
-    assert train(start, tmp_path / "run", "evaluation.data=()", "steps=1") == 0
+    assert train(start, tmp_path / "run", "evaluation.data=()", *ONE_STEP) == 0
     assert not skill.examined() and not (tmp_path / "run" / "best").exists()
 
 
 def test_several_samples_are_drawn_as_in_training(start, tmp_path, monkeypatch):
     skill = Skill(monkeypatch, start, 1, 1)
-    settings = ["evaluation.samples=3", "steps=1", "sampling.temperature=0.7"]
+    settings = ["evaluation.samples=3", *ONE_STEP, "sampling.temperature=0.7"]
     assert train(start, tmp_path / "run", *settings) == 0
     assert rows(tmp_path / "run")[0]["val-core/exam/avg@3"] == 0.25
     assert {sampling.temperature for *_, sampling in skill.examined()} == {0.7}
@@ -133,7 +134,7 @@ def test_answers_are_judged_as_in_training(start, tmp_path, monkeypatch):
             f"verification.judge_hosts=('{stub.url}',)",
             "verification.judge_model=m",
         ]
-        assert train(start, tmp_path / "run", "steps=1", *judge) == 0
+        assert train(start, tmp_path / "run", *ONE_STEP, *judge) == 0
     assert [row["score"] for row in rows(tmp_path / "run")] == [1.0, 1.0]
     assert skill.examined()
     # What was asked in an evaluation is not counted for a step.
@@ -151,7 +152,7 @@ def test_what_was_drawn_stays_when_its_judging_is_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rollout, "judged", interrupted)
-    settings = ["evaluation.data=()", "steps=1"]
+    settings = ["evaluation.data=()", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 130
     left = tmp_path / "run" / "interrupted" / "step_000000.jsonl"
     assert len(left.read_text().splitlines()) == 64
@@ -166,7 +167,7 @@ def test_presets_are_found_in_the_folder_and_scores_averaged_over_sets(
     Skill(monkeypatch, start, 3, 6)
     shutil.copy(start / "other.jsonl", tmp_path / "amc23.jsonl")
     data = f"evaluation.data=({str(start / 'exam.jsonl')!r}, 'amc23')"
-    settings = [data, f"evaluation.folder={tmp_path}", "steps=1"]
+    settings = [data, f"evaluation.folder={tmp_path}", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 0
     found = rows(tmp_path / "run")
     assert found[0]["val-core/exam/pass@1"] == 0.75
@@ -203,7 +204,7 @@ def test_an_evaluation_that_is_interrupted_leaves_the_run_whole(
 
 def test_evaluation_time_is_not_a_steps_time(start, tmp_path, monkeypatch):
     Skill(monkeypatch, start, 2, 1)
-    assert train(start, tmp_path / "run", "steps=1") == 0
+    assert train(start, tmp_path / "run", *ONE_STEP) == 0
     (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
     phases = sum(row[f"timing_s/{name}"] for name in ("gen", "verify"))
     assert row["timing_s/testing"] > 0

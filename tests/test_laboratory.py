@@ -69,6 +69,20 @@ def test_advantages_are_taken_over_all_samples_of_a_group(recorded):
     assert examined.terms["actor/pg_loss"] == pytest.approx(plain.terms["loss"])
 
 
+def test_a_kl_is_taken_from_full_log_probs_where_a_run_has_them(tmp_path):
+    """Of a token whose two log-probabilities move together, by hand."""
+    line = row("right", 3)
+    full = np.array(line["log_probs"]) - [0.5, 0.2, 0.1]
+    path = write(tmp_path / "a.jsonl", [line | {"full_log_probs": full.tolist()}])
+    loss = losses.Reinforce(kl_weight=2.0)
+    found = laboratory.examine(loss, laboratory.read([path]))
+    difference = np.array(line["reference_log_probs"]) - full
+    kl = np.mean(np.exp(difference) - difference - 1)
+    assert found.terms["actor/kl_loss"] == pytest.approx(kl, rel=1e-5)
+    expected = (2.0 * (1 - np.exp(difference)) - 1) / 3
+    np.testing.assert_allclose(found.coefficients[0], expected, rtol=1e-5)
+
+
 def test_shares_say_where_the_coefficients_lie(recorded):
     cloning = laboratory.examine(losses.BestOfNCloning(), recorded)
     assert cloning.shares["right"] == 1 and cloning.shares["wrong"] == 0
@@ -141,6 +155,7 @@ def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsy
         ([row(entropy=[1.0])], "field 'entropy' has 1 numbers, 'log_probs' has 4"),
         ([row(entropy=None)], "field 'entropy' is None, expected a list"),
         ([row(log_probs=3)], "field 'log_probs' is not a list of numbers"),
+        ([row(full_log_probs=[1.0])], "field 'full_log_probs' has 1 numbers, 'log_pr"),
         ([row(entropy=["a"] * 4)], "per-token lists are not numbers"),
         ([row(entropy=[np.nan] * 4)], "field 'entropy' holds numbers that are not fin"),
         ([{"verdict": "right"}], "no completion with per-token lists"),
@@ -163,7 +178,7 @@ def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
         for i in range(200)
     ]
     path = write(tmp_path / "step.jsonl", rows)
-    program = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+    program = "from oreal_jax.cli import command; command()"
     command = [sys.executable, "-c", program, "losses", str(path)]
     # Without the settings that make tests compile quickly: see conftest.py.
     quick = ("XLA_", "JAX_")

@@ -1,10 +1,16 @@
 """The pod launcher, with a `gcloud` that writes down what it is asked."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
+
+from oreal_jax import sharding
+from oreal_jax.config import TrainConfig, load
+from oreal_jax.model.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["--name", "run", "--zone", "here", "--nfs", "server:/share"]
@@ -99,6 +105,19 @@ def test_bad_options_are_one_line(tmp_path, words, said):
     done = launch(tmp_path, *words)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", ["oreal_7b", "oreal_32b", "oreal_7b_dsr1"])
+def test_a_task_under_slurm_has_the_devices_of_whole_engines(recipe):
+    script = (ROOT / "tools" / "slurm.sh").read_text()
+    given = dict(re.findall(r"^#SBATCH --(\S+?)=(\S+)", script, re.MULTILINE))
+    gpus = int(given["gpus-per-node"]) // int(given["ntasks-per-node"])
+    config = load(ROOT / "configs" / f"{recipe}.py", TrainConfig, [])
+    shape = PUBLISHED[config.model]
+    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=8), shape)
+    own = jax.devices()[:gpus]
+    meshes = sharding.engine_meshes(mesh, shape, config.decode_tensor, own)
+    assert meshes.own.shape["tensor"] == config.decode_tensor
 
 
 def test_both_scripts_parse_and_the_launcher_explains_itself(tmp_path):

@@ -1,10 +1,14 @@
 """What processes say to each other, and what happens when one no longer does: real
 processes on loopback, without JAX."""
 
+import contextlib
+import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -40,10 +44,11 @@ def start(
     only: list[int] | None = None,
     claim: int = 0,
     patience: float = 20.0,
+    port: int | None = None,
 ) -> list[subprocess.Popen]:
     """Processes that run `body`, joined; each claims to be one of `claim`."""
     text = START + BODY + textwrap.indent(textwrap.dedent(body), "    ")
-    port = free_port()
+    port = port or free_port()
     return [
         subprocess.Popen(
             [
@@ -188,6 +193,87 @@ def test_processes_that_count_differently_are_told_so():
     assert "process 1 was told of 4 processes, process 0 of 2" in complained
 
 
+def hello(body: bytes) -> bytes:
+    """A first message with this body."""
+    near, far = socket.socketpair()
+    with near, far:
+        wire.send(near, wire.Message("hello", 1, body))
+        return far.recv(2**20)
+
+
+STRANGERS = [
+    b"GET / HTTP/1.1\r\n\r\n" * 10,
+    hello(b"{")[:-1],  # which never ends
+    *map(hello, [b"", b"[]", b"null", b"1", b'"x"', b"{}", b"\xff", b"[" * 60_000]),
+    hello(b'{"host": 1, "count": 2}'),
+    hello(b'{"host": "x", "count": null}'),
+]
+
+
+def test_what_strangers_send_to_the_coordinators_port_holds_up_nobody():
+    """Malformed, half, or byte by byte: the processes come together all the same."""
+    port = free_port()
+    first = start("print(processes.gathered(me))", 2, only=[0], port=port)
+    connections = [wire.connect("localhost", port, 20.0) for _ in STRANGERS]
+    ended = threading.Event()
+
+    def drip() -> None:
+        with (
+            wire.connect("localhost", port, 20.0) as slow,
+            contextlib.suppress(OSError),
+        ):
+            for byte in hello(b'{"host": "' + b"x" * 1000):
+                slow.send(bytes([byte]))
+                if ended.wait(0.05):
+                    return
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    for connection, content in zip(connections, STRANGERS, strict=True):
+        connection.sendall(content)
+    second = start("print(processes.gathered(me))", 2, only=[1], port=port)
+    began = time.monotonic()
+    for code, said, complained in ends([*first, *second]):
+        assert (code, said) == (0, "[0, 1]\n"), complained
+    assert time.monotonic() - began < 8  # less than a hello may take
+    ended.set()
+    dripping.join()
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("gather", ["gathered(me)", "all_of([], bytes, list)"])
+def test_who_lives_and_does_not_come_to_a_gathering_is_named(gather):
+    body = f"""
+    processes.HUNG = 0.3
+    if me == 1:
+        time.sleep(60)
+    processes.{gather}
+    """
+    for code, _, complained in ends(start(body)):
+        assert code == 1
+        assert complained.startswith("oreal: process 1 of 3 on ")
+        assert complained.endswith(" did nothing for 0.3 s: it hangs?\n")
+
+
+@pytest.mark.parametrize("at", ["gathered(me)", "barrier('x')"])
+def test_process_0_is_named_where_it_stands_still(at):
+    body = f"""
+    processes.HUNG = processes.PATIENCE = link.ANSWER = 0.3
+    processes.gathered(me)
+    if me == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    processes.{at}
+    """
+    stopped, *others = start(body)
+    for code, _, complained in ends(others):
+        assert code == 1
+        assert complained.startswith("oreal: process 0 of 3 on ")
+        assert complained.endswith(" did not answer for 0.3 s: it hangs?\n")
+    os.kill(stopped.pid, signal.SIGKILL)
+    stopped.communicate()
+
+
 STEPS = """
 step = {step}
 try:
@@ -246,16 +332,23 @@ def test_what_differs_between_processes_is_bad_input():
             {"OREAL_COORDINATOR": "here:80", "OREAL_PROCESSES": "4"},
             Place("here", 80, 4, 1),
         ),
-        (
-            (None, None, None),
-            {
-                "SLURM_JOB_ID": "4096",
-                "SLURM_STEP_NODELIST": "n[3-4]",
-                "SLURM_NTASKS": "2",
-                "SLURM_PROCID": "1",
-                "SLURM_LOCALID": "0",
-            },
-            Place("n3", 61440, 2, 1, (0,)),
+        *(
+            (
+                (None, None, None),
+                {
+                    "SLURM_JOB_ID": "4096",
+                    "SLURM_STEP_NODELIST": "n[3-4]",
+                    "SLURM_NTASKS": "2",
+                    "SLURM_PROCID": "1",
+                    "SLURM_LOCALID": "0",
+                    "SLURM_STEP_NUM_NODES": nodes,
+                },
+                Place("n3", 61440, 2, 1, devices),
+            )
+            for nodes, devices in [
+                ("1", (0,)),
+                ("2", None),
+            ]  # alone on a node: all of it
         ),
     ],
     ids=str,

@@ -48,6 +48,7 @@ POLICY_LOSSES: dict[str, Any] = presets.NAMED | {
 LOSSES = POLICY_LOSSES | {"token_reward": TokenReward()}
 FLOATS = (
     "log_probs",
+    "full_log_probs",
     "old_log_probs",
     "reference_log_probs",
     "token_scores",
@@ -103,6 +104,7 @@ def batches(draw, *, mixed: bool = False) -> Drawn:
     log_probs = -np.abs(normal(2))
     values = {
         "log_probs": log_probs,
+        "full_log_probs": single(log_probs - np.abs(normal(0.6))),
         "old_log_probs": single(log_probs + normal(0.6)),
         "reference_log_probs": single(log_probs + normal(0.6)),
         "token_scores": normal(2),
@@ -138,7 +140,7 @@ def evaluate(loss, scored: Scored, counts: Counts | None = None) -> Outputs:
     """Runs a loss in the precision of its inputs, with its own counts or a whole's."""
     with jax.enable_x64(scored.log_probs.dtype == np.float64):
         counts = counts or count(scored.completion, scored.correct)
-        names = ("log_probs", "token_scores", "entropy")
+        names = ("log_probs", "full_log_probs", "token_scores", "entropy")
         trained = {name: getattr(scored, name) for name in names}
         (total, metrics), gradient = compiled(loss)(trained, scored, counts)
         return jax.tree.map(np.asarray, Outputs(total, metrics, gradient))
@@ -300,6 +302,30 @@ def test_a_policy_loss_never_trains_the_token_reward_model(loss, drawn):
     assert not np.any(evaluate(loss, drawn.scored(loss)).gradient["token_scores"])
 
 
+@every_policy_loss
+@thorough
+@given(batches())
+def test_the_reference_is_compared_with_the_full_distribution_alone(loss, drawn):
+    """Where a loss has a KL to the reference, a policy that is the reference has no
+    loss and no gradient by it, whatever it was sampled from."""
+    scored = drawn.scored(loss)
+    metrics = evaluate(loss, scored).metrics
+    same = scored._replace(reference_log_probs=scored.full_log_probs)
+    outputs = evaluate(loss, same)
+    if loss_has_reference(loss, scored):
+        assert np.any(metrics["actor/kl_loss"]) == np.any(scored.completion)
+        assert outputs.metrics["actor/kl_loss"] == 0
+    if getattr(loss, "kl", terms.kl_k3) is not terms.kl_k1:
+        assert not np.any(outputs.gradient["full_log_probs"])
+
+
+def loss_has_reference(loss, scored: Scored) -> bool:
+    """Whether any of its metrics depend on the reference model."""
+    other = scored._replace(reference_log_probs=scored.reference_log_probs - 1)
+    one, two = (evaluate(loss, x).metrics for x in (scored, other))
+    return any(one[name] != two[name] for name in one)
+
+
 @thorough
 @given(batches())
 def test_the_token_reward_loss_never_trains_the_policy(drawn):
@@ -363,7 +389,7 @@ extremes = st.fixed_dictionaries(
             st.sampled_from(SCORES if name == "token_scores" else LOG_PROBS),
             max_size=8,
         )
-        for name in FLOATS[:4]
+        for name in FLOATS[:5]
     }
 )
 

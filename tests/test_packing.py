@@ -5,12 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import oreal_7b
 import pytest
-import simulate_slots
 import smollm2_arithmetic
 import tiny as tiny_config
 
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Example, Limits, Shape, arrange, fill_rows, pack
+from oreal_jax.sampling.simulation import heavy_tailed
 from oreal_jax.train.programs import limits_of
 
 Lengths = Callable[[np.random.Generator, int], np.ndarray]
@@ -36,8 +36,8 @@ def steps(
 
 def published(random: np.random.Generator, count: int) -> np.ndarray:
     """Completions of about 6,000 tokens, at most 14,000; their mean varies."""
-    mean, seed = random.uniform(4_000, 8_000), int(random.integers(2**31))
-    return simulate_slots.heavy_tailed(count, mean, 14_000, seed)
+    mean, seed = int(random.uniform(4_000, 8_000)), int(random.integers(2**31))
+    return heavy_tailed(count, mean, 14_000, seed)
 
 
 def shapes(config: TrainConfig, lengths, shards: int) -> list[tuple[Shape, int]]:

@@ -67,10 +67,6 @@ SMOKES = [
     "bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl",
     "demo.py",
 ]
-CACHE_SETTINGS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-)
 # Models that are not on this machine: paths on pods, and names on the hub.
 REMOTE = re.compile(r"/mnt/|(internlm|deepseek-ai)/")
 
@@ -397,7 +393,9 @@ class Check:
             text=True,
         )
         assert result.returncode == 0, result.stderr
-        self.shell(result.stdout)
+        # The matrix is `make test` with Pythons that this machine may not have.
+        matrix = words == ["test-matrix"]
+        self.shell("make test" if matrix else result.stdout)
 
     def python(self, words: list[str]) -> None:
         """Applies the rules of tools, pytest, pip and make's recipes."""
@@ -756,29 +754,17 @@ def test_completions_without_a_stop_token_fill_every_slot(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", SMOKES)
-def test_tools_complete(words, home, monkeypatch):
+def test_tools_complete(words, home):
     shutil.rmtree(home / "runs/demo/run")
     if words == "demo.py":
         shutil.rmtree(home / "runs/demo/start")
     tool, *rest = words.split()
-    with restored(*CACHE_SETTINGS):
-        module = importlib.import_module(Path(tool).stem)
-        assert not module.main([*rest, "--smoke"])
+    command = [sys.executable, str(ROOT / "tools" / tool), *rest, "--smoke"]
+    subprocess.run(command, check=True)
     for metrics in (home / "runs").rglob("metrics.jsonl"):  # every run made an update
         assert any(row.get("actor/grad_norm") for row in read_lines(metrics))
     trains = tool in ("ablation.py", "demo.py")
     assert trains == any((home / "runs").rglob("metrics.jsonl"))
-
-
-@contextlib.contextmanager
-def restored(*names: str) -> Iterator[None]:
-    """Restores these settings of JAX afterwards."""
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
 
 
 REAL = [

@@ -19,7 +19,7 @@ from oreal_jax.processes import wire
 def start(tiny):
     """`start(count, run, *settings)`: that many processes of one run."""
 
-    def begin(count: int, run: Path, *settings: str) -> list[subprocess.Popen]:
+    def begin(count: int, run: Path, *settings: str, **named) -> list[subprocess.Popen]:
         with wire.listen(0) as door:
             port = door.getsockname()[1]
         several = ["--coordinator", f"localhost:{port}", "--processes", str(count)]
@@ -29,6 +29,7 @@ def start(tiny):
                 run,
                 *settings,
                 options=[*several, "--process", str(me)],
+                **named,
             )
             for me in range(count)
         ]
@@ -154,3 +155,45 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
     both = arrays(run, 8), arrays(tiny / "undisturbed", 8)
     for ours, expected in zip(*both, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+BROKEN = """
+from oreal_jax import processes
+from oreal_jax.sampling import Engine
+from oreal_jax.train import loop
+from tiny import config
+
+steps, sample, pack = [], Engine.sample, loop.pack
+
+def fail(place):
+    if (processes.index(), steps[-1], place) == (1, 2, {place!r}):
+        raise RuntimeError("a bug")
+
+def broken_sample(self, *given, step=0, **named):
+    steps.append(step)
+    fail("sampling")
+    return sample(self, *given, step=step, **named)
+
+def broken_pack(*given, **named):
+    fail("packing")
+    return pack(*given, **named)
+
+Engine.sample, loop.pack = broken_sample, broken_pack
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "saved"), [("sampling", ["2"]), ("packing", [])])
+def test_an_error_in_one_is_saved_by_all_or_ends_all(
+    tiny, tmp_path, start, place, saved
+):
+    """Those that wait for it in the update's collectives cannot save."""
+    config, run = tmp_path / "own.py", tmp_path / "run"
+    shutil.copy(Path(__file__).parents[1] / "configs" / "tiny.py", tmp_path)
+    config.write_text(BROKEN.format(place=place))
+    for process in start(2, run, "saving.every=10", config=config):
+        said, complained = process.communicate(timeout=200)
+        assert process.returncode == 1, said + complained
+        assert "RuntimeError: a bug" in complained
+    checkpoints = [path.name for path in (run / "checkpoints").glob("*")]
+    assert checkpoints == saved

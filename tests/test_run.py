@@ -3,12 +3,15 @@
 import json
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from judge_stub import says, serving
+from safetensors.numpy import load_file, save_file
 from tiny_runs import (
+    ONE_STEP,
     ROOT,
     arrays,
     finish,
@@ -19,12 +22,14 @@ from tiny_runs import (
 )
 
 from oreal_jax import laboratory, losses, metrics
+from oreal_jax.checkpoints.run import Checkpoints
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig, load
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import BadInput
 from oreal_jax.laboratory.recorded import LISTS
 from oreal_jax.sampling import Engine
+from oreal_jax.train import loop
 from oreal_jax.train.programs import mesh_of
 
 pytestmark = pytest.mark.usefixtures("judges")
@@ -110,6 +115,42 @@ def test_what_a_run_directory_holds(whole):
             assert len(trajectory[name]) == trajectory["tokens"]
 
 
+def test_trajectories_are_written_while_the_next_step_samples(tiny, monkeypatch):
+    """And before the checkpoint after which they would not be written again."""
+    run, sampling = tiny / "background", threading.Event()
+    write, sample, save = loop.write_trajectories, Engine.sample, Checkpoints.save
+    saved = []
+
+    def write_late(folder, step, *others):
+        assert step or sampling.wait(60)
+        write(folder, step, *others)
+
+    def announce(*arguments, step, **options):
+        if step == 1:
+            sampling.set()
+        return sample(*arguments, step=step, **options)
+
+    def list_files(self, *arguments):
+        saved.append(sorted(path.name for path in (run / "trajectories").iterdir()))
+        save(self, *arguments)
+
+    monkeypatch.setattr(loop, "write_trajectories", write_late)
+    monkeypatch.setattr(Engine, "sample", announce)
+    monkeypatch.setattr(Checkpoints, "save", list_files)
+    train_ok(tiny, run, "steps=2", "saving.every=2")
+    assert saved == [["step_000000.jsonl", "step_000001.jsonl"]]
+
+
+def test_trajectories_that_cannot_be_written_end_the_run(tiny, tmp_path):
+    (tmp_path / "trajectories").touch()  # a file where a folder should be
+    code, _, errors = train_in_process(tiny, tmp_path, "steps=2")
+    assert code == 2
+    assert "step_000000.jsonl: cannot be written: " in errors
+    assert errors.count("\n") == 1
+    # The step itself is finished, and not lost.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
 def test_the_laboratory_finds_the_loss_that_the_run_had(whole):
     """The metrics of a step, from its trajectories alone."""
     for row in metrics.read(whole / "metrics.jsonl"):
@@ -171,10 +212,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
-def test_a_run_does_not_change_whether_it_has_a_token_reward_model(tiny, whole):
-    code, _, errors = train_in_process(
-        tiny, whole, "token_reward=None", "freeze_steps=0"
-    )
+def test_a_run_does_not_change_whether_it_has_a_token_reward_model(
+    tiny, whole, tmp_path
+):
+    config = tmp_path / "own.py"
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
+    config.write_text(OWN_LOSS)
+    code, _, errors = train_in_process(tiny, whole, config=config)
     assert code == 2
     assert "with a token reward model or without" in errors
     assert errors.count("\n") == 1
@@ -201,7 +245,7 @@ def test_rows_that_context_does_not_divide_are_refused(tiny):
 
 
 def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
-    settings = ["sampling.top_p=0.6", "sampling.temperature=0.8", "steps=1"]
+    settings = ["sampling.top_p=0.6", "sampling.temperature=0.8", *ONE_STEP]
     differences = []
     for kind in ("sampled", "full"):
         run = tiny / f"log-probs-{kind}"
@@ -212,6 +256,14 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
         kept = [row for row in map(json.loads, lines) if row["kept"]]
         mean = np.mean([np.mean(row["old_log_probs"]) for row in kept])
         differences.append(mean)
+        # The first step's policy is the reference, whatever it is sampled from.
+        assert row["actor/kl_loss"] < 1e-9
+        read = laboratory.read([run / "trajectories"])
+        found = laboratory.examine(losses.Oreal(), read)
+        assert found.terms["actor/kl_loss"] < 1e-9
+        for t in kept:
+            full = t.get("full_log_probs", t["log_probs"])
+            np.testing.assert_allclose(full, t["reference_log_probs"], atol=2e-5)
     assert differences[0] < 1e-3 and differences[2] < 1e-3
     assert differences[1] > differences[3]  # what is cut off makes the rest likelier
 
@@ -231,7 +283,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
     prompts = tiny / "never.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tiny / "skipped"
-    output = train_ok(tiny, run, f"prompts={prompts}", "steps=1")
+    output = train_ok(tiny, run, f"prompts={prompts}", *ONE_STEP)
     assert "no update: every prompt was all right or all wrong" in output
     before, after = arrays(tiny / "sft", 60)[:3], arrays(run, 1)[:3]
     for ours, expected in zip(after, before, strict=True):
@@ -246,7 +298,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
             "verification.judge_model=m",
             "verification.undecided=drop",
         ]
-        train_ok(tiny, run, "steps=1", *judge)
+        train_ok(tiny, run, *ONE_STEP, *judge)
     row = metrics.read(run / "metrics.jsonl")[0]
     assert row["judge/asked"] == row["judge/undecided"] == stub.requests > 0
     assert row["verdict/undecided"] == row["verdict/by_judge"] == row["judge/asked"]
@@ -257,7 +309,7 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
 
 
 def test_tensorboard_files_come_when_asked_for(tiny):
-    train_ok(tiny, tiny / "board", "steps=1", "tensorboard=True")
+    train_ok(tiny, tiny / "board", *ONE_STEP, "tensorboard=True")
     assert list((tiny / "board" / "tensorboard").glob("events*"))
 
 
@@ -265,7 +317,7 @@ def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
     template, run = tiny / "other.jinja", tiny / "other"
     text = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     template.write_text(text)
-    settings = [f"chat_template={template}", "system_prompt=Long.", "steps=1"]
+    settings = [f"chat_template={template}", "system_prompt=Long.", *ONE_STEP]
     train_ok(tiny, run, *settings)
     template.unlink()
     train_ok(tiny, run, *settings[:2], "steps=2")
@@ -289,7 +341,7 @@ def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):
 
 def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
     run = tiny / "eight"
-    settings = ["decode_weights=int8", "decode_cache=float8", "steps=1"]
+    settings = ["decode_weights=int8", "decode_cache=float8", *ONE_STEP]
     train_ok(tiny, run, *settings)
     (row,) = metrics.read(run / "metrics.jsonl")
     assert 1e-4 < row["training/rollout_probs_diff_mean"] < 0.05
@@ -298,13 +350,31 @@ def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
 
 def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     run = tiny / "apart"
-    settings = ["decode_weights=int8", "max_disagreement=1e-6", "steps=1"]
+    settings = ["decode_weights=int8", "max_disagreement=1e-6", *ONE_STEP]
     code, _, errors = train_in_process(tiny, run, *settings)
     assert code == 1
     assert "max_disagreement=1e-06; the step is not saved" in errors
+    assert "decode_weights='int8' rounds, 'full' is closer" in errors
+    assert "decode_cache" not in errors
     assert "Traceback" not in errors
     assert not metrics.read(run / "metrics.jsonl")
     assert not list((run / "checkpoints").glob("*"))
+
+
+def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
+    home = shutil.copytree(tiny / "start" / "hf", tiny / "broken")
+    weights = load_file(home / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, home / "model.safetensors")
+    run = tiny / "not-finite"
+    code, _, errors = train_in_process(
+        tiny, run, f"model={home}", "steps=1", "freeze_steps=0"
+    )
+    assert code == 1
+    assert "step 1: a token without a probability: 1 of the model's weights" in errors
+    assert "first layers/1/mlp/up; the step is not saved" in errors
+    assert not metrics.read(run / "metrics.jsonl")
 
 
 def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
@@ -323,14 +393,14 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
         return draw(*arguments, on_finished=count, **options)
 
     monkeypatch.setattr(Engine, "sample", broken_off)
-    code, output, _ = train_in_process(tiny, run, "steps=1")
+    code, output, _ = train_in_process(tiny, run, *ONE_STEP)
     assert code == 130
     left = run / "interrupted" / "step_000000.jsonl"
     rows = [json.loads(line) for line in left.read_text().splitlines()]
     assert len(rows) == 10
     assert f"10 of 64 completions are in {left}" in output
     monkeypatch.setattr(Engine, "sample", draw)
-    train_ok(tiny, run, "steps=1")
+    train_ok(tiny, run, *ONE_STEP)
     whole = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()
     drawn = {(r["group"], r["sample"]): r["completion"] for r in map(json.loads, whole)}
     for row in rows:  # the same, drawn anew

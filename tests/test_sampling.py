@@ -14,7 +14,7 @@ import torch
 
 from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import BadInput, Diverged, Failure
 from oreal_jax.model import ModelConfig
 from oreal_jax.plan.collectives import moved
 from oreal_jax.sampling import (
@@ -549,6 +549,8 @@ def test_a_banned_token_is_never_drawn(params, prompts, drawn):
 def test_tokens_that_the_model_does_not_have_are_refused(params):
     with pytest.raises(BadInput, match="logit_bias: no token 64, the model has 64"):
         draw(params, [[1]], logit_bias=((64, 1.0),))
+    with pytest.raises(BadInput, match="-inf for all 64 tokens leaves none to choose"):
+        draw(params, [[1]], logit_bias=tuple((t, -np.inf) for t in range(64)))
     for token in (70, -1):
         with pytest.raises(BadInput, match=f"stop tokens: no token {token}, the model"):
             Engine(CONFIG, mesh_of(), [STOP, token])
@@ -556,6 +558,32 @@ def test_tokens_that_the_model_does_not_have_are_refused(params):
         draw(params, [[1, 64]])
     with pytest.raises(BadInput, match="no token -1"):
         Sampling(max_tokens=1, logit_bias=((-1, 1.0),))
+
+
+@pytest.mark.parametrize("option", [{}, {"weights": "int8"}, {"cache": "float8"}])
+def test_a_weight_that_is_not_finite_is_named(params, option):
+    attention = params["layers"]["attention"]
+    key = attention["key"].at[1, 2, 0, 3].set(jnp.nan)
+    broken = params["layers"] | {"attention": attention | {"key": key}}
+    named = "1 of .* not finite, first layers/1/attention/key"
+    with pytest.raises(Diverged, match=named):
+        draw(params | {"layers": broken}, [[1, 2]], 1, max_tokens=5, **option)
+
+
+def test_a_completion_ends_at_a_token_without_a_probability(params, monkeypatch):
+    """It is not decoded to its limit before the error is raised."""
+    check = "oreal_jax.sampling.engine._has_probabilities"
+    monkeypatch.setattr(check, lambda completion: True)
+    broken = params | {"final_norm": params["final_norm"] * jnp.nan}
+    ((completion,),) = draw(broken, [[1, 2]], 1, max_tokens=5)
+    assert len(completion.tokens) == 1 and not np.isfinite(completion.log_probs[0])
+
+
+def test_decoding_that_overflows_does_not_blame_the_weights(params):
+    large = params | {"final_norm": params["final_norm"] * 1e38}
+    large["head"] = large["head"] * 10.0
+    with pytest.raises(Failure, match="are finite: decoding in float32, weights='full"):
+        draw(large, [[1, 2]], 1, max_tokens=5)
 
 
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
@@ -591,6 +619,22 @@ def test_eight_bits_change_little_and_depend_on_nothing_else(params, prompts, op
     same = tokens(small) == tokens(full)
     difference = np.abs(first(small) - first(full))[same]
     assert same.mean() > 0.6 and 0 < difference.max() < 0.5
+
+
+def test_the_size_of_keys_and_values_does_not_change_a_float8_completion(
+    params, prompts
+):
+    """The same model with keys and values of thousands, queries and the output
+    projection as much smaller; e4m3 ends at 448."""
+    attention = dict(params["layers"]["attention"])
+    for name, factor in [("key", 12), ("query", -12), ("value", 12), ("output", -12)]:
+        attention[name] = attention[name] * 2.0**factor
+    large = params | {"layers": params["layers"] | {"attention": attention}}
+    how = {"max_tokens": 5, "cache": "float8"}
+    one, other = (draw(weights, prompts, **how) for weights in (params, large))
+    for a, b in zip(*map(itertools.chain.from_iterable, (one, other)), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
 
 
 def test_more_tensor_devices_than_key_value_heads_change_nothing(

@@ -14,6 +14,7 @@ from oreal_jax.data.packing import Example, fill_rows, pack
 from oreal_jax.errors import BadInput
 from oreal_jax.losses import Oreal
 from oreal_jax.model import ModelConfig
+from oreal_jax.sampling import Sampling, sampled_from
 from oreal_jax.train.state import Optimizer, learners
 from oreal_jax.train.step import place, reference_scorer, train_step
 
@@ -48,6 +49,7 @@ def run(
     freeze_steps=0,
     remat: model.Remat = "everything",
     policy=POLICY,
+    distribution: model.Distribution = model.full,
 ):
     """State, metrics and scores after some steps on the same batch."""
     devices = jax.devices()[: 1 if shape == ONE else 8]
@@ -63,7 +65,14 @@ def run(
     packed, slots = pack(batch(), rows=rows, row_length=row_length)
     packed = place(packed, mesh)
     packed = reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
-    update = train_step(both, loss, mesh, freeze_steps=freeze_steps, remat=remat)
+    update = train_step(
+        both,
+        loss,
+        mesh,
+        freeze_steps=freeze_steps,
+        remat=remat,
+        distribution=distribution,
+    )
     state, metrics, said = update(state, packed)
     for _ in range(steps - 1):
         state, metrics, said = update(state, packed)
@@ -198,6 +207,20 @@ def test_moments_lie_like_their_parameters():
 def test_the_reference_of_the_start_gives_no_kl_at_first():
     _, metrics, _, _ = run()
     assert abs(metrics["actor/kl_loss"]) < 1e-9
+
+
+def test_a_policy_that_is_its_reference_has_no_kl_whatever_it_is_sampled_from():
+    even = lambda: [example._replace(advantage=0.0) for example in examples()]
+    nucleus = Sampling(max_tokens=9, top_p=0.7, temperature=0.8)
+    how = {"batch": even, "loss": losses.Reinforce(kl_weight=1.0), "scores": None}
+    _, metrics, said, _ = run(**how, distribution=sampled_from(nucleus))
+    assert abs(metrics["actor/kl_loss"]) < 1e-9
+    assert metrics["actor/grad_norm"] < 1e-5
+    _, _, expected, _ = run(**how)
+    assert expected.full_log_probs is None and said.full_log_probs is not None
+    full = expected.log_probs
+    np.testing.assert_allclose(said.full_log_probs, full, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(said.log_probs - full)).max() > 0.1
 
 
 def test_frozen_steps_move_the_token_reward_model_only():

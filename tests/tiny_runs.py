@@ -21,6 +21,7 @@ from oreal_jax import sharding
 from oreal_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
+ONE_STEP = ("steps=1", "freeze_steps=0")  # in which the policy is trained
 ALONE = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -57,10 +58,9 @@ def check_ok(result: Result) -> str:
 
 def oreal(*arguments, environment: Mapping[str, str] = ALONE) -> subprocess.Popen:
     """`oreal` in a process of its own, with one device unless told otherwise."""
-    command = [sys.executable, "-c", "import sys; from oreal_jax.cli import main; "]
-    command[-1] += "sys.exit(main())"
+    script = "from oreal_jax.cli import command; command()"
     return subprocess.Popen(
-        [*command, *map(str, arguments)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

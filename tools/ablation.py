@@ -43,6 +43,7 @@ from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import BadInput
 from oreal_jax.evaluation import evaluate
 from oreal_jax.files import write_lines, write_text
+from oreal_jax.processes.signals import INTERRUPTED, leave
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
@@ -337,9 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("ablation: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import torch
 import transformers
-from simulate_slots import published_lengths, simulate
+from simulate_slots import published_lengths
 
 from oreal_jax import model, program_cache, sharding
 from oreal_jax.checkpoints import hf
@@ -39,6 +39,7 @@ from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.model import ModelConfig, Params, decoding
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
+from oreal_jax.sampling.simulation import simulate
 
 QUESTIONS = [f"What is {a} + {20 - a}?" for a in range(1, 17)]
 SAMPLES = 16

@@ -35,7 +35,7 @@ sampling = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 4}
 tokens = model.generate(**inputs, **sampling, max_new_tokens=8)
 print(*tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :]))
 """
-OREAL_SCRIPT = "import sys; from oreal_jax.cli import main; sys.exit(main())"
+OREAL_SCRIPT = "from oreal_jax.cli import command; command()"
 
 
 class Seconds(NamedTuple):

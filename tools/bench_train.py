@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import transformers
 from jax.sharding import Mesh
-from simulate_slots import heavy_tailed
 
 from oreal_jax import efficiency, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
@@ -43,6 +42,7 @@ from oreal_jax.data.packing import Example, pack
 from oreal_jax.losses import Oreal, PolicyLoss, Reinforce
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.head import HEAD_CHUNK
+from oreal_jax.sampling.simulation import heavy_tailed
 from oreal_jax.train.state import Optimizer, learners
 from oreal_jax.train.step import place, train_step
 

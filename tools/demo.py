@@ -30,6 +30,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import BadInput
 from oreal_jax.files import write_lines
+from oreal_jax.processes.signals import INTERRUPTED, leave
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("demo: interrupted; `make demo` goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     minutes = (time.perf_counter() - began) / 60
     screen.console.print(summary(before, after, minutes, home))
     return 0
@@ -204,4 +205,4 @@ def summary(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

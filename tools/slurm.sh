@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on GPU nodes under SLURM, a task a GPU:
+# Trains on GPU nodes under SLURM, one task per node:
 #
 #     sbatch --nodes=4 tools/slurm.sh configs/oreal_7b.py --set model=DIR
 #
@@ -8,16 +8,16 @@
 #SBATCH --job-name=oreal
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# Every task must see all GPUs of its node, of which JAX then takes one: no
-# --gpus-per-task, no --gpu-bind. Each finds its place among the others by itself.
+# A task has all GPUs of its node: engines of several GPUs (decode_tensor) are made of
+# those of one task. Each finds its place among the others by itself.
 again=false
 stop() {
   again=true

@@ -6,19 +6,25 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from oreal_jax import hardware
 from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
 from oreal_jax.errors import BadInput, Failure
-from oreal_jax.processes.signals import insistent
+from oreal_jax.processes.signals import INTERRUPTED, insistent, leave
+
+
+def command() -> NoReturn:
+    """The script `oreal`: `main`, then the end of the process."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb. Exit codes: 0 done, 1 it cannot go on, 2 bad input,
     130 interrupted."""
-    parsed = parser().parse_args(arguments)
-    hardware.leave_out_absent()
     try:
+        parsed = parser().parse_args(arguments)
+        hardware.leave_out_absent()
         with insistent():
             parsed.call(parsed)
     except BadInput as error:
@@ -34,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("oreal: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Failure as error:
         print(f"oreal: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Questions to tokens and back, through the checkpoint's own tokenizer and template."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Chat:
 
     `system_prompt` None leaves the system message to the template. `template` is a
     Jinja file that replaces the tokenizer's own. Completions are read up to the first
-    of the `stop_strings`.
+    of the `stop_strings`. `encode`, `decode` and `pieces` may be called by any thread.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Chat:
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
         self.stop_strings = stop_strings
         self._pieces: dict[int, str] = {}  # of tokens asked for so far
+        self._in_use = threading.Lock()  # some tokenizers fail in two threads at once
         try:
             self.encode("?")
         except Exception as error:  # a template raises what it likes
@@ -73,20 +75,23 @@ class Chat:
             tokenize=False,
             add_generation_prompt=True,
         )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        with self._in_use:
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a completion, without special tokens, up to a stop string."""
         tokens = [int(token) for token in tokens]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        with self._in_use:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         places = [text.find(string) for string in self.stop_strings]
         return text[: min((p for p in places if p >= 0), default=len(text))]
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token by itself, special tokens included."""
         known = self._pieces
-        for token in set(map(int, tokens)) - known.keys():
-            known[token] = self.tokenizer.decode([token])
+        with self._in_use:
+            for token in set(map(int, tokens)) - known.keys():
+                known[token] = self.tokenizer.decode([token])
         return [known[int(token)] for token in tokens]
 
     def token_bytes(self) -> list[bytes]:

@@ -1,4 +1,5 @@
-"""The order of prompts: a function of (seed, step), so resuming needs no cursor."""
+"""The order of prompts: a function of the seed and of how many were taken before, so a
+run may resume with another number of prompts per step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,15 +21,15 @@ class PromptOrder:
             raise BadInput(f"seed={seed} must be below {2**32}")
         import grain  # half a second, which `oreal --help` need not wait for
 
-        self._batch = batch
+        self.batch_size = batch
         self._items = grain.MapDataset.source(items).shuffle(seed=seed).repeat()
 
-    def batch(self, step: int) -> list[tuple[Any, int]]:
-        """The items of a step; each with how often it came before in this batch.
+    def batch(self, start: int) -> list[tuple[Any, int]]:
+        """The items of a step before which `start` were taken; each with how often it
+        came before in this batch.
 
         Copies of a prompt have the same random key, so their samples are numbered on
         from this.
         """
-        start = step * self._batch
-        drawn = [self._items[i] for i in range(start, start + self._batch)]
-        return [(item, drawn[:place].count(item)) for place, item in enumerate(drawn)]
+        batch = [self._items[i] for i in range(start, start + self.batch_size)]
+        return [(item, batch[:place].count(item)) for place, item in enumerate(batch)]

@@ -20,7 +20,8 @@ class Examination(NamedTuple):
     """What a loss does to a batch.
 
     terms: the loss and what it reports. coefficients: d loss / d log p, an array for
-    each completion. shares: where the sum of their absolute values lies.
+    each completion; p moves in the sampled and in the full distribution alike, where
+    these differ. shares: where the sum of their absolute values lies.
     """
 
     terms: dict[str, float]
@@ -39,11 +40,16 @@ def examine(loss: PolicyLoss, recorded: Sequence[Recorded]) -> Examination:
 
     @jax.jit
     def differentiate(scored: Scored):
-        def value(log_probs):
-            total, metrics = loss(scored._replace(log_probs=log_probs), counts)
+        def value(change):
+            log_probs, full = jax.tree.map(
+                lambda x: x + change, (scored.log_probs, scored.full_log_probs)
+            )
+            moved = scored._replace(log_probs=log_probs, full_log_probs=full)
+            total, metrics = loss(moved, counts)
             return total, {"loss": total} | metrics
 
-        gradient, metrics = jax.grad(value, has_aux=True)(scored.log_probs)
+        none = jnp.zeros_like(scored.log_probs)
+        gradient, metrics = jax.grad(value, has_aux=True)(none)
         return metrics, gradient
 
     terms: dict[str, float] = {}
@@ -103,15 +109,17 @@ def _counts(recorded: Sequence[Recorded]) -> Counts:
 def _scored(loss: PolicyLoss, part: Sequence[Recorded], B: int, T: int) -> Scored:
     lists = np.zeros((5, B, T), np.float32)
     length, correct = np.zeros(B, int), np.zeros(B, bool)
-    advantage = np.zeros(B, np.float32)
+    advantage, full = np.zeros(B, np.float32), np.zeros((B, T), np.float32)
     for row, trajectory in enumerate(part):
         length[row] = trajectory.lists.shape[1]
         lists[:, row, : length[row]] = trajectory.lists
+        given = trajectory.full_log_probs
+        full[row, : length[row]] = trajectory.lists[0] if given is None else given
         correct[row] = trajectory.correct
         advantages = loss.advantage(trajectory.rewards[None])
         advantage[row] = advantages[0, trajectory.place]
     completion = np.arange(T)[None] < length[:, None]
-    return Scored(*map(jnp.asarray, (*lists, completion, correct, advantage)))
+    return Scored(*map(jnp.asarray, (*lists, completion, correct, advantage, full)))
 
 
 def _shares(

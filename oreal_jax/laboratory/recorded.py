@@ -25,7 +25,8 @@ class Recorded(NamedTuple):
     """A completion of T tokens that was learned from.
 
     `rewards` are those (+1, -1) of all samples of its group, learned from or not; its
-    own is `rewards[place]`. `lists` has the rows of `LISTS`.
+    own is `rewards[place]`. `lists` has the rows of `LISTS`; `full_log_probs` are in
+    runs with `log_probs="sampled"` alone.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Recorded(NamedTuple):
     rewards: Float[np.ndarray, "K"]
     place: int
     lists: Float[np.ndarray, "5 T"]
+    full_log_probs: Float[np.ndarray, "T"] | None = None
 
     @property
     def correct(self) -> bool:
@@ -99,8 +101,10 @@ def _read_file(file: Path) -> list[Recorded]:
         of_group = rewards.setdefault(group, [])
         of_group.append(1.0 if verdict == "right" else -1.0)
         if "log_probs" in row:
-            lists = _lists(where, row)
-            members.append((group, len(of_group) - 1, row, lists))
+            lists = _lists(where, row, LISTS)
+            full = "full_log_probs"
+            full = _lists(where, row, (full,))[0] if full in row else None
+            members.append((group, len(of_group) - 1, row, lists, full))
     return [
         Recorded(
             name=f"{row.get('step', 0)}/{row.get('id', '')}/{row.get('sample', place)}",
@@ -108,16 +112,19 @@ def _read_file(file: Path) -> list[Recorded]:
             rewards=np.array(rewards[group]),
             place=place,
             lists=lists,
+            full_log_probs=full,
         )
-        for group, place, row, lists in members
+        for group, place, row, lists, full in members
     ]
 
 
-def _lists(where: str, row: dict[str, Any]) -> Float[np.ndarray, "5 T"]:
+def _lists(
+    where: str, row: dict[str, Any], names: Sequence[str]
+) -> Float[np.ndarray, "_ T"]:
     size = len(row["log_probs"]) if isinstance(row["log_probs"], list) else 0
     if not size:
         raise BadInput(f"{where}: field 'log_probs' is not a list of numbers")
-    for name in LISTS:
+    for name in names:
         values = row.get(name)
         if not isinstance(values, list):
             raise BadInput(f"{where}: field {name!r} is {values!r}, expected a list")
@@ -127,11 +134,11 @@ def _lists(where: str, row: dict[str, Any]) -> Float[np.ndarray, "5 T"]:
                 f"'log_probs' has {size}"
             )
     try:
-        lists = np.array([row[name] for name in LISTS], np.float32)
+        lists = np.array([row[name] for name in names], np.float32)
     except (TypeError, ValueError) as error:
         raise BadInput(f"{where}: per-token lists are not numbers: {error}") from None
     if not np.isfinite(lists).all():
-        name = LISTS[int(np.argmin(np.isfinite(lists).all(axis=1)))]
+        name = names[int(np.argmin(np.isfinite(lists).all(axis=1)))]
         raise BadInput(f"{where}: field {name!r} holds numbers that are not finite")
     return lists
 

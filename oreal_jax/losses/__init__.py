@@ -31,6 +31,7 @@ from oreal_jax.losses.baselines import (
     XtunerOreal,
 )
 from oreal_jax.losses.oreal import Oreal, OrealPaper, TokenReward
+from oreal_jax.losses.probe import fields_read, has_gradient
 from oreal_jax.losses.scored import (
     Advantage,
     Count,
@@ -69,8 +70,10 @@ __all__ = [
     "TopKWeights",
     "XtunerOreal",
     "ZeroOne",
+    "fields_read",
     "group_centred",
     "group_normalised",
+    "has_gradient",
     "outcome",
     "presets",
     "reshaped",

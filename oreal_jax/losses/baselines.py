@@ -65,7 +65,7 @@ class Reinforce:
                 scored.log_probs, scored.old_log_probs, self.importance_cap
             )
         policy = token_mean(gain, scored.completion, counts.all)
-        kl = terms.kl_k3(scored.log_probs, scored.reference_log_probs)
+        kl = terms.kl_k3(scored.kl_log_probs, scored.reference_log_probs)
         penalty = token_mean(kl, scored.completion, counts.all)
         entropy = token_mean(scored.entropy, scored.completion, counts.all)
         loss = policy + self.kl_weight * penalty - self.entropy_weight * entropy
@@ -98,7 +98,7 @@ class Grpo:
             high=self.clip_high,
         )
         policy = self.aggregate(gain, scored.completion, counts.all)
-        kl = terms.kl_k3(scored.log_probs, scored.reference_log_probs)
+        kl = terms.kl_k3(scored.kl_log_probs, scored.reference_log_probs)
         penalty = self.aggregate(kl, scored.completion, counts.all)
         loss = policy + self.kl_weight * penalty
         return loss, {"actor/pg_loss": policy, "actor/kl_loss": penalty}
@@ -188,7 +188,7 @@ class XtunerOreal:
             dual=self.dual,
         )
         clone = terms.clone(scored.log_probs) * self.clone_weight
-        kl = terms.kl_k3(scored.log_probs, scored.reference_log_probs)
+        kl = terms.kl_k3(scored.kl_log_probs, scored.reference_log_probs)
         positive = token_mean(clone + gain, scored.right, counts.right)
         negative = token_mean(gain, scored.wrong, counts.wrong)
         penalty = token_mean(kl, scored.completion, counts.all)

@@ -69,7 +69,7 @@ class Oreal:
         scale = scored.advantage[:, None] if self.clone_times_advantage else 1.0
         clone = terms.clone(scored.log_probs) * weight * scale
         avoid = terms.reinforce(scored.log_probs, scored.advantage) * weight
-        kl = self.kl(scored.log_probs, scored.reference_log_probs)
+        kl = self.kl(scored.kl_log_probs, scored.reference_log_probs)
         if self.importance_cap is not None:
             trust = terms.truncated_importance(
                 scored.log_probs, scored.old_log_probs, self.importance_cap

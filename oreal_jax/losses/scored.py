@@ -21,6 +21,11 @@ class Scored(NamedTuple):
     score that the token reward model gives the state that predicts it; and the entropy
     of the policy's distribution there. `completion` is False behind a completion's end;
     a row without any is padding.
+
+    `full_log_probs` is None where `log_probs` are of the model's whole distribution.
+    Where they are of the distribution sampled from (`TrainConfig.log_probs` "sampled"),
+    as `old_log_probs` and `entropy` then are, it has those of the whole: the reference
+    model's are always of the whole.
     """
 
     log_probs: Float[Array, "B T"]
@@ -31,6 +36,7 @@ class Scored(NamedTuple):
     completion: Bool[Array, "B T"]
     correct: Bool[Array, "B"]
     advantage: Float[Array, "B"]
+    full_log_probs: Float[Array, "B T"] | None = None
 
     def masked(self) -> "Scored":
         """Zeros behind every completion's end, and float32 at least.
@@ -40,6 +46,7 @@ class Scored(NamedTuple):
         """
         precise = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inside = lambda x: precise(jnp.where(self.completion, x, 0))
+        full = self.full_log_probs
         return self._replace(
             log_probs=inside(self.log_probs),
             old_log_probs=inside(self.old_log_probs),
@@ -47,7 +54,14 @@ class Scored(NamedTuple):
             token_scores=inside(self.token_scores),
             entropy=inside(self.entropy),
             advantage=precise(self.advantage),
+            full_log_probs=None if full is None else inside(full),
         )
+
+    @property
+    def kl_log_probs(self) -> Float[Array, "B T"]:
+        """The policy's log-probabilities of the whole distribution, to compare with
+        `reference_log_probs`. The KL of a policy to itself is 0 with these alone."""
+        return self.log_probs if self.full_log_probs is None else self.full_log_probs
 
     @property
     def right(self) -> Bool[Array, "B T"]:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from oreal_jax.model.float8 import saturated
+
 FEWEST = 8  # rows that attend together, whatever they have
 
 
@@ -84,14 +86,14 @@ class Pages(NamedTuple):
         page, offset = place(table, positions, self.values.shape[2])
         dtype = self.keys.dtype
         return self._replace(
-            keys=self.keys.at[page, :, :, offset].set(key.astype(dtype)),
-            values=self.values.at[page, :, offset].set(value.astype(dtype)),
+            keys=self.keys.at[page, :, :, offset].set(saturated(key, dtype)),
+            values=self.values.at[page, :, offset].set(saturated(value, dtype)),
         )
 
     def write_prompts(self, table, key, value) -> "Pages":
         """See `Cached`."""
         dtype, shape = self.keys.dtype, (table.shape[1], self.values.shape[2])
-        key, value = (in_pages(x, *shape).astype(dtype) for x in (key, value))
+        key, value = (saturated(in_pages(x, *shape), dtype) for x in (key, value))
         return self._replace(
             keys=self.keys.at[table].set(jnp.einsum("rmsgk->rmgks", key)),
             values=self.values.at[table].set(jnp.einsum("rmsgk->rmgsk", value)),

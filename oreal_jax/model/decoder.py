@@ -120,15 +120,17 @@ def _of_multiply(spec, kept, slope):
     inputs, out = spec.split("->")
     of_x, of_weight = inputs.split(",")
     (a, left), (b, right) = sorted([(out, slope), (of_x, x)], key=lambda f: f[1].size)
-    # In two steps: einsum would order the factors by the axes of its result.
-    found = "".join(c for c in a + b if c in of_weight)
-    gradient = jnp.einsum(
-        f"{a},{b}->{found}", left, right, preferred_element_type=weight.dtype
-    )
-    return (
-        jnp.einsum(f"{out},{of_weight}->{of_x}", slope, weight.astype(slope.dtype)),
-        jnp.einsum(f"{found}->{of_weight}", gradient),
-    )
+    if x.dtype == weight.dtype:
+        # In two steps: einsum would order the factors by the axes of its result.
+        axes = "".join(c for c in a + b if c in of_weight)
+        gradient = jnp.einsum(f"{a},{b}->{axes}", left, right)
+        gradient = jnp.einsum(f"{axes}->{of_weight}", gradient)
+    else:  # XLA on CPU has no such product with a transposed result
+        gradient = jnp.einsum(
+            f"{a},{b}->{of_weight}", left, right, preferred_element_type=weight.dtype
+        )
+    of_x = jnp.einsum(f"{out},{of_weight}->{of_x}", slope, weight.astype(slope.dtype))
+    return of_x, gradient
 
 
 multiply.defvjp(_multiply, _of_multiply)

@@ -72,16 +72,23 @@ def weights(config: ModelConfig, params: model.Params, store: Store) -> Weights:
     """Parameters as decoding reads them; `config` may have repeated heads."""
     given = params["layers"]["attention"]["key"].shape[2]
     repeats = config.kv_heads // given
-    names = _axes(config)
 
     def kept(axes, weight):
         if "kv_heads" in axes and repeats > 1:
             weight = jnp.repeat(weight, repeats, axis=axes.index("kv_heads"))
         return store(_summed(axes), weight)
 
-    one = lambda index: jax.tree.map(lambda w: w[index], params["layers"])
-    tree = params | {"layers": tuple(one(i) for i in range(config.layers))}
-    return jax.tree.map(kept, names, tree, is_leaf=lambda x: _is_names(x))
+    keep = lambda names, tree: jax.tree.map(kept, names, tree, is_leaf=_is_names)
+    names, layers = _axes(config), params["layers"]
+
+    @jax.jit
+    def layer(layers, index):
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=0)
+        one = jax.tree.map(functools.partial(take, keepdims=False), layers)
+        return keep(names["layers"], one)
+
+    tree = keep(names | {"layers": {}}, params | {"layers": {}})
+    return tree | {"layers": tuple(layer(layers, i) for i in range(config.layers))}
 
 
 def axes(config: ModelConfig, store: Store) -> Any:
@@ -94,10 +101,15 @@ def axes(config: ModelConfig, store: Store) -> Any:
         )
         return jax.tree.map(name, kept)
 
+    # All layers are alike.
+    one = dataclasses.replace(config, layers=1)
     shapes = jax.eval_shape(
-        lambda params: weights(config, params, store), model.abstract(config)
+        lambda params: weights(one, params, store), model.abstract(one)
     )
-    return jax.tree.map(named, _axes(config), shapes, is_leaf=_is_names)
+    names = _axes(config)
+    names |= {"layers": (names["layers"],)}
+    tree = jax.tree.map(named, names, shapes, is_leaf=_is_names)
+    return tree | {"layers": tree["layers"] * config.layers}
 
 
 def prefill(
@@ -115,10 +127,22 @@ def prefill(
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     cosine, sine = angles(config, positions)
     x, filled = _embedded(weights, tokens), []
-    for layer, pages in zip(_layers(config, weights, x.dtype), cache, strict=True):
-        x, key, value = layer.packed(x, cosine, sine, segments, execution)
-        filled.append(pages.write_prompts(table, key, value))
+    for layer, pages in zip(weights["layers"], cache, strict=True):
+        x, pages = _prefill_layer(
+            config, execution, layer, x, cosine, sine, segments, table, pages
+        )
+        filled.append(pages)
     return tuple(filled)
+
+
+# Layers are jitted, so that a program of many layers is traced and lowered for one.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill_layer(
+    config, execution, weights, x, cosine, sine, segments, table, pages: Cached
+):
+    layer = _layer(config, weights, x.dtype)
+    x, key, value = layer.packed(x, cosine, sine, segments, execution)
+    return x, pages.write_prompts(table, key, value)
 
 
 def decode(
@@ -133,10 +157,11 @@ def decode(
     """Logits after one new token a row, at its position in its pages. Fastest where
     rows come longest first (see `Pages.attend`)."""
     cosine, sine = angles(config, positions[:, None])
-    read = lambda pages, query: attend(pages, query, table, positions + 1)
     x, filled = _embedded(weights, tokens[:, None]), []
-    for layer, pages in zip(_layers(config, weights, x.dtype), cache, strict=True):
-        x, pages = layer.decode(x, cosine, sine, positions, table, pages, read)
+    for layer, pages in zip(weights["layers"], cache, strict=True):
+        x, pages = _decode_layer(
+            config, attend, layer, x, cosine, sine, positions, table, pages
+        )
         filled.append(pages)
     x = rms_norm(x, weights["final_norm"], config.norm_epsilon)
     head = head_name(config)
@@ -144,11 +169,19 @@ def decode(
     return logits[:, 0], tuple(filled)
 
 
-def _layers(config: ModelConfig, weights: Weights, dtype):
-    for layer in weights["layers"]:
-        is_quantized = lambda x: isinstance(x, Quantized)
-        dense = jax.tree.map(lambda w: _dense(w, dtype), layer, is_leaf=is_quantized)
-        yield nnx.merge(_layer_structure(config), nnx.State(dense))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode_layer(
+    config, attend: Attend, weights, x, cosine, sine, positions, table, pages: Cached
+):
+    layer = _layer(config, weights, x.dtype)
+    read = lambda pages, query: attend(pages, query, table, positions + 1)
+    return layer.decode(x, cosine, sine, positions, table, pages, read)
+
+
+def _layer(config: ModelConfig, weights: Weights, dtype) -> Layer:
+    is_quantized = lambda x: isinstance(x, Quantized)
+    dense = jax.tree.map(lambda w: _dense(w, dtype), weights, is_leaf=is_quantized)
+    return nnx.merge(_layer_structure(config), nnx.State(dense))
 
 
 @functools.lru_cache
@@ -168,10 +201,10 @@ def _embedded(weights: Weights, tokens: Int[Array, "B S"]) -> Float[Array, "B S 
 
 
 def _axes(config: ModelConfig) -> Any:
-    """The axis names of every weight, each layer by itself."""
+    """The axis names of every weight, those of one layer for all."""
     names = model.axes(config)
     one = jax.tree.map(lambda axes: axes[1:], names["layers"], is_leaf=_is_names)
-    return names | {"layers": (one,) * config.layers}
+    return names | {"layers": one}
 
 
 def _is_names(x) -> bool:

@@ -6,6 +6,9 @@ sees, so that no scores leave fast memory. `attention.py` is their oracle.
 
 A kernel is prepared for a shape: that may take arrays (which blocks to visit) that are
 split over the devices as the queries are. What is prepared is a callable pytree.
+
+A kernel is imported where it is used: JAX may move or remove one (it has deprecated
+`jax.experimental.pallas.triton`) without breaking other kinds of devices.
 """
 
 import functools
@@ -14,8 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as triton
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
@@ -45,6 +47,8 @@ def on_tpu(
     heads: int, length: int, where: NamedSharding, *, interpret: bool = False
 ) -> tuple[Partial, Any]:
     """Splash attention with segment ids."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     own_heads, own = where.shard_shape((heads, length))
     queries, keys = _block(own), _block(length)
     mask = splash.CausalMask((length, length))
@@ -71,6 +75,8 @@ def on_tpu(
 
 def _splash(kernel, query, key, value, of_queries, segments, first):
     """`attend_part` by a prepared kernel, which knows `first` by its own arrays."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     ids = splash.SegmentIds(of_queries, segments)
     attended = jax.vmap(kernel)(
@@ -96,8 +102,10 @@ def repeat_heads(x: Float[Array, "B S G K"], repeats: int) -> Float[Array, "B S 
 
 
 def _triton(query, key, value, of_queries, segments, first, *, interpret):
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
     repeats = query.shape[2] // key.shape[2]
-    return triton.mha(
+    return _naming(triton.mha)(
         query,
         repeat_heads(key, repeats),
         repeat_heads(value, repeats),
@@ -106,6 +114,21 @@ def _triton(query, key, value, of_queries, segments, first, *, interpret):
         causal=True,
         interpret=interpret,
     )
+
+
+def _naming(kernel: Any) -> Callable:
+    """`triton.mha` with names for its output and its log of the sum of exponentials,
+    which its gradient reads. Without names `remat` cannot keep them, and the backward
+    pass would run the kernel again."""
+
+    def forward(*arguments):
+        out, (*inputs, _, log_total) = kernel.fwd(*arguments)
+        out, log_total = (checkpoint_name(x, ATTENDED) for x in (out, log_total))
+        return out, (*inputs, out, log_total)
+
+    named = jax.custom_vjp(kernel.fun, nondiff_argnums=kernel.nondiff_argnums)
+    named.defvjp(forward, kernel.bwd)
+    return named
 
 
 def prepare_for(platform: str, length: int, context: int) -> Prepare:

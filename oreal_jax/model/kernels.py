@@ -1,7 +1,8 @@
 """Pages as attention kernels for TPU (JAX's own) and GPU (ours) read them.
 
 The kernels stream a row's pages through fast memory once, whatever the lengths of the
-other rows are. `cache.py` has the XLA form, which is their oracle.
+other rows are. `cache.py` has the XLA form, which is their oracle. Pallas is imported
+where a kernel is used (see flash.py).
 """
 
 import functools
@@ -9,15 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
-    ragged_paged_attention,
-)
 from jaxtyping import Array, Float
 
 from oreal_jax.errors import BadInput
 from oreal_jax.model.cache import Cached, Pages, in_pages, place
+from oreal_jax.model.float8 import saturated
 
 # What a TPU holds in fast memory at a time: tokens of a row, and rows. The kernel's own
 # table asks the device, which a compilation ahead of time does not have.
@@ -43,13 +40,13 @@ class TpuPages(NamedTuple):
     def write(self, table, positions, key, value) -> "TpuPages":
         """See `Cached`."""
         page, offset = place(table, positions, self.pages.shape[1])
-        both = _interleave(key, value).astype(self.pages.dtype)
+        both = saturated(_interleave(key, value), self.pages.dtype)
         return TpuPages(self.pages.at[page, offset].set(both))
 
     def write_prompts(self, table, key, value) -> "TpuPages":
         """See `Cached`."""
         both = in_pages(_interleave(key, value), table.shape[1], self.pages.shape[1])
-        return TpuPages(self.pages.at[table].set(both.astype(self.pages.dtype)))
+        return TpuPages(self.pages.at[table].set(saturated(both, self.pages.dtype)))
 
     def copy(self, source, target) -> "TpuPages":
         """See `Cached`."""
@@ -57,8 +54,13 @@ class TpuPages(NamedTuple):
 
     def attend(self, query, table, lengths) -> Float[Array, "B H K"]:
         """See `Cached`; the kernel itself stops at each row's length."""
+        from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
+            ragged_paged_attention,
+        )
+
         rows, size = query.shape[0], self.pages.shape[1]
-        narrow = self.pages.dtype.itemsize == 1  # the kernel reads float8 with a scale
+        # The kernel reads float8 with one scale for all heads. Ours are in the weights.
+        narrow = self.pages.dtype.itemsize == 1
         return ragged_paged_attention(
             query,
             self.pages,
@@ -84,6 +86,9 @@ class GpuPages(Pages):
     ) -> Float[Array, "B H K"]:
         """See `Cached`. Each program takes one row, one key-value head and one stretch
         of the row's pages; the stretches' running softmaxes are then joined."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import triton
+
         B, H, K = query.shape
         G, M = self.keys.shape[1], table.shape[1]
         splits = min(GPU_SPLITS, M)
@@ -125,6 +130,8 @@ def _attend_stretch(
     query, table, length, keys, values, highest_out, total_out, mixed_out, *, pages: int
 ):
     """Attention of one row's `heads` queries to its pages [split * pages, ...)."""
+    from jax.experimental import pallas as pl
+
     head, split = pl.program_id(1), pl.program_id(2)
     heads, K = query.shape
     size = keys.shape[3]
@@ -182,7 +189,7 @@ def pages_for(backend: str, heads: int, head_dim: int, dtype) -> type[Cached]:
                 "kernel reads an even number of them; split the engine over fewer "
                 "devices (decode_tensor) or keep bfloat16"
             )
-    if backend in ("gpu", "cuda") and head_dim == pl.next_power_of_2(head_dim):
+    if backend in ("gpu", "cuda") and head_dim.bit_count() == 1:
         return GpuPages
     return Pages
 

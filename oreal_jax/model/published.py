@@ -19,6 +19,15 @@ _7B = ModelConfig(
     qkv_bias=True,
 )
 _32B = dataclasses.replace(_7B, embed=5120, layers=64, heads=40, kv_heads=8, mlp=27_648)
+_LLAMA_8B = ModelConfig(
+    vocab=128_256,
+    embed=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    mlp=14_336,
+)
 
 PUBLISHED = {
     "Qwen/Qwen2.5-7B": _7B,
@@ -26,4 +35,5 @@ PUBLISHED = {
     "internlm/OREAL-7B-SFT": _7B,
     "internlm/OREAL-32B-SFT": _32B,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _7B,
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
 }

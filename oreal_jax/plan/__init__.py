@@ -11,37 +11,39 @@ from typing import Any, NamedTuple
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
-from oreal_jax.efficiency import PEAKS
+from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import estimate, programs, roofline
 from oreal_jax.plan.compiler import compile_program, devices_of, host_of, memory_of
+from oreal_jax.plan.decoding import Decoding, decoding, lengths_of
 from oreal_jax.plan.findings import DRAWING, Compiled, Findings
 from oreal_jax.sampling.work import PAGE
 
 HEADROOM = 0.1  # of the memory, for what a compiler cannot know
+GAIN = 0.99  # of the time of decoding, above which a larger cache is not worth a word
 
 
 class LargerCache(NamedTuple):
-    """A cache for which there is room, how many rows an engine then has at a time, and
-    what decoding then takes at least."""
+    """A cache for which there is room, and how decoding is faster with it."""
 
     cache_tokens: int
-    rows: int
-    seconds: float
+    decoding: Decoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a topology: what was found, and the bounds of a step's phases where
-    completions have `mean_tokens` tokens on average, `rows` of which an engine's cache
-    has room for; a larger cache, where there is memory for it and slots wait for it."""
+    """A run on a topology: what was found, and, if it fits, the bounds of a step's
+    phases where completions have `mean_tokens` tokens on average, `tokens` in a step
+    with their prompts; a larger cache, where there is memory for it and decoding gains
+    from it."""
 
     topology: str
     mean_tokens: int
-    rows: int
+    tokens: int
     found: Findings
-    phases: dict[str, roofline.Phase]
+    phases: dict[str, roofline.Phase] = dataclasses.field(default_factory=dict)
+    decoding: Decoding | None = None
     larger_cache: LargerCache | None = None
 
     @property
@@ -66,25 +68,41 @@ class Plan:
         """Of a step at least."""
         return sum(phase.seconds for phase in self.phases.values())
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of a device in a whole step, at most: prompts and completions of all samples,
+        as other projects count them."""
+        return self.tokens / self.seconds / self.found.devices
+
     def as_json(self) -> dict[str, Any]:
         """All of it in plain values."""
         found = self.found._asdict()
+        larger = self.larger_cache
         return {
             "topology": self.topology,
             "mean_tokens": self.mean_tokens,
-            "rows": self.rows,
+            "tokens": self.tokens,
             **found,
             "programs": [program._asdict() for program in self.found.programs],
             "phases": {
-                name: phase._asdict() | {"seconds": phase.seconds, "limit": phase.limit}
+                name: phase._asdict() | {"limit": phase.limit}
                 for name, phase in self.phases.items()
             },
+            "decoding": self.decoding and _plain(self.decoding),
             "largest": self.largest.name,
-            "larger_cache": self.larger_cache and self.larger_cache._asdict(),
+            "larger_cache": larger
+            and {"cache_tokens": larger.cache_tokens} | _plain(larger.decoding),
             "headroom": self.headroom,
             "fits": self.fits,
-            "seconds": self.seconds,
+            "seconds": self.seconds if self.phases else None,
+            "tokens_per_second": self.tokens_per_second if self.phases else None,
         }
+
+
+def _plain(decoding: Decoding) -> dict[str, Any]:
+    """In plain values, of its bound the seconds."""
+    values = decoding._asdict()
+    return values | {"seconds": values.pop("phase").seconds}
 
 
 def plan(
@@ -97,48 +115,40 @@ def plan(
     average; `on_program` hears the name of each program before it is compiled.
 
     Raises:
-        BadInput: an unknown model or topology, or a mesh that does not fit it.
+        BadInput: an unknown model or topology, a mesh that does not fit it, or a mean
+            above the longest.
     """
-    shape = shape_of(config)
-    lengths = programs.learned(config, mean_tokens)
-    if topology.split(":")[0] in estimate.GPUS:
-        found = estimate.estimated(config, shape, topology, lengths)
-    else:
-        found = compiled(config, shape, topology, mean_tokens, on_program)
-    together = config.packing.rows * found.mesh["data"] * found.mesh["fsdp"]
-    context = programs.mean_prompt(config) + mean_tokens // 2
-    rows_in = lambda cache_tokens: max(1, min(found.slots, cache_tokens // context))
-
-    def phases(rows: int) -> dict[str, roofline.Phase]:
-        return roofline.phases(
-            config,
-            shape,
-            roofline.Devices(found.devices, found.tensor, rows, PEAKS[found.kind]),
-            lengths,
-            found.micros * together * config.packing.row_length,
-            found.micros,
-            found.held["parameters"] + found.held["optimizer"],
-            mean_tokens,
-            found.moved,
+    if mean_tokens > config.sampling.max_tokens:
+        raise BadInput(
+            f"--mean-tokens {mean_tokens} exceeds sampling.max_tokens="
+            f"{config.sampling.max_tokens}"
         )
-
-    rows = rows_in(found.cache_tokens)
+    shape = shape_of(config)
+    lengths = lengths_of(config, mean_tokens)
+    learned = programs.learned(config, lengths)
+    if topology.split(":")[0] in estimate.GPUS:
+        found = estimate.estimated(config, shape, topology, learned)
+    else:
+        found = compiled(config, shape, topology, learned, on_program)
     made = Plan(
         topology=topology,
         mean_tokens=mean_tokens,
-        rows=rows,
+        tokens=int(lengths.sum()) + lengths.size * programs.mean_prompt(config),
         found=found,
-        phases=phases(rows),
     )
     if not made.fits:
         return made
+    decoded = decoding(config, shape, found, lengths, found.cache_tokens)
+    phases = roofline.phases(config, shape, found, learned, decoded.phase)
+    made = dataclasses.replace(made, phases=phases, decoding=decoded)
     longest = config.max_prompt_tokens + config.sampling.max_tokens
     room = min(_room(found), found.slots * longest) // PAGE * PAGE
-    if rows_in(room) <= rows:
+    if room <= found.cache_tokens:
         return made
-    seconds = phases(rows_in(room))["decode"].seconds
-    larger = LargerCache(room, rows_in(room), seconds)
-    return dataclasses.replace(made, larger_cache=larger)
+    faster = decoding(config, shape, found, lengths, room)
+    if faster.phase.seconds > GAIN * decoded.phase.seconds:
+        return made
+    return dataclasses.replace(made, larger_cache=LargerCache(room, faster))
 
 
 def _room(found: Findings) -> int:
@@ -153,13 +163,14 @@ def compiled(
     config: TrainConfig,
     shape: ModelConfig,
     topology: str,
-    mean_tokens: int,
+    learned: list[tuple[int, int]],
     on_program: Callable[[str], None],
 ) -> Findings:
-    """What the compiler finds. It stops at the first program that does not fit."""
+    """What the compiler finds, where a step learns from `learned` (prompt, completion)
+    lengths. It stops at the first program that does not fit."""
     devices = devices_of(topology)
     host = host_of(topology, devices)
-    run = programs.layout(config, shape, devices, host, mean_tokens)
+    run = programs.layout(config, shape, devices, host, learned)
     made = []
     for program in programs.programs(config, shape, run):
         on_program(program.name)

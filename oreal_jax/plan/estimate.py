@@ -4,29 +4,36 @@ State and cache are exact; what a training step needs in between is what our pro
 keep: layer inputs, gradients, the head's chunk of logits.
 """
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import bucket, fill_rows
+from oreal_jax.data.packing import Shape, arrange, bucket
 from oreal_jax.errors import BadInput
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.head import HEAD_CHUNK
 from oreal_jax.plan import roofline
 from oreal_jax.plan.findings import Compiled, Findings
 from oreal_jax.sampling.work import PAGE
+from oreal_jax.train.programs import limits_of
 from oreal_jax.train.state import Optimizer
 
 
 class Gpu(NamedTuple):
-    """A kind of GPU: its name in `efficiency.PEAKS`, and bytes of memory."""
+    """A kind of GPU: its name in `efficiency.PEAKS`, and bytes of memory, of which
+    JAX takes a part (`allocated`)."""
 
     kind: str
     memory: int
 
 
-# NVIDIA's data sheets.
+PROCESS = 8  # GPUs
+PREALLOCATED = 0.75  # JAX's share of a GPU's memory where nothing is set
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+# NVIDIA's data sheets; a driver reports a few percent more.
 GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", 80 * 10**9),
     "h100": Gpu("NVIDIA H100 80GB HBM3", 80 * 10**9),
@@ -46,7 +53,36 @@ def gpus_of(topology: str) -> tuple[Gpu, int]:
             f"--topology {topology}: GPUs are given as {', '.join(GPUS)} and a number, "
             "e.g. h100:8"
         )
+    if int(count) > PROCESS and int(count) % PROCESS:
+        raise BadInput(
+            f"--topology {topology}: a process has {PROCESS} GPUs; take a multiple, "
+            f"e.g. {name}:{PROCESS}"
+        )
     return GPUS[name], int(count)
+
+
+def allocated(memory: int) -> int:
+    """Bytes of a GPU's `memory` that JAX can allocate, by the variables that it reads
+    (docs.jax.dev/en/latest/gpu_memory_allocation.html). The share bounds it whether it
+    preallocates or not; only the allocator "platform" knows none.
+
+    Raises:
+        BadInput: a variable that JAX would refuse, or more than there is.
+    """
+    given = {name: os.environ[name] for name in FRACTIONS if os.environ.get(name)}
+    if len(given) > 1:
+        raise BadInput(f"{' and '.join(given)} are both set: JAX takes one of them")
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
+        return memory
+    for name, text in given.items():
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise BadInput(f"{name}={text} must be a number above 0 and at most 1")
+        return int(share * memory)
+    return int(PREALLOCATED * memory)
 
 
 def estimated(
@@ -59,9 +95,11 @@ def estimated(
     completion) lengths of what a step learns from.
 
     Raises:
-        BadInput: unknown GPUs, or mesh and model do not go together.
+        BadInput: unknown GPUs, or mesh, engines and model do not go together, or the
+            longest completion does not fit the cache.
     """
     gpu, devices = gpus_of(topology)
+    memory = allocated(gpu.memory)
     sizes = sharding.sizes_of(config.mesh, shape, devices)
     mesh: dict[str, int] = dict(zip(sharding.AXES, sizes, strict=True))
     ways = mesh["fsdp"] * mesh["tensor"]
@@ -76,8 +114,23 @@ def estimated(
         "optimizer": sum(count * _moments(how) // ways for count, how in trained),
         "reference": 2 * numbers // ways,
     }
+    own = min(devices, PROCESS)
+    if own % tensor:
+        raise BadInput(
+            f"--topology {topology}: an engine of {tensor} devices "
+            f"(decode_tensor={config.decode_tensor}) does not divide a process's {own}"
+        )
     slots = -(-config.decode_rows * tensor // devices)
+    completions = -(-config.prompts_per_step * own // devices)
+    completions *= config.samples_per_prompt
+    slots = min(slots, bucket(-(-completions * tensor // own)))
     longest = config.max_prompt_tokens + config.sampling.max_tokens
+    if 0 < config.cache_tokens < longest + 2 * PAGE:
+        raise BadInput(
+            f"cache_tokens={config.cache_tokens} has no room for max_prompt_tokens="
+            f"{config.max_prompt_tokens} + sampling.max_tokens="
+            f"{config.sampling.max_tokens}"
+        )
     room = PAGE * (bucket(-(-longest // PAGE)) + 1) * (slots + 1)
     cache_tokens = min(room, config.cache_tokens or room)
     width, wide = roofline.widths(config)
@@ -91,8 +144,12 @@ def estimated(
     beside, drawing = sum(held.values()), sum(sampling.values())
     training = _training(config, shape, mesh, [count for count, _ in trained])
     packing, parts = config.packing, mesh["data"] * mesh["fsdp"]
-    filled = len(fill_rows([sum(pair) for pair in learned], packing.row_length))
-    micros = -(-filled // (packing.rows * parts))
+    groups, size = arrange(
+        learned,
+        rows=packing.rows * parts,
+        row_length=packing.row_length,
+        limits=limits_of(config),
+    )
 
     def program(name: str, phase: str, arguments: int, temporary: int) -> Compiled:
         peak = beside + arguments + temporary
@@ -101,10 +158,10 @@ def estimated(
 
     return Findings(
         kind=gpu.kind,
-        memory=gpu.memory,
+        memory=memory,
         devices=devices,
-        processes=-(-devices // 8),
-        micros=micros,
+        processes=-(-devices // PROCESS),
+        micros=len(groups),
         mesh=mesh,
         tensor=tensor,
         slots=slots,
@@ -113,9 +170,9 @@ def estimated(
         sampling=sampling,
         programs=[
             program("sampling", "gen", drawing, 0),
-            program("train step", "update_actor", 0, training),
+            program("train step", "update_actor", _batch(config, mesh, size), training),
         ],
-        moved=_moved(config, shape, mesh, tensor, slots, micros),
+        moved=_moved(config, shape, mesh, tensor, slots, len(groups)),
     )
 
 
@@ -143,6 +200,15 @@ def _moved(
     }
 
 
+def _batch(config: TrainConfig, mesh: dict[str, int], size: Shape) -> int:
+    """A step's batch and the scores of its tokens, on one device: rows are split, what
+    is one a completion lies everywhere (train/step.py)."""
+    packing = config.packing
+    tokens = 3 * packing.row_length // mesh["context"] + 2 * size.columns
+    completions = size.completions * (2 + 4) * size.tokens
+    return 4 * size.micros * (packing.rows * tokens + completions)
+
+
 def _moments(optimizer: Optimizer) -> int:
     """Bytes a weight on the device."""
     if optimizer.offload:
@@ -160,7 +226,8 @@ def _training(
     products = 2 * (queries + keys + shape.mlp) // tensor + shape.embed
     kept = {
         "everything": shape.embed,
-        "but_attention": shape.embed + queries // tensor,
+        # and the log-sum-exp of each head, in float32
+        "but_attention": shape.embed + (queries + 2 * shape.heads) // tensor,
         "elementwise": shape.embed + products,
         "nothing": 3 * shape.embed + 2 * products,  # norms, rotated, gated: about
         "offloaded": 0,

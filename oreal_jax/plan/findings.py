@@ -27,10 +27,10 @@ class Compiled(NamedTuple):
 class Findings(NamedTuple):
     """A run on `devices` of a `kind` in `processes`. Sizes are bytes on one device.
 
-    A step's batch is `micros` micro-batches. An engine is `tensor` devices with so many
-    slots and tokens of cache. `held` is what stays from step to step, `sampling` what
-    decoding adds; `moved` is by phase, through a device's links (in "decode", for one
-    token a row).
+    `memory` is what programs may use. A step's batch is `micros` micro-batches. An
+    engine is `tensor` devices with so many slots and tokens of cache. `held` is what
+    stays from step to step, `sampling` what decoding adds; `moved` is by phase, through
+    a device's links (in "decode", for one token a row).
     """
 
     kind: str

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
@@ -88,11 +89,10 @@ def layout(
     shape: ModelConfig,
     devices: list,
     host: list,
-    mean_tokens: int,
+    learned: list[tuple[int, int]],
 ) -> Layout:
-    """Lays a run out on `devices`, of which `host` is one process's part.
-    `mean_tokens` is how long a completion is on average; the longest is as long as the
-    config allows.
+    """Lays a run out on `devices`, of which `host` is one process's part. `learned` are
+    the (prompt, completion) lengths of what a step learns from.
 
     Raises:
         BadInput: mesh and model do not go together.
@@ -108,10 +108,7 @@ def layout(
     prompts = -(-config.prompts_per_step // processes)
     size = engine.size(prompts * config.samples_per_prompt, longest, new_tokens)
     batch, _ = pack(
-        [
-            Example([0] * prompt, [0] * drawn)
-            for prompt, drawn in learned(config, mean_tokens)
-        ],
+        [Example([0] * prompt, [0] * drawn) for prompt, drawn in learned],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
         limits=limits_of(config),
@@ -133,12 +130,14 @@ def layout(
     )
 
 
-def learned(config: TrainConfig, mean_tokens: int) -> list[tuple[int, int]]:
-    """(prompt, completion) lengths of what a step learns from: a pair of each prompt,
-    the longest possible among them."""
-    usual = (mean_prompt(config), mean_tokens)
-    longest = (config.max_prompt_tokens, config.sampling.max_tokens)
-    return [longest] + [usual] * (2 * config.prompts_per_step - 1)
+def learned(
+    config: TrainConfig, lengths: Int[np.ndarray, "N K"]
+) -> list[tuple[int, int]]:
+    """(prompt, completion) lengths of the most that a step learns from, where its
+    completions have these lengths: as many of each prompt as `keep` may leave."""
+    each = limits_of(config).completions // config.prompts_per_step
+    prompt = mean_prompt(config)
+    return [(prompt, int(size)) for size in lengths[:, :each].flat]
 
 
 def mean_prompt(config: TrainConfig) -> int:

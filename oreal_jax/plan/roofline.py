@@ -5,16 +5,16 @@ units, its bytes at the bandwidth of the memory, its collectives at that of the 
 As if the three overlapped wholly and each reached its peak: a real step is longer.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from oreal_jax import efficiency
 from oreal_jax.config import TrainConfig
-from oreal_jax.efficiency import Peak, Work
-from oreal_jax.model import ModelConfig
+from oreal_jax.efficiency import PEAKS, Work
+from oreal_jax.model import ModelConfig, Remat
+from oreal_jax.plan.findings import Findings
 from oreal_jax.plan.programs import mean_prompt
 
-# What recomputing costs, in forward passes; attention's alone is small beside it.
+# How often the backward pass gathers and reads a layer's weights to compute it again.
 RECOMPUTED = {
     "everything": 1.0,
     "offloaded": 1.0,
@@ -25,7 +25,7 @@ RECOMPUTED = {
 
 
 def passes(config: TrainConfig) -> float:
-    """Forward passes' worth of products in an update, backward being two."""
+    """How often an update reads each layer's weights, backward twice."""
     return 3 + RECOMPUTED[config.remat]
 
 
@@ -37,88 +37,72 @@ def widths(config: TrainConfig) -> tuple[int, int]:
     )
 
 
-class Devices(NamedTuple):
-    """How a run uses `all` devices: `tensor` of them make an engine of `rows` rows at a
-    time."""
-
-    all: int
-    tensor: int
-    rows: int
-    peak: Peak
-
-
 class Phase(NamedTuple):
-    """FLOPs of all devices, and the seconds at the bound of each kind."""
+    """FLOPs of all devices, the seconds of each kind of work at its peak, and of the
+    phase, in every part of which the slowest kind counts."""
 
     flops: float
     products: float
     memory: float
     links: float
+    seconds: float
 
-    @property
-    def seconds(self) -> float:
-        """The longest of the three."""
-        return max(self.products, self.memory, self.links)
+    @classmethod
+    def of(cls, flops: float, products: float, memory: float, links: float) -> "Phase":
+        """One part, whose kinds of work overlap."""
+        return cls(flops, products, memory, links, max(products, memory, links))
 
     @property
     def limit(self) -> str:
-        """What that is."""
-        named = {"products": self.products, "memory": self.memory}
-        named["links"] = self.links
-        return max(named, key=lambda name: named[name])
+        """What takes longest."""
+        kinds = ("products", "memory", "links")
+        return max(kinds, key=lambda kind: getattr(self, kind))
 
 
 def phases(
     config: TrainConfig,
     shape: ModelConfig,
-    devices: Devices,
+    found: Findings,
     learned: list[tuple[int, int]],
-    packed: int,
-    micros: int,
-    state_bytes: int,
-    mean_tokens: int,
-    moved: Mapping[str, int],
+    decode: Phase,
 ) -> dict[str, Phase]:
-    """Bounds of a step's phases.
-
-    `learned` are (prompt, completion) lengths of what is learned from, in `packed`
-    tokens of rows, padding included, and `micros` micro-batches; `state_bytes` is what
-    an update reads and writes on a device; `moved` is bytes through a device's links by
-    phase (in "decode", for one token a row).
-    """
-    prompt = mean_prompt(config)
-    peak, count = devices.peak, devices.all
+    """Bounds of a step's phases. `learned` are (prompt, completion) lengths of what is
+    learned from; rows are computed whole, padding included."""
+    peak, count, micros = PEAKS[found.kind], found.devices, found.micros
+    together = config.packing.rows * found.mesh["data"] * found.mesh["fsdp"]
+    packed = micros * together * config.packing.row_length
     work = efficiency.whole(learned)._replace(tokens=packed)
     forward = efficiency.forward_flops(shape, work)
     models = 2 if config.token_reward else 1
-    body = efficiency.forward_flops(shape, work._replace(predicted=0))
-    update = passes(config) * (forward + (models - 1) * body)
+    body = work._replace(predicted=0)
+    again = _recomputed(config.remat, body)
+    update = 3 * (forward + (models - 1) * efficiency.forward_flops(shape, body))
+    update += models * efficiency.forward_flops(shape, again)
     weights = 2 * (efficiency.layer_weights(shape) + efficiency.head_weights(shape))
     reads = weights * micros
-    drawn = config.prompts_per_step * config.samples_per_prompt
-    prompts = efficiency.prefill([prompt] * config.prompts_per_step)
+    prompts = efficiency.prefill([mean_prompt(config)] * config.prompts_per_step)
     prefill = efficiency.forward_flops(shape, prompts)
-    context = prompt + mean_tokens // 2
-    steps = drawn * mean_tokens / (count / devices.tensor) / devices.rows
-    width, wide = widths(config)
-    step = efficiency.decode_bytes(
-        shape, [context] * devices.rows, weight_bytes=width, cache_bytes=wide
-    )
-    tokens = drawn * mean_tokens
-    decode = efficiency.forward_flops(shape, Work(tokens, tokens * context, tokens))
-    bound = lambda flops, bytes, through: Phase(
+    state_bytes = found.held["parameters"] + found.held["optimizer"]
+    bound = lambda flops, bytes, through: Phase.of(
         flops,
         flops / count / peak.flops,
         bytes / peak.bandwidth,
         through / peak.links,
     )
     return {
-        "prefill": bound(prefill, weights / devices.tensor, moved["prefill"]),
-        "decode": bound(decode, steps * step / devices.tensor, steps * moved["decode"]),
-        "ref": bound(forward, reads, moved["ref"]),
+        "prefill": bound(prefill, weights / found.tensor, found.moved["prefill"]),
+        "decode": decode,
+        "ref": bound(forward, reads, found.moved["ref"]),
         "update_actor": bound(
             update,
             2 * state_bytes + passes(config) * models * reads,
-            moved["update_actor"],
+            found.moved["update_actor"],
         ),
     }
+
+
+def _recomputed(remat: Remat, body: Work) -> Work:
+    """What the backward pass computes again of the layers' forward pass."""
+    if remat == "but_attention":
+        return body._replace(pairs=0)
+    return body if RECOMPUTED[remat] else Work(0, 0, 0)

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_jax.plan import HEADROOM, LargerCache, Plan
+from oreal_jax.plan.decoding import Decoding
 from oreal_jax.plan.findings import DRAWING, Findings
 
 GIB = 2**30
@@ -32,9 +33,12 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_programs(found))
     if any(program.moved for program in found.programs):
         console.print(_collectives(found))
-    console.print(_phases(plan))
-    if plan.larger_cache:
-        console.print(_advice(plan, plan.larger_cache), markup=False, soft_wrap=True)
+    if plan.decoding:
+        console.print(_phases(plan))
+        said = [_decoding(plan, plan.decoding)]
+        if plan.larger_cache:
+            said.append(_advice(plan.decoding, plan.larger_cache))
+        console.print(*said, sep="\n", markup=False, soft_wrap=True)
     console.print(why(plan), markup=False, soft_wrap=True)
 
 
@@ -59,12 +63,22 @@ def why(plan: Plan) -> str:
     )
 
 
-def _advice(plan: Plan, larger: LargerCache) -> str:
+def _decoding(plan: Plan, decoding: Decoding) -> str:
+    """One line: what the scheduler made of the completions' lengths."""
     return (
-        f"there is room for cache_tokens={larger.cache_tokens}: {larger.rows} rows of "
-        f"an engine at a time instead of {plan.rows}, decoding takes "
-        f"{larger.seconds:,.0f} s at least instead of "
-        f"{plan.phases['decode'].seconds:,.0f} s"
+        f"decoding: {decoding.steps:,} steps with {decoding.rows:,.1f} rows in the "
+        f"{plan.found.slots} slots of an engine on average, {decoding.swapped:,} rows "
+        f"swapped out; at most {plan.tokens_per_second:,.0f} tokens/s a device in a "
+        "whole step"
+    )
+
+
+def _advice(now: Decoding, larger: LargerCache) -> str:
+    then = larger.decoding
+    return (
+        f"there is room for cache_tokens={larger.cache_tokens}: {then.rows:,.1f} rows "
+        f"of an engine on average instead of {now.rows:,.1f}, decoding takes "
+        f"{then.phase.seconds:,.0f} s at least instead of {now.phase.seconds:,.0f} s"
     )
 
 
@@ -109,7 +123,8 @@ def _phases(plan: Plan) -> Table:
         )
     table.caption = (
         f"a step takes {plan.seconds:,.0f} s at least, with completions of "
-        f"{plan.mean_tokens:,} tokens on average and every part at its peak"
+        f"{plan.mean_tokens:,} tokens on average, {plan.found.micros} micro-batches "
+        "and every part at its peak"
     )
     return table
 

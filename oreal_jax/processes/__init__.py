@@ -13,7 +13,8 @@ Ctrl-C and SIGTERM reach one process, but all must stop at the same place: a gat
 (in `all_of`, `agree`, `together`) is answered for all or, once somebody was asked to
 stop, raises KeyboardInterrupt in all. Elsewhere KeyboardInterrupt may come at any time,
 so that a gathering and the computations that follow it belong into one block that is
-`uninterrupted`. Whatever else ends one process, ends all, with a line that names it.
+`uninterrupted`. Whatever else ends one process, ends all, with a line that names it;
+so does a process that lives and does not come to a gathering for `HUNG` seconds.
 
 With one process nothing is exchanged and nothing costs anything.
 """
@@ -54,6 +55,9 @@ __all__ = [
 ]
 
 PATIENCE = 600.0  # seconds at a barrier: what process 0 writes there is small
+# Seconds that processes may be apart where they gather: the slowest still compiles, or
+# samples and judges its share, while the others have done so. Steps take minutes.
+HUNG = 3600.0
 DEVICES = 60  # seconds for JAX to connect processes that are there
 INTERRUPTED = 60.0  # seconds for the others to be interrupted, too
 CULPRIT = 5.0  # seconds in which an error may turn out to be another's death
@@ -130,7 +134,11 @@ def _tunnel(host: str, port: int) -> int:
     def serve() -> None:
         while True:
             near, _ = door.accept()
-            far = wire.connect(host, port, patience=DEVICES)
+            try:
+                far = wire.connect(host, port, patience=DEVICES)
+            except OSError:  # JAX connects again
+                near.close()
+                continue
             for ends in ((near, far), (far, near)):
                 threading.Thread(target=copy, args=ends, daemon=True).start()
 
@@ -182,7 +190,7 @@ def all_of(
     """What all processes have made of their `share`, in the order of the whole."""
     if not _link:
         return mine
-    parts = [decode(part) for part in _link.gather(encode(mine))]
+    parts = [decode(part) for part in _link.gather(encode(mine), HUNG)]
     total = sum(map(len, parts))
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
@@ -191,7 +199,7 @@ def gathered(value: Any) -> list[Any]:
     """A JSON value of every process, in their order."""
     if not _link:
         return [value]
-    parts = _link.gather(json.dumps(value).encode())
+    parts = _link.gather(json.dumps(value).encode(), HUNG)
     return [json.loads(part) for part in parts]
 
 
@@ -201,7 +209,7 @@ def together() -> Iterator[None]:
     have a KeyboardInterrupt. It is `uninterrupted`."""
     with uninterrupted():
         if _link:
-            _link.gather(b"")
+            _link.gather(b"", HUNG)
         yield
 
 
@@ -215,11 +223,11 @@ def agree(what: str, value: Any) -> None:
             )
 
 
-def barrier(what: str) -> None:
-    """Returns when all processes have come to it; those that do not come in time are
-    named, and all end."""
+def barrier(what: str, patience: float | None = None) -> None:
+    """Returns when all processes have come to it; those that do not come within
+    `patience` seconds (`PATIENCE`) are named, and all end."""
     if _link:
-        _link.barrier(what, PATIENCE)
+        _link.barrier(what, PATIENCE if patience is None else patience)
 
 
 def ask_to_stop() -> None:

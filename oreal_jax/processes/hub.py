@@ -7,6 +7,7 @@ when somebody has died.
                    gather   number = which, body = that process's part
                    barrier  number = which, body = what for
                    late     number = a barrier that was waited for long enough
+                   overdue  number = a gathering, likewise; body = how long
                    stop     somebody wants all to stop
                    leave    number = exit code, body = why
     from the hub   welcome  body = the hosts, and what process 0 has to tell
@@ -18,12 +19,13 @@ when somebody has died.
 
 import contextlib
 import json
+import queue
 import selectors
 import socket
 import struct
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from oreal_jax.errors import BadInput
 from oreal_jax.processes import wire
@@ -31,6 +33,15 @@ from oreal_jax.processes.wire import Message
 
 END = "the end"  # the last barrier: behind it a connection may close
 HELLO = 10  # seconds for a new connection to say who it is
+
+
+class Hello(NamedTuple):
+    """What a process says of itself: its number, its host, how many it counts."""
+
+    connection: socket.socket
+    process: int
+    host: str
+    processes: int
 
 
 class Hub:
@@ -61,51 +72,77 @@ class Hub:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        self._assemble()
-        self._serve()
+        try:
+            self._assemble()
+            self._serve()
+        except Exception as error:  # without this thread all would wait for ever
+            self._end(1, f"{self._name(0)}: the hub: {type(error).__name__}: {error}")
 
     def _assemble(self) -> None:
-        """Takes connections until everybody is here."""
+        """Admits connections until everybody is here."""
         deadline = time.monotonic() + self._patience
+        hellos: queue.SimpleQueue[Hello] = queue.SimpleQueue()
+        assembled = threading.Event()
+        threading.Thread(
+            target=self._accept, args=(hellos, assembled), daemon=True
+        ).start()
         while len(self._members) < self._count and not self._done:
-            self._door.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                connection, _ = self._door.accept()
-            except TimeoutError:
+                hello = hellos.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
                 here = self._members.keys()
                 missing = self._names(set(range(self._count)) - here)
                 self._end(
                     1, f"waited {self._patience:g} s for {missing}, in vain: --wait"
                 )
                 continue
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                self._admit(connection)
-        self._door.close()
+            with contextlib.suppress(OSError):
+                self._admit(hello)
+        assembled.set()
         if not self._done:
             body = json.dumps({"hosts": self._hosts, "notice": self._notice})
             self._tell(Message("welcome", 0, body.encode()))
 
-    def _admit(self, connection: socket.socket) -> None:
-        """Takes in who says a proper hello; others are told why not."""
-        connection.settimeout(HELLO)
-        kind, process, body = wire.receive(connection, wire.SMALL)
-        said = json.loads(body)
+    def _accept(
+        self, hellos: "queue.SimpleQueue[Hello]", assembled: threading.Event
+    ) -> None:
+        """Takes connections, each received in a thread of its own: whoever is slow, or
+        is no process of ours, holds up nobody."""
+
+        def receive(connection: socket.socket) -> None:
+            try:
+                hellos.put(receive_hello(connection))
+            except OSError:
+                connection.close()
+
+        self._door.settimeout(wire.AGAIN)
+        while not assembled.is_set():
+            with contextlib.suppress(OSError):  # nobody came, or went at once
+                connection, _ = self._door.accept()
+                threading.Thread(
+                    target=receive, args=(connection,), daemon=True
+                ).start()
+        self._door.close()
+
+    def _admit(self, hello: Hello) -> None:
+        """Makes a process a member, or tells it why not."""
+        connection, process, host, processes = hello
         refusal = ""
-        if kind != "hello" or said["count"] != self._count or process >= self._count:
+        if processes != self._count or process >= self._count:
             refusal = (
-                f"process {process} was told of {said['count']} processes, "
+                f"process {process} was told of {processes} processes, "
                 f"process 0 of {self._count}"
             )
         before = self._members.get(process)
         if before and not wire.is_closed(before):
-            refusal = f"process {process} has come twice, from {said['host']} and "
+            refusal = f"process {process} has come twice, from {host} and "
             refusal += self._hosts[process]
         if refusal:
             wire.send(connection, Message("end", 2, refusal.encode()))
             return
         connection.settimeout(None)
         wire.watch(connection)
-        self._members[process], self._hosts[process] = connection, said["host"]
+        self._members[process], self._hosts[process] = connection, host
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -114,11 +151,16 @@ class Hub:
             while not self._done:
                 for ready, _ in selector.select():
                     process, connection = ready.data, self._members[ready.data]
+                    connection.settimeout(wire.LOST)  # without any progress
                     try:
                         message = wire.receive(connection)
+                    except TimeoutError:
+                        self._end(1, f"{self._name(process)} sent half a message")
+                        break
                     except OSError:
                         self._end(1, f"{self._name(process)} died")
                         break
+                    connection.settimeout(None)
                     self._hear(process, message)
 
     def _hear(self, process: int, message: Message) -> None:
@@ -143,6 +185,9 @@ class Hub:
         elif kind == "late" and number in self._arrived:
             missing = self._names(set(range(self._count)) - self._arrived[number])
             self._end(1, f"{missing} did not come to {body.decode()}")
+        elif kind == "overdue" and number in self._parts:
+            missing = self._names(set(range(self._count)) - self._parts[number].keys())
+            self._end(1, f"{missing} did nothing for {body.decode()} s: it hangs?")
         elif kind == "leave":
             self._end(number, f"{self._name(process)}: {body.decode()}")
 
@@ -171,6 +216,23 @@ class Hub:
 
     def _names(self, processes: set[int]) -> str:
         return ", ".join(map(self._name, sorted(processes)))
+
+
+def receive_hello(connection: socket.socket) -> Hello:
+    """The first message of a process.
+
+    Raises:
+        OSError: it is not there in time, or is no hello.
+    """
+    kind, process, body = wire.receive(connection, wire.SMALL, HELLO)
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
+    match content:
+        case {"host": str(host), "count": int(count)} if kind == "hello":
+            return Hello(connection, process, host, count)
+    raise ConnectionError("no hello")
 
 
 def joined(parts: dict[int, bytes]) -> bytes:

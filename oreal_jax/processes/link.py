@@ -47,7 +47,7 @@ class Link:
         hello = {"host": socket.gethostname(), "count": place.count}
         self.say("hello", place.index, json.dumps(hello).encode())
         threading.Thread(target=self._listen, daemon=True).start()
-        welcome = json.loads(self._await(("welcome", 0)))
+        welcome = json.loads(self._await_hub(("welcome", 0), patience))
         self.notice: Any = welcome["notice"]
         self._hub = f"process 0 of {place.count} on {welcome['hosts'][0]}"
 
@@ -71,23 +71,25 @@ class Link:
             time.sleep(ANSWER)  # the listening thread knows more
             self.end(1, f"{self._hub} died")
 
-    def gather(self, part: bytes) -> list[bytes]:
-        """The parts of all processes, in their order.
+    def gather(self, part: bytes, patience: float) -> list[bytes]:
+        """The parts of all processes, in their order; after `patience` seconds all are
+        ended, with the names of those whose part is missing.
 
         Raises:
             KeyboardInterrupt: in all of them, where one was asked to stop.
         """
         number = self._next("gather")
+        key = ("answer", number)
         with self._news:
             self._waits_for = number
         self.say("gather", number, part)
-        with self._news:
-            while ("answer", number) not in self._answers:
-                if self._stopped == number:
-                    raise KeyboardInterrupt
-                self._news.wait()
-            self._waits_for = None
-            return split(self._answers.pop(("answer", number)), self.place.count)
+        try:
+            answer = self._await(key, patience, unless_stopped=number)
+        except TimeoutError:
+            self.say("overdue", number, f"{patience:g}".encode())
+            answer = self._await_hub(key, unless_stopped=number)
+        self._waits_for = None
+        return split(answer, self.place.count)
 
     def barrier(self, what: str, patience: float) -> None:
         """Returns when all have come; after `patience` seconds all are ended, with the
@@ -98,7 +100,7 @@ class Link:
             self._await(("passed", number), patience)
         except TimeoutError:
             self.say("late", number, f"{what}, for {patience:g} s".encode())
-            self._await(("passed", number))
+            self._await_hub(("passed", number))
 
     def ask_to_stop(self) -> None:
         """Lets all processes stop before the next gathering. Safe in signal handlers,
@@ -124,11 +126,40 @@ class Link:
         self._numbers[kind] += 1
         return number
 
-    def _await(self, key: tuple[str, int], patience: float | None = None) -> bytes:
+    def _await(
+        self,
+        key: tuple[str, int],
+        patience: float,
+        unless_stopped: int | None = None,
+    ) -> bytes:
+        """The hub's message.
+
+        Raises:
+            TimeoutError: it has not come after `patience` seconds.
+            KeyboardInterrupt: the gathering `unless_stopped` will not be.
+        """
+        stopped = lambda: self._stopped is not None and self._stopped == unless_stopped
         with self._news:
-            if not self._news.wait_for(lambda: key in self._answers, patience):
+            there = lambda: key in self._answers or stopped()
+            if not self._news.wait_for(there, patience):
                 raise TimeoutError
+            if key not in self._answers:
+                raise KeyboardInterrupt
             return self._answers.pop(key)
+
+    def _await_hub(
+        self,
+        key: tuple[str, int],
+        patience: float = 0.0,
+        unless_stopped: int | None = None,
+    ) -> bytes:
+        """The hub's message, due within `patience` seconds and those that the hub may
+        take to end all. A hub that sends neither hangs, and this process ends."""
+        seconds = patience + ANSWER
+        try:
+            return self._await(key, seconds, unless_stopped)
+        except TimeoutError:
+            self.end(1, f"{self._hub} did not answer for {seconds:g} s: it hangs?")
 
     def _listen(self) -> None:
         while True:

@@ -92,5 +92,14 @@ def detected(environment: Mapping[str, str]) -> Place | None:
             "Kubernetes job is detected here"
         )
     host, _, port = address.rpartition(":")
-    own = None if devices is None else tuple(devices)
+    own = None if devices is None or _is_alone(environment) else tuple(devices)
     return Place(host.strip("[]"), int(port), count, index, own) if count > 1 else None
+
+
+def _is_alone(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM or Open MPI started one process per host, for which all devices of
+    its host are meant; JAX gives each process of a cluster one."""
+    nodes = environment.get("SLURM_STEP_NUM_NODES")
+    if nodes is not None:
+        return nodes == environment.get("SLURM_NTASKS")
+    return environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"

@@ -28,25 +28,34 @@ def send(connection: socket.socket, message: Message) -> None:
     connection.sendall(body)
 
 
-def receive(connection: socket.socket, most: int | None = None) -> Message:
-    """The next message, of at most `most` bytes. Raises OSError where the other end is
-    gone, or says what is none of ours."""
-    kind, number, size = _HEAD.unpack(_exactly(connection, _HEAD.size))
+def receive(
+    connection: socket.socket, most: int | None = None, seconds: float | None = None
+) -> Message:
+    """The next message, of at most `most` bytes, whole within `seconds`.
+
+    Raises:
+        OSError: the other end is gone, is too slow (TimeoutError) or sends no message
+            of ours.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
+    kind, number, size = _HEAD.unpack(_exactly(connection, _HEAD.size, deadline))
     if most is not None and size > most:
         raise ConnectionError("no message of ours")
-    body = bytes(_exactly(connection, size))
+    body = bytes(_exactly(connection, size, deadline))
     return Message(kind.rstrip(b"\0").decode("ascii", "replace"), number, body)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    taken = bytearray(size)
-    rest = memoryview(taken)
-    while rest:
-        count = connection.recv_into(rest)
+def _exactly(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
+    received = bytearray(size)
+    missing = memoryview(received)
+    while missing:
+        if deadline is not None:  # of the whole: a byte now and then is not enough
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+        count = connection.recv_into(missing)
         if not count:
             raise ConnectionError("closed")
-        rest = rest[count:]
-    return taken
+        missing = missing[count:]
+    return received
 
 
 def watch(connection: socket.socket) -> None:

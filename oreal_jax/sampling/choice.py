@@ -25,6 +25,9 @@ BLOCK = 256  # tokens per block of the two-level cumulative sum
 # Nuclei of at least mass `WIDE` are sampled by rejection; after `MAX_ATTEMPTS`
 # rejections (probability 2^-100) the likeliest token is chosen.
 WIDE, MAX_ATTEMPTS = 0.5, 100
+# What may be added to a logit, and what it may be multiplied by: within these, biases
+# and penalties together stay finite in float32. Infinite logits would be drawn as NaN.
+MAX_SHIFT, MAX_FACTOR = 1e30, 1e6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,28 +60,38 @@ class Sampling:
     def __post_init__(self):
         for name, value, fits, range_ in [
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
+            (
+                "temperature",
+                self.temperature,
+                0 <= self.temperature < math.inf,
+                "at least 0 and finite",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: off)"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
             (
                 "repetition_penalty",
                 self.repetition_penalty,
-                self.repetition_penalty > 0,
-                "above 0 (1: off)",
+                1 / MAX_FACTOR <= self.repetition_penalty <= MAX_FACTOR,
+                f"from {1 / MAX_FACTOR} to {MAX_FACTOR} (1: off)",
             ),
         ]:
             if not fits:
                 raise BadInput(f"sampling: {name}={value} must be {range_}")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                value = getattr(self, name)
-                raise BadInput(f"sampling: {name}={value} must be finite")
+            value = getattr(self, name)
+            if not abs(value) <= MAX_SHIFT:
+                raise BadInput(
+                    f"sampling: {name}={value} must be from {-MAX_SHIFT} to {MAX_SHIFT}"
+                )
         for token, value in self.logit_bias:
             if token < 0:
                 raise BadInput(f"sampling: logit_bias: no token {token}")
-            if not value < math.inf:  # -inf bans a token
-                raise BadInput(f"sampling: logit_bias of token {token} is {value}")
+            if not abs(value) <= MAX_SHIFT and value != -math.inf:
+                raise BadInput(
+                    f"sampling: logit_bias of token {token} is {value}; it must be "
+                    f"from {-MAX_SHIFT} to {MAX_SHIFT}, or -inf, which bans the token"
+                )
 
     @property
     def penalises(self) -> bool:
@@ -478,11 +491,19 @@ def invert(
 
 
 def _pass(weights, uniform, target):
-    """Index where the running sum passes the target, and what the index itself holds
-    of it. Rounding can carry the target past the end: the last positive weight then."""
+    """The first index of positive weight where the running sum exceeds the target, and
+    the target less the sum before it.
+
+    Rounding can put the target below the sum before a block or above its last sum, and
+    running sums by a tree are not monotonic: no index of weight 0 is returned whatever
+    the target, and the last positive one where no sum exceeds it.
+    """
     total = jnp.cumsum(weights, axis=-1)
     target = uniform * total[:, -1] if target is None else target
-    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
-    index = jnp.minimum(jnp.sum(total <= target[:, None], axis=-1), last)
+    positive = weights > 0
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+    exceeds = positive & (total > target[:, None])
+    candidates = jnp.where(exceeds, jnp.arange(weights.shape[-1]), last[:, None])
+    index = jnp.min(candidates, axis=-1)
     before = jnp.take_along_axis(total - weights, index[:, None], axis=-1)[:, 0]
     return index, target - before

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from jaxtyping import Int
 
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import BadInput, Diverged, Failure
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import Sampling
@@ -83,6 +84,7 @@ class Engine:
             weights=weights,
             cache_dtype=jnp.dtype(jnp.float8_e4m3fn if cache == "float8" else dtype),
         )
+        self.formats = f"in {jnp.dtype(dtype)}, weights={weights!r}, cache={cache!r}"
         self.statistics = NOTHING_DRAWN
 
     def weights(self, params: Params) -> Weights:
@@ -114,6 +116,8 @@ class Engine:
             BadInput: an empty prompt, a prompt or logit bias with a token outside the
                 vocabulary, or a prompt and completion longer than the model or the
                 cache allows.
+            Diverged: a token without a probability, of weights that are not finite.
+            Failure: the same though they are finite: decoding overflows.
         """
         completions: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
         if samples == 0 or not requests:
@@ -134,6 +138,8 @@ class Engine:
         seen = 0
         for finished in work.rounds():
             for request, sample, completion in finished:
+                if not _has_probabilities(completion):
+                    raise self._no_probability(weights)
                 completions[request][sample] = completion
                 on_finished(request, sample, completion)
             on_progress(work.drawn_tokens - seen, len(finished))
@@ -199,10 +205,33 @@ class Engine:
         """Checks the tokens of `logit_bias`.
 
         Raises:
-            BadInput: one is outside the vocabulary.
+            BadInput: one is outside the vocabulary, or all of it is banned.
         """
         biased = (token for token, _ in sampling.logit_bias)
         self.config.require_tokens(biased, "sampling: logit_bias")
+        banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
+        if len(banned) == self.config.vocab:
+            raise BadInput(
+                f"sampling: logit_bias: -inf for all {len(banned)} tokens leaves none "
+                "to choose"
+            )
+
+    def _no_probability(self, weights: Weights) -> Failure:
+        """Why a token has no probability: its weights, or else decoding."""
+        names = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, weight in jax.tree.leaves_with_path(weights)
+            if not jnp.isfinite(weight).all()
+        ]
+        if names:
+            return Diverged(
+                f"a token without a probability: {len(names)} of the model's weights "
+                f"are not finite, first {names[0]}"
+            )
+        return Failure(
+            "a token without a probability, though the model's weights are finite: "
+            f"decoding {self.formats} overflows; try float32 and 'full'"
+        )
 
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
         for sampling in {request.sampling for request in requests}:
@@ -221,3 +250,8 @@ class Engine:
             )
             for i in order
         ]
+
+
+def _has_probabilities(completion: Completion) -> bool:
+    lists = (completion.log_probs, completion.sampled_log_probs)
+    return all(np.isfinite(x).all() for x in lists if x is not None)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
 from oreal_jax.metrics import compilations
-from oreal_jax.model import ModelConfig, Params, decoding, exact
+from oreal_jax.model import ModelConfig, Params, decoding, exact, float8
 from oreal_jax.model.decoding import Cache, Weights
 from oreal_jax.model.kernels import pages_for
 from oreal_jax.sampling.choice import Seen, SlotSampling, Uses, choose
@@ -118,6 +118,7 @@ class Programs:
         self.mesh, self.page, self.cache_dtype = mesh, page, cache_dtype
         self.config = decoding.split_heads(config, mesh.shape["tensor"])
         store = (decoding.in_int8 if weights == "int8" else decoding.in_dtype)(dtype)
+        fit = float8.fit if cache_dtype.itemsize == 1 else lambda _, params: params
         heads = self.config.kv_heads // mesh.shape["tensor"]
         self.form = pages_for(
             sharding.platform(mesh), heads, config.head_dim, cache_dtype
@@ -128,7 +129,9 @@ class Programs:
         each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
         self.execution = sharding.of_prompts(mesh)
         self.reshard = jax.jit(
-            lambda params: decoding.weights(self.config, params, store),
+            lambda params: decoding.weights(
+                self.config, fit(self.config, params), store
+            ),
             out_shardings=sharding.of_weights(axes, meshes.all),
         )
         self.own = sharding.of_weights(axes, mesh)
@@ -317,6 +320,7 @@ class Programs:
         stopped = jnp.any(chosen.token[:, None] == stops.tokens[None], axis=-1)
         matched = stops.table[chosen.token, state.matched]
         stopped |= matched == FOUND
+        stopped |= ~jnp.isfinite(chosen.log_prob)  # `Engine.sample` raises its error
         seen = state.seen.drawn.at[rows, chosen.token].add(running)
         drawn = state.drawn + running
         return state._replace(

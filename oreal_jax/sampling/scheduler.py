@@ -225,7 +225,7 @@ class Scheduler:
         leaving: list[Swap] = []
         for number, shard in enumerate(self._shards):
             for row in sorted(filter(None, shard.rows), key=lambda row: row.age):
-                if row in shard.rows:  # not swapped out for an older one
+                if not leaving or row in shard.rows:  # not swapped out for an older one
                     self._grow_row(number, row, leaving)
         slots = [row for shard in self._shards for row in shard.rows]
         tables = np.empty(len(slots), object)

@@ -59,9 +59,12 @@ class Examination:
             return
         rows = metrics.read(path) if path.exists() else []
         with uninterrupted():
-            rows = processes.gathered(rows)[0]  # as process 0 sees the file
-            rows = [row for row in rows if row["step"] <= step]
-            if step in [row["step"] for row in rows]:
+            best = kept_step(session.run)
+            rows, best = processes.gathered([rows, best])[0]  # as process 0 sees them
+            done = next((row for row in rows if row["step"] == step), None)
+            if done:
+                if done["best"] and best is None:  # a later one took its place
+                    keep(session, step)
                 return
             weights = self.engine.weights(session.state.policy.params)
         with session.aside():
@@ -86,17 +89,18 @@ class Examination:
             if judge:  # what it did here is not the step's
                 judge.take_counts()
         with uninterrupted():
-            self._record(session, rows, path, tried)
+            self._record(session, rows, best, path, tried)
 
     def _record(
         self,
         session: Session,
         rows: list[dict],
+        kept: int | None,
         path: Path,
         tried: Mapping[str, list[list[Attempt]]],
     ) -> None:
         """Adds what all processes have measured to the `rows` of earlier evaluations,
-        and keeps the policy if it is the best."""
+        and keeps the policy if it is better than that of step `kept`."""
         reports = {}
         for name, problems in self.sets:
             found = exchange.all_attempts(problems, tried[name])
@@ -108,7 +112,7 @@ class Examination:
             for name, report in reports.items()
         }
         score = float(np.mean(list(values.values())))
-        best = all(score > row["score"] for row in rows)
+        best = all(score > row["score"] for row in rows if row["step"] == kept)
         if best:
             keep(session, step)
         rows.append({"step": step, "score": score, "best": best} | values)
@@ -117,6 +121,11 @@ class Examination:
         said = ", ".join(f"{name} {report}" for name, report in reports.items())
         mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
         session.screen.say(f"after step {step}: {said}{mark}")
+
+
+def kept_step(run: Path) -> int | None:
+    """The step of the policy in RUN/best, None without."""
+    return next(reversed(checkpoints.steps(run / "best")), None)
 
 
 def keep(session: Session, step: int) -> None:

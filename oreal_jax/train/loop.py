@@ -7,12 +7,14 @@
         add the reference model's log-probabilities
         update the token reward model and the policy
 
-Everything random is a function of (seed, step), so a run that was stopped goes on as
-if it had not been. Where several processes run it, each draws and judges its share of
-the prompts; from there on all of them have all completions and do the same.
+Everything random is a function of (seed, step), and a checkpoint records how many
+prompts were taken, so a run that was stopped resumes as if it had not been. Where
+several processes run it, each draws and judges its share of the prompts; from there on
+all of them have all completions and do the same.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +22,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import orjson
 
-from oreal_jax import processes, program_cache, rollout
+from oreal_jax import losses, processes, program_cache, rollout
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -33,9 +36,8 @@ from oreal_jax.data import (
     repeat_by_difficulty,
 )
 from oreal_jax.data.packing import Batch, Limits, pack
-from oreal_jax.errors import BadInput
-from oreal_jax.evaluation.attempts import fingerprint
-from oreal_jax.files import write_lines
+from oreal_jax.errors import BadInput, Failure
+from oreal_jax.files import fingerprint, write_bytes, write_lines
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
@@ -51,6 +53,7 @@ from oreal_jax.train.examination import examination_of
 from oreal_jax.train.exchange import Judged, Samples
 from oreal_jax.train.programs import engine_of, limits_of, mesh_of, update_of
 from oreal_jax.train.session import (
+    Data,
     Session,
     chat_of,
     source_of,
@@ -79,13 +82,14 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
     program_cache.enable()
+    check_loss(config)
     chat = chat_of(config, run, source, config.stop_strings)
     judging = judge_of(config, screen)
     stop_tokens = chat.stop_tokens(config.stop_words)
     stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
-    saved = run / "data"  # a run goes on with the prompts that it began with
-    prompts = load_prompts(str(saved) if saved.is_dir() else config.prompts)
-    processes.agree(f"{config.prompts}: fingerprint", fingerprint(prompts))
+    prompts = prompts_of(config, run, screen)
+    rows = fingerprint([prompt.as_json() for prompt in prompts])
+    processes.agree(f"{config.prompts}: fingerprint", rows)
     repeated, sizes = usable_prompts(config, source.config, prompts, chat, screen)
     limits = limits_of(config, min(sizes))
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
@@ -99,11 +103,17 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         source=source,
         mesh=mesh,
         chat=chat,
+        data=Data(
+            config.prompts,
+            rows,
+            fingerprint([prompt.id for prompt in repeated]),
+            config.prompts_per_step,
+        ),
         steps=config.steps,
         profile=profile,
     )
-    if processes.is_first() and not saved.is_dir():
-        build(prompts, saved)
+    if processes.is_first() and not (run / "data").is_dir():
+        build(prompts, run / "data")
     verification = config.verification
     pool = Pool(verification.workers, verification.deadline)
     with session, pool, judging as judge:
@@ -120,7 +130,6 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
             with uninterrupted():
                 judged = processes.all_of(judged, exchange.encode, exchange.decode)
                 groups = trajectories(config, asked, judged)
-                measures.require_probabilities(groups, step)
                 usable = groups
                 if verification.undecided == "drop":
                     usable = [rollout.decided(group) for group in groups]
@@ -130,19 +139,64 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                     values |= learn(
                         session, kept, limits, reference, add_reference, update
                     )
-                    most = config.max_disagreement
-                    measures.require_agreement(values, most, session.step)
+                    measures.require_agreement(values, config, session.step)
                 else:
                     session.skip_step()
                 with screen.phase("write", label=f"step {step + 1}: "):
                     if processes.is_first():
-                        write_trajectories(run, step, groups, chat)
+                        write = functools.partial(
+                            write_trajectories, run, step, groups, chat
+                        )
+                        session.writer.submit(write)
                 said = line(step, config.steps, values)
                 tokens = rollout.token_count(groups)
                 frozen = step < config.freeze_steps
                 done = measures.work(session.learners, groups, kept, frozen)
                 session.finish_step(values, tokens, said, done)
         examination.take(session, pool, judge)
+
+
+def check_loss(config: TrainConfig) -> None:
+    """Raises BadInput where the loss cannot train the policy."""
+    scores, samples = config.token_reward is not None, config.samples_per_prompt
+    if losses.has_gradient(config.loss, samples, token_scores=scores):
+        return
+    message = f"loss={config.loss}: no token has a gradient, nothing would be learned"
+    if not scores:
+        presets = [
+            name
+            for name, loss in losses.presets.NAMED.items()
+            if losses.has_gradient(loss, samples, token_scores=False)
+        ]
+        message = (
+            f"token_reward=None with {message}; without a token reward model all "
+            f"token scores are 0. Of losses.presets.NAMED these learn without it: "
+            f"{', '.join(presets)}"
+        )
+    raise BadInput(message)
+
+
+def prompts_of(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
+    """The prompts that a run began with, of which it keeps a copy.
+
+    Raises:
+        BadInput: they cannot be read.
+    """
+    copy = run / "data"
+    if not copy.is_dir():
+        return load_prompts(config.prompts)
+    prompts = load_prompts(str(copy))
+    if Path(config.prompts).exists():
+        try:
+            changed = load_prompts(config.prompts) != prompts
+        except BadInput:
+            changed = True
+        if changed:
+            screen.say(
+                f"{config.prompts}: has changed since {run} began, which keeps to its "
+                f"copy in {copy}; to train on the new prompts, begin another run"
+            )
+    return prompts
 
 
 def judge_of(
@@ -231,7 +285,7 @@ def questions(
             session.chat.encode(prompt.question),
             occurrence * config.samples_per_prompt,
         )
-        for group, (prompt, occurrence) in enumerate(order.batch(session.step))
+        for group, (prompt, occurrence) in enumerate(order.batch(session.taken))
     ]
 
 
@@ -342,21 +396,23 @@ def sample(
     with processes.together():
         weights = engine.weights(session.state.policy.params)
     label, total = f"step {step + 1}: ", len(asked) * K
+    requests = [
+        Request(q.tokens, config.sampling, q.prompt.key, q.first_sample, config.seed)
+        for q in asked
+    ]
     with session.screen.phase("gen", total=total, label=label) as advance:
-        engine.sample(
-            weights,
-            [
-                Request(
-                    q.tokens, config.sampling, q.prompt.key, q.first_sample, config.seed
-                )
-                for q in asked
-            ],
-            K,
-            step=step,
-            renormalise=config.log_probs == "sampled",
-            on_progress=lambda tokens, finished: advance(finished, tokens),
-            on_finished=note,
-        )
+        try:
+            engine.sample(
+                weights,
+                requests,
+                K,
+                step=step,
+                renormalise=config.log_probs == "sampled",
+                on_progress=lambda tokens, finished: advance(finished, tokens),
+                on_finished=note,
+            )
+        except Failure as error:
+            raise type(error)(f"{label}{error}; the step is not saved") from None
     return [[finished[n, k] for k in range(K)] for n in range(len(asked))]
 
 
@@ -399,8 +455,14 @@ def write_trajectories(
     run: Path, step: int, groups: Sequence[Group], chat: Chat
 ) -> None:
     """All completions of a step as JSON lines, whole or not at all."""
-    rows = [t.as_json(step, chat.pieces) for group in groups for t in group]
-    write_lines(run / "trajectories" / f"step_{step:06d}.jsonl", rows)
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    lines = (
+        orjson.dumps(trajectory.as_json(step, chat.pieces), option=options)
+        for group in groups
+        for trajectory in group
+    )
+    path = run / "trajectories" / f"step_{step:06d}.jsonl"
+    write_bytes(path, b"".join(lines))
     for left in interrupted_path(run, step, 0).parent.glob(f"step_{step:06d}.*"):
         left.unlink()
 

@@ -1,15 +1,17 @@
 """What a step's scores say: does the sampler agree with the trainer, does the token
 reward model tell right from wrong; and what the step has computed."""
 
+import operator
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from oreal_jax import efficiency
+from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Slot
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import Failure
+from oreal_jax.errors import Diverged
 from oreal_jax.rollout import Group, TokenScores, Trajectory
 from oreal_jax.train.state import Learners
 from oreal_jax.train.step import Scores
@@ -27,12 +29,14 @@ def agreement(
             batch.reference_log_probs,
             scores.entropy,
             scores.token_scores,
+            scores.full_log_probs,
         )
     )
     pairs, means = [], []
     for trajectory, (micro, place) in zip(kept, slots, strict=True):
         size = len(trajectory.completion.tokens)
-        said = TokenScores(*(values[micro, place, :size] for values in arrays))
+        take = operator.itemgetter((micro, place, slice(size)))
+        said = jax.tree.map(take, TokenScores(*arrays))
         trajectory.scores = said
         pairs.append(np.exp([trajectory.old_log_probs, said.log_probs]))
         means.append(said.token_scores.mean())
@@ -78,25 +82,20 @@ def work(
     return done | {"update_actor": Done(learned.tokens, flops)}
 
 
-def require_probabilities(groups: Sequence[Group], step: int) -> None:
-    """Raises `Failure` where a completion was drawn from no distribution: the weights
-    are not finite."""
-    for trajectory in (t for group in groups for t in group):
-        if not np.isfinite(trajectory.completion.log_probs).all():
-            raise Failure(
-                f"step {step + 1}: sample {trajectory.sample} of prompt "
-                f"{trajectory.prompt.id} has a token without a probability: the "
-                "policy's weights are not finite; the step is not saved"
-            )
-
-
-def require_agreement(values: dict[str, float], most: float, step: int) -> None:
-    """Raises `Failure` where sampler and trainer are further apart than `most`."""
-    found = values["training/rollout_probs_diff_mean"]
-    if not found <= most:
-        raise Failure(
+def require_agreement(values: dict[str, float], config: TrainConfig, step: int) -> None:
+    """Raises `Diverged` where sampler and trainer differ by more than
+    `max_disagreement`."""
+    difference = values["training/rollout_probs_diff_mean"]
+    if not difference <= config.max_disagreement:
+        narrow = "".join(
+            f"; {name}={getattr(config, name)!r} rounds, 'full' is closer"
+            for name in ("decode_weights", "decode_cache")
+            if getattr(config, name) != "full"
+        )
+        raise Diverged(
             f"step {step}: the sampler's token probabilities differ from the trainer's "
-            f"by {found:.4g} on average, max_disagreement={most}; the step is not saved"
+            f"by {difference:.4g} on average, max_disagreement="
+            f"{config.max_disagreement}; the step is not saved{narrow}"
         )
 
 

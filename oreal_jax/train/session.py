@@ -3,7 +3,7 @@
     RUN/config.json        what is run
     RUN/model/             config.json, tokenizer, chat template
     RUN/metrics.jsonl      one object a step
-    RUN/trajectories/      one file a step
+    RUN/trajectories/      one file per step, written while the next one samples
     RUN/interrupted/       what a step that was interrupted had drawn
     RUN/checkpoints/       all that is needed to go on
     RUN/reference/         the initial policy
@@ -12,7 +12,8 @@
     RUN/evaluations.jsonl  one object an evaluation, and
     RUN/best/              the best policy by them, where the config asks for it
 
-Opening a run that has checkpoints goes on from the newest one. Where several processes
+Opening a run that has checkpoints resumes it from the newest one; what later steps had
+written belongs to steps that will be run again, and is removed. Where several processes
 run it, they share the directory: all write their part of checkpoints and of the
 reference, process 0 alone writes the rest.
 """
@@ -23,6 +24,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -31,17 +33,19 @@ from oreal_jax import config as configuration
 from oreal_jax import efficiency, model, processes, sharding
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.hf import read_json
+from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import BadInput, Failure
-from oreal_jax.files import write_text
+from oreal_jax.errors import BadInput, Diverged
+from oreal_jax.files import BackgroundWriter, write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
+from oreal_jax.train.discard import discard_after
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import compute_dtype, learners_of
 from oreal_jax.train.state import TrainState
@@ -59,13 +63,38 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     """
     for name, value in configuration.as_json(config).items():
         processes.agree(f"config: {name}", value)
-    newest = [str(step) for step in checkpoints.steps(run)[-1:]]
+    newest = [str(step) for step in resumable_steps(run)[-1:]]
     processes.agree(f"{run}: steps of the newest checkpoint, seen by all", newest)
-    if not checkpoints.steps(run):
-        return open_model(config.model)
-    if not (run / "config.json").is_file():
-        raise BadInput(f"{run}: a converted model, not a run; give another --run")
-    return open_model(run)
+    if newest:
+        return open_model(run)
+    if checkpoints.steps(run):
+        raise BadInput(
+            f"{run}: its checkpoints hold a policy but no state to resume from; train "
+            f"this policy in another run: --set model={run} --run ANOTHER"
+        )
+    return open_model(config.model)
+
+
+def resumable_steps(run: Path) -> list[int]:
+    """The steps that a run can resume after; converted models have none."""
+    return checkpoints.steps(run, checkpoints.ITEMS)
+
+
+def progress_of(run: Path) -> tuple[int, Progress]:
+    """The step that a run resumes after, and its progress; zeros before it has begun.
+
+    Raises:
+        BadInput: they cannot be read.
+    """
+    done = resumable_steps(run)
+    if not done:
+        return 0, Progress()
+    progress = checkpoints.read_progress(run, done[-1])
+    if not progress:  # as many at every step, then
+        config = read_json(run / "config.json")
+        per_step = config.get("prompts_per_step") or config["examples_per_step"]
+        progress = Progress(taken=done[-1] * per_step)
+    return done[-1], progress
 
 
 def chat_of(
@@ -87,6 +116,19 @@ def chat_of(
         None if begun else template,
         stop_strings,
     )
+
+
+class Data(NamedTuple):
+    """What a run learns from.
+
+    `rows` is the fingerprint of all rows of `source`, `order` that of the list that
+    each step takes the next `per_step` of.
+    """
+
+    source: str
+    rows: str
+    order: str
+    per_step: int
 
 
 class Unwritten:
@@ -111,6 +153,7 @@ class Session:
         source: ModelSource,
         mesh: Mesh,
         chat: Chat,
+        data: Data,
         steps: int,
         profile: int = 0,
     ):
@@ -120,8 +163,8 @@ class Session:
         into RUN/profile.
 
         Raises:
-            BadInput: the run began with another config, the weights do not fit, or the
-                directory cannot be written.
+            BadInput: the run began with another config or other data, the weights do
+                not fit, or the directory cannot be written.
         """
         if jax.process_count() != processes.count():
             raise BadInput(
@@ -129,15 +172,25 @@ class Session:
                 "not know of each other: --processes auto on each host"
             )
         self.config, self.run, self.screen = config, run, screen
-        self.mesh, self.chat, self.steps = mesh, chat, steps
+        self.mesh, self.chat, self.data, self.steps = mesh, chat, data, steps
         self.model: ModelConfig = source.config
         self.dtype = compute_dtype(config.compute, mesh)
         self.rows = config.packing.rows * sharding.row_ways(mesh)
         self.learners = learners_of(config, source.config, mesh, steps)
+        self._rates = {"actor/lr": jax.jit(self.learners.policy.rate)}
+        if self.learners.token_reward:
+            self._rates["token_reward/lr"] = jax.jit(self.learners.token_reward.rate)
         self._compare_config()
-        self.state = self._restore_or_start(source)
-        self._write_config()
+        self._first, progress = progress_of(run)
+        self.taken = progress.taken
+        self._compare_progress(progress)
+        begun = bool(resumable_steps(run))
+        state = self._restore() if begun else None
+        params = None if begun else self._load(source)
+        self._open_directory()
+        self.state = state or self._start(source, params)
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
+        self.writer = BackgroundWriter()
         self._log = Unwritten()
         if processes.is_first():
             self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
@@ -148,19 +201,51 @@ class Session:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        with uninterrupted():
+        with uninterrupted(), contextlib.ExitStack() as closing:
+            for part in (
+                self._profile,
+                self._log,
+                self._checkpoints,
+                self.writer,
+            ):  # closed from the last to the first
+                closing.callback(part.close)
             if kind is KeyboardInterrupt:
                 processes.ask_to_stop()
                 self.screen.say(f"stopped after step {self.step}; saving")
-                self._checkpoints.save(self.state)
-            self._checkpoints.close()
-            self._log.close()
-            self._profile.close()
+                self._save_together("they were asked to stop")
+            elif error and not isinstance(error, Diverged):
+                self._save_after(error)
+
+    def _save_together(self, reason: str, patience: float | None = None) -> None:
+        """Saves when all processes have come to it: a save waits for all of them."""
+        processes.barrier(f"saving the run after {reason}", patience)
+        self._save()
+
+    def _save_after(self, error: BaseException) -> None:
+        """Saves the last finished step, so that an error does not cost it, too."""
+        try:
+            if self.step == self._first:
+                return  # nothing is new
+            processes.ask_to_stop()
+            reason = f"{type(error).__name__}: {error}"
+            self._save_together(reason, processes.INTERRUPTED)
+            self._checkpoints.wait()
+            self.screen.say(f"{type(error).__name__} after step {self.step}: saved")
+        except Exception as failure:  # must not replace the error
+            self.screen.say(f"not saved: {type(failure).__name__}: {failure}")
 
     @property
     def step(self) -> int:
         """Steps done so far."""
         return int(self.state.step)
+
+    def _save(self) -> None:
+        """Saves the state and the progress, in the background; first the files of the
+        steps up to it are complete, since a resumed run does not write them again."""
+        self.writer.flush()
+        rates = {name: float(rate(self.step)) for name, rate in self._rates.items()}
+        progress = Progress(self.taken, self.data.rows, self.data.order, rates)
+        self._checkpoints.save(self.state, progress)
 
     def _compare_config(self) -> None:
         """Says what has changed since the run began; another identity is refused."""
@@ -174,19 +259,62 @@ class Session:
                 if name in IDENTITY:
                     raise BadInput(f"{path}: this run began otherwise; {change}")
                 appears = None in (old.get(name), new.get(name))
-                if name == "token_reward" and appears and checkpoints.steps(self.run):
+                if name == "token_reward" and appears and resumable_steps(self.run):
                     raise BadInput(
                         f"{path}: its checkpoints are with a token reward model or "
                         f"without, as it began; {change}"
                     )
                 self.screen.say(f"changed since this run began: {change}")
 
-    def _write_config(self) -> None:
-        """Makes the run directory."""
+    def _compare_progress(self, progress: Progress) -> None:
+        """Logs what the new config changes at the step that the run resumes after;
+        other data are refused."""
+        where = f"{self.run}: step {self._first + 1}"
+        if progress.data not in ("", self.data.rows):
+            raise BadInput(
+                f"{self.data.source}: has changed since {self.run} began; restore it, "
+                f"or train on it in another run: --set model={self.run} --run ANOTHER"
+            )
+        if progress.order not in ("", self.data.order):
+            self.screen.say(
+                f"{where}: the usable prompts or examples are others than before, so "
+                "their order is another: until all have been taken again, some come "
+                "twice and some not at all"
+            )
+        for name, before in progress.rates.items():
+            now = (
+                float(self._rates[name](self._first)) if name in self._rates else before
+            )
+            if not math.isclose(before, now, rel_tol=1e-6):
+                self.screen.say(f"{where}: {name} jumps from {before:.4g} to {now:.4g}")
+
+    def _restore(self) -> TrainState:
+        """The state of the newest checkpoint."""
+        count = f"{model.parameter_count(self.model):,} parameters"
+        self.screen.say(f"going on after step {self._first} of {self.run} ({count})")
+        with self.screen.phase("restore"):
+            abstract = self.learners.abstract(self.mesh)
+            return checkpoints.restore(self.run, self._first, abstract)
+
+    def _load(self, source: ModelSource) -> Params:
+        count = f"{model.parameter_count(source.config):,} parameters"
+        with self.screen.phase("load") as advance:
+            params = source.load(self.mesh, on_tensor=lambda name: advance())
+        self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
+        return params
+
+    def _open_directory(self) -> None:
+        """Makes the run directory, or removes from it what steps have left that will be
+        run again."""
         text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
         path = self.run / "config.json"
+        for directory, items in checkpoints.incomplete(self.run):
+            missing = " and ".join(items)
+            self.screen.say(f"{directory}: incomplete, without {missing}; removed")
         if processes.is_first():
             write_text(path, text)
+            for line in discard_after(self.run, self._first):
+                self.screen.say(line)
         processes.barrier(f"{path} was written")
         if not path.exists():
             raise BadInput(
@@ -194,19 +322,8 @@ class Session:
                 "must be on a file system that all processes share"
             )
 
-    def _restore_or_start(self, source: ModelSource) -> TrainState:
-        done = checkpoints.steps(self.run)
-        count = f"{model.parameter_count(source.config):,} parameters"
-        if done:
-            self.screen.say(f"going on after step {done[-1]} of {self.run} ({count})")
-            with self.screen.phase("restore"):
-                return checkpoints.Checkpoints(self.run).restore(
-                    done[-1], self.learners.abstract(self.mesh)
-                )
-        with self.screen.phase("load") as advance:
-            params = source.load(self.mesh, on_tensor=lambda name: advance())
-        self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
-        self._write_config()
+    def _start(self, source: ModelSource, params: Params) -> TrainState:
+        """The state at step 0; saves what the run will need of the model."""
         if processes.is_first():
             copy_files(source, self.run / "model")
             if self.config.chat_template:
@@ -231,13 +348,14 @@ class Session:
         """Takes one training step; what it measured, and its scores.
 
         Raises:
-            Failure: a loss or a gradient is not finite; the step is not saved.
+            Diverged: a loss or a gradient is not finite; the step is not saved.
         """
-        self.state, measured, scores = update(self.state, batch)
+        state, measured, scores = update(self.state, batch)
+        self._advance(state)
         values = {name: float(value) for name, value in measured.items()}
         for name, value in values.items():
             if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
-                raise Failure(f"step {self.step}: {name}={value}; it is not saved")
+                raise Diverged(f"step {self.step}: {name}={value}; it is not saved")
         return values, scores
 
     @contextlib.contextmanager
@@ -249,7 +367,11 @@ class Session:
 
     def skip_step(self) -> None:
         """Counts a step that had nothing to learn from."""
-        self.state = self.state._replace(step=self.state.step + 1)
+        self._advance(self.state._replace(step=self.state.step + 1))
+
+    def _advance(self, state: TrainState) -> None:
+        self.state = state
+        self.taken += self.data.per_step
 
     def finish_step(
         self,
@@ -281,5 +403,5 @@ class Session:
         self.screen.say(f"{line}  {seconds:.1f} s")
         if self.step % self.config.saving.every == 0 or self.step == self.steps:
             with self.screen.phase("save"):
-                self._checkpoints.save(self.state)
+                self._save()
         self._profile.step_done(self.step, last=self.step == self.steps)

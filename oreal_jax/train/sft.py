@@ -4,20 +4,22 @@ With solutions that a model found itself and a verifier judged right, this is RF
 start that OREAL trains from.
 """
 
-import hashlib
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
-from oreal_jax import efficiency, processes, program_cache
+from oreal_jax import efficiency, losses, processes, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, PromptOrder, read_examples
+from oreal_jax.data import Chat, PromptOrder, Solved, read_examples
 from oreal_jax.data.packing import Example, Limits, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import BadInput
+from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
 from oreal_jax.train.programs import mesh_of, update_of
-from oreal_jax.train.session import Session, chat_of, source_of
+from oreal_jax.train.session import Data, Session, chat_of, progress_of, source_of
 from oreal_jax.train.step import place
 
 
@@ -31,13 +33,22 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
     program_cache.enable()
+    check_loss(config)
     chat = chat_of(config, run, source)
-    examples = usable_examples(config, source.config, chat, screen)
-    of_all = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    rows = read_examples(Path(config.examples))
+    usable = usable_examples(config, source.config, chat, rows, screen)
+    of_all = fingerprint([dataclasses.astuple(row) for row in rows])
     processes.agree(f"{config.examples}: fingerprint", of_all)
+    examples = list(usable.values())
+    tokens = fingerprint([(e.prompt, e.completion) for e in examples])
+    processes.agree(f"{config.examples}: fingerprint of its tokens", tokens)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
     limits = Limits.of(examples, config.examples_per_step)
-    steps = config.steps or config.epochs * len(examples) // config.examples_per_step
+    steps = config.steps
+    if not steps:
+        done, progress = progress_of(run)
+        remaining = config.epochs * len(examples) - progress.taken
+        steps = done + max(0, remaining) // config.examples_per_step
     session = Session(
         config,
         run,
@@ -45,6 +56,12 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
         source=source,
         mesh=mesh,
         chat=chat,
+        data=Data(
+            config.examples,
+            of_all,
+            fingerprint(list(usable)),
+            config.examples_per_step,
+        ),
         steps=steps,
         profile=profile,
     )
@@ -52,7 +69,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
         update = update_of(config, session.learners, mesh)
         while session.step < steps:
             step = session.step
-            taken = [example for example, _ in order.batch(step)]
+            taken = [example for example, _ in order.batch(session.taken)]
             lengths = ((len(e.prompt), len(e.completion)) for e in taken)
             learned = efficiency.whole(lengths)
             batch, _ = pack(
@@ -73,26 +90,43 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 session.finish_step(values, learned.tokens, line, done)
 
 
+def check_loss(config: SftConfig) -> None:
+    """Raises BadInput where the loss reads what SFT does not compute."""
+    fields = losses.fields_read(
+        config.loss, "old_log_probs", "reference_log_probs", "token_scores"
+    )
+    if fields:
+        raise BadInput(
+            f"loss={config.loss}: reads {' and '.join(fields)}, which SFT does not "
+            "have; leave out that term (kl_weight=0 for a KL to the reference model) "
+            "or take BestOfNCloning()"
+        )
+
+
 def usable_examples(
-    config: SftConfig, shape: ModelConfig, chat: Chat, screen: Screen
-) -> list[Example]:
-    """Prompt and solution tokens of every example that fits a row."""
-    rows = read_examples(Path(config.examples))
+    config: SftConfig,
+    shape: ModelConfig,
+    chat: Chat,
+    rows: Sequence[Solved],
+    screen: Screen,
+) -> dict[int, Example]:
+    """Prompt and solution tokens of every example that fits a row, by its place in the
+    file."""
     encoded = [chat.example(row.question, row.solution) for row in rows]
     tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(encoded))
     shape.require_tokens(tokens, config.examples)
-    fits = [
-        Example(prompt, completion)
-        for prompt, completion in encoded
+    usable = {
+        place: Example(prompt, completion)
+        for place, (prompt, completion) in enumerate(encoded)
         if len(prompt) + len(completion) <= config.packing.row_length
-    ]
+    }
     screen.say(
-        f"{config.examples}: {len(rows)} examples, {len(rows) - len(fits)} longer than "
-        f"row_length={config.packing.row_length}"
+        f"{config.examples}: {len(rows)} examples, {len(rows) - len(usable)} longer "
+        f"than row_length={config.packing.row_length}"
     )
-    if len(fits) < config.examples_per_step:
+    if len(usable) < config.examples_per_step:
         raise BadInput(
-            f"{config.examples}: {len(fits)} usable examples, "
+            f"{config.examples}: {len(usable)} usable examples, "
             f"examples_per_step={config.examples_per_step}"
         )
-    return fits
+    return usable

@@ -36,6 +36,7 @@ class Scores(NamedTuple):
     log_probs: Float[Array, "M N T"]
     entropy: Float[Array, "M N T"]
     token_scores: Float[Array, "M N T"]
+    full_log_probs: Float[Array, "M N T"] | None = None  # see `Scored`
 
 
 class TrainStep(NamedTuple):
@@ -98,13 +99,21 @@ def completion_log_probs(
     part: Batch,
     distribution: model.Distribution = model.full,
     execution: Execution = ALONE,
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """Log-probability of every completion token, and the entropy at each."""
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"], Float[Array, "N T"] | None]:
+    """Log-probability of every completion token, and the entropy at each; also the
+    log-probabilities of the model's own distribution if `distribution` is another, by
+    a second pass of the head."""
     states = completion_states(config, params, part, execution)
-    log_probs, entropy = model.log_probs(
-        config, params, states, part.targets, distribution, execution
-    )
-    return unpack(log_probs, part), unpack(entropy, part)
+
+    def score(distribution: model.Distribution) -> list[Float[Array, "N T"]]:
+        scores = model.log_probs(
+            config, params, states, part.targets, distribution, execution
+        )
+        return [unpack(x, part) for x in scores]
+
+    log_probs, entropy = score(distribution)
+    full = None if distribution is model.full else score(model.full)[0]
+    return log_probs, entropy, full
 
 
 def reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
@@ -116,7 +125,7 @@ def reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
         params = model.cast(params, dtype)
 
         def one(index, filled):
-            values, _ = completion_log_probs(
+            values, *_ = completion_log_probs(
                 config, params, micro(batch, index), execution=execution
             )
             return filled.at[index].set(values)
@@ -148,7 +157,7 @@ def train_step(
     policy, rewarder = learners
     execution = sharding.execution(mesh, remat, dtype)
 
-    def scored(part: Batch, log_probs, entropy, token_scores) -> Scored:
+    def scored(part: Batch, log_probs, entropy, token_scores, full=None) -> Scored:
         return Scored(
             log_probs=log_probs,
             old_log_probs=part.old_log_probs,
@@ -158,6 +167,7 @@ def train_step(
             completion=jnp.arange(log_probs.shape[1])[None] < part.length[:, None],
             correct=part.correct,
             advantage=part.advantage,
+            full_log_probs=full,
         )
 
     def reward_objective(params, config: ModelConfig, part: Batch, counts: Counts):
@@ -172,15 +182,15 @@ def train_step(
 
     def policy_objective(params, part: Batch, counts: Counts, token_scores):
         """Loss of the policy; metrics and scores. Token scores are constants to it."""
-        log_probs, entropy = completion_log_probs(
+        log_probs, entropy, full = completion_log_probs(
             policy.config, params, part, distribution, execution
         )
-        of_part = scored(part, log_probs, entropy, token_scores)
+        of_part = scored(part, log_probs, entropy, token_scores, full)
         with jax.named_scope("loss"):
             total, metrics = loss(of_part, counts)
         mean_entropy = token_mean(entropy, of_part.completion, counts.all)
         metrics |= {"actor/loss": total, "actor/entropy": mean_entropy}
-        return total, (metrics, Scores(log_probs, entropy, token_scores))
+        return total, (metrics, Scores(log_probs, entropy, token_scores, full))
 
     def gradients(params, part: Batch, counts: Counts, frozen: bool):
         """Of the policy (None if frozen) and of the token reward model (None without);
@@ -210,7 +220,7 @@ def train_step(
         def one(part):
             return gradients(params, part, counts, frozen)
 
-        gradient, metrics, _ = jax.eval_shape(one, micro(batch, 0))
+        gradient, metrics, scores = jax.eval_shape(one, micro(batch, 0))
         empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
         blank = jnp.zeros_like(batch.reference_log_probs)
 
@@ -221,7 +231,7 @@ def train_step(
             put = lambda whole, part: whole.at[index].set(part)
             return sums, jax.tree.map(put, record, scores)
 
-        start = (empty((gradient, metrics)), Scores(blank, blank, blank))
+        start = (empty((gradient, metrics)), jax.tree.map(lambda _: blank, scores))
         (gradient, metrics), scores = jax.lax.fori_loop(0, batch.filled, add, start)
         return gradient, metrics, scores
 

@@ -1,0 +1,72 @@
+"""Ctrl-C ends a command with exit code 130 whatever it is doing."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import ALONE, train
+
+COMPILING = """
+import os, signal, threading
+from oreal_jax.cli import command, train
+
+def compile_for_long(parsed):
+    import jax, jax.numpy as jnp
+
+    def f(x):
+        for i in range(150):
+            x = jnp.sin(x * i) @ x
+        return x
+
+    lowered = jax.jit(f).lower(jnp.ones((64, 64)))
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    lowered.compile()
+    print("compiled")
+
+train.train = compile_for_long
+command()
+"""
+
+
+def test_an_interrupted_compilation_ends_with_130():
+    """The compilation continues in a thread of XLA's, which must not outlive what it
+    uses."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING, "train", "configs/tiny.py"],
+        env=ALONE | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130, done.stderr
+    assert (done.stdout, done.stderr) == ("", "oreal: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_interrupted_at_any_moment_ends_with_130(tiny, tmp_path, cached):
+    """From the first check of the input to the third step or so."""
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": str(int(cached))}
+    moments = random.Random(0)
+    for _ in range(6):
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        process = train(tiny, run, "steps=500", environment=ALONE | cache)
+        wait_for(run / "config.json", process)
+        time.sleep(moments.uniform(0, 3 if cached else 9))
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, output + errors
+        assert "Traceback" not in output + errors
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    """Returns when the file exists."""
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)

@@ -1,0 +1,383 @@
+"""What a resumed run does after changed settings, a kill, an error or a damaged
+checkpoint. The model is scripted, and learns only where that matters: a step without a
+pair compiles nothing."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from scripted import Script, read_lines, write_lines
+from tiny_runs import ROOT, Result, arrays, oreal_in_process
+
+from oreal_jax.checkpoints import run as checkpoints
+from oreal_jax.config import SftConfig, TrainConfig, load
+from oreal_jax.console import Screen
+from oreal_jax.data import PromptOrder, load_prompts
+from oreal_jax.sampling import Engine
+from oreal_jax.train import loop
+from oreal_jax.train import sft as fine_tuning
+
+pytestmark = pytest.mark.usefixtures("judges")
+
+COUNT, EXAM = 24, range(90, 94)
+RIGHT = "99"
+
+
+class Policy:
+    """Solves `score` problems of an exam, and the odd samples of "max A 99?" where
+    there is something to learn; `error` is raised when step `fails_at` is sampled."""
+
+    def __init__(self, model: Path):
+        self.script = Script(model, self.says)
+        self.learns, self.score = False, 1
+        self.fails_at, self.error = -1, RuntimeError("a bug")
+
+    def says(self, a: int, sample: int) -> str:
+        correct = a - EXAM[0] < self.score if a in EXAM else self.learns and sample % 2
+        return RIGHT if correct else str(a)
+
+    def sample(self, engine, *given, step=0, **named):
+        if step == self.fails_at:
+            raise self.error
+        return self.script.sample(engine, *given, step=step, **named)
+
+    def take_prompts(self) -> list[int]:
+        """The prompts sampled since the last call, in order."""
+        asked = self.script.asked
+        self.script.asked = []
+        return [a for a, sample, _ in asked if sample == 0 and a not in EXAM]
+
+
+@pytest.fixture
+def policy(start, monkeypatch) -> Policy:
+    policy = Policy(start / "hf")
+    sample = lambda engine, *given, **named: policy.sample(engine, *given, **named)
+    monkeypatch.setattr(Engine, "sample", sample)
+    return policy
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    """A folder with prompts, solutions and an exam."""
+    question = lambda a: {"question": f"max {a} 99?"}
+    numbers = range(10, 10 + COUNT)
+    for name, rows in {
+        "prompts": [question(a) | {"gold_answer": RIGHT} for a in numbers],
+        "solutions": [question(a) | {"solution": f"\\boxed{{{a}}}"} for a in numbers],
+        "exam": [question(a) | {"gold_answer": RIGHT} for a in EXAM],
+    }.items():
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    return tmp_path
+
+
+def run_verb(verb: str, config: Path, run: Path, settings: Sequence[str]) -> Result:
+    flags = [word for setting in settings for word in ("--set", setting)]
+    return oreal_in_process(verb, config, *flags, "--run", run)
+
+
+def train(start: Path, files: Path, *settings: str, run: str = "run") -> Result:
+    own = [f"model={start / 'hf'}", f"prompts={files / 'prompts.jsonl'}"]
+    own += ["prompts_per_step=4", "samples_per_prompt=4", "saving.keep=9"]
+    # A script has no probabilities, and one program of the update is enough.
+    own += ["max_disagreement=2.0", "freeze_steps=0"]
+    config = ROOT / "configs/tiny.py"
+    return run_verb("train", config, files / run, [*own, *settings])
+
+
+def sft(start: Path, files: Path, *settings: str, config=ROOT / "configs/tiny_sft.py"):
+    own = [f"model={start / 'hf'}", f"examples={files / 'solutions.jsonl'}"]
+    own += ["examples_per_step=4", "steps=0", "saving.every=1", "saving.keep=9"]
+    return run_verb("sft", config, files / "run", [*own, *settings])
+
+
+def saved_steps(run: Path) -> list[int]:
+    return checkpoints.steps(run, checkpoints.ITEMS)
+
+
+# Prompts, learning rates and data.
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "older"])
+def test_another_number_of_prompts_repeats_and_skips_none(
+    start, files, policy, recorded
+):
+    assert train(start, files, "steps=3").code == 0
+    if not recorded:  # as checkpoints were before they recorded it
+        shutil.rmtree(files / "run" / "checkpoints" / "3" / "progress")
+    assert train(start, files, "steps=5", "prompts_per_step=6").code == 0
+    prompts = policy.take_prompts()
+    assert sorted(prompts) == list(range(10, 10 + COUNT))
+    whole = PromptOrder(list(range(10, 10 + COUNT)), batch=COUNT, seed=0)
+    assert prompts == [a for a, _ in whole.batch(0)]
+
+
+def test_a_learning_rate_that_jumps_is_logged_with_both_values(start, files, policy):
+    policy.fails_at, policy.error = 2, KeyboardInterrupt()
+    for steps, jumps in [(4, False), (4, False), (9, True)]:
+        code, output, _ = train(start, files, f"steps={steps}")
+        assert code == 130 and ("jumps" in output) == jumps
+        if jumps:
+            own = load(ROOT / "configs/tiny.py", TrainConfig)
+            for name, optimizer in [
+                ("actor/lr", own.policy),
+                ("token_reward/lr", own.token_reward),
+            ]:
+                rates = [float(optimizer.rate(steps)(2)) for steps in (4, 9)]
+                values = f"from {rates[0]:.4g} to {rates[1]:.4g}"
+                assert f"step 3: {name} jumps {values}" in output
+
+
+def test_sft_counts_examples_and_refuses_an_edited_file(start, files, monkeypatch):
+    pack, batches = fine_tuning.pack, []
+
+    def record(examples, **options):
+        if len(batches) == 3:
+            batches.append([])
+            raise KeyboardInterrupt
+        batches.append([str(example.prompt) for example in examples])
+        return pack(examples, **options)
+
+    monkeypatch.setattr(fine_tuning, "pack", record)
+    assert sft(start, files).code == 130
+    path = files / "solutions.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("boxed{20}", "boxed{21}"))
+    code, _, errors = sft(start, files)
+    assert code == 2 and errors.count("\n") == 1
+    assert f"{path}: has changed since {files / 'run'} began; restore it" in errors
+    path.write_text(text.replace("}\n", " }\n"))  # the same rows
+    code, output, _ = sft(start, files, "examples_per_step=6")
+    assert code == 0 and "step 5/5" in output
+    assert [len(batch) for batch in batches] == [4, 4, 4, 0, 6, 6]
+    assert len({prompt for batch in batches for prompt in batch}) == COUNT
+
+
+def test_an_edited_file_of_prompts_is_logged_and_the_copy_used(start, files, policy):
+    path, run = files / "prompts.jsonl", files / "run"
+    assert train(start, files, "steps=2").code == 0
+    copy = load_prompts(str(run / "data"))
+    assert copy == load_prompts(str(path))
+    write_lines(path, read_lines(path)[:12])
+    code, output, _ = train(start, files, "steps=4")
+    assert code == 0
+    assert f"{path}: has changed since {run} began, which keeps to its copy" in output
+    assert load_prompts(str(run / "data")) == copy
+    path.unlink()  # a run does not depend on it
+    code, output, _ = train(start, files, "steps=6")
+    assert code == 0 and "has changed" not in output
+    assert sorted(policy.take_prompts()) == list(range(10, 10 + COUNT))
+
+
+def test_a_changed_copy_of_the_prompts_is_refused(start, files, policy):
+    path, run = files / "prompts.jsonl", files / "run"
+    assert train(start, files, "steps=2").code == 0
+    shutil.rmtree(run / "data")
+    write_lines(path, read_lines(path)[:12])
+    code, _, errors = train(start, files, "steps=4")
+    assert code == 2 and f"{path}: has changed since {run} began" in errors
+
+
+def test_a_setting_that_changes_the_usable_prompts_is_logged(start, files, policy):
+    rows = read_lines(files / "prompts.jsonl")
+    rates = [row | {"pass_rate": 0.1 if n % 2 else 0.9} for n, row in enumerate(rows)]
+    write_lines(files / "prompts.jsonl", rates)
+    bands = "difficulty=((0.0,0.5,1),(0.5,1.0,{}))"
+    assert train(start, files, "steps=2", bands.format(1)).code == 0
+    code, output, _ = train(start, files, "steps=3", bands.format(1))
+    assert code == 0 and "usable prompts" not in output
+    code, output, _ = train(start, files, "steps=4", bands.format(2))
+    assert code == 0 and "step 4: the usable prompts" in output
+
+
+# Damaged checkpoints.
+
+
+@pytest.mark.parametrize("item", ["policy", "trainer"])
+def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
+    start, files, policy, item
+):
+    run = files / "run"
+    assert train(start, files, "steps=4", "saving.every=2").code == 0
+    expected, last = arrays(run, 4), policy.take_prompts()[8:]
+    shutil.rmtree(run / "checkpoints" / "4" / item)
+    code, output, errors = train(start, files, "steps=4", "saving.every=2")
+    assert code == 0, errors
+    assert f"{run / 'checkpoints' / '4'}: incomplete, without {item}; removed" in output
+    assert "going on after step 2" in output
+    assert saved_steps(run) == [2, 4] and policy.take_prompts() == last
+    for ours, theirs in zip(arrays(run, 4), expected, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def test_weights_alone_are_no_run_and_are_kept(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2").code == 0
+    shutil.rmtree(run / "checkpoints" / "2" / "trainer")
+    code, _, errors = train(start, files, "steps=3")
+    assert code == 2 and errors.count("\n") == 1
+    assert f"{run}: its checkpoints hold a policy but no state to resume" in errors
+    assert checkpoints.steps(run) == [2]
+
+
+def test_what_killed_saves_left_is_removed(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2").code == 0
+    left = [run / "checkpoints" / "17.orbax-checkpoint-tmp" / "policy"]
+    left += [run / "reference.orbax-checkpoint-tmp", run / ".best.incomplete"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x")
+    assert train(start, files, "steps=3").code == 0
+    assert not any(folder.exists() for folder in left)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"2", "3"}
+
+
+# Steps that are run again.
+
+
+def examined(files: Path) -> list[str]:
+    data = f"evaluation.data=({str(files / 'exam.jsonl')!r},)"
+    return [data, "evaluation.every=1", "saving.every=2"]
+
+
+def test_what_a_dead_timeline_wrote_is_not_taken_for_the_runs(start, files, policy):
+    run = files / "run"
+    policy.score = 3
+    policy.fails_at, policy.error = 4, KeyboardInterrupt()
+    assert train(start, files, "steps=6", *examined(files)).code == 130
+    rows = read_lines(run / "evaluations.jsonl")
+    assert [(row["step"], row["best"]) for row in rows] == [
+        (0, True),
+        *((step, False) for step in range(1, 5)),
+    ]
+    # As if step 3 had been the best, and the process killed before its checkpoint.
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / "best" / "checkpoints" / "0").rename(run / "best" / "checkpoints" / "3")
+    (run / "interrupted").mkdir()
+    (run / "interrupted" / "step_000004.jsonl").write_text("")
+    policy.fails_at = 2
+    code, output, _ = train(start, files, "steps=6", *examined(files))
+    assert code == 130
+    assert (
+        f"{run}: removed 2 step(s) of trajectories, 1 interrupted step(s), "
+        "2 evaluation(s) after step 2" in output
+    )
+    assert sorted(path.name for path in (run / "trajectories").iterdir()) == [
+        "step_000000.jsonl",
+        "step_000001.jsonl",
+    ]
+    assert [row["step"] for row in read_lines(run / "evaluations.jsonl")] == [0, 1, 2]
+    assert not (run / "best").exists() and not list((run / "interrupted").iterdir())
+    assert checkpoints.steps(run / "best.abandoned") == [3]
+    # The next evaluation is the best of those whose policy there still is.
+    policy.fails_at, policy.score = -1, 2
+    assert train(start, files, "steps=6", *examined(files)).code == 0
+    rows = read_lines(run / "evaluations.jsonl")
+    assert [row["step"] for row in rows if row["best"]] == [0, 3]
+    assert checkpoints.steps(run / "best") == [3]
+
+
+def test_a_best_policy_that_a_dead_step_replaced_is_kept_again(start, files, policy):
+    run = files / "run"
+    policy.score = 3
+    assert train(start, files, "steps=2", *examined(files)).code == 0
+    rows = read_lines(run / "evaluations.jsonl")
+    for row in rows:
+        row["best"] = row["step"] == 2
+    write_lines(run / "evaluations.jsonl", rows)
+    (run / "best" / "checkpoints" / "0").rename(run / "best" / "checkpoints" / "3")
+    assert train(start, files, "steps=3", *examined(files)).code == 0
+    assert checkpoints.steps(run / "best") == [2]
+
+
+def test_an_ordinary_resume_removes_nothing(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2", *examined(files)).code == 0
+    paths = [path for path in run.rglob("*") if path.is_file()]
+    kept = [path for path in paths if path.name.startswith("step_")]
+    texts = [path.read_text() for path in kept]
+    code, output, _ = train(start, files, "steps=3", *examined(files))
+    assert code == 0 and "removed" not in output and "best.abandoned" not in output
+    assert [path.read_text() for path in kept] == texts
+    assert checkpoints.steps(run / "best") == [0]
+
+
+# Errors.
+
+
+def test_an_error_saves_the_last_finished_step(start, files, policy):
+    policy.fails_at = 3
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(start, files, "steps=5")
+    assert saved_steps(files / "run") == [3]
+    policy.fails_at = -1
+    code, output, _ = train(start, files, "steps=5")
+    assert code == 0 and "going on after step 3" in output
+    assert len(set(policy.take_prompts())) == 20
+
+
+def test_an_error_after_the_update_saves_the_updated_state(
+    start, files, policy, monkeypatch
+):
+    """Its record is lost, not its learning: the update has replaced the old state.
+
+    A file that cannot be written is an error of the step after it.
+    """
+    policy.learns = True
+    assert train(start, files, "steps=3", "saving.every=2", run="whole").code == 0
+    write = loop.write_trajectories
+
+    def fail(run, step, *given):
+        if step == 1:
+            raise OSError("no route to the file system")
+        write(run, step, *given)
+
+    monkeypatch.setattr(loop, "write_trajectories", fail)
+    with pytest.raises(OSError, match="no route"):
+        train(start, files, "steps=3")
+    assert saved_steps(files / "run") == [3]
+    whole = arrays(files / "whole", 3)
+    for ours, theirs in zip(arrays(files / "run", 3), whole, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def test_an_error_before_any_step_saves_nothing(start, files, policy):
+    policy.fails_at = 0
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(start, files, "steps=5")
+    assert saved_steps(files / "run") == []
+
+
+def test_a_save_that_fails_too_does_not_replace_the_error(
+    start, files, policy, monkeypatch
+):
+    def fail(*_):
+        raise OSError("disk full")
+
+    policy.fails_at = 2
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", fail)
+    lines = []
+    monkeypatch.setattr(Screen, "say", lambda self, text: lines.append(text))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(start, files, "steps=5")
+    assert "not saved: OSError: disk full" in lines[-1]
+
+
+# Losses that SFT cannot compute.
+
+
+def test_sft_refuses_a_loss_that_reads_what_it_does_not_have(start, files):
+    config = files / "own.py"
+    shutil.copy(ROOT / "configs/tiny_sft.py", files)
+    text = """
+import dataclasses, tiny_sft
+from oreal_jax.losses import Reinforce
+config = dataclasses.replace(tiny_sft.config, loss=Reinforce())
+"""
+    config.write_text(text)
+    code, _, errors = sft(start, files, config=config)
+    assert code == 2 and errors.count("\n") == 1
+    assert "reads reference_log_probs, which SFT does not have" in errors
+    assert not (files / "run").exists()
+    fine_tuning.check_loss(load(config, SftConfig, ["loss.kl_weight=0.0"]))
