@@ -142,7 +142,9 @@ class TrainConfig:
     A step whose mean difference between sampler's and trainer's token probabilities is
     above `max_disagreement` ends the run. `remat` says what the backward pass computes
     again instead of keeping it (model/execution.py). `compute` "auto" is bfloat16, on
-    CPU float32.
+    CPU float32. `gradient_sums` "bfloat16" sums the gradients of the layers' matrices
+    over the devices with half the bytes, and less exactly (docs/pods.md); it needs
+    `compute` bfloat16.
     """
 
     model: str
@@ -177,6 +179,7 @@ class TrainConfig:
     mesh: MeshShape = MeshShape()
     remat: Remat = "everything"
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    gradient_sums: Literal["float32", "bfloat16"] = "float32"
     saving: Saving = Saving()
     evaluation: Evaluation = Evaluation()
     tensorboard: bool = False
@@ -241,8 +244,8 @@ class SftConfig:
 
     examples: a jsonl or parquet file of `question, solution` rows. `system_prompt` and
     `chat_template` (a Jinja file) replace the checkpoint's own. Each step takes
-    `examples_per_step` of them; `steps` 0 means `epochs` passes over the file. `remat`
-    and `compute` as in `TrainConfig`.
+    `examples_per_step` of them; `steps` 0 means `epochs` passes over the file. `remat`,
+    `compute` and `gradient_sums` as in `TrainConfig`.
     """
 
     model: str
@@ -259,6 +262,7 @@ class SftConfig:
     mesh: MeshShape = MeshShape()
     remat: Remat = "everything"
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    gradient_sums: Literal["float32", "bfloat16"] = "float32"
     saving: Saving = Saving(every=100)
     tensorboard: bool = False
 

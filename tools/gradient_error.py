@@ -126,6 +126,9 @@ def main(words: Sequence[str] | None = None) -> None:
     ways = {
         "1 device": Step(CONFIG, one, dtype=jnp.bfloat16),
         "8 devices": Step(CONFIG, eight, dtype=jnp.bfloat16),
+        "8, bfloat16 sums": Step(
+            CONFIG, eight, dtype=jnp.bfloat16, gradient_sums=jnp.bfloat16
+        ),
     }
     errors = {
         name: relative_errors(step.gradients(batch), expected)

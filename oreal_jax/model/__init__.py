@@ -30,6 +30,7 @@ __all__ = [
     "abstract",
     "axes",
     "cast",
+    "cast_matrices",
     "exact",
     "full",
     "hidden",
@@ -85,6 +86,17 @@ def parameter_count(config: ModelConfig) -> int:
 def cast(params: Params, dtype) -> Params:
     """The same tree in the compute dtype."""
     return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def cast_matrices(config: ModelConfig, params: Params, dtype) -> Params:
+    """The same tree with the matrices of the layers in another dtype."""
+
+    def kept(names, weight):
+        is_matrix = "layers" in names and "embed" in names and len(names) > 2
+        return weight.astype(dtype) if is_matrix else weight
+
+    is_names = lambda x: isinstance(x, tuple)
+    return jax.tree.map(kept, axes(config), params, is_leaf=is_names)
 
 
 def token_reward_params(params: Params) -> Params:

@@ -14,6 +14,7 @@ V vocabulary, M pages a row.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -175,8 +176,8 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B S D"], cosine, sine):
         """Queries, keys and values of `x`, positions applied."""
-        query = multiply("bsd,dhk->bshk", x, self.query[...])
-        key = multiply("bsd,dgk->bsgk", x, self.key[...])
+        query: Any = multiply("bsd,dhk->bshk", x, self.query[...])
+        key: Any = multiply("bsd,dgk->bsgk", x, self.key[...])
         value = multiply("bsd,dgk->bsgk", x, self.value[...])
         if self.config.qkv_bias:
             query = shift(query, self.query_bias[...])

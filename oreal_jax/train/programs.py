@@ -26,13 +26,19 @@ def mesh_of(
     """The mesh of a run.
 
     Raises:
-        BadInput: devices, model and rows do not go together.
+        BadInput: devices, model, rows and dtypes do not go together.
     """
     mesh = sharding.make_mesh(config.mesh, shape, devices)
     length, context = config.packing.row_length, mesh.shape["context"]
     if length % context:
         raise BadInput(
             f"packing.row_length={length} does not divide by mesh.context={context}"
+        )
+    is_float32 = compute_dtype(config.compute, mesh) == jnp.float32
+    if is_float32 and config.gradient_sums != "float32":
+        raise BadInput(
+            f"gradient_sums={config.gradient_sums!r} with compute={config.compute!r}, "
+            "which is float32 here: it needs compute='bfloat16'"
         )
     return mesh
 
@@ -65,6 +71,7 @@ def update_of(
         dtype=compute_dtype(config.compute, mesh),
         distribution=distribution_of(config) if is_train else model.full,
         remat=config.remat,
+        gradient_sums=jnp.dtype(config.gradient_sums),
     )
 
 

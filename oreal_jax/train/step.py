@@ -6,6 +6,7 @@ ones are added up, and because losses divide by counts of the whole batch, the s
 the gradient of the batch.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -146,15 +147,19 @@ def train_step(
     dtype: Any = jnp.float32,
     distribution: model.Distribution = model.full,
     remat: model.Remat = "everything",
+    gradient_sums: Any = jnp.float32,
 ) -> TrainStep:
     """The jitted training step.
 
     During the first `freeze_steps` steps only the token reward model learns (its head
     starts at zero, which weighs every token 0). `distribution` says which of the
     policy's probabilities the loss is about, `remat` what the backward pass computes
-    again.
+    again, `gradient_sums` the dtype in which the gradients of the layers' matrices are
+    summed over the devices (all others and the sums over micro-batches: float32).
     """
     policy, rewarder = learners
+    # The gradient of a weight is summed in the dtype that the model is given it in.
+    given = functools.partial(model.cast_matrices, dtype=gradient_sums)
     execution = sharding.execution(mesh, remat, dtype)
 
     def scored(part: Batch, log_probs, entropy, token_scores, full=None) -> Scored:
@@ -172,7 +177,7 @@ def train_step(
 
     def reward_objective(params, config: ModelConfig, part: Batch, counts: Counts):
         """Loss of the token reward model; metrics and token scores."""
-        states = completion_states(config, params, part, execution)
+        states = completion_states(config, given(config, params), part, execution)
         token_scores = unpack(model.token_scores(params, states), part)
         blank = jnp.zeros_like(token_scores)
         of_part = scored(part, blank, blank, token_scores)
@@ -183,7 +188,11 @@ def train_step(
     def policy_objective(params, part: Batch, counts: Counts, token_scores):
         """Loss of the policy; metrics and scores. Token scores are constants to it."""
         log_probs, entropy, full = completion_log_probs(
-            policy.config, params, part, distribution, execution
+            policy.config,
+            given(policy.config, params),
+            part,
+            distribution,
+            execution,
         )
         of_part = scored(part, log_probs, entropy, token_scores, full)
         with jax.named_scope("loss"):
@@ -206,11 +215,12 @@ def train_step(
             policy_params, reward_gradient = jax.lax.optimization_barrier(
                 (policy_params, reward_gradient)
             )
-        given = (policy_params, part, counts, token_scores)
+        of_policy = (policy_params, part, counts, token_scores)
         if frozen:
-            gradient, (_, (more, scores)) = None, policy_objective(*given)
+            gradient, (_, (more, scores)) = None, policy_objective(*of_policy)
         else:
-            gradient, (more, scores) = jax.grad(policy_objective, has_aux=True)(*given)
+            objective = jax.grad(policy_objective, has_aux=True)
+            gradient, (more, scores) = objective(*of_policy)
         return (gradient, reward_gradient), metrics | more, scores
 
     def accumulate(params, batch: Batch, frozen: bool):
