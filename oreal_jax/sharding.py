@@ -278,7 +278,7 @@ def per_part(mesh: Mesh, rows: str | None = None) -> Callable:
             return kernel(query, key, value, of_queries, segments, first)
 
         part = spec(rows, "sequence", "heads", None)
-        # An axis of one device, if named, changes how XLA on CPU rounds the backward pass.
+        # Naming an axis of one device changes how XLA on CPU rounds the gradients.
         keys = part if context > 1 else spec(rows, None, "heads", None)
         ids, whole_ids = spec(rows, "sequence"), spec(rows, None)
         names = (lies, part, keys, keys, ids, whole_ids)

@@ -66,6 +66,7 @@ SMOKES = [
     "bench_train.py runs/demo/start --compile",
     "bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl",
     "demo.py",
+    "gradient_error.py",
 ]
 # Models that are not on this machine: paths on pods, and names on the hub.
 REMOTE = re.compile(r"/mnt/|(internlm|deepseek-ai)/")

@@ -12,6 +12,7 @@ relative error of every leaf of both models' gradients.
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,15 +113,24 @@ def relative_errors(
     return {k: float(norm(found[k] - e) / norm(e)) for k, e in expected.items()}
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Prints a table: a line a leaf, a column a way to run the step."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024)
-    args = parser.parse_args(words)
-    batch = make_batch(CONFIG, args.rows, args.length)
+    options.add_argument("--rows", type=int, default=64)
+    options.add_argument("--length", type=int, default=1024, help="tokens per row")
+    options.add_argument(
+        "--smoke", action="store_true", help="quick check with 8 rows of 64 tokens"
+    )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table: a line per leaf, a column per way to run the step."""
+    args = parser().parse_args(arguments)
+    rows, length = (8, 64) if args.smoke else (args.rows, args.length)
+    batch = make_batch(CONFIG, rows, length)
     one, eight = sharding.MeshShape(fsdp=1), sharding.MeshShape(fsdp=8)
     expected = Step(CONFIG, one, dtype=jnp.float32).gradients(batch)
     ways = {
@@ -137,9 +147,10 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{'':45}" + "".join(f"{name:>24}" for name in errors))
     for leaf in expected:
         print(f"{leaf:45}" + "".join(f"{e[leaf]:24.4f}" for e in errors.values()))
+    return 0
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
-    main()
+    sys.exit(main())
