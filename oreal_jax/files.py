@@ -73,7 +73,7 @@ class BackgroundWriter:
     """Runs writes in one thread, in order, each after the one before has ended.
 
     At most one write is pending, so that memory is bounded. What a write raises is
-    raised by the next call of a method.
+    raised by the next `submit` or by `close`.
     """
 
     def __init__(self):
@@ -82,19 +82,18 @@ class BackgroundWriter:
 
     def submit(self, write: Callable[[], None]) -> None:
         """Waits for the write before, then starts this one and returns."""
-        self.flush()
-        self._pending = self._executor.submit(write)
+        self.wait()
+        before, self._pending = self._pending, self._executor.submit(write)
+        if before:
+            before.result()
 
-    def flush(self) -> None:
-        """Returns when all that was submitted is written."""
+    def wait(self) -> None:
+        """Returns when all that was submitted is written or has failed."""
         if self._pending:
-            concurrent.futures.wait([self._pending])  # an interruption loses nothing
-            done, self._pending = self._pending, None
-            done.result()
+            concurrent.futures.wait([self._pending])
 
     def close(self) -> None:
-        """Flushes, and ends the thread."""
-        try:
-            self.flush()
-        finally:
-            self._executor.shutdown()
+        """Waits, and ends the thread."""
+        self._executor.shutdown()
+        if self._pending:
+            self._pending.result()

@@ -14,6 +14,7 @@ from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import SftConfig, TrainConfig, load
 from oreal_jax.console import Screen
 from oreal_jax.data import PromptOrder, load_prompts
+from oreal_jax.errors import Diverged
 from oreal_jax.sampling import Engine
 from oreal_jax.train import loop
 from oreal_jax.train import sft as fine_tuning
@@ -340,6 +341,23 @@ def test_an_error_after_the_update_saves_the_updated_state(
     whole = arrays(files / "whole", 3)
     for ours, theirs in zip(arrays(files / "run", 3), whole, strict=True):
         assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "saved"),
+    [(KeyboardInterrupt(), 130, [1]), (Diverged("x"), 1, [])],
+)
+def test_a_file_that_cannot_be_written_hides_no_other_end(
+    start, files, policy, error, code, saved
+):
+    run = files / "run"
+    run.mkdir()
+    (run / "trajectories").touch()  # a file where a folder should be
+    policy.fails_at, policy.error = 1, error
+    result = train(start, files, "steps=3")
+    assert result.code == code
+    assert "step_000000.jsonl: cannot be written: " in result.output
+    assert saved_steps(run) == saved
 
 
 def test_an_error_before_any_step_saves_nothing(start, files, policy):

@@ -202,19 +202,24 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         with uninterrupted(), contextlib.ExitStack() as closing:
-            for part in (
-                self._profile,
-                self._log,
-                self._checkpoints,
-                self.writer,
-            ):  # closed from the last to the first
+            for part in (self._profile, self._log, self._checkpoints):
                 closing.callback(part.close)
+            closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
                 processes.ask_to_stop()
                 self.screen.say(f"stopped after step {self.step}; saving")
                 self._save_together("they were asked to stop")
             elif error and not isinstance(error, Diverged):
                 self._save_after(error)
+
+    def _close_writer(self, error: BaseException | None) -> None:
+        """Raises what the last write raised, unless there is an error already."""
+        try:
+            self.writer.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            self.screen.say(f"{type(failure).__name__}: {failure}")
 
     def _save_together(self, reason: str, patience: float | None = None) -> None:
         """Saves when all processes have come to it: a save waits for all of them."""
@@ -241,8 +246,10 @@ class Session:
 
     def _save(self) -> None:
         """Saves the state and the progress, in the background; first the files of the
-        steps up to it are complete, since a resumed run does not write them again."""
-        self.writer.flush()
+        steps up to it are complete, since a resumed run does not write them again. One
+        that cannot be written ends the run afterwards: steps are not lost for it, and
+        all processes save together."""
+        self.writer.wait()
         rates = {name: float(rate(self.step)) for name, rate in self._rates.items()}
         progress = Progress(self.taken, self.data.rows, self.data.order, rates)
         self._checkpoints.save(self.state, progress)
