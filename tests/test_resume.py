@@ -252,6 +252,19 @@ def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
         assert ours.tobytes() == theirs.tobytes()
 
 
+def test_a_checkpoint_without_its_data_is_named_with_what_to_do(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2", "saving.every=1").code == 0
+    for data in (run / "checkpoints" / "2" / "trainer").glob("**/d"):
+        shutil.rmtree(data)
+    code, _, errors = train(start, files, "steps=2")
+    assert code == 2 and f"{run / 'checkpoints' / '2'}: cannot be read" in errors
+    assert "; if a part of it is missing, remove it\n" in errors
+    shutil.rmtree(run / "checkpoints" / "2")
+    code, output, _ = train(start, files, "steps=2")
+    assert code == 0 and "going on after step 1" in output
+
+
 def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
     run = files / "run"
     assert train(start, files, "steps=4", "saving.every=1").code == 0

@@ -141,7 +141,7 @@ def _progress_file(run: Path, step: int) -> Path:
 def _restore(run: Path, step: int, **items: ocp.args.CheckpointArgs) -> Any:
     directory = run / "checkpoints"
     with (
-        _readable(directory / str(step)),
+        _readable(directory / str(step), "if a part of it is missing, remove it"),
         ocp.CheckpointManager(
             directory.resolve(),
             options=ocp.CheckpointManagerOptions(read_only=True),
@@ -152,13 +152,14 @@ def _restore(run: Path, step: int, **items: ocp.args.CheckpointArgs) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(directory: Path) -> Iterator[None]:
+def _readable(directory: Path, advice: str = "") -> Iterator[None]:
     """Names the checkpoint that cannot be read; Orbax raises all kinds of errors."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"{directory}: cannot be read: {reason}") from None
+        message = f"{directory}: cannot be read: {reason}"
+        raise BadInput("; ".join(filter(None, [message, advice]))) from None
 
 
 def _trainer(state: TrainState) -> dict[str, Any]:
