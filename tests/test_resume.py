@@ -2,6 +2,7 @@
 checkpoint. The model is scripted, and learns only where that matters: a step without a
 pair compiles nothing."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,15 @@ def sft(start: Path, files: Path, *settings: str, config=ROOT / "configs/tiny_sf
     return run_verb("sft", config, files / "run", [*own, *settings])
 
 
+def remove_progress(checkpoint: Path) -> None:
+    """Makes a checkpoint what it was before progress was recorded."""
+    shutil.rmtree(checkpoint / "progress")
+    path = checkpoint / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    del metadata["item_handlers"]["progress"]
+    path.write_text(json.dumps(metadata))
+
+
 def saved_steps(run: Path) -> list[int]:
     return checkpoints.steps(run, checkpoints.ITEMS)
 
@@ -105,12 +115,32 @@ def test_another_number_of_prompts_repeats_and_skips_none(
 ):
     assert train(start, files, "steps=3").code == 0
     if not recorded:  # as checkpoints were before they recorded it
-        shutil.rmtree(files / "run" / "checkpoints" / "3" / "progress")
+        remove_progress(files / "run" / "checkpoints" / "3")
     assert train(start, files, "steps=5", "prompts_per_step=6").code == 0
     prompts = policy.take_prompts()
     assert sorted(prompts) == list(range(10, 10 + COUNT))
     whole = PromptOrder(list(range(10, 10 + COUNT)), batch=COUNT, seed=0)
     assert prompts == [a for a, _ in whole.batch(0)]
+
+
+def test_a_kill_before_the_first_save_does_not_change_what_was_taken(
+    start, files, policy
+):
+    """Steps 1 to 3 took 4 prompts each, whatever the config says afterwards."""
+    assert train(start, files, "steps=3", "saving.every=1").code == 0
+    checkpoint = files / "run" / "checkpoints"
+    for step in (2, 3):
+        remove_progress(checkpoint / str(step))
+    policy.fails_at = 3
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(start, files, "steps=5", "prompts_per_step=6")
+    assert saved_steps(files / "run") == [1, 2, 3]
+    policy.fails_at = -1
+    policy.take_prompts()
+    shutil.rmtree(checkpoint / "3")
+    assert train(start, files, "steps=3", "prompts_per_step=16").code == 0
+    whole = PromptOrder(list(range(10, 10 + COUNT)), batch=COUNT, seed=0)
+    assert policy.take_prompts() == [a for a, _ in whole.batch(0)][8:]
 
 
 def test_a_learning_rate_that_jumps_is_logged_with_both_values(start, files, policy):
@@ -194,14 +224,26 @@ def test_a_setting_that_changes_the_usable_prompts_is_logged(start, files, polic
 # Damaged checkpoints.
 
 
-@pytest.mark.parametrize("item", ["policy", "trainer"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "policy",
+        "trainer",
+        "progress",
+        "policy/manifest.ocdbt",
+        "trainer/manifest.ocdbt",
+        "progress/metadata",
+    ],
+)
 def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
-    start, files, policy, item
+    start, files, policy, lost
 ):
     run = files / "run"
     assert train(start, files, "steps=4", "saving.every=2").code == 0
     expected, last = arrays(run, 4), policy.take_prompts()[8:]
-    shutil.rmtree(run / "checkpoints" / "4" / item)
+    path = run / "checkpoints" / "4" / lost
+    (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+    item = lost.split("/")[0]
     code, output, errors = train(start, files, "steps=4", "saving.every=2")
     assert code == 0, errors
     assert f"{run / 'checkpoints' / '4'}: incomplete, without {item}; removed" in output
@@ -209,6 +251,36 @@ def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
     assert saved_steps(run) == [2, 4] and policy.take_prompts() == last
     for ours, theirs in zip(arrays(run, 4), expected, strict=True):
         assert ours.tobytes() == theirs.tobytes()
+
+
+def test_a_checkpoint_without_its_data_is_named_with_what_to_do(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2", "saving.every=1").code == 0
+    for data in (run / "checkpoints" / "2" / "trainer").glob("**/d"):
+        shutil.rmtree(data)
+    code, _, errors = train(start, files, "steps=2")
+    assert code == 2 and f"{run / 'checkpoints' / '2'}: cannot be read" in errors
+    assert "; if a part of it is missing, remove it\n" in errors
+    shutil.rmtree(run / "checkpoints" / "2")
+    code, output, _ = train(start, files, "steps=2")
+    assert code == 0 and "going on after step 1" in output
+
+
+def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=4", "saving.every=1").code == 0
+    kept = [p for p in (run / "checkpoints/2/policy").rglob("*") if p.is_file()]
+    expected = [path.read_bytes() for path in kept]
+    for step in (1, 2, 4):  # what is above the resumed step will be run again
+        shutil.rmtree(run / "checkpoints" / str(step) / "trainer")
+    shutil.rmtree(run / "checkpoints" / "1" / "policy")  # nothing of use is left
+    code, output, _ = train(start, files, "steps=5", "saving.every=1")
+    assert code == 0 and "going on after step 3" in output
+    for step, items in ((1, "policy and trainer"), (4, "trainer")):
+        directory = run / "checkpoints" / str(step)
+        assert f"{directory}: incomplete, without {items}; removed" in output
+    assert checkpoints.steps(run) == [2, 3, 4, 5] and saved_steps(run) == [3, 4, 5]
+    assert [path.read_bytes() for path in kept] == expected
 
 
 def test_weights_alone_are_no_run_and_are_kept(start, files, policy):
@@ -277,6 +349,47 @@ def test_what_a_dead_timeline_wrote_is_not_taken_for_the_runs(start, files, poli
     rows = read_lines(run / "evaluations.jsonl")
     assert [row["step"] for row in rows if row["best"]] == [0, 3]
     assert checkpoints.steps(run / "best") == [3]
+
+
+def test_every_abandoned_best_policy_is_kept(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2", *examined(files)).code == 0
+    shutil.copytree(run / "best", run / "best.abandoned")
+    (run / "best.abandoned.2").mkdir()
+    (run / "best" / "checkpoints" / "0").rename(run / "best" / "checkpoints" / "3")
+    code, output, _ = train(start, files, "steps=2", *examined(files))
+    assert code == 0 and f"now {run / 'best.abandoned.3'}" in output
+    assert checkpoints.steps(run / "best.abandoned") == [0]
+    assert checkpoints.steps(run / "best.abandoned.3") == [3]
+
+
+def test_only_files_of_steps_are_removed(start, files, policy):
+    run = files / "run"
+    assert train(start, files, "steps=2").code == 0
+    notes = run / "trajectories" / "step_000007"
+    notes.mkdir()
+    (run / "trajectories" / "step_000008.jsonl").write_text("")
+    code, output, _ = train(start, files, "steps=2")
+    assert code == 0 and "removed 1 step(s) of trajectories" in output
+    assert notes.is_dir() and len(list((run / "trajectories").iterdir())) == 3
+
+
+def test_a_best_policy_below_a_recorded_score_is_logged(start, files, policy):
+    """Step 0 solves 3 of 4 problems; its policy was replaced by a dead step's."""
+    run = files / "run"
+    policy.score = 3
+    assert train(start, files, "steps=2", *examined(files)).code == 0
+    (run / "best" / "checkpoints" / "0").rename(run / "best" / "checkpoints" / "3")
+    rows = read_lines(run / "evaluations.jsonl")
+    write_lines(run / "evaluations.jsonl", rows[:2])
+    policy.score = 2
+    code, output, _ = train(start, files, "steps=3", *examined(files))
+    assert code == 0
+    assert "its score 0.5 is below 0.75 after step 0, whose policy is no" in output
+    assert checkpoints.steps(run / "best") == [2]
+    policy.score = 4
+    code, output, _ = train(start, files, "steps=4", *examined(files))
+    assert code == 0 and "the best so far" in output and "is below" not in output
 
 
 def test_a_best_policy_that_a_dead_step_replaced_is_kept_again(start, files, policy):

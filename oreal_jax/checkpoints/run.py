@@ -11,10 +11,12 @@ depend on the directory it started from.
     RUN/reference/                weights of the initial policy
 
 A killed save leaves a temporary directory, an interrupted copy a checkpoint without all
-of its items: neither counts as a checkpoint, and resuming removes both.
+of its files. A run resumes from the newest complete checkpoint and removes the others,
+but not the policies of earlier steps: their `trainer` may be deleted to save space.
 """
 
 import contextlib
+import json
 import logging
 import shutil
 import warnings
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 
 from oreal_jax.errors import BadInput
+from oreal_jax.files import write_text
 from oreal_jax.model import Params
 from oreal_jax.train.state import Player, TrainState
 
@@ -112,16 +115,33 @@ def read_progress(run: Path, step: int) -> Progress | None:
     Raises:
         BadInput: it cannot be read.
     """
-    if not (run / "checkpoints" / str(step) / "progress").is_dir():
+    if not has_progress(run, step):
         return None
     items = _restore(run, step, progress=ocp.args.JsonRestore())
     return Progress(**items["progress"])
 
 
+def has_progress(run: Path, step: int) -> bool:
+    """Whether a checkpoint records its progress."""
+    return _progress_file(run, step).is_file()
+
+
+def add_progress(run: Path, step: int, progress: Progress) -> None:
+    """Records the progress of a checkpoint of before there were any."""
+    directory = _progress_file(run, step).parent
+    scratch = directory.with_name("progress.incomplete")
+    write_text(scratch / PROGRESS_FILE, json.dumps(progress._asdict()))
+    scratch.rename(directory)
+
+
+def _progress_file(run: Path, step: int) -> Path:
+    return run / "checkpoints" / str(step) / "progress" / PROGRESS_FILE
+
+
 def _restore(run: Path, step: int, **items: ocp.args.CheckpointArgs) -> Any:
     directory = run / "checkpoints"
     with (
-        _readable(directory / str(step)),
+        _readable(directory / str(step), "if a part of it is missing, remove it"),
         ocp.CheckpointManager(
             directory.resolve(),
             options=ocp.CheckpointManagerOptions(read_only=True),
@@ -132,13 +152,14 @@ def _restore(run: Path, step: int, **items: ocp.args.CheckpointArgs) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(directory: Path) -> Iterator[None]:
+def _readable(directory: Path, advice: str = "") -> Iterator[None]:
     """Names the checkpoint that cannot be read; Orbax raises all kinds of errors."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"{directory}: cannot be read: {reason}") from None
+        message = f"{directory}: cannot be read: {reason}"
+        raise BadInput("; ".join(filter(None, [message, advice]))) from None
 
 
 def _trainer(state: TrainState) -> dict[str, Any]:
@@ -149,7 +170,14 @@ def _trainer(state: TrainState) -> dict[str, Any]:
     return trainer
 
 
-ITEMS = ("policy", "trainer")  # what a run needs to resume
+PROGRESS_FILE = "metadata"  # in Orbax's JSON items
+# The files that an item has at least: a copy may have come to the first alone.
+FILES = {
+    "policy": ("_METADATA", "manifest.ocdbt"),
+    "trainer": ("_METADATA", "manifest.ocdbt"),
+    "progress": (PROGRESS_FILE,),
+}
+ITEMS = tuple(FILES)  # what a run needs to resume
 
 
 def steps(run: Path, items: Sequence[str] = ("policy",)) -> list[int]:
@@ -161,24 +189,48 @@ def steps(run: Path, items: Sequence[str] = ("policy",)) -> list[int]:
     ]
 
 
-def incomplete(run: Path) -> list[tuple[Path, list[str]]]:
-    """The checkpoints of a run that it cannot resume from, with what they lack."""
-    lacking = [(each, missing_items(each, ITEMS)) for _, each in _directories(run)]
-    return [(directory, items) for directory, items in lacking if items]
+def newest_step(run: Path, items: Sequence[str] = ("policy",)) -> int | None:
+    """The last of `steps`, None without."""
+    return next(reversed(steps(run, items)), None)
 
 
 def missing_items(directory: Path, items: Sequence[str]) -> list[str]:
     """The items that a checkpoint lacks, or has no whole copy of."""
-    return [name for name in items if not (directory / name / "_METADATA").is_file()]
+    return [
+        name
+        for name in items
+        if not all(_has_content(directory / name / file) for file in FILES[name])
+        and not (name == "progress" and _is_without_progress(directory))
+    ]
 
 
-def remove_unfinished(run: Path) -> None:
-    """Removes incomplete checkpoints, and what killed saves have left elsewhere: Orbax
-    would take the first for checkpoints, and never remove the others."""
-    for directory, _ in incomplete(run):
-        shutil.rmtree(directory)
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _is_without_progress(directory: Path) -> bool:
+    """Whether a checkpoint was saved before progress was recorded."""
+    saved = directory / "_CHECKPOINT_METADATA"  # names the items
+    if (directory / "progress").exists() or not _has_content(saved):
+        return False
+    return '"progress"' not in saved.read_text()
+
+
+def remove_unfinished(run: Path, step: int) -> list[tuple[Path, list[str]]]:
+    """Removes what killed saves and interrupted copies have left in a run that resumes
+    after `step`; returns the removed checkpoints, with the items that they lacked.
+
+    Orbax would take these for checkpoints. Policies of earlier steps are kept.
+    """
     for directory in run.glob("reference.orbax-checkpoint-tmp*"):
         shutil.rmtree(directory)
+    removed = []
+    for number, directory in _directories(run):
+        missing = missing_items(directory, ITEMS)
+        if missing and ("policy" in missing or number > step):
+            shutil.rmtree(directory)
+            removed.append((directory, missing))
+    return removed
 
 
 def _directories(run: Path) -> list[tuple[int, Path]]:
@@ -193,10 +245,10 @@ def newest_policy(run: Path) -> Path:
     Raises:
         BadInput: there is none.
     """
-    done = steps(run)
-    if not done:
+    step = newest_step(run)
+    if step is None:
         raise BadInput(f"{run}: no checkpoint in {run / 'checkpoints'}")
-    return run / "checkpoints" / str(done[-1]) / "policy"
+    return run / "checkpoints" / str(step) / "policy"
 
 
 def save_params(directory: Path, params: Params) -> None:

@@ -4,6 +4,7 @@ A run that was killed resumes after its newest checkpoint. What it wrote after t
 of steps that will be run again, perhaps with other settings; the checkpoints decide.
 """
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -17,10 +18,13 @@ def discard_after(run: Path, step: int) -> list[str]:
     """Removes what `run` wrote after its first `step` steps, and what a killed process
     left half-written; returns lines for the log.
 
-    A best policy of a later step is renamed to RUN/best.abandoned: the steps to come
-    may not find it again.
+    A best policy of a later step is renamed to RUN/best.abandoned, or .2, .3, ... after
+    it: the steps to come may not find it again.
     """
-    checkpoints.remove_unfinished(run)
+    lines = [
+        f"{directory}: incomplete, without {' and '.join(items)}; removed"
+        for directory, items in checkpoints.remove_unfinished(run, step)
+    ]
     counts = {
         "step(s) of trajectories": _remove_steps(run / "trajectories", step),
         # Those of the next step stay until it is finished.
@@ -28,14 +32,15 @@ def discard_after(run: Path, step: int) -> list[str]:
         "evaluation(s)": _remove_evaluations(run / "evaluations.jsonl", step),
     }
     removed = [f"{count} {name}" for name, count in counts.items() if count]
-    lines = [f"{run}: removed {', '.join(removed)} after step {step}"]
-    return (lines if removed else []) + _set_aside_best(run, step)
+    if removed:
+        lines.append(f"{run}: removed {', '.join(removed)} after step {step}")
+    return lines + _set_aside_best(run, step)
 
 
 def _remove_steps(folder: Path, first: int) -> int:
     """Removes the files of steps from `first` on; returns the number of steps."""
     matches = [(re.search(r"step_(\d+)", path.name), path) for path in folder.glob("*")]
-    files = [(int(match[1]), path) for match, path in matches if match]
+    files = [(int(m[1]), path) for m, path in matches if m and path.is_file()]
     later = [(step, path) for step, path in files if step >= first]
     for _, path in later:
         path.unlink()
@@ -59,10 +64,11 @@ def _set_aside_best(run: Path, step: int) -> list[str]:
     if old.exists() and not best.exists():  # killed between two renames
         old.rename(best)
     shutil.rmtree(old, ignore_errors=True)
-    steps = checkpoints.steps(best)
-    if not steps or steps[-1] <= step:
+    kept = checkpoints.newest_step(best)
+    if kept is None or kept <= step:
         return []
-    abandoned = run / "best.abandoned"
-    shutil.rmtree(abandoned, ignore_errors=True)
+    suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    names = (run / f"best.abandoned{suffix}" for suffix in suffixes)
+    abandoned = next(name for name in names if not name.exists())
     best.rename(abandoned)
-    return [f"{best}: of step {steps[-1]}, which will be run again; now {abandoned}"]
+    return [f"{best}: of step {kept}, which will be run again; now {abandoned}"]

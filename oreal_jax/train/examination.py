@@ -59,7 +59,7 @@ class Examination:
             return
         rows = metrics.read(path) if path.exists() else []
         with uninterrupted():
-            best = kept_step(session.run)
+            best = checkpoints.newest_step(session.run / "best")
             rows, best = processes.gathered([rows, best])[0]  # as process 0 sees them
             done = next((row for row in rows if row["step"] == step), None)
             if done:
@@ -115,17 +115,20 @@ class Examination:
         best = all(score > row["score"] for row in rows if row["step"] == kept)
         if best:
             keep(session, step)
+        higher = [row for row in rows if row["score"] > score]
         rows.append({"step": step, "score": score, "best": best} | values)
         if processes.is_first():
             write_lines(path, rows)
         said = ", ".join(f"{name} {report}" for name, report in reports.items())
         mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
+        if best and higher:
+            top = max(higher, key=lambda row: row["score"])
+            mark = (
+                f"; kept in {session.run / 'best'}, though its score {score:.4g} is "
+                f"below {top['score']:.4g} after step {top['step']}, whose policy is "
+                "no longer there"
+            )
         session.screen.say(f"after step {step}: {said}{mark}")
-
-
-def kept_step(run: Path) -> int | None:
-    """The step of the policy in RUN/best, None without."""
-    return next(reversed(checkpoints.steps(run / "best")), None)
 
 
 def keep(session: Session, step: int) -> None:

@@ -63,9 +63,9 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     """
     for name, value in configuration.as_json(config).items():
         processes.agree(f"config: {name}", value)
-    newest = [str(step) for step in resumable_steps(run)[-1:]]
-    processes.agree(f"{run}: steps of the newest checkpoint, seen by all", newest)
-    if newest:
+    newest = checkpoints.newest_step(run, checkpoints.ITEMS)
+    processes.agree(f"{run}: step of the newest checkpoint, seen by all", newest)
+    if newest is not None:
         return open_model(run)
     if checkpoints.steps(run):
         raise BadInput(
@@ -75,26 +75,25 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     return open_model(config.model)
 
 
-def resumable_steps(run: Path) -> list[int]:
-    """The steps that a run can resume after; converted models have none."""
-    return checkpoints.steps(run, checkpoints.ITEMS)
-
-
-def progress_of(run: Path) -> tuple[int, Progress]:
-    """The step that a run resumes after, and its progress; zeros before it has begun.
+def progress_of(run: Path) -> tuple[int | None, Progress]:
+    """The step that a run resumes after, None before it has begun, and its progress.
 
     Raises:
         BadInput: they cannot be read.
     """
-    done = resumable_steps(run)
-    if not done:
-        return 0, Progress()
-    progress = checkpoints.read_progress(run, done[-1])
-    if not progress:  # as many at every step, then
-        config = read_json(run / "config.json")
-        per_step = config.get("prompts_per_step") or config["examples_per_step"]
-        progress = Progress(taken=done[-1] * per_step)
-    return done[-1], progress
+    step = checkpoints.newest_step(run, checkpoints.ITEMS)
+    if step is None:
+        return None, Progress()
+    progress = checkpoints.read_progress(run, step)
+    return step, progress or _unrecorded_progress(run, step)
+
+
+def _unrecorded_progress(run: Path, step: int) -> Progress:
+    """The progress of a checkpoint that does not record it: every step before it took
+    as many as the run's config says."""
+    config = read_json(run / "config.json")
+    per_step = config.get("prompts_per_step") or config["examples_per_step"]
+    return Progress(taken=step * per_step)
 
 
 def chat_of(
@@ -180,11 +179,11 @@ class Session:
         self._rates = {"actor/lr": jax.jit(self.learners.policy.rate)}
         if self.learners.token_reward:
             self._rates["token_reward/lr"] = jax.jit(self.learners.token_reward.rate)
-        self._compare_config()
-        self._first, progress = progress_of(run)
-        self.taken = progress.taken
+        newest, progress = progress_of(run)
+        begun = newest is not None
+        self._compare_config(begun)
+        self._first, self.taken = newest or 0, progress.taken
         self._compare_progress(progress)
-        begun = bool(resumable_steps(run))
         state = self._restore() if begun else None
         params = None if begun else self._load(source)
         self._open_directory()
@@ -254,7 +253,7 @@ class Session:
         progress = Progress(self.taken, self.data.rows, self.data.order, rates)
         self._checkpoints.save(self.state, progress)
 
-    def _compare_config(self) -> None:
+    def _compare_config(self, begun: bool) -> None:
         """Says what has changed since the run began; another identity is refused."""
         path = self.run / "config.json"
         if not path.exists():
@@ -266,7 +265,7 @@ class Session:
                 if name in IDENTITY:
                     raise BadInput(f"{path}: this run began otherwise; {change}")
                 appears = None in (old.get(name), new.get(name))
-                if name == "token_reward" and appears and resumable_steps(self.run):
+                if name == "token_reward" and appears and begun:
                     raise BadInput(
                         f"{path}: its checkpoints are with a token reward model or "
                         f"without, as it began; {change}"
@@ -315,10 +314,12 @@ class Session:
         run again."""
         text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
         path = self.run / "config.json"
-        for directory, items in checkpoints.incomplete(self.run):
-            missing = " and ".join(items)
-            self.screen.say(f"{directory}: incomplete, without {missing}; removed")
         if processes.is_first():
+            # It follows from the config that is replaced here.
+            for step in checkpoints.steps(self.run, checkpoints.ITEMS):
+                if not checkpoints.has_progress(self.run, step):
+                    progress = _unrecorded_progress(self.run, step)
+                    checkpoints.add_progress(self.run, step, progress)
             write_text(path, text)
             for line in discard_after(self.run, self._first):
                 self.screen.say(line)

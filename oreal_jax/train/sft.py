@@ -48,7 +48,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     if not steps:
         done, progress = progress_of(run)
         remaining = config.epochs * len(examples) - progress.taken
-        steps = done + max(0, remaining) // config.examples_per_step
+        steps = (done or 0) + max(0, remaining) // config.examples_per_step
     session = Session(
         config,
         run,
