@@ -432,6 +432,25 @@ def test_a_place_comes_from_options_variables_or_the_cluster(
     assert place_of(*options, environment=environment) == place
 
 
+def test_ranks_that_jax_takes_for_tasks_of_slurm_are_bad_input(monkeypatch):
+    """Open MPI 5 sets no variable that JAX knows it by; the SLURM step of its daemons
+    has one task per node."""
+    environment = {
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "SLURM_JOB_ID": "4096",
+        "SLURM_STEP_NODELIST": "n[3-4]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_NODES": "2",
+    }
+    for name, value in environment.items():  # JAX looks for itself
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="OMPI_COMM_WORLD_SIZE=4: JAX detects Open MPI"):
+        place_of(environment=environment)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -93,6 +93,12 @@ def detected(environment: Mapping[str, str]) -> Place | None:
             "--processes auto: neither a TPU pod nor a SLURM step, no Open MPI and no "
             "Kubernetes job is detected here"
         )
+    ranks = environment.get(RANKS, str(count))
+    if ranks != str(count):  # it found the SLURM step of Open MPI's daemons instead
+        raise BadInput(
+            f"{RANKS}={ranks}: JAX detects Open MPI up to version 4 only; start each "
+            f"rank with {', '.join(OPTIONS)}"
+        )
     host, _, port = address.rpartition(":")
     own = None if devices is None or _is_alone(environment) else tuple(devices)
     return Place(host.strip("[]"), int(port), count, index, own) if count > 1 else None
