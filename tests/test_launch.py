@@ -120,6 +120,28 @@ def test_a_task_under_slurm_has_the_devices_of_whole_engines(recipe):
     assert meshes.own.shape["tensor"] == config.decode_tensor
 
 
+@pytest.mark.parametrize("cpus", ["64", None])
+def test_a_task_under_slurm_has_the_cpus_that_sbatch_asked_for(tmp_path, cpus):
+    """Since SLURM 22.05 srun does not take them from sbatch's environment."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"SLURM_CPUS_PER_TASK": cpus} if cpus else {}
+    done = subprocess.run(
+        ["bash", ROOT / "tools" / "slurm.sh", "a.py", "--set", "system_prompt=a b"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "--kill-on-bad-exit=0",
+        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        *[".venv/bin/oreal", "train", "a.py", "--set", "system_prompt=a b"],
+    ]
+
+
 def test_both_scripts_parse_and_the_launcher_explains_itself(tmp_path):
     for script in ("launch_pod.sh", "slurm.sh"):
         subprocess.run(["bash", "-n", ROOT / "tools" / script], check=True)

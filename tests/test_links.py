@@ -242,6 +242,56 @@ def test_what_strangers_send_to_the_coordinators_port_holds_up_nobody():
         connection.close()
 
 
+def test_a_stream_of_refused_processes_does_not_extend_the_wait():
+    port = free_port()
+    (first,) = start("pass", 2, only=[0], patience=1.0, port=port)
+    stranger = hello(b'{"host": "x", "count": 3}')
+    stop = time.monotonic() + 8
+    while first.poll() is None and time.monotonic() < stop:
+        with (
+            contextlib.suppress(OSError),
+            wire.connect("localhost", port, 0.0) as connection,
+        ):
+            connection.sendall(stranger)
+        time.sleep(0.002)
+    assert time.monotonic() < stop
+    ((code, _, complained),) = ends([first])
+    assert code == 1
+    assert "waited 1 s for process 1 of 2 on a host unknown" in complained
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [("BadInput('no answer')", 2), ("ValueError('a bug')", 1)]
+)
+def test_who_waits_for_the_others_after_an_error_blames_nobody(error, code):
+    """It has printed the error before it waits, since its wait may not end."""
+    body = f"""
+    processes.INTERRUPTED = 0.3
+    if me == 1:
+        try:
+            raise {error}
+        except Exception as error:
+            processes.report(error)
+            print("reported", file=sys.stderr, flush=True)
+            try:
+                processes.meet("saving")
+            except TimeoutError as late:
+                print(late, flush=True)
+            raise
+    time.sleep(60)
+    """
+    for me, (exit_code, said, complained) in enumerate(ends(start(body))):
+        assert exit_code == code
+        last = complained.splitlines()[-1]
+        assert last.startswith("oreal: process 1 of 3 on ")
+        before, _, after = complained.partition("reported\n")
+        if me == 1:
+            assert said == "not all processes came to saving within 0.3 s\n"
+            assert error.split("'")[1] in before
+            assert "Traceback" not in after
+            assert ("Traceback" in before) == (code == 1)
+
+
 @pytest.mark.parametrize("gather", ["gathered(me)", "all_of([], bytes, list)"])
 def test_who_lives_and_does_not_come_to_a_gathering_is_named(gather):
     body = f"""
@@ -350,6 +400,27 @@ def test_what_differs_between_processes_is_bad_input():
                 ("2", None),
             ]  # alone on a node: all of it
         ),
+        *(  # Open MPI's ranks inherit the variables of the SLURM step of its daemons
+            (
+                (None, processes, None),
+                {
+                    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34911",
+                    "OMPI_COMM_WORLD_SIZE": str(ranks),
+                    "OMPI_COMM_WORLD_RANK": "1",
+                    "OMPI_COMM_WORLD_LOCAL_RANK": str(1 % (ranks // nodes)),
+                    "OMPI_COMM_WORLD_LOCAL_SIZE": str(ranks // nodes),
+                    "SLURM_JOB_ID": "4096",
+                    "SLURM_STEP_NODELIST": "n[3-4]",
+                    "SLURM_NTASKS": str(nodes),
+                    "SLURM_PROCID": "0",
+                    "SLURM_LOCALID": "0",
+                    "SLURM_STEP_NUM_NODES": str(nodes),
+                },
+                Place("10.0.0.1", 61441, ranks, 1, devices),
+            )
+            for processes in (None, "auto")
+            for nodes, ranks, devices in [(2, 4, (1,)), (2, 2, None), (1, 2, (1,))]
+        ),
     ],
     ids=str,
 )
@@ -359,6 +430,25 @@ def test_a_place_comes_from_options_variables_or_the_cluster(
     for name, value in environment.items():  # JAX looks for itself
         monkeypatch.setenv(name, value)
     assert place_of(*options, environment=environment) == place
+
+
+def test_ranks_that_jax_takes_for_tasks_of_slurm_are_bad_input(monkeypatch):
+    """Open MPI 5 sets no variable that JAX knows it by; the SLURM step of its daemons
+    has one task per node."""
+    environment = {
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "SLURM_JOB_ID": "4096",
+        "SLURM_STEP_NODELIST": "n[3-4]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_NODES": "2",
+    }
+    for name, value in environment.items():  # JAX looks for itself
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="OMPI_COMM_WORLD_SIZE=4: JAX detects Open MPI"):
+        place_of(environment=environment)
 
 
 @pytest.mark.parametrize(

@@ -159,15 +159,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
 
 BROKEN = """
 from oreal_jax import processes
+from oreal_jax.errors import BadInput
 from oreal_jax.sampling import Engine
 from oreal_jax.train import loop
 from tiny import config
 
+processes.INTERRUPTED = {patience}
 steps, sample, pack = [], Engine.sample, loop.pack
 
 def fail(place):
     if (processes.index(), steps[-1], place) == (1, 2, {place!r}):
-        raise RuntimeError("a bug")
+        raise {error}("a bug")
 
 def broken_sample(self, *given, step=0, **named):
     steps.append(step)
@@ -183,17 +185,24 @@ Engine.sample, loop.pack = broken_sample, broken_pack
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "saved"), [("sampling", ["2"]), ("packing", [])])
+@pytest.mark.parametrize(
+    ("place", "patience", "saved"), [("sampling", 60, ["2"]), ("packing", 3, [])]
+)
+@pytest.mark.parametrize(("error", "code"), [("RuntimeError", 1), ("BadInput", 2)])
 def test_an_error_in_one_is_saved_by_all_or_ends_all(
-    tiny, tmp_path, start, place, saved
+    tiny, tmp_path, start, place, patience, saved, error, code
 ):
-    """Those that wait for it in the update's collectives cannot save."""
+    """Those that wait for it in the update's collectives cannot save, and are not
+    blamed: all end with the error and its exit code."""
     config, run = tmp_path / "own.py", tmp_path / "run"
     shutil.copy(Path(__file__).parents[1] / "configs" / "tiny.py", tmp_path)
-    config.write_text(BROKEN.format(place=place))
-    for process in start(2, run, "saving.every=10", config=config):
+    config.write_text(BROKEN.format(place=place, patience=patience, error=error))
+    for me, process in enumerate(start(2, run, "saving.every=10", config=config)):
         said, complained = process.communicate(timeout=200)
-        assert process.returncode == 1, said + complained
-        assert "RuntimeError: a bug" in complained
+        assert process.returncode == code, said + complained
+        last = complained.splitlines()[-1]
+        assert last.startswith("oreal: process 1 of 2 on ") and last.endswith("a bug")
+        assert ("Traceback" in complained) == (me == 1 and code == 1), complained
+        assert ("not saved: " in complained) == (me == 1 and not saved), complained
     checkpoints = [path.name for path in (run / "checkpoints").glob("*")]
     assert checkpoints == saved

@@ -4,6 +4,7 @@ pair compiles nothing."""
 
 import json
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -493,6 +494,25 @@ def test_a_save_that_fails_too_does_not_replace_the_error(
     with pytest.raises(RuntimeError, match="a bug"):
         train(start, files, "steps=5")
     assert "not saved: OSError: disk full" in lines[-1]
+
+
+def test_ctrl_c_while_an_error_is_saved_does_not_replace_it(
+    start, files, policy, monkeypatch
+):
+    save = checkpoints.Checkpoints.save
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        save(*given)
+
+    policy.fails_at = 2
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", interrupted)
+    lines = []
+    monkeypatch.setattr(Screen, "say", lambda self, text: lines.append(text))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(start, files, "steps=5")
+    assert saved_steps(files / "run") == [2]
+    assert lines[-1] == "RuntimeError: a bug; saved step 2"
 
 
 # Losses that SFT cannot compute.

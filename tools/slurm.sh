@@ -25,7 +25,11 @@ stop() {
 }
 trap stop USR1
 
-srun --kill-on-bad-exit=0 .venv/bin/oreal train "$@" &
+# Since SLURM 22.05 srun does not take --cpus-per-task from sbatch's environment; without
+# it a task may be bound to one core.
+srun --kill-on-bad-exit=0 \
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+  .venv/bin/oreal train "$@" &
 step=$!
 wait "$step"
 code=$?

@@ -7,6 +7,7 @@ What is on the hosts is exchanged here, between two computations:
     share      a process's part of what is to be done
     all_of     the parts of all, in the order of the whole
     barrier    what process 0 writes is there for everyone
+    meet       a barrier after an error, which some may never reach
     agree      all processes see the same config and the same files
 
 Ctrl-C and SIGTERM reach one process, but all must stop at the same place: a gathering
@@ -34,7 +35,7 @@ from oreal_jax.processes import wire
 from oreal_jax.processes.hub import Hub
 from oreal_jax.processes.link import Link
 from oreal_jax.processes.place import Place, place_of
-from oreal_jax.processes.signals import deferred, preemptible
+from oreal_jax.processes.signals import deferred, ignoring_interrupts, preemptible
 
 __all__ = [
     "Place",
@@ -44,11 +45,14 @@ __all__ = [
     "barrier",
     "count",
     "gathered",
+    "ignoring_interrupts",
     "index",
     "is_first",
     "joined",
+    "meet",
     "place_of",
     "preemptible",
+    "report",
     "share",
     "together",
     "uninterrupted",
@@ -65,6 +69,7 @@ CULPRIT = 5.0  # seconds in which an error may turn out to be another's death
 T = TypeVar("T")
 
 _link: Link | None = None  # the processes are those of the program, so is the link
+_reported: BaseException | None = None  # the error that `report` has printed
 
 
 @contextlib.contextmanager
@@ -146,12 +151,25 @@ def _tunnel(host: str, port: int) -> int:
     return door.getsockname()[1]
 
 
+def report(error: BaseException) -> None:
+    """Prints an error of this process, for use before it waits for the others: they may
+    end it meanwhile. A process that is alone prints it at its end, in `cli.main`."""
+    global _reported
+    if not _link or error is _reported:
+        return
+    _reported = error
+    if isinstance(error, BadInput | Failure):
+        warn(str(error))
+    else:
+        time.sleep(CULPRIT)  # a collective fails where another process has died
+        traceback.print_exception(error)
+
+
 def _leave(link: Link, error: BaseException) -> NoReturn:
     """Ends all processes for an error of this one."""
     if isinstance(error, BadInput | Failure):
         link.leave(2 if isinstance(error, BadInput) else 1, str(error))
-    time.sleep(CULPRIT)  # a collective fails where another process has died
-    traceback.print_exception(error)
+    report(error)
     said = str(error).partition("\n")[0]
     link.leave(1, f"{type(error).__name__}: {said}")
 
@@ -223,11 +241,23 @@ def agree(what: str, value: Any) -> None:
             )
 
 
-def barrier(what: str, patience: float | None = None) -> None:
+def barrier(what: str) -> None:
     """Returns when all processes have come to it; those that do not come within
-    `patience` seconds (`PATIENCE`) are named, and all end."""
+    `PATIENCE` seconds are named, and all end."""
     if _link:
-        _link.barrier(what, PATIENCE if patience is None else patience)
+        _link.barrier(what, PATIENCE)
+
+
+def meet(what: str) -> None:
+    """A barrier after an error of this process, which the others leave what they do to
+    come to. It ends nobody.
+
+    Raises:
+        TimeoutError: not all have come within `INTERRUPTED` seconds: some wait for this
+            process in a collective.
+    """
+    if _link:
+        _link.meet(what, INTERRUPTED)
 
 
 def ask_to_stop() -> None:

@@ -88,7 +88,10 @@ class Hub:
         ).start()
         while len(self._members) < self._count and not self._done:
             try:
-                hello = hellos.get(timeout=max(0.01, deadline - time.monotonic()))
+                seconds = deadline - time.monotonic()
+                if seconds < 0:  # however many that are refused still come
+                    raise queue.Empty
+                hello = hellos.get(timeout=seconds)
             except queue.Empty:
                 here = self._members.keys()
                 missing = self._names(set(range(self._count)) - here)

@@ -94,13 +94,26 @@ class Link:
     def barrier(self, what: str, patience: float) -> None:
         """Returns when all have come; after `patience` seconds all are ended, with the
         names of those who have not."""
+        number = self._numbers["barrier"]
+        try:
+            self.meet(what, patience)
+        except TimeoutError:
+            self.say("late", number, f"{what}, for {patience:g} s".encode())
+            self._await_hub(("passed", number))
+
+    def meet(self, what: str, patience: float) -> None:
+        """A barrier that ends nobody.
+
+        Raises:
+            TimeoutError: not all have come after `patience` seconds.
+        """
         number = self._next("barrier")
         self.say("barrier", number, what.encode())
         try:
             self._await(("passed", number), patience)
         except TimeoutError:
-            self.say("late", number, f"{what}, for {patience:g} s".encode())
-            self._await_hub(("passed", number))
+            text = f"not all processes came to {what} within {patience:g} s"
+            raise TimeoutError(text) from None
 
     def ask_to_stop(self) -> None:
         """Lets all processes stop before the next gathering. Safe in signal handlers,

@@ -9,6 +9,7 @@ from oreal_jax.errors import BadInput
 OPTIONS = ("--coordinator", "--processes", "--process")
 VARIABLES = ("OREAL_COORDINATOR", "OREAL_PROCESSES", "OREAL_PROCESS")
 SLURM_STEP = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
+RANKS, LOCAL_RANKS = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ def place_of(
     """This process's place; None where it is the only one.
 
     An option that is None is looked up in the environment. With `processes` "auto", or
-    as one of several tasks of a SLURM step, all is as JAX detects it.
+    as one of several ranks of Open MPI or tasks of a SLURM step, all is as JAX detects
+    it.
 
     Raises:
         BadInput: half of it is given, or it makes no sense.
@@ -47,8 +49,8 @@ def place_of(
     if given == [None, "auto", None]:
         return detected(environment)
     if not any(given):
-        step = all(name in environment for name in SLURM_STEP)
-        several = step and environment["SLURM_NTASKS"] != "1"
+        in_step = all(name in environment for name in SLURM_STEP)
+        several = (in_step or RANKS in environment) and _tasks(environment) != "1"
         return detected(environment) if several else None
     if given[1] == "1":
         return None
@@ -80,7 +82,7 @@ def detected(environment: Mapping[str, str]) -> Place | None:
     # `jax.distributed.initialize` asks the same, but says what it found to nobody.
     from jax._src.clusters import ClusterEnv
 
-    if environment.get("SLURM_NTASKS") == "1":
+    if _tasks(environment) == "1":
         return None
     found = ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, 300
@@ -91,15 +93,28 @@ def detected(environment: Mapping[str, str]) -> Place | None:
             "--processes auto: neither a TPU pod nor a SLURM step, no Open MPI and no "
             "Kubernetes job is detected here"
         )
+    ranks = environment.get(RANKS, str(count))
+    if ranks != str(count):  # it found the SLURM step of Open MPI's daemons instead
+        raise BadInput(
+            f"{RANKS}={ranks}: JAX detects Open MPI up to version 4 only; start each "
+            f"rank with {', '.join(OPTIONS)}"
+        )
     host, _, port = address.rpartition(":")
     own = None if devices is None or _is_alone(environment) else tuple(devices)
     return Place(host.strip("[]"), int(port), count, index, own) if count > 1 else None
 
 
+def _tasks(environment: Mapping[str, str]) -> str | None:
+    """The number of Open MPI's ranks, or of SLURM's tasks. Open MPI decides where both
+    are set, as in JAX: its ranks inherit the variables of the SLURM step that started
+    its daemons, one per node."""
+    return environment.get(RANKS, environment.get("SLURM_NTASKS"))
+
+
 def _is_alone(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM or Open MPI started one process per host, for which all devices of
+    """Whether Open MPI or SLURM started one process per host, for which all devices of
     its host are meant; JAX gives each process of a cluster one."""
+    if LOCAL_RANKS in environment:
+        return environment[LOCAL_RANKS] == "1"
     nodes = environment.get("SLURM_STEP_NUM_NODES")
-    if nodes is not None:
-        return nodes == environment.get("SLURM_NTASKS")
-    return environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return nodes is not None and nodes == environment.get("SLURM_NTASKS")

@@ -74,6 +74,21 @@ def deferred(on_signal: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def ignoring_interrupts(work: str) -> Iterator[None]:
+    """Ignores Ctrl-C inside, with a line that says that `work` comes first: for the end
+    of a process that an error ends, whose message and exit code must stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    text = f"\nending after {work}\n".encode()
+    usual = signal.signal(signal.SIGINT, lambda *_: os.write(2, text))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+@contextlib.contextmanager
 def preemptible() -> Iterator[None]:
     """SIGTERM, which a machine sends before it is taken away, is heeded as Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():

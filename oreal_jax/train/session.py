@@ -220,23 +220,31 @@ class Session:
                 raise
             self.screen.say(f"{type(failure).__name__}: {failure}")
 
-    def _save_together(self, reason: str, patience: float | None = None) -> None:
+    def _save_together(self, reason: str) -> None:
         """Saves when all processes have come to it: a save waits for all of them."""
-        processes.barrier(f"saving the run after {reason}", patience)
+        processes.barrier(f"saving the run after {reason}")
         self._save()
 
     def _save_after(self, error: BaseException) -> None:
-        """Saves the last finished step, so that an error does not cost it, too."""
-        try:
-            if self.step == self._first:
-                return  # nothing is new
-            processes.ask_to_stop()
-            reason = f"{type(error).__name__}: {error}"
-            self._save_together(reason, processes.INTERRUPTED)
-            self._checkpoints.wait()
-            self.screen.say(f"{type(error).__name__} after step {self.step}: saved")
-        except Exception as failure:  # must not replace the error
-            self.screen.say(f"not saved: {type(failure).__name__}: {failure}")
+        """Saves the last finished step, so that an error does not cost it, too.
+
+        Nothing here may replace the error: neither a save that fails, nor Ctrl-C, nor
+        other processes that wait for this one in a collective and cannot save.
+        """
+        log = self.screen.say if processes.is_first() else processes.warn
+        with processes.ignoring_interrupts("saving the last finished step"):
+            try:
+                if self.step == self._first:
+                    return  # nothing is new
+                processes.ask_to_stop()
+                processes.report(error)
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                processes.meet(f"saving the run after {reason}")
+                self._save()
+                self._checkpoints.wait()
+                log(f"{reason}; saved step {self.step}")
+            except Exception as failure:
+                log(f"not saved: {type(failure).__name__}: {failure}")
 
     @property
     def step(self) -> int:
