@@ -65,4 +65,6 @@ def _set_aside_best(run: Path, step: int) -> list[str]:
     abandoned = run / "best.abandoned"
     shutil.rmtree(abandoned, ignore_errors=True)
     best.rename(abandoned)
-    return [f"{best}: of step {steps[-1]}, which will be run again; now {abandoned}"]
+    return [
+        f"{best}: from step {steps[-1]}, which will be run again; renamed to {abandoned}"
+    ]
