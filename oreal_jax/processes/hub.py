@@ -192,7 +192,8 @@ class Hub:
             missing = self._names(set(range(self._count)) - self._parts[number].keys())
             self._end(
                 1,
-                f"{missing} did not reach the gather within {body.decode()} s; it may be hung",
+                f"{missing} did not reach the gather within {body.decode()} s; "
+                "it may be hung",
             )
         elif kind == "leave":
             self._end(number, f"{self._name(process)}: {body.decode()}")

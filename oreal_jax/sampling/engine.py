@@ -228,9 +228,9 @@ class Engine:
                 f"{len(names)} weight arrays are not finite; the first is {names[0]}"
             )
         return Failure(
-            "sampled a token with a non-finite log-probability although all weights are "
-            f"finite: decoding {self.formats} overflowed; try float32 with weights and "
-            "cache 'full'"
+            "sampled a token with a non-finite log-probability although all weights "
+            f"are finite: decoding {self.formats} overflowed; try float32 with weights "
+            "and cache 'full'"
         )
 
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:

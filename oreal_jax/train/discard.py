@@ -66,5 +66,6 @@ def _set_aside_best(run: Path, step: int) -> list[str]:
     shutil.rmtree(abandoned, ignore_errors=True)
     best.rename(abandoned)
     return [
-        f"{best}: from step {steps[-1]}, which will be run again; renamed to {abandoned}"
+        f"{best}: from step {steps[-1]}, which will be run again; "
+        f"renamed to {abandoned}"
     ]

@@ -196,8 +196,8 @@ def prompts_of(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
             changed = True
         if changed:
             screen.say(
-                f"{config.prompts}: has changed since {run} began, which continues with "
-                f"its copy in {copy}; to train on the new prompts, start a new run"
+                f"{config.prompts}: has changed since {run} began, which continues "
+                f"with its copy in {copy}; to train on the new prompts, start a new run"
             )
     return prompts
 

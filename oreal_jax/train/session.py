@@ -278,7 +278,8 @@ class Session:
         if progress.order not in ("", self.data.order):
             self.screen.say(
                 f"{where}: the usable prompts or examples have changed, and so "
-                "has their order: in this pass some will repeat and some will be skipped"
+                "has their order: in this pass some will repeat and some will "
+                "be skipped"
             )
         for name, before in progress.rates.items():
             now = (
