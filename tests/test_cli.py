@@ -128,13 +128,13 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["steps=1"], "freeze_steps=1 must be below steps=1"),
         (
             lambda d: ["token_reward=None", "freeze_steps=0"],
-            "Of losses.presets.NAMED these learn without it: without_token_rewards, "
+            "presets that train without one: without_token_rewards, "
             "reinforce, reward_shaping, behaviour_cloning, best_of_n, grpo, dr_grpo, "
             "dapo, xtuner",
         ),
         (
             lambda d: ["loss.positive_weight=0.0", "loss.negative_weight=0.0"],
-            "no token has a gradient, nothing would be learned",
+            "the gradient is zero for every token, so nothing would be learned",
         ),
         (lambda d: ["steps"], "expected name=value"),
         (lambda d: ["steps=0"], "steps=0 must be at least 1"),

@@ -303,7 +303,9 @@ def test_who_lives_and_does_not_come_to_a_gathering_is_named(gather):
     for code, _, complained in ends(start(body)):
         assert code == 1
         assert complained.startswith("oreal: process 1 of 3 on ")
-        assert complained.endswith(" did nothing for 0.3 s: it hangs?\n")
+        assert complained.endswith(
+            " did not reach the gather within 0.3 s; it may be hung\n"
+        )
 
 
 @pytest.mark.parametrize("at", ["gathered(me)", "barrier('x')"])
@@ -319,7 +321,7 @@ def test_process_0_is_named_where_it_stands_still(at):
     for code, _, complained in ends(others):
         assert code == 1
         assert complained.startswith("oreal: process 0 of 3 on ")
-        assert complained.endswith(" did not answer for 0.3 s: it hangs?\n")
+        assert complained.endswith(" did not answer within 0.3 s; it may be hung\n")
     os.kill(stopped.pid, signal.SIGKILL)
     stopped.communicate()
 

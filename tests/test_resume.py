@@ -193,7 +193,10 @@ def test_an_edited_file_of_prompts_is_logged_and_the_copy_used(start, files, pol
     write_lines(path, read_lines(path)[:12])
     code, output, _ = train(start, files, "steps=4")
     assert code == 0
-    assert f"{path}: has changed since {run} began, which keeps to its copy" in output
+    assert (
+        f"{path}: has changed since {run} began, which continues with its copy"
+        in output
+    )
     assert load_prompts(str(run / "data")) == copy
     path.unlink()  # a run does not depend on it
     code, output, _ = train(start, files, "steps=6")
@@ -248,7 +251,7 @@ def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
     code, output, errors = train(start, files, "steps=4", "saving.every=2")
     assert code == 0, errors
     assert f"{run / 'checkpoints' / '4'}: incomplete, without {item}; removed" in output
-    assert "going on after step 2" in output
+    assert f"resuming {run} after step 2" in output
     assert saved_steps(run) == [2, 4] and policy.take_prompts() == last
     for ours, theirs in zip(arrays(run, 4), expected, strict=True):
         assert ours.tobytes() == theirs.tobytes()
@@ -428,7 +431,7 @@ def test_an_error_saves_the_last_finished_step(start, files, policy):
     assert saved_steps(files / "run") == [3]
     policy.fails_at = -1
     code, output, _ = train(start, files, "steps=5")
-    assert code == 0 and "going on after step 3" in output
+    assert code == 0 and f"resuming {files / 'run'} after step 3" in output
     assert len(set(policy.take_prompts())) == 20
 
 
@@ -529,6 +532,6 @@ config = dataclasses.replace(tiny_sft.config, loss=Reinforce())
     config.write_text(text)
     code, _, errors = sft(start, files, config=config)
     assert code == 2 and errors.count("\n") == 1
-    assert "reads reference_log_probs, which SFT does not have" in errors
+    assert "reads reference_log_probs, which SFT does not compute" in errors
     assert not (files / "run").exists()
     fine_tuning.check_loss(load(config, SftConfig, ["loss.kl_weight=0.0"]))

@@ -57,7 +57,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny, whole, blow):
         assert process.returncode == 130
         assert "go on with the same command" in said
         assert "Traceback" not in said + errors
-    assert "going on after step" in finish(train(tiny, run))
+    assert f"resuming {run} after step" in finish(train(tiny, run))
     for ours, expected in zip(arrays(run, 5), arrays(whole, 5), strict=True):
         assert ours.tobytes() == expected.tobytes()
     assert lasting(run) == lasting(whole)
@@ -354,7 +354,7 @@ def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     code, _, errors = train_in_process(tiny, run, *settings)
     assert code == 1
     assert "max_disagreement=1e-06; the step is not saved" in errors
-    assert "decode_weights='int8' rounds, 'full' is closer" in errors
+    assert "decode_weights='int8' is lossy; try 'full'" in errors
     assert "decode_cache" not in errors
     assert "Traceback" not in errors
     assert not metrics.read(run / "metrics.jsonl")
@@ -372,7 +372,9 @@ def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
         tiny, run, f"model={home}", "steps=1", "freeze_steps=0"
     )
     assert code == 1
-    assert "step 1: a token without a probability: 1 of the model's weights" in errors
+    assert (
+        "step 1: sampled a token with a non-finite log-probability: 1 weight" in errors
+    )
     assert "first layers/1/mlp/up; the step is not saved" in errors
     assert not metrics.read(run / "metrics.jsonl")
 

@@ -47,6 +47,14 @@ def test_rows_that_find_no_page_go_on_later(shards, dispatch, pages):
     assert found.tokens == lengths.sum()
 
 
+def test_a_round_without_rows_is_not_the_end():
+    """The oldest row swaps itself out while samples that wait hold a prompt's pages."""
+    lengths = np.random.default_rng(1).integers(1, 1001, (4, 3))
+    found = checked(lengths, pages=20, size=64, prompt=200, longest=1000)
+    assert sorted(found.finished) == [(n, k) for n in range(4) for k in range(3)]
+    assert found.tokens == lengths.sum()
+
+
 def test_a_row_that_was_swapped_out_goes_on_before_others_begin():
     jobs = [Job(n, 10, 100, (0,)) for n in range(3)]
     scheduler = Scheduler(jobs, shards=1, slots=2, pages=10, size=16, dispatch=16)

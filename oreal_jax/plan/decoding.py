@@ -62,7 +62,7 @@ def decoding(
             own,
             shards=found.devices // found.processes // found.tensor,
             slots=found.slots,
-            pages=cache_tokens // PAGE,
+            pages=cache_tokens // PAGE + 1,  # as `Engine.size`
             size=PAGE,
             dispatch=DISPATCH,
             prompt=prompt,

@@ -71,7 +71,7 @@ def allocated(memory: int) -> int:
     """
     given = {name: os.environ[name] for name in FRACTIONS if os.environ.get(name)}
     if len(given) > 1:
-        raise BadInput(f"{' and '.join(given)} are both set: JAX takes one of them")
+        raise BadInput(f"{' and '.join(given)} are both set; JAX accepts only one")
     if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
         return memory
     for name, text in given.items():

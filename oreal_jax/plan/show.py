@@ -66,9 +66,9 @@ def why(plan: Plan) -> str:
 def _decoding(plan: Plan, decoding: Decoding) -> str:
     """One line: what the scheduler made of the completions' lengths."""
     return (
-        f"decoding: {decoding.steps:,} steps with {decoding.rows:,.1f} rows in the "
-        f"{plan.found.slots} slots of an engine on average, {decoding.swapped:,} rows "
-        f"swapped out; at most {plan.tokens_per_second:,.0f} tokens/s a device in a "
+        f"decoding: {decoding.steps:,} steps, on average {decoding.rows:,.1f} of an "
+        f"engine's {plan.found.slots} slots in use, {decoding.swapped:,} rows swapped "
+        f"out; at most {plan.tokens_per_second:,.0f} tokens/s per device over the "
         "whole step"
     )
 
@@ -76,8 +76,8 @@ def _decoding(plan: Plan, decoding: Decoding) -> str:
 def _advice(now: Decoding, larger: LargerCache) -> str:
     then = larger.decoding
     return (
-        f"there is room for cache_tokens={larger.cache_tokens}: {then.rows:,.1f} rows "
-        f"of an engine on average instead of {now.rows:,.1f}, decoding takes "
+        f"cache_tokens={larger.cache_tokens} fits: an engine holds {then.rows:,.1f} "
+        f"rows on average instead of {now.rows:,.1f}, decoding takes "
         f"{then.phase.seconds:,.0f} s at least instead of {now.phase.seconds:,.0f} s"
     )
 

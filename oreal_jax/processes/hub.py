@@ -158,7 +158,10 @@ class Hub:
                     try:
                         message = wire.receive(connection)
                     except TimeoutError:
-                        self._end(1, f"{self._name(process)} sent half a message")
+                        self._end(
+                            1,
+                            f"{self._name(process)} stopped in the middle of a message",
+                        )
                         break
                     except OSError:
                         self._end(1, f"{self._name(process)} died")
@@ -190,7 +193,11 @@ class Hub:
             self._end(1, f"{missing} did not come to {body.decode()}")
         elif kind == "overdue" and number in self._parts:
             missing = self._names(set(range(self._count)) - self._parts[number].keys())
-            self._end(1, f"{missing} did nothing for {body.decode()} s: it hangs?")
+            self._end(
+                1,
+                f"{missing} did not reach the gather within {body.decode()} s; "
+                "it may be hung",
+            )
         elif kind == "leave":
             self._end(number, f"{self._name(process)}: {body.decode()}")
 

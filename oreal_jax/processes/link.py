@@ -172,7 +172,9 @@ class Link:
         try:
             return self._await(key, seconds, unless_stopped)
         except TimeoutError:
-            self.end(1, f"{self._hub} did not answer for {seconds:g} s: it hangs?")
+            self.end(
+                1, f"{self._hub} did not answer within {seconds:g} s; it may be hung"
+            )
 
     def _listen(self) -> None:
         while True:

@@ -212,8 +212,7 @@ class Engine:
         banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
         if len(banned) == self.config.vocab:
             raise BadInput(
-                f"sampling: logit_bias: -inf for all {len(banned)} tokens leaves none "
-                "to choose"
+                f"sampling: logit_bias: bans all {len(banned)} tokens of the vocabulary"
             )
 
     def _no_probability(self, weights: Weights) -> Failure:
@@ -225,12 +224,13 @@ class Engine:
         ]
         if names:
             return Diverged(
-                f"a token without a probability: {len(names)} of the model's weights "
-                f"are not finite, first {names[0]}"
+                "sampled a token with a non-finite log-probability: "
+                f"{len(names)} weight arrays are not finite; the first is {names[0]}"
             )
         return Failure(
-            "a token without a probability, though the model's weights are finite: "
-            f"decoding {self.formats} overflows; try float32 and 'full'"
+            "sampled a token with a non-finite log-probability although all weights "
+            f"are finite: decoding {self.formats} overflowed; try float32 with weights "
+            "and cache 'full'"
         )
 
     def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:

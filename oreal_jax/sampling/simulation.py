@@ -105,6 +105,8 @@ def simulate(
         watch(runs, tables)
         waiting = scheduler.waiting
         places = np.flatnonzero(runs).tolist()
+        if not places:  # the oldest row made room for itself: prompts held its pages
+            continue
         left = np.array([lengths[owner[p]] - drawn[p] for p in places])
         enough = min(enough or len(left), len(left))
         steps = min(dispatch, int(np.sort(left)[enough - 1]))

@@ -71,4 +71,6 @@ def _set_aside_best(run: Path, step: int) -> list[str]:
     names = (run / f"best.abandoned{suffix}" for suffix in suffixes)
     abandoned = next(name for name in names if not name.exists())
     best.rename(abandoned)
-    return [f"{best}: of step {kept}, which will be run again; now {abandoned}"]
+    return [
+        f"{best}: from step {kept}, which will be run again; renamed to {abandoned}"
+    ]

@@ -161,7 +161,10 @@ def check_loss(config: TrainConfig) -> None:
     scores, samples = config.token_reward is not None, config.samples_per_prompt
     if losses.has_gradient(config.loss, samples, token_scores=scores):
         return
-    message = f"loss={config.loss}: no token has a gradient, nothing would be learned"
+    message = (
+        f"loss={config.loss}: the gradient is zero for every token, so nothing would "
+        "be learned"
+    )
     if not scores:
         presets = [
             name
@@ -170,7 +173,7 @@ def check_loss(config: TrainConfig) -> None:
         ]
         message = (
             f"token_reward=None with {message}; without a token reward model all "
-            f"token scores are 0. Of losses.presets.NAMED these learn without it: "
+            "token scores are 0; presets that train without one: "
             f"{', '.join(presets)}"
         )
     raise BadInput(message)
@@ -193,8 +196,8 @@ def prompts_of(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
             changed = True
         if changed:
             screen.say(
-                f"{config.prompts}: has changed since {run} began, which keeps to its "
-                f"copy in {copy}; to train on the new prompts, begin another run"
+                f"{config.prompts}: has changed since {run} began, which continues "
+                f"with its copy in {copy}; to train on the new prompts, start a new run"
             )
     return prompts
 

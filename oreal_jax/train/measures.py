@@ -88,7 +88,7 @@ def require_agreement(values: dict[str, float], config: TrainConfig, step: int) 
     difference = values["training/rollout_probs_diff_mean"]
     if not difference <= config.max_disagreement:
         narrow = "".join(
-            f"; {name}={getattr(config, name)!r} rounds, 'full' is closer"
+            f"; {name}={getattr(config, name)!r} is lossy; try 'full'"
             for name in ("decode_weights", "decode_cache")
             if getattr(config, name) != "full"
         )

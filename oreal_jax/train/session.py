@@ -291,9 +291,9 @@ class Session:
             )
         if progress.order not in ("", self.data.order):
             self.screen.say(
-                f"{where}: the usable prompts or examples are others than before, so "
-                "their order is another: until all have been taken again, some come "
-                "twice and some not at all"
+                f"{where}: the usable prompts or examples have changed, and so "
+                "has their order: in this pass some will repeat and some will "
+                "be skipped"
             )
         for name, before in progress.rates.items():
             now = (
@@ -305,7 +305,7 @@ class Session:
     def _restore(self) -> TrainState:
         """The state of the newest checkpoint."""
         count = f"{model.parameter_count(self.model):,} parameters"
-        self.screen.say(f"going on after step {self._first} of {self.run} ({count})")
+        self.screen.say(f"resuming {self.run} after step {self._first} ({count})")
         with self.screen.phase("restore"):
             abstract = self.learners.abstract(self.mesh)
             return checkpoints.restore(self.run, self._first, abstract)

@@ -98,8 +98,8 @@ def check_loss(config: SftConfig) -> None:
     if fields:
         raise BadInput(
             f"loss={config.loss}: reads {' and '.join(fields)}, which SFT does not "
-            "have; leave out that term (kl_weight=0 for a KL to the reference model) "
-            "or take BestOfNCloning()"
+            "compute; disable that term (kl_weight=0 for a KL to the reference model) "
+            "or use BestOfNCloning()"
         )
 
 
