@@ -16,7 +16,7 @@ from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import estimate, programs, roofline
 from oreal_jax.plan.compiler import compile_program, devices_of, host_of, memory_of
-from oreal_jax.plan.decoding import Decoding, decoding, lengths_of
+from oreal_jax.plan.decoding import DecodingEstimate, decoding, lengths_of
 from oreal_jax.plan.findings import DRAWING, Compiled, Findings
 from oreal_jax.sampling.work import PAGE
 
@@ -28,7 +28,7 @@ class LargerCache(NamedTuple):
     """A cache for which there is room, and how decoding is faster with it."""
 
     cache_tokens: int
-    decoding: Decoding
+    decoding: DecodingEstimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Plan:
     tokens: int
     found: Findings
     phases: dict[str, roofline.Phase] = dataclasses.field(default_factory=dict)
-    decoding: Decoding | None = None
+    decoding: DecodingEstimate | None = None
     larger_cache: LargerCache | None = None
 
     @property
@@ -99,7 +99,7 @@ class Plan:
         }
 
 
-def _plain(decoding: Decoding) -> dict[str, Any]:
+def _plain(decoding: DecodingEstimate) -> dict[str, Any]:
     """In plain values, of its bound the seconds."""
     values = decoding._asdict()
     return values | {"seconds": values.pop("phase").seconds}

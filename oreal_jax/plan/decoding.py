@@ -24,7 +24,7 @@ from oreal_jax.sampling.simulation import Round, heavy_tailed, simulate
 from oreal_jax.sampling.work import DISPATCH, PAGE
 
 
-class Decoding(NamedTuple):
+class DecodingEstimate(NamedTuple):
     """The process that takes longest: its steps, the rows that an engine holds in one
     of them on average, how often a row made room for others, and the bound. What a row
     that makes room costs on its way to the host and back is not in it."""
@@ -49,7 +49,7 @@ def decoding(
     found: Findings,
     lengths: Int[np.ndarray, "N K"],
     cache_tokens: int,
-) -> Decoding:
+) -> DecodingEstimate:
     """Decodes completions of these lengths with engines of `cache_tokens` of cache
     each; process i has prompts i, i + processes, ..."""
     prompt = mean_prompt(config)
@@ -57,7 +57,7 @@ def decoding(
         shape, efficiency.decode((prompt, int(size)) for size in lengths.flat)
     )
 
-    def of_process(own: Int[np.ndarray, "N K"]) -> Decoding:
+    def of_process(own: Int[np.ndarray, "N K"]) -> DecodingEstimate:
         simulated = simulate(
             own,
             shards=found.devices // found.processes // found.tensor,
@@ -70,7 +70,7 @@ def decoding(
         )
         rounds = simulated.rounds
         rows = sum(round.steps * round.rows.mean() for round in rounds)
-        return Decoding(
+        return DecodingEstimate(
             simulated.steps,
             float(rows / simulated.steps),
             simulated.swapped,

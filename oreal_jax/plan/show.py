@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_jax.plan import HEADROOM, LargerCache, Plan
-from oreal_jax.plan.decoding import Decoding
+from oreal_jax.plan.decoding import DecodingEstimate
 from oreal_jax.plan.findings import DRAWING, Findings
 
 GIB = 2**30
@@ -63,7 +63,7 @@ def why(plan: Plan) -> str:
     )
 
 
-def _decoding(plan: Plan, decoding: Decoding) -> str:
+def _decoding(plan: Plan, decoding: DecodingEstimate) -> str:
     """One line: what the scheduler made of the completions' lengths."""
     return (
         f"decoding: {decoding.steps:,} steps, on average {decoding.rows:,.1f} of an "
@@ -73,7 +73,7 @@ def _decoding(plan: Plan, decoding: Decoding) -> str:
     )
 
 
-def _advice(now: Decoding, larger: LargerCache) -> str:
+def _advice(now: DecodingEstimate, larger: LargerCache) -> str:
     then = larger.decoding
     return (
         f"cache_tokens={larger.cache_tokens} fits: an engine holds {then.rows:,.1f} "
