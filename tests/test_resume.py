@@ -267,7 +267,7 @@ def test_a_checkpoint_without_its_data_is_named_with_what_to_do(start, files, po
     assert "; if a part of it is missing, remove it\n" in errors
     shutil.rmtree(run / "checkpoints" / "2")
     code, output, _ = train(start, files, "steps=2")
-    assert code == 0 and "going on after step 1" in output
+    assert code == 0 and f"resuming {files / 'run'} after step 1" in output
 
 
 def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
@@ -279,7 +279,7 @@ def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
         shutil.rmtree(run / "checkpoints" / str(step) / "trainer")
     shutil.rmtree(run / "checkpoints" / "1" / "policy")  # nothing of use is left
     code, output, _ = train(start, files, "steps=5", "saving.every=1")
-    assert code == 0 and "going on after step 3" in output
+    assert code == 0 and f"resuming {files / 'run'} after step 3" in output
     for step, items in ((1, "policy and trainer"), (4, "trainer")):
         directory = run / "checkpoints" / str(step)
         assert f"{directory}: incomplete, without {items}; removed" in output
@@ -362,7 +362,7 @@ def test_every_abandoned_best_policy_is_kept(start, files, policy):
     (run / "best.abandoned.2").mkdir()
     (run / "best" / "checkpoints" / "0").rename(run / "best" / "checkpoints" / "3")
     code, output, _ = train(start, files, "steps=2", *examined(files))
-    assert code == 0 and f"now {run / 'best.abandoned.3'}" in output
+    assert code == 0 and f"renamed to {run / 'best.abandoned.3'}" in output
     assert checkpoints.steps(run / "best.abandoned") == [0]
     assert checkpoints.steps(run / "best.abandoned.3") == [3]
 

@@ -375,7 +375,7 @@ def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
     assert (
         "step 1: sampled a token with a non-finite log-probability: 1 weight" in errors
     )
-    assert "first layers/1/mlp/up; the step is not saved" in errors
+    assert "the first is layers/1/mlp/up; the step is not saved" in errors
     assert not metrics.read(run / "metrics.jsonl")
 
 

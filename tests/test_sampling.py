@@ -565,7 +565,7 @@ def test_a_weight_that_is_not_finite_is_named(params, option):
     attention = params["layers"]["attention"]
     key = attention["key"].at[1, 2, 0, 3].set(jnp.nan)
     broken = params["layers"] | {"attention": attention | {"key": key}}
-    named = "1 of .* not finite, first layers/1/attention/key"
+    named = "1 weight arrays are not finite; the first is layers/1/attention/key"
     with pytest.raises(Diverged, match=named):
         draw(params | {"layers": broken}, [[1, 2]], 1, max_tokens=5, **option)
 
