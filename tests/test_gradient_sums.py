@@ -33,11 +33,10 @@ def test_a_bias_gets_the_gradient_of_every_token():
     np.testing.assert_array_equal(gradient, np.full((2, 4), TOKENS))
 
 
-@pytest.mark.parametrize("shape", [ONE, EIGHT], ids=["1", "8"])
-def test_gradients_in_bfloat16_are_those_of_float32(shape):
+def test_gradients_in_bfloat16_are_those_of_float32():
     batch = make_batch(SMALL, 8, 512)
     expected = Step(SMALL, ONE, dtype=jnp.float32).gradients(batch)
-    ours = Step(SMALL, shape, dtype=jnp.bfloat16).gradients(batch)
+    ours = Step(SMALL, ONE, dtype=jnp.bfloat16).gradients(batch)
     errors = relative_errors(ours, expected)
     assert max(errors.values()) < 0.02, errors
 
