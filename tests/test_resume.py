@@ -484,38 +484,39 @@ def test_an_error_before_any_step_saves_nothing(start, files, policy):
     assert saved_steps(files / "run") == []
 
 
-def test_a_save_that_fails_too_does_not_replace_the_error(
-    start, files, policy, monkeypatch
-):
+@pytest.fixture
+def log_of_error(start, files, policy, monkeypatch):
+    """`log_of_error(save)`: the lines of a run that ends with a bug in its third step
+    and saves by `save`."""
+
+    def run(save) -> list[str]:
+        policy.fails_at = 2
+        monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
+        lines = []
+        monkeypatch.setattr(Screen, "say", lambda self, text: lines.append(text))
+        with pytest.raises(RuntimeError, match="a bug"):
+            train(start, files, "steps=5")
+        return lines
+
+    return run
+
+
+def test_a_save_that_fails_too_does_not_replace_the_error(log_of_error):
     def fail(*_):
         raise OSError("disk full")
 
-    policy.fails_at = 2
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", fail)
-    lines = []
-    monkeypatch.setattr(Screen, "say", lambda self, text: lines.append(text))
-    with pytest.raises(RuntimeError, match="a bug"):
-        train(start, files, "steps=5")
-    assert "not saved: OSError: disk full" in lines[-1]
+    assert "not saved: OSError: disk full" in log_of_error(fail)[-1]
 
 
-def test_ctrl_c_while_an_error_is_saved_does_not_replace_it(
-    start, files, policy, monkeypatch
-):
+def test_ctrl_c_while_an_error_is_saved_does_not_replace_it(files, log_of_error):
     save = checkpoints.Checkpoints.save
 
     def interrupted(*given):
         signal.raise_signal(signal.SIGINT)
         save(*given)
 
-    policy.fails_at = 2
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", interrupted)
-    lines = []
-    monkeypatch.setattr(Screen, "say", lambda self, text: lines.append(text))
-    with pytest.raises(RuntimeError, match="a bug"):
-        train(start, files, "steps=5")
+    assert log_of_error(interrupted)[-1] == "RuntimeError: a bug; saved step 2"
     assert saved_steps(files / "run") == [2]
-    assert lines[-1] == "RuntimeError: a bug; saved step 2"
 
 
 # Losses that SFT cannot compute.

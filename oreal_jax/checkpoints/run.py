@@ -78,11 +78,11 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits for what is being saved."""
+        """Waits for pending saves."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being saved, and closes."""
+        """Waits for pending saves and closes the manager."""
         self.wait()
         self._manager.close()
 

@@ -21,7 +21,7 @@ class Examination(NamedTuple):
 
     terms: the loss and what it reports. coefficients: d loss / d log p, an array for
     each completion; p moves in the sampled and in the full distribution alike, where
-    these differ. shares: where the sum of their absolute values lies.
+    they differ. shares: of the sum of |coefficient|, by correctness and by half.
     """
 
     terms: dict[str, float]

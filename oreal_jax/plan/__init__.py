@@ -33,7 +33,7 @@ class LargerCache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a topology: what was found, and, if it fits, the bounds of a step's
+    """The plan of a run on a topology: findings and, if it fits, bounds of a step's
     phases where completions have `mean_tokens` tokens on average, `tokens` in a step
     with their prompts; a larger cache, where there is memory for it and decoding gains
     from it."""

@@ -201,8 +201,8 @@ def _moved(
 
 
 def _batch(config: TrainConfig, mesh: dict[str, int], size: Shape) -> int:
-    """A step's batch and the scores of its tokens, on one device: rows are split, what
-    is one a completion lies everywhere (train/step.py)."""
+    """A step's batch and the scores of its tokens, on one device: rows are split,
+    arrays with one entry per completion are replicated (train/step.py)."""
     packing = config.packing
     tokens = 3 * packing.row_length // mesh["context"] + 2 * size.columns
     completions = size.completions * (2 + 4) * size.tokens

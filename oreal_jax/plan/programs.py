@@ -108,7 +108,7 @@ def layout(
     prompts = -(-config.prompts_per_step // processes)
     size = engine.size(prompts * config.samples_per_prompt, longest, new_tokens)
     batch, _ = pack(
-        [Example([0] * prompt, [0] * drawn) for prompt, drawn in learned],
+        [Example([0] * prompt, [0] * completion) for prompt, completion in learned],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
         limits=limits_of(config),

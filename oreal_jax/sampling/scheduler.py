@@ -304,6 +304,11 @@ class Scheduler:
         )
         return max((min(drawn(row), remaining(row)) for row in rows), default=0)
 
+    def saved_steps(self, slots: int) -> float:
+        """Steps of the present size whose time an engine of `slots` slots is expected
+        to save."""
+        return self.expected_steps * (1 - slots / self._slots)
+
     def shrink(self, slots: int) -> np.ndarray:
         """Continues with `slots` slots on each shard; returns the old slots of their
         rows, [shards, slots]."""

@@ -88,12 +88,15 @@ def simulate(
             place, name = a.shard * slots + a.slot, (a.request, a.sample)
             assert place not in owner
             owner[place], drawn[place] = name, outside.pop(name, 0)
-        if fewer := _pays(scheduler, slots):
+        # As in work.py, for an engine of a training run.
+        sizes = scheduler.fitting_slots
+        pays = (n for n in sizes if scheduler.saved_steps(n) >= MIN_SAVED_STEPS)
+        if fewer := next(pays, None):
             old = scheduler.shrink(fewer) + slots * np.arange(shards)[:, None]
             new = {place: i for i, place in enumerate(old.reshape(-1).tolist())}
             owner = {new[place]: name for place, name in owner.items()}
             drawn, slots = drawn[old.reshape(-1)], fewer
-        # As in work.py: where a smaller engine does not pay yet, all rows finish.
+        # Where a smaller engine does not pay yet, all rows finish.
         enough = 0 if scheduler.fitting_slots else scheduler.enough
         runs, tables, leaving = scheduler.grow()
         for swap in leaving:
@@ -134,11 +137,3 @@ def simulate(
     return Simulated(
         finished, occupancy, tokens, steps_taken, swapped, most_outside, rounds
     )
-
-
-def _pays(scheduler: Scheduler, slots: int) -> int:
-    """Slots of the smaller engine in which a training run goes on; 0: in none."""
-    for fewer in scheduler.fitting_slots:
-        if scheduler.expected_steps * (1 - fewer / slots) >= MIN_SAVED_STEPS:
-            return fewer
-    return 0

@@ -234,8 +234,7 @@ class Work:
                 return
 
     def _pays(self, smaller: Size) -> bool:
-        share = 1 - smaller.slots / self.size.slots
-        saved_steps = self.scheduler.expected_steps * share
+        saved_steps = self.scheduler.saved_steps(smaller.slots)
         if self.resumable:
             return saved_steps >= MIN_SAVED_STEPS
         if smaller in self.programs.sizes(self.stops):
