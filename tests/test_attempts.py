@@ -129,6 +129,7 @@ def test_every_option_of_drawing_tells_unfinished_work_apart(
     assert oreal(*words, "--rows", 8) == 0  # which changes no completion
 
 
+@pytest.mark.slow
 def test_a_real_interruption_of_the_real_model(start, tmp_path):
     """SIGINT while the tiny model draws; the same command then ends as undisturbed."""
     words = ["data", "pass-rate", "--model", start / "hf", "--k", "8", "--rows", "8"]

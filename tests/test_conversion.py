@@ -103,15 +103,28 @@ def test_weights_go_straight_into_their_sharding(shape, tmp_path):
 def test_at_most_one_tensor_is_read_ahead_of_what_is_placed(tmp_path, monkeypatch):
     directory = written(tmp_path)
     alive, most = [], []
-    real = hf._open_slice
+    real = hf.safe_open
 
-    def counted(path, name):
-        value = real(path, name).copy()
-        alive.append(value.nbytes)
-        most.append(sum(alive))
-        return value
+    class Counted:
+        def __init__(self, *arguments, **options):
+            self.file = real(*arguments, **options)
 
-    monkeypatch.setattr(hf, "_open_slice", counted)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def get_tensor(self, name):
+            value = self.file.get_tensor(name)
+            alive.append(value.nbytes)
+            most.append(sum(alive))
+            return value
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(hf, "safe_open", Counted)
     hf.load(directory, on_tensor=lambda name: alive.clear())
     largest = max(value.nbytes for value in tensors_of(directory).values())
     assert max(most) == largest

@@ -47,6 +47,34 @@ def test_an_interrupted_compilation_ends_with_130():
     assert (done.stdout, done.stderr) == ("", "oreal: interrupted\n")
 
 
+ENDING = """
+import atexit, sys, threading, time
+from oreal_jax.processes.signals import leave
+
+def main():
+    atexit.register(print, "handler")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    {end}
+
+leave(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "end, code",
+    [("return 0", 0), ("return 2", 2), ("sys.exit()", 0), ("sys.exit(2)", 2)]
+    + [("raise RuntimeError('a bug')", 1)],
+)
+def test_a_process_ends_with_its_code_after_threads_and_handlers(end, code):
+    program = ENDING.format(end=end)
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == code
+    assert process.stdout == "thread\nhandler\n"
+    assert ("RuntimeError: a bug" in process.stderr) == (code == 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_training_interrupted_at_any_moment_ends_with_130(tiny, tmp_path, cached):

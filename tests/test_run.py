@@ -42,7 +42,11 @@ def lasting(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith(clock)} for r in rows]
 
 
-BLOWS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
+BLOWS = [
+    signal.SIGKILL,
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("blow", BLOWS, ids=str)

@@ -372,7 +372,7 @@ def test_progress_counts_every_token_and_row_once(params, prompts, drawn):
     assert seen.tolist() == [total, 15]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalty", [1.0, pytest.param(1.3, marks=pytest.mark.slow)])
 def test_greedy_equals_transformers_on_64_prompts(tmp_path, penalty):
     theirs = families.write("qwen2.5-untied", tmp_path)
     config = hf.read_config(tmp_path)

@@ -6,6 +6,7 @@ final sharding: the layers of a large stacked weight are written one by one into
 on the mesh, so host memory holds one tensor and small weights beyond the result.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -151,11 +152,16 @@ def load(
     config = read_config(directory)
     files = _files(directory)
     _check(directory, config, files)
-    sources = [
-        (t, functools.partial(_open_slice, files[t.name], t.name))
-        for t in tensors(config)
-    ]
-    return assemble(config, sources, dtype, shardings, on_tensor)
+    with contextlib.ExitStack() as stack:
+        opened = {
+            path: stack.enter_context(safe_open(path, framework="numpy"))
+            for path in set(files.values())
+        }
+        sources = [
+            (t, functools.partial(opened[files[t.name]].get_tensor, t.name))
+            for t in tensors(config)
+        ]
+        return assemble(config, sources, dtype, shardings, on_tensor)
 
 
 def assemble(
@@ -175,12 +181,12 @@ def assemble(
     for tensor, read in sources:
         shape, sharding = _at(shapes, tensor.path), _at(shardings, tensor.path)
         whole = shape.shape if tensor.layer is None else shape.shape[1:]
-        value = tensor.to_ours(np.asarray(read()).astype(dtype), whole)
+        value = tensor.to_ours(np.asarray(read()), whole)
         if tensor.layer is None:
-            _set(params, tensor.path, put(value, sharding))
+            _set(params, tensor.path, put(value.astype(dtype, copy=False), sharding))
         elif math.prod(shape.shape) * np.dtype(dtype).itemsize <= MAX_HOST_STACK_BYTES:
             if tensor.layer == 0:
-                _set(params, tensor.path, np.zeros(shape.shape, dtype))
+                _set(params, tensor.path, np.empty(shape.shape, dtype))
             stacked = _at(params, tensor.path)
             stacked[tensor.layer] = value
             if tensor.layer == len(stacked) - 1:
@@ -190,6 +196,7 @@ def assemble(
                 start = _zeros(shape.shape, jnp.dtype(dtype), sharding)
                 _set(params, tensor.path, start)
             stacked = _at(params, tensor.path)
+            value = value.astype(dtype)
             _set(
                 params,
                 tensor.path,
@@ -223,11 +230,6 @@ def _write_layer(stacked, value: Any, layer: int, sharding):
         place = jax.sharding.NamedSharding(sharding.mesh, spec)
         value = put(value, place)
     return _write_program(sharding)(stacked, value, layer)
-
-
-def _open_slice(path: Path, name: str) -> np.ndarray:
-    with safe_open(path, framework="numpy") as file:
-        return file.get_tensor(name)
 
 
 def _files(directory: Path) -> dict[str, Path]:

@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from oreal_jax.errors import BadInput
 
+T = TypeVar("T")
 Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
 
 
@@ -189,6 +192,8 @@ class Opened:
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
         program_cache.enable()
         dtype = compute_dtype("auto", mesh)
+        # While the tokenizer's library is imported, which takes about as long.
+        self.load = in_background(lambda: source.load(mesh, dtype))
         system_prompt = parsed.system_prompt
         if system_prompt is None:
             system_prompt = source.system_prompt
@@ -208,7 +213,21 @@ class Opened:
         )
         self.engine.check_sampling(sampling)
         self.sampling = sampling
-        self.load = lambda: source.load(mesh, dtype)
+
+
+def in_background(work: Callable[[], T]) -> Callable[[], T]:
+    """Starts `work` in a thread that the end of the process does not wait for; returns
+    a function that waits for its result or raises its error."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def sampling_of(parsed: argparse.Namespace, greedy: bool):

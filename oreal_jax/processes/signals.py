@@ -1,5 +1,6 @@
 """What Ctrl-C and SIGTERM may interrupt, and how an interrupted process ends."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -35,14 +36,18 @@ def insistent() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """Ends the process with an exit code.
 
-    An interrupted one ends without the clean-up of Python and of C++ libraries: Ctrl-C
-    ends the wait for a compilation, not the compilation. Its thread uses the devices of
-    XLA's client, whose destructor frees them before it joins that thread (SIGSEGV with
-    jaxlib 0.10.2; 0.12.0 does not end the wait). So files must be closed before.
+    Threads are joined and exit handlers run, but Python's objects are not destroyed one
+    by one, which takes half a second. An interrupted process ends without the handlers
+    too: Ctrl-C ends the wait for a compilation, not the compilation. Its thread uses
+    the devices of XLA's client, whose destructor frees them before it joins that thread
+    (SIGSEGV with jaxlib 0.10.2; 0.12.0 does not end the wait). So files must be closed
+    before.
     """
-    if code != INTERRUPTED:
-        sys.exit(code)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
+    else:
+        threading._shutdown()  # pyright: ignore
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its reader may have gone
             stream.flush()
