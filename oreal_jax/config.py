@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from oreal_jax import losses, rollout
 from oreal_jax.data.difficulty import PUBLISHED_BANDS, Bands
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.losses import PolicyLoss
 from oreal_jax.model import Remat
 from oreal_jax.sampling import Sampling
@@ -30,12 +30,12 @@ from oreal_jax.train.state import Optimizer
 def _at_least(least: int, **fields: int) -> None:
     for name, value in fields.items():
         if value < least:
-            raise BadInput(f"config: {name}={value} must be at least {least}")
+            raise InputError(f"config: {name}={value} must be at least {least}")
 
 
 def _seed(seed: int) -> None:
     if not 0 <= seed < 2**31:
-        raise BadInput(f"config: seed={seed} must be from 0 to {2**31 - 1}")
+        raise InputError(f"config: seed={seed} must be from 0 to {2**31 - 1}")
 
 
 def _deterministic(sampling: Sampling) -> str | None:
@@ -87,7 +87,7 @@ class Verification:
         )
         for name in ("deadline", "judge_timeout"):
             if getattr(self, name) <= 0:
-                raise BadInput(
+                raise InputError(
                     f"verification: {name}={getattr(self, name)} must be above 0"
                 )
 
@@ -188,7 +188,7 @@ class TrainConfig:
         """Checks what no single field can know.
 
         Raises:
-            BadInput: a number out of range, or two that do not go together.
+            InputError: a number out of range, or two that do not go together.
         """
         _at_least(
             1,
@@ -207,32 +207,32 @@ class TrainConfig:
         )
         longest = self.max_prompt_tokens + self.sampling.max_tokens
         if longest > self.packing.row_length:
-            raise BadInput(
+            raise InputError(
                 f"max_prompt_tokens={self.max_prompt_tokens} + sampling.max_tokens="
                 f"{self.sampling.max_tokens} must not exceed packing.row_length="
                 f"{self.packing.row_length}"
             )
         if field := _deterministic(self.sampling):
-            raise BadInput(
+            raise InputError(
                 f"sampling.{field}={getattr(self.sampling, field)}: all samples of a "
                 "prompt are the same, so their advantages are 0 and nothing is learned"
             )
         if self.log_probs == "sampled" and self.sampling.penalises:
-            raise BadInput(
+            raise InputError(
                 "log_probs='sampled' with a penalty in sampling: the trainer does not "
                 "know what a penalised token would have been drawn from"
             )
         if self.max_disagreement <= 0:
-            raise BadInput(
+            raise InputError(
                 f"config: max_disagreement={self.max_disagreement} must be above 0"
             )
         if self.freeze_steps and not self.token_reward:
-            raise BadInput(
+            raise InputError(
                 f"freeze_steps={self.freeze_steps} without token_reward: nothing "
                 "would learn in those steps"
             )
         if self.freeze_steps >= self.steps:
-            raise BadInput(
+            raise InputError(
                 f"freeze_steps={self.freeze_steps} must be below steps={self.steps}: "
                 "the policy would never be trained"
             )
@@ -267,7 +267,7 @@ class SftConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        """Raises BadInput where a number is out of range."""
+        """Raises InputError where a number is out of range."""
         _at_least(1, epochs=self.epochs, examples_per_step=self.examples_per_step)
         _at_least(0, steps=self.steps)
         _seed(self.seed)
@@ -279,42 +279,42 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
     The file's folder is importable from it, so that configs can build on each other.
 
     Raises:
-        BadInput: no such file, no `config` of this kind in it, or a wrong setting.
+        InputError: no such file, no `config` of this kind in it, or a wrong setting.
     """
     if not path.is_file():
-        raise BadInput(f"{path}: no such config file")
+        raise InputError(f"{path}: no such config file")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise BadInput(f"{path}: not a Python file")
+        raise InputError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses in the file look their module up
     try:
         spec.loader.exec_module(module)
-    except BadInput:
+    except InputError:
         raise
     except Exception as error:
-        raise BadInput(
+        raise InputError(
             f"{_place(path, error)}: {type(error).__name__}: {error}"
         ) from None
     config = getattr(module, "config", None)
     if not isinstance(config, kind):
         found = type(config).__name__ if config is not None else "nothing"
-        raise BadInput(f"{path}: `config` must be a {kind.__name__}, found {found}")
+        raise InputError(f"{path}: `config` must be a {kind.__name__}, found {found}")
     _check_types(config, str(path))
     changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise BadInput(f"--set {setting}: expected name=value")
+            raise InputError(f"--set {setting}: expected name=value")
         _set(changes, config, key.split("."), text, key)
     return _changed(config, changes)
 
 
 def _check_types(config: Any, where: str) -> None:
-    """Raises BadInput where a plain field has a value of another type; `where` is the
+    """Raises InputError where a plain field has a value of another type; `where` is the
     file, and the field that `config` is the value of."""
     try:
         hints = typing.get_type_hints(type(config))
@@ -325,7 +325,9 @@ def _check_types(config: Any, where: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_types(value, f"{where}: {field.name}")
         elif _is_checkable(hint) and not _fits(value, hint):
-            raise BadInput(f"{where}: {field.name}={value!r}, expected {_wanted(hint)}")
+            raise InputError(
+                f"{where}: {field.name}={value!r}, expected {_wanted(hint)}"
+            )
 
 
 def _is_checkable(hint: Any) -> bool:
@@ -378,14 +380,14 @@ def _set(
     name, *rest = names
     known = {field.name for field in dataclasses.fields(config)}
     if name not in known:
-        raise BadInput(
+        raise InputError(
             f"--set {key}: {type(config).__name__} has no field {name!r}; "
             f"it has {', '.join(sorted(known))}"
         )
     value = getattr(config, name)
     if rest:
         if not dataclasses.is_dataclass(value):
-            raise BadInput(f"--set {key}: {name}={value!r} has no fields")
+            raise InputError(f"--set {key}: {name}={value!r} has no fields")
         inner = changes.get(name)
         changes[name] = inner = inner if isinstance(inner, dict) else {}
         _set(inner, value, rest, text, key)
@@ -398,7 +400,7 @@ def _set(
     if _fits(text, hint) and not _fits(new, hint):
         new = text  # a string that looks like a number
     if not _fits(new, hint):
-        raise BadInput(
+        raise InputError(
             f"--set {key}={text}: {name} must be {_wanted(hint)}"
             + ("" if _settable(hint) else ", which only a config file can give")
         )

@@ -1,7 +1,7 @@
 """What stops a verb with one clear message instead of a trace."""
 
 
-class BadInput(ValueError):
+class InputError(ValueError):
     """The input is wrong and a person can mend it: a message that names the file, the
     field and the value (exit code 2)."""
 

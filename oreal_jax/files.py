@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 def check_writable(path: Path) -> None:
-    """Raises BadInput where a file or directory could not be made: before hours of
+    """Raises InputError where a file or directory could not be made: before hours of
     work, not after."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise BadInput(f"{path}: cannot be written: {above} is no folder to write in")
+        raise InputError(f"{path}: cannot be written: {above} is no folder to write in")
     if path.is_dir():
-        raise BadInput(f"{path}: a directory, expected a file to write")
+        raise InputError(f"{path}: a directory, expected a file to write")
     if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: a device, expected a file to write")
+        raise InputError(f"{path}: a device, expected a file to write")
 
 
 def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> None:
-    """Raises BadInput where an output is another or an input: both would be lost.
+    """Raises InputError where an output is another or an input: both would be lost.
     Mappings of an option to its path, paths or None."""
     seen: dict[Path, str] = {}
     for option, given in [*inputs.items(), *outputs.items()]:
@@ -33,7 +33,7 @@ def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> N
                 continue
             place = Path(path).resolve()
             if option in outputs and place in seen:
-                raise BadInput(f"{seen[place]} and {option} are the same: {path}")
+                raise InputError(f"{seen[place]} and {option} are the same: {path}")
             seen[place] = option
 
 
@@ -57,7 +57,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; folders on the way are made, links followed.
 
     Raises:
-        BadInput: the file cannot be written.
+        InputError: the file cannot be written.
     """
     path = path.resolve()
     scratch = path.with_name(f".{path.name}.incomplete")
@@ -66,7 +66,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 class BackgroundWriter:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from oreal_jax import model
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import Execution, ModelConfig, Remat, flash
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -62,7 +62,8 @@ def make_mesh(
     axis are neighbours of one process, where that has enough of them.
 
     Raises:
-        BadInput: the devices do not fill the shape, or a weight does not split evenly.
+        InputError: the devices do not fill the shape, or a weight cannot be split
+            evenly.
     """
     devices = jax.devices() if devices is None else devices
     sizes = sizes_of(shape, config, len(devices))
@@ -73,11 +74,11 @@ def sizes_of(shape: MeshShape, config: ModelConfig, devices: int) -> tuple[int, 
     """The sizes of `AXES` on so many devices. Raises as `make_mesh`."""
     sizes = dataclasses.astuple(shape)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise BadInput(f"{shape}: sizes are positive, at most one is -1 (the rest)")
+        raise InputError(f"{shape}: sizes are positive, at most one is -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
     rest, left_over = divmod(devices, known)
     if left_over or rest == 0 or (-1 not in sizes and rest != 1):
-        raise BadInput(
+        raise InputError(
             f"mesh: {shape} needs {'a multiple of ' if -1 in sizes else ''}{known} "
             f"devices, there are {devices}"
         )
@@ -104,7 +105,7 @@ def engine_meshes(
     are a process's devices, this one's unless given.
 
     Raises:
-        BadInput: a process cannot make whole engines of its devices.
+        InputError: a process cannot make whole engines of its devices.
     """
     tensor = tensor or mesh.shape["tensor"]
     devices = list(mesh.devices.flat)
@@ -112,7 +113,7 @@ def engine_meshes(
         here = jax.process_index()
         own = [device for device in devices if device.process_index == here]
     if len(own) % tensor:
-        raise BadInput(
+        raise InputError(
             f"an engine of {tensor} devices: a process has {len(own)}, which is no "
             "multiple; set decode_tensor, or start fewer processes with more devices "
             "each (under SLURM: one task per node)"
@@ -130,7 +131,7 @@ def _mesh(devices: Sequence, sizes: Sequence[int]) -> Mesh:
 
 def _check_splits(config: ModelConfig, *, fsdp: int, tensor: int) -> None:
     if max(tensor, config.kv_heads) % min(tensor, config.kv_heads):
-        raise BadInput(
+        raise InputError(
             f"mesh: kv_heads={config.kv_heads} and tensor={tensor}: neither divides "
             "the other"
         )
@@ -143,7 +144,7 @@ def _check_splits(config: ModelConfig, *, fsdp: int, tensor: int) -> None:
         size = getattr(config, name)
         if size % ways:
             axis = RULES[name]
-            raise BadInput(f"mesh: {name}={size} does not divide by {axis}={ways}")
+            raise InputError(f"mesh: {name}={size} does not divide by {axis}={ways}")
 
 
 def _on(mesh: Mesh, *names: str | None, rules=RULES) -> NamedSharding:

@@ -12,7 +12,7 @@ from tiny_runs import ALONE
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.data import Chat, Prompt, load_tokenizer
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation import Journal
 from oreal_jax.evaluation.attempts import Drawn, drawing, kept_beside
 
@@ -84,15 +84,15 @@ def test_a_line_cut_by_a_kill_is_drawn_again(tmp_path):
 def test_a_file_that_is_no_journal_is_named(tmp_path):
     path = tmp_path / "i.jsonl.unfinished"
     path.write_text("[1]\n")
-    with pytest.raises(BadInput, match="unfinished: not a file of unfinished work"):
+    with pytest.raises(InputError, match="unfinished: not a file of unfinished work"):
         Journal(path, {})
 
 
 def test_work_that_failed_keeps_what_it_has(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(BadInput), kept_beside(out, {}, print) as finished:
+    with pytest.raises(InputError), kept_beside(out, {}, print) as finished:
         finished["", "a", 0] = Drawn("b", 1, "stop")
-        raise BadInput("later")
+        raise InputError("later")
     with kept_beside(out, {}, print) as finished:
         assert len(finished) == 1
     assert not list(tmp_path.iterdir())

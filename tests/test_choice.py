@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.sampling import (
     Sampling,
     sampled_from,
@@ -266,7 +266,7 @@ def test_the_table_finds_stop_strings_where_the_text_has_them(strings, pieces, t
 
 def test_stop_strings_that_cannot_be_are_refused():
     assert token_table([], lambda: [], 5) is None
-    with pytest.raises(BadInput, match="empty"):
+    with pytest.raises(InputError, match="empty"):
         token_table(["x", ""], lambda: [b"x"], 1)
 
 
@@ -290,12 +290,12 @@ def test_stop_strings_that_cannot_be_are_refused():
     ],
 )
 def test_an_option_outside_its_range_is_named(field, value):
-    with pytest.raises(BadInput, match=re.escape(f"{field}={value} must be")):
+    with pytest.raises(InputError, match=re.escape(f"{field}={value} must be")):
         dataclasses.replace(Sampling(max_tokens=1), **{field: value})
 
 
 @pytest.mark.parametrize("bias", [float("nan"), float("inf"), 1e39])
 def test_a_bias_bans_a_token_or_moves_it(bias):
-    with pytest.raises(BadInput, match=re.escape(f"of token 3 is {bias};")):
+    with pytest.raises(InputError, match=re.escape(f"of token 3 is {bias};")):
         Sampling(max_tokens=1, logit_bias=((3, bias),))
     Sampling(max_tokens=1, logit_bias=((3, float("-inf")),))

@@ -8,7 +8,7 @@ import pytest
 from scripted import read_lines, write_lines
 
 from oreal_jax.cli import main
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation import compare
 
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_compared_is_named(home, capsys, change, said):
 
 def test_problems_with_unequal_numbers_of_samples_are_refused(home):
     items(home / "a.jsonl", {"x": [True, False], "y": [True]})
-    with pytest.raises(BadInput, match="a.jsonl: problems with 1 and with 2 samples"):
+    with pytest.raises(InputError, match="a.jsonl: problems with 1 and with 2 samples"):
         compare(home / "a.jsonl", home / "a.jsonl")
 
 

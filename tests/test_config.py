@@ -15,7 +15,7 @@ from oreal_jax import losses, processes, rollout
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data.difficulty import PUBLISHED_BANDS
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal, ThresholdWeights
 from oreal_jax.train import loop
 from oreal_jax.verify import Verdict
@@ -131,7 +131,7 @@ def test_a_setting_reaches_its_field(setting, read):
     ],
 )
 def test_a_wrong_setting_is_named(setting, said):
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(InputError, match=said):
         loaded("oreal_7b", setting)
 
 
@@ -145,7 +145,7 @@ def test_a_wrong_setting_is_named(setting, said):
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(setting, said):
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(InputError, match=said):
         loaded("oreal_7b", setting)
 
 
@@ -218,7 +218,7 @@ def test_a_config_file_is_checked_as_settings_are(tmp_path, part, name, value, s
         "import copy\nfrom oreal_7b import config\nconfig = copy.deepcopy(config)\n"
         f"object.__setattr__(config{part}, {name!r}, {value!r})\n"
     )
-    with pytest.raises(BadInput, match=f"wrong.py: {said}"):
+    with pytest.raises(InputError, match=f"wrong.py: {said}"):
         configuration.load(path, TrainConfig)
 
 
@@ -252,12 +252,12 @@ def test_functions_with_arguments_are_recorded_with_them():
 def test_an_error_in_a_config_file_is_said_with_its_line(tmp_path, text, said):
     path = tmp_path / "wrong.py"
     path.write_text("from oreal_jax.config import TrainConfig\n" + text)
-    with pytest.raises(BadInput, match=rf"wrong\.py, {said}"):
+    with pytest.raises(InputError, match=rf"wrong\.py, {said}"):
         configuration.load(path, TrainConfig)
 
 
 def test_a_config_file_without_a_config_is_refused(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
-    with pytest.raises(BadInput, match="must be a TrainConfig, found nothing"):
+    with pytest.raises(InputError, match="must be a TrainConfig, found nothing"):
         configuration.load(path, TrainConfig)

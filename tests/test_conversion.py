@@ -21,7 +21,7 @@ from oreal_jax import model, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.gguf import to_hugging_face_directory
 from oreal_jax.checkpoints.source import import_model, open_model
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 MESHES = [
     sharding.MeshShape(fsdp=8),
@@ -178,7 +178,7 @@ def spoil_index(directory: Path) -> None:
 def test_weights_that_do_not_fit_are_listed(spoil, said, tmp_path):
     directory = written(tmp_path)
     spoil(directory)
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(InputError, match=said):
         hf.load(directory)
 
 
@@ -186,7 +186,7 @@ def test_an_export_never_overwrites(tmp_path):
     directory = written(tmp_path / "start")
     params = hf.load(directory)
     before = tensors_of(directory)
-    with pytest.raises(BadInput, match="not an empty directory"):
+    with pytest.raises(InputError, match="not an empty directory"):
         hf.save(params, hf.read_config(directory), directory)
     assert_same_bytes(before, tensors_of(directory))
 
@@ -197,7 +197,7 @@ def test_a_failed_import_leaves_nothing_behind(tmp_path):
     one_device = lambda config: sharding.make_mesh(
         sharding.MeshShape(), config, jax.devices()[:1]
     )
-    with pytest.raises(BadInput, match="missing"):
+    with pytest.raises(InputError, match="missing"):
         import_model(directory, tmp_path / "run", one_device, jnp.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
@@ -309,10 +309,10 @@ def test_a_gguf_file_of_another_family_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(BadInput, match="general.architecture='gemma'"):
+    with pytest.raises(InputError, match="general.architecture='gemma'"):
         to_hugging_face_directory(tmp_path / "model.gguf", tmp_path / "hf", "float32")
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(BadInput, match="not a gguf file"):
+    with pytest.raises(InputError, match="not a gguf file"):
         to_hugging_face_directory(tmp_path / "text.gguf", tmp_path / "hf", "float32")
     shutil.rmtree(tmp_path / "hf", ignore_errors=True)
 

@@ -25,7 +25,7 @@ from oreal_jax.data import (
     read_prompts,
     repeat_by_difficulty,
 )
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 ROWS = [
     {"id": "a", "question": "1 + 1?", "gold_answer": "2", "pass_rate": 0.25},
@@ -89,7 +89,7 @@ def test_a_row_without_an_id_is_named_after_its_place(tmp_path):
 def test_a_wrong_row_is_named_by_file_line_and_field(tmp_path, row, said):
     path = tmp_path / "wrong.jsonl"
     path.write_text('{"question": "good", "gold_answer": "1"}\n' + row + "\n")
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         read_prompts(path)
     assert said in str(caught.value) and str(path) in str(caught.value)
 
@@ -108,12 +108,12 @@ def test_a_wrong_file_is_named(tmp_path, name, content, said):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(InputError, match=said):
         load_prompts(str(path))
 
 
 def test_a_solution_is_needed_for_supervised_tuning(jsonl, tmp_path):
-    with pytest.raises(BadInput, match="field 'solution' is None"):
+    with pytest.raises(InputError, match="field 'solution' is None"):
         read_examples(jsonl)
     solved = lines(tmp_path / "s.jsonl", [{"question": "a", "solution": "b"}])
     assert read_examples(solved)[0].solution == "b"
@@ -166,7 +166,7 @@ def test_copies_of_a_prompt_in_a_batch_are_numbered():
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_both_numbers():
-    with pytest.raises(BadInput, match="takes 4 prompts, the data set has 3"):
+    with pytest.raises(InputError, match="takes 4 prompts, the data set has 3"):
         PromptOrder([1, 2, 3], batch=4, seed=0)
 
 
@@ -179,7 +179,7 @@ def test_difficulty_is_balanced_as_published():
 
 
 def test_prompts_that_are_all_too_easy_are_refused():
-    with pytest.raises(BadInput, match="all 2 prompts have a pass_rate outside"):
+    with pytest.raises(InputError, match="all 2 prompts have a pass_rate outside"):
         repeat_by_difficulty([Prompt("a", "q", "a", 0.9)] * 2, PUBLISHED_BANDS)
 
 
@@ -243,7 +243,7 @@ def test_token_bytes_know_sentencepieces_spelling():
 
 def test_stop_words_are_single_tokens(chat):
     assert len(chat.stop_tokens(("<|im_start|>",))) == 2
-    with pytest.raises(BadInput, match="'stop' is 4 tokens"):
+    with pytest.raises(InputError, match="'stop' is 4 tokens"):
         chat.stop_tokens(("stop",))
 
 
@@ -251,7 +251,7 @@ def test_a_tokenizer_without_a_template_or_without_files_is_refused(tmp_path):
     plain = make_tiny.tokenizer()
     plain.chat_template = None
     plain.save_pretrained(str(tmp_path))
-    with pytest.raises(BadInput, match="no chat template"):
+    with pytest.raises(InputError, match="no chat template"):
         Chat(load_tokenizer(tmp_path))
-    with pytest.raises(BadInput, match="no usable tokenizer"):
+    with pytest.raises(InputError, match="no usable tokenizer"):
         load_tokenizer(tmp_path / "gone")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from oreal_jax.data import Chat, load_tokenizer
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}"
@@ -69,18 +69,18 @@ def test_stop_tokens_are_the_models_own_and_those_asked_for(tmp_path):
         settings.write_text(json.dumps({"eos_token_id": own}))
         assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (3, end)
     settings.write_text("{")
-    with pytest.raises(BadInput, match="generation_config.json: not JSON"):
+    with pytest.raises(InputError, match="generation_config.json: not JSON"):
         Chat(load_tokenizer(tmp_path)).stop_tokens()
 
 
 def test_a_stop_word_must_be_one_known_token(chat):
-    with pytest.raises(BadInput, match="'' is 0 tokens"):
+    with pytest.raises(InputError, match="'' is 0 tokens"):
         chat.stop_tokens([""])
     of_words = Chat(words(unk_token="<unk>", chat_template=make_tiny.TEMPLATE))
     assert of_words.stop_tokens(["b"]) == (2,)
-    with pytest.raises(BadInput, match="'<|im_end|>' is unknown to the tokenizer"):
+    with pytest.raises(InputError, match="'<|im_end|>' is unknown to the tokenizer"):
         of_words.stop_tokens(["<|im_end|>"])
-    with pytest.raises(BadInput, match="no end-of-sequence token"):
+    with pytest.raises(InputError, match="no end-of-sequence token"):
         of_words.example("a", "b")
 
 
@@ -88,10 +88,12 @@ def test_a_template_that_refuses_a_system_prompt_is_told_before_the_run():
     tokenizer = make_tiny.tokenizer()
     tokenizer.chat_template = NO_SYSTEM + make_tiny.TEMPLATE
     assert Chat(tokenizer).encode("?")
-    with pytest.raises(BadInput, match="system_prompt='Think.': System role not supp"):
+    with pytest.raises(
+        InputError, match="system_prompt='Think.': System role not supp"
+    ):
         Chat(tokenizer, "Think.")
     tokenizer.chat_template = "{{ 1 / 0 }}"
-    with pytest.raises(BadInput, match="chat template with .*: division by zero"):
+    with pytest.raises(InputError, match="chat template with .*: division by zero"):
         Chat(tokenizer)
 
 
@@ -103,9 +105,9 @@ def test_another_template_replaces_the_tokenizers_own(directory, tmp_path):
     chat = Chat(load_tokenizer(directory), "Think.", file)
     assert chat.decode(chat.encode("1?")) == "system: Think.;user: 1?;"
     file.write_text("{% for")
-    with pytest.raises(BadInput, match="plain.jinja: the chat template with"):
+    with pytest.raises(InputError, match="plain.jinja: the chat template with"):
         Chat(load_tokenizer(directory), None, file)
-    with pytest.raises(BadInput, match="gone.jinja: no such file"):
+    with pytest.raises(InputError, match="gone.jinja: no such file"):
         Chat(load_tokenizer(directory), None, tmp_path / "gone.jinja")
 
 
@@ -120,6 +122,8 @@ def test_another_template_replaces_the_tokenizers_own(directory, tmp_path):
 def test_a_directory_without_a_usable_tokenizer_is_named(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(BadInput, match=f"{tmp_path}: no usable tokenizer: ") as caught:
+    with pytest.raises(
+        InputError, match=f"{tmp_path}: no usable tokenizer: "
+    ) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

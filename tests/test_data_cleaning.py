@@ -22,7 +22,7 @@ from oreal_jax.data.cleaning import (
 )
 from oreal_jax.data.rft import harvest, read_completions
 from oreal_jax.data.skills import by_skill, labelled, needing, read_skills, request
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 # Answers
 
@@ -181,7 +181,7 @@ def test_the_fields_of_question_and_answer_can_be_named(tmp_path):
     assert read_prompts(path, "problem", "answer") == [
         Prompt("0", "q", "1", labels={"level": 2})
     ]
-    with pytest.raises(BadInput, match="p.jsonl:1: field 'Answer' is None, expected"):
+    with pytest.raises(InputError, match="p.jsonl:1: field 'Answer' is None, expected"):
         read_prompts(path, "problem", "Answer")
 
 
@@ -190,7 +190,7 @@ def test_prompts_of_several_sources_keep_their_ids_apart(tmp_path):
         write_prompts(prompts((name, "1")), tmp_path / f"{name}.jsonl")
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
     assert [p.id for p in load_all(paths)] == ["one/0", "two/0"]
-    with pytest.raises(BadInput, match="one.jsonl: a second source named 'one'"):
+    with pytest.raises(InputError, match="one.jsonl: a second source named 'one'"):
         load_all([paths[0], paths[0]])
 
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path, name, said):
     (tmp_path / "file").write_text("")
     (tmp_path / "set").mkdir()
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(InputError, match=said):
         check_prompts_writable(tmp_path / name)
     check_prompts_writable(tmp_path / "new" / "folder" / "out.jsonl")
     check_prompts_writable(tmp_path / "new" / "set")
@@ -267,7 +267,7 @@ def test_keep_limits_the_solutions_of_a_question_and_the_seed_draws_them():
 def test_a_row_that_is_no_judged_completion_is_named(tmp_path, change, said):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         read_completions([path])
     assert f"c.jsonl:2: {said}" in str(caught.value)
 
@@ -303,7 +303,7 @@ def test_the_weakest_skill_comes_first():
     ]
     assert [p.id for p in needing(rows, "skills", {"x"})] == ["a", "c"]
     with pytest.raises(
-        BadInput, match="f: no row has both a pass_rate and a field 'z'"
+        InputError, match="f: no row has both a pass_rate and a field 'z'"
     ):
         by_skill("f", rows, "z")
 
@@ -314,7 +314,7 @@ def test_the_weakest_skill_comes_first():
 def test_a_wrong_list_of_skills_is_named(tmp_path, text, said):
     path = tmp_path / "skills.txt"
     path.write_text(text)
-    with pytest.raises(BadInput, match=f"skills.txt: {said}"):
+    with pytest.raises(InputError, match=f"skills.txt: {said}"):
         read_skills(path)
 
 

@@ -22,7 +22,7 @@ from oreal_jax.data import (
     read_questions,
     repeat_by_difficulty,
 )
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 ROWS = [
     {"id": "one", "question": "1 + 1?", "gold_answer": "2", "pass_rate": 0.7},
@@ -90,7 +90,7 @@ def test_a_key_is_a_fixed_number_of_32_bits_that_tells_prompts_apart():
 def test_a_wrong_row_is_named_by_file_line_field_and_value(tmp_path, text, said):
     path = tmp_path / "p.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         read_prompts(path)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
@@ -98,7 +98,9 @@ def test_a_wrong_row_is_named_by_file_line_field_and_value(tmp_path, text, said)
 def test_a_wrong_parquet_row_is_named_by_its_number(tmp_path):
     rows = [ROWS[0], {"id": "five", "question": "q", "gold_answer": None}]
     path = write_parquet(tmp_path / "p.parquet", *rows)
-    with pytest.raises(BadInput, match="p.parquet: row 2: field 'gold_answer' is None"):
+    with pytest.raises(
+        InputError, match="p.parquet: row 2: field 'gold_answer' is None"
+    ):
         read_prompts(path)
 
 
@@ -112,7 +114,7 @@ def test_a_wrong_parquet_row_is_named_by_its_number(tmp_path):
 def test_an_unusable_file_is_named(tmp_path, name, said):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.parquet").write_text(GOOD)
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         load_prompts(str(tmp_path / name))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
@@ -149,7 +151,7 @@ def test_what_a_killed_build_left_is_not_taken_for_the_new_one(built, tmp_path):
 
 
 def test_a_built_data_set_is_never_written_over(built):
-    with pytest.raises(BadInput, match="data: cannot be written"):
+    with pytest.raises(InputError, match="data: cannot be written"):
         build(PROMPTS[:1], built)
     assert load_prompts(str(built)) == PROMPTS
     assert [path.name for path in built.parent.iterdir()] == ["data"]
@@ -161,7 +163,7 @@ def test_a_damaged_data_set_is_named(built, tmp_path, name):
     shutil.copytree(built, copy)
     (file,) = (path for path in copy.iterdir() if name in path.name)
     file.write_text("{")
-    with pytest.raises(BadInput, match="copy: not a data set of prompts: ") as caught:
+    with pytest.raises(InputError, match="copy: not a data set of prompts: ") as caught:
         load_prompts(str(copy))
     assert "\n" not in str(caught.value)
 
@@ -214,9 +216,13 @@ def test_a_hub_data_set_out_of_reach_or_without_files_is_named(tmp_path, monkeyp
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(BadInput, match="someone/maths: neither a file nor a data set"):
+    with pytest.raises(
+        InputError, match="someone/maths: neither a file nor a data set"
+    ):
         load_prompts("someone/maths")
     empty = lambda name, **_: str(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", empty)
-    with pytest.raises(BadInput, match="someone/maths: the data set has no parquet or"):
+    with pytest.raises(
+        InputError, match="someone/maths: the data set has no parquet or"
+    ):
         load_prompts("someone/maths")

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from oreal_jax.data import Prompt, PromptOrder
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 def drawn(order: PromptOrder, steps: range) -> list:
@@ -47,5 +47,5 @@ def test_copies_are_numbered_whether_the_same_object_or_equal():
 
 def test_a_seed_too_large_is_refused_with_both_numbers():
     PromptOrder(range(2), batch=1, seed=2**32 - 1).batch(0)
-    with pytest.raises(BadInput, match="seed=4294967297 must be below 4294967296"):
+    with pytest.raises(InputError, match="seed=4294967297 must be below 4294967296"):
         PromptOrder(range(2), batch=1, seed=2**32 + 1)

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from oreal_jax import model
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, decoding
 from oreal_jax.model.cache import Pages
 from oreal_jax.model.kernels import GpuPages, TpuPages, pages_for
@@ -249,5 +249,5 @@ def test_a_backend_decodes_with_its_kernel_where_that_takes_the_shape(
 
 
 def test_eight_bits_that_the_tpu_kernel_cannot_read_are_refused():
-    with pytest.raises(BadInput, match=r"1 key-value head\(s\) on a device"):
+    with pytest.raises(InputError, match=r"1 key-value head\(s\) on a device"):
         pages_for("tpu", 1, 128, jnp.float8_e4m3fn)

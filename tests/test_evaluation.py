@@ -11,7 +11,7 @@ from scripted import read_lines, right, write_lines
 
 from oreal_jax.cli import main
 from oreal_jax.data import Prompt
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation import PRESETS, load_sets
 from oreal_jax.evaluation.attempts import Attempt, Drawn
 from oreal_jax.evaluation.published import PASS_AT_1, SETS, published
@@ -226,7 +226,9 @@ def test_a_preset_that_is_nowhere_is_named(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(BadInput, match=r"preset gsm8k: no .*/gsm8k.jsonl or .parquet"):
+    with pytest.raises(
+        InputError, match=r"preset gsm8k: no .*/gsm8k.jsonl or .parquet"
+    ):
         load_sets(["gsm8k"], tmp_path)
 
 

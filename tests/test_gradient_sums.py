@@ -14,7 +14,7 @@ from gradient_error import Step, make_batch, relative_errors
 
 from oreal_jax import sharding
 from oreal_jax.config import TrainConfig, load
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import decoder
 from oreal_jax.train.programs import mesh_of
 
@@ -87,7 +87,9 @@ def test_gradients_cross_devices_in_the_dtype_that_was_asked_for(tmp_path):
 
 def test_sums_in_bfloat16_need_computation_in_bfloat16():
     config = load(TINY, TrainConfig, ["gradient_sums=bfloat16"])
-    with pytest.raises(BadInput, match="gradient_sums='bfloat16' with compute='auto'"):
+    with pytest.raises(
+        InputError, match="gradient_sums='bfloat16' with compute='auto'"
+    ):
         mesh_of(config, SMALL)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from judge_stub import MISBEHAVIOURS, honest, says, serving, slow
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.llm_judge import Case, Judge, judge_metrics, prompt, verdict_in
 
@@ -208,7 +208,7 @@ def test_unsure_is_undecided_at_once():
 
 def test_an_address_is_checked_at_the_edge():
     for url in ("localhost", "http://a:b:c/v1", "ftp://a/v1", "http:///v1"):
-        with pytest.raises(BadInput, match=f"{url!r} is not an address"):
+        with pytest.raises(InputError, match=f"{url!r} is not an address"):
             Judge([url], "m")
 
 

@@ -14,14 +14,14 @@ import time
 import pytest
 from tiny_runs import ALONE
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.processes import Place, place_of, wire
 from oreal_jax.processes.hub import joined, split
 
 START = """
 import json, os, signal, sys, time
 from oreal_jax import processes
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.processes import Place, link
 processes._join_devices = lambda place, service: None
 processes.CULPRIT = 0.1
@@ -121,7 +121,7 @@ def test_the_death_of_one_ends_all_with_its_name(victim, at):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        ("BadInput('x.jsonl:3: no answer')", 2, "x.jsonl:3: no answer"),
+        ("InputError('x.jsonl:3: no answer')", 2, "x.jsonl:3: no answer"),
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
@@ -261,7 +261,7 @@ def test_a_stream_of_refused_processes_does_not_extend_the_wait():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [("BadInput('no answer')", 2), ("ValueError('a bug')", 1)]
+    ("error", "code"), [("InputError('no answer')", 2), ("ValueError('a bug')", 1)]
 )
 def test_who_waits_for_the_others_after_an_error_blames_nobody(error, code):
     """It has printed the error before it waits, since its wait may not end."""
@@ -449,7 +449,9 @@ def test_ranks_that_jax_takes_for_tasks_of_slurm_are_bad_input(monkeypatch):
     }
     for name, value in environment.items():  # JAX looks for itself
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInput, match="OMPI_COMM_WORLD_SIZE=4: JAX detects Open MPI"):
+    with pytest.raises(
+        InputError, match="OMPI_COMM_WORLD_SIZE=4: JAX detects Open MPI"
+    ):
         place_of(environment=environment)
 
 
@@ -467,6 +469,6 @@ def test_ranks_that_jax_takes_for_tasks_of_slurm_are_bad_input(monkeypatch):
     ],
 )
 def test_half_a_place_is_bad_input(options, said):
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         place_of(*options, environment={})
     assert said in str(caught.value)

@@ -12,7 +12,7 @@ from families import close, padded, sequences, their_logits
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_jax import model
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, attention, head
 from oreal_jax.model.decoder import angles, rms_norm
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
@@ -270,12 +270,12 @@ def test_a_config_written_by_us_reads_back_as_the_same_shape(name):
 )
 def test_a_field_value_that_is_not_supported_is_named(field, value):
     fields = families.make("llama").config.to_dict() | {field: value}
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         from_hugging_face(fields, "config.json")
     named = field if field != "rope_parameters" else ""
     assert named in str(caught.value) and "config.json" in str(caught.value)
 
 
 def test_heads_that_do_not_divide_are_refused_with_both_numbers():
-    with pytest.raises(BadInput, match="heads=4.*kv_heads=3"):
+    with pytest.raises(InputError, match="heads=4.*kv_heads=3"):
         dataclasses.replace(TINY, kv_heads=3)

@@ -266,7 +266,7 @@ def test_a_model_that_is_not_here_is_planned_as_published(capsys):
 
     assert shape_of(config()).embed == 3584
     unknown = dataclasses.replace(config(), model="nobody/knows")
-    with pytest.raises(sharding.BadInput, match="nobody/knows"):
+    with pytest.raises(sharding.InputError, match="nobody/knows"):
         shape_of(unknown)
 
 

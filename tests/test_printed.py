@@ -31,11 +31,11 @@ import printed
 import pytest
 from printed import ROOT, Printed
 from scripted import read_lines, write_lines
-from test_laboratory import two_groups
+from test_loss_lab import two_groups
 
 from oreal_jax import config as configuration
 from oreal_jax.cli import main, parser
-from oreal_jax.errors import BadInput, Failure
+from oreal_jax.errors import Failure, InputError
 
 ALL = printed.collect_all(parser())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -269,7 +269,7 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
         if topology.split(":")[0] in estimate.GPUS:
             estimate.gpus_of(topology)
         elif not re.fullmatch(r"v(4|5p|5e|6e):\d+x\d+(x\d+)?", topology):
-            raise BadInput(f"--topology {topology}: no such topology")
+            raise InputError(f"--topology {topology}: no such topology")
         elif util.find_spec("libtpu"):
             compiler.devices_of(topology)
         return types.SimpleNamespace(fits=True)
@@ -372,7 +372,7 @@ class Check:
         parsed = parser().parse_args(words)
         try:
             parsed.call(parsed)
-        except (BadInput, Failure) as error:
+        except (InputError, Failure) as error:
             omitted = not self.complete and "takes either" in str(error)
             assert omitted, f"oreal {shlex.join(words)}: {error}"
 
@@ -537,7 +537,7 @@ def check_setting(setting: str) -> None:
         for kind in kinds:
             try:
                 return configuration.load(path, kind, [setting])
-            except BadInput as error:
+            except InputError as error:
                 errors.append(str(error))
     pytest.fail(errors[0])
 
@@ -680,7 +680,7 @@ def test_printed_python_runs(item):
         ("say `--weights int4`", "no verb or tool has it"),
         ("say `--set policy.rate=1`", "no field"),
         ("say `configs/nowhere.py`", "no such file"),
-        ("say `tests/test_laboratory.py::test_nothing`", "test_nothing"),
+        ("say `tests/test_loss_lab.py::test_nothing`", "test_nothing"),
         ("see [there](docs/nowhere.md)", "no such file"),
     ],
     ids=lambda text: " ".join(text.split()),

@@ -159,7 +159,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
 
 BROKEN = """
 from oreal_jax import processes
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.sampling import Engine
 from oreal_jax.train import loop
 from tiny import config
@@ -188,7 +188,7 @@ Engine.sample, loop.pack = broken_sample, broken_pack
 @pytest.mark.parametrize(
     ("place", "patience", "saved"), [("sampling", 60, ["2"]), ("packing", 3, [])]
 )
-@pytest.mark.parametrize(("error", "code"), [("RuntimeError", 1), ("BadInput", 2)])
+@pytest.mark.parametrize(("error", "code"), [("RuntimeError", 1), ("InputError", 2)])
 def test_an_error_in_one_is_saved_by_all_or_ends_all(
     tiny, tmp_path, start, place, patience, saved, error, code
 ):

@@ -21,13 +21,13 @@ from tiny_runs import (
     wait_for_steps,
 )
 
-from oreal_jax import laboratory, losses, metrics
+from oreal_jax import loss_lab, losses, metrics
 from oreal_jax.checkpoints.run import Checkpoints
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig, load
 from oreal_jax.data import Chat, load_tokenizer
-from oreal_jax.errors import BadInput
-from oreal_jax.laboratory.recorded import LISTS
+from oreal_jax.errors import InputError
+from oreal_jax.loss_lab.recorded import LISTS
 from oreal_jax.sampling import Engine
 from oreal_jax.train import loop
 from oreal_jax.train.programs import mesh_of
@@ -155,12 +155,12 @@ def test_trajectories_that_cannot_be_written_end_the_run(tiny, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
 
 
-def test_the_laboratory_finds_the_loss_that_the_run_had(whole):
+def test_the_loss_lab_finds_the_loss_that_the_run_had(whole):
     """The metrics of a step, from its trajectories alone."""
     for row in metrics.read(whole / "metrics.jsonl"):
         if row["oreal/kept"]:
             file = whole / "trajectories" / f"step_{row['step']:06d}.jsonl"
-            found = laboratory.examine(losses.Oreal(), laboratory.read([file]))
+            found = loss_lab.examine(losses.Oreal(), loss_lab.read([file]))
             assert found.terms["loss"] == pytest.approx(row["actor/loss"], abs=1e-5)
             for name in ("actor/positive_loss", "actor/kl_loss"):
                 assert found.terms[name] == pytest.approx(row[name], abs=1e-5)
@@ -244,7 +244,9 @@ def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
 def test_rows_that_context_does_not_divide_are_refused(tiny):
     settings = ["mesh.context=8", "packing.row_length=300"]
     config = load(ROOT / "configs/tiny.py", TrainConfig, settings)
-    with pytest.raises(BadInput, match="row_length=300 does not divide by .*context=8"):
+    with pytest.raises(
+        InputError, match="row_length=300 does not divide by .*context=8"
+    ):
         mesh_of(config, open_model(tiny / "sft").config)
 
 
@@ -262,8 +264,8 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
         differences.append(mean)
         # The first step's policy is the reference, whatever it is sampled from.
         assert row["actor/kl_loss"] < 1e-9
-        read = laboratory.read([run / "trajectories"])
-        found = laboratory.examine(losses.Oreal(), read)
+        read = loss_lab.read([run / "trajectories"])
+        found = loss_lab.examine(losses.Oreal(), read)
         assert found.terms["actor/kl_loss"] < 1e-9
         for t in kept:
             full = t.get("full_log_probs", t["log_probs"])

@@ -14,7 +14,7 @@ import torch
 
 from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
-from oreal_jax.errors import BadInput, Diverged, Failure
+from oreal_jax.errors import Diverged, Failure, InputError
 from oreal_jax.model import ModelConfig
 from oreal_jax.plan.collectives import moved
 from oreal_jax.sampling import (
@@ -214,7 +214,7 @@ def test_an_engine_may_have_other_devices_than_a_row_of_the_mesh(
     assert (engine.mesh.shape["data"], engine.mesh.shape["tensor"]) == (4, 2)
     again = draw(params, prompts, mesh=mesh, tensor=2)
     assert tokens_of(again) == tokens_of(drawn)
-    with pytest.raises(BadInput, match="engine of 3 devices: a process has 8"):
+    with pytest.raises(InputError, match="engine of 3 devices: a process has 8"):
         make_engine(mesh=mesh, tensor=3)
 
 
@@ -302,7 +302,7 @@ def test_all_that_a_row_has_goes_into_another_slot_and_nothing_else_changes():
 
 
 def test_a_completion_that_can_never_fit_the_cache_is_refused(params, prompts):
-    with pytest.raises(BadInput, match="max_tokens=90 does not fit cache_tokens=128"):
+    with pytest.raises(InputError, match="max_tokens=90 does not fit cache_tokens=128"):
         draw(params, prompts, cache_tokens=128)
 
 
@@ -354,7 +354,7 @@ def test_no_samples_are_no_completions(params, prompts):
 
 @pytest.mark.parametrize("prompt", [[], [1] * 200])
 def test_a_prompt_that_cannot_be_completed_is_refused(params, prompt):
-    with pytest.raises(BadInput, match=f"prompt of {len(prompt)} tokens.*256"):
+    with pytest.raises(InputError, match=f"prompt of {len(prompt)} tokens.*256"):
         draw(params, [prompt])
 
 
@@ -547,16 +547,18 @@ def test_a_banned_token_is_never_drawn(params, prompts, drawn):
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(params):
-    with pytest.raises(BadInput, match="logit_bias: no token 64, the model has 64"):
+    with pytest.raises(InputError, match="logit_bias: no token 64, the model has 64"):
         draw(params, [[1]], logit_bias=((64, 1.0),))
-    with pytest.raises(BadInput, match="bans all 64 tokens of the vocabulary"):
+    with pytest.raises(InputError, match="bans all 64 tokens of the vocabulary"):
         draw(params, [[1]], logit_bias=tuple((t, -np.inf) for t in range(64)))
     for token in (70, -1):
-        with pytest.raises(BadInput, match=f"stop tokens: no token {token}, the model"):
+        with pytest.raises(
+            InputError, match=f"stop tokens: no token {token}, the model"
+        ):
             Engine(CONFIG, mesh_of(), [STOP, token])
-    with pytest.raises(BadInput, match="prompt: no token 64, the model has 64"):
+    with pytest.raises(InputError, match="prompt: no token 64, the model has 64"):
         draw(params, [[1, 64]])
-    with pytest.raises(BadInput, match="no token -1"):
+    with pytest.raises(InputError, match="no token -1"):
         Sampling(max_tokens=1, logit_bias=((-1, 1.0),))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from oreal_jax import losses, model, sharding
 from oreal_jax.data.packing import Example, fill_rows, pack
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal
 from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Sampling, sampled_from
@@ -321,7 +321,7 @@ def test_rows_are_filled_without_overlap_and_never_overfull():
 
 
 def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
-    with pytest.raises(BadInput, match="65 tokens, row_length=64"):
+    with pytest.raises(InputError, match="65 tokens, row_length=64"):
         fill_rows([3, 65], 64)
 
 
@@ -349,7 +349,7 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
     ids=str,
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(shape, said):
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(InputError, match=said):
         sharding.make_mesh(shape, CONFIG)
 
 
@@ -357,5 +357,5 @@ def test_key_value_heads_and_devices_must_divide_one_another():
     config = ModelConfig(
         vocab=64, embed=16, layers=1, heads=12, kv_heads=6, head_dim=8, mlp=32
     )
-    with pytest.raises(BadInput, match="kv_heads=6 and tensor=4: neither divides"):
+    with pytest.raises(InputError, match="kv_heads=6 and tensor=4: neither divides"):
         sharding.make_mesh(sharding.MeshShape(fsdp=2, tensor=4), config)

@@ -40,7 +40,7 @@ from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verification
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation import evaluate
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.processes.signals import INTERRUPTED, leave
@@ -323,9 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.seeds, parsed.steps = 2, 9
     try:
         if parsed.seeds < 2:
-            raise BadInput(f"--seeds {parsed.seeds}: an interval needs at least 2")
+            raise InputError(f"--seeds {parsed.seeds}: an interval needs at least 2")
         if parsed.steps < 9:
-            raise BadInput(f"--steps {parsed.steps}: must be at least 9")
+            raise InputError(f"--steps {parsed.steps}: must be at least 9")
         cache = parsed.directory / "compiled"  # runs of a row share their programs
         jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.directory, parsed.seeds, parsed.steps, size, screen
         )
         report(parsed.directory, begin, results, parsed.steps, screen)
-    except BadInput as error:
+    except InputError as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

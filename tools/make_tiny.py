@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oreal_jax import model
 from oreal_jax.checkpoints import hf
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
 
 TEMPLATE = (
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     try:
         write(parsed.directory)
-    except BadInput as error:
+    except InputError as error:
         parser().error(str(error))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from oreal_jax.checkpoints import hf
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.config import Rope
 from oreal_jax.model.families import FAMILIES
@@ -57,16 +57,16 @@ def to_hugging_face_directory(
     """Writes config, weights and tokenizer of a .gguf file as a Hugging Face directory.
 
     Raises:
-        BadInput: not a gguf file, another architecture, or tensors that do not fit.
+        InputError: not a gguf file, another architecture, or tensors that do not fit.
     """
     from gguf import GGUFReader
 
     if not path.is_file():
-        raise BadInput(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     try:
         reader = GGUFReader(path)
     except (ValueError, KeyError, IndexError) as error:
-        raise BadInput(f"{path}: not a gguf file: {error}") from None
+        raise InputError(f"{path}: not a gguf file: {error}") from None
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(path, reader, tied="output.weight" not in stored)
     interleaved = _field(path, reader, "general.architecture") == "llama"
@@ -74,10 +74,12 @@ def to_hugging_face_directory(
     for tensor in hf.tensors(config):
         name = _their_name(tensor.name)
         if name not in stored:
-            raise BadInput(f"{path}: missing tensor {name}")
+            raise InputError(f"{path}: missing tensor {name}")
         shape = tuple(int(size) for size in stored[name].shape[::-1])
         if shape != tensor.shape:
-            raise BadInput(f"{path}: {name} has shape {shape}, expected {tensor.shape}")
+            raise InputError(
+                f"{path}: {name} has shape {shape}, expected {tensor.shape}"
+            )
         heads = None
         if interleaved and ".q_proj." in tensor.name:
             heads = config.heads
@@ -120,21 +122,21 @@ def _field(path: Path, reader: Any, name: str, default: Any = None) -> Any:
     field = reader.get_field(name)
     value = default if field is None else field.contents()
     if value is None:
-        raise BadInput(f"{path}: metadata has no {name}")
+        raise InputError(f"{path}: metadata has no {name}")
     return value
 
 
 def _config(path: Path, reader: Any, *, tied: bool) -> ModelConfig:
     family = _field(path, reader, "general.architecture")
     if family not in FAMILIES:
-        raise BadInput(
+        raise InputError(
             f"{path}: general.architecture={family!r} is not supported "
             f"({', '.join(FAMILIES)} are)"
         )
     get = lambda name, default=None: _field(path, reader, f"{family}.{name}", default)
     scaling = get("rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in {t.name for t in reader.tensors}:
-        raise BadInput(
+        raise InputError(
             f"{path}: {family}.rope.scaling.type={scaling!r} is not supported"
         )
     embed, heads = get("embedding_length"), get("attention.head_count")
@@ -169,7 +171,7 @@ def _write_tokenizer(path: Path, reader: Any, directory: Path) -> None:
     )
     kind, split = get("model"), get("pre", "default")
     if kind != "gpt2" or split not in SPLITS:
-        raise BadInput(
+        raise InputError(
             f"{path}: tokenizer.ggml.model={kind!r} with pre={split!r} is not "
             f"supported, only 'gpt2' with {', '.join(SPLITS)}"
         )

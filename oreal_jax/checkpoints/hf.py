@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from oreal_jax import model
 from oreal_jax.data.prompts import read_text
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.families import from_hugging_face, to_hugging_face
 from oreal_jax.sharding import put
@@ -103,14 +103,14 @@ def tensors(config: ModelConfig) -> list[Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or BadInput."""
+    """A JSON object from a file, or InputError."""
     text = read_text(path)
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise BadInput(f"{path}: not readable as JSON: {error}") from None
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object")
+        raise InputError(f"{path}: expected a JSON object")
     return value
 
 
@@ -118,7 +118,7 @@ def read_config(directory: Path) -> ModelConfig:
     """The model shape that a directory's config.json describes.
 
     Raises:
-        BadInput: no config.json, or a field of it is not supported.
+        InputError: no config.json, or a field of it is not supported.
     """
     path = directory / "config.json"
     return from_hugging_face(read_json(path), str(path))
@@ -146,7 +146,7 @@ def load(
     """The parameters of a Hugging Face directory, in `dtype`, laid out as `shardings`.
 
     Raises:
-        BadInput: tensors are missing, unknown or misshaped; all are listed.
+        InputError: tensors are missing, unknown or misshaped; all are listed.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -238,14 +238,16 @@ def _files(directory: Path) -> dict[str, Path]:
     if index.is_file():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict):
-            raise BadInput(f"{index}: no weight_map in it")
+            raise InputError(f"{index}: no weight_map in it")
         missing = sorted({n for n in listed.values() if not (directory / n).is_file()})
         if missing:
-            raise BadInput(f"{index}: names files that are not there: {_list(missing)}")
+            raise InputError(
+                f"{index}: names files that are not there: {_list(missing)}"
+            )
         return {name: directory / file for name, file in listed.items()}
     path = directory / "model.safetensors"
     if not path.is_file():
-        raise BadInput(
+        raise InputError(
             f"{directory}: no model.safetensors and no model.safetensors.index.json"
         )
     return dict.fromkeys(_header(path), path)
@@ -258,7 +260,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             names = list(file.keys())
             return {n: tuple(file.get_slice(n).get_shape()) for n in names}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a safetensors file: {error}") from None
+        raise InputError(f"{path}: not a safetensors file: {error}") from None
 
 
 def _check(directory: Path, config: ModelConfig, files: Mapping[str, Path]) -> None:
@@ -282,7 +284,7 @@ def _check(directory: Path, config: ModelConfig, files: Mapping[str, Path]) -> N
         if name in found and found[name] != shape
     ]
     if problems:
-        raise BadInput(
+        raise InputError(
             f"{directory}: the weights do not fit config.json: {_list(problems)}"
         )
 
@@ -320,11 +322,11 @@ def save(
     when it is whole.
 
     Raises:
-        BadInput: the directory exists and is not empty, or cannot be written.
+        InputError: the directory exists and is not empty, or cannot be written.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise BadInput(f"{directory}: exists and is not an empty directory")
+        raise InputError(f"{directory}: exists and is not an empty directory")
     dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +334,7 @@ def save(
             dir=directory.parent, prefix=f".{directory.name}-"
         )
     except OSError as error:
-        raise BadInput(f"{directory}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
     with scratch as name:
         made = Path(name) / "made"
         made.mkdir()

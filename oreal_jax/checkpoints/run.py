@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import write_text
 from oreal_jax.model import Params
-from oreal_jax.train.state import Player, TrainState
+from oreal_jax.train.state import ModelState, TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="orbax")
@@ -91,7 +91,7 @@ def restore(run: Path, step: int, abstract: TrainState) -> TrainState:
     """The state of a checkpoint, laid out as `abstract` says.
 
     Raises:
-        BadInput: it cannot be read.
+        InputError: it cannot be read.
     """
     items = _restore(
         run,
@@ -102,8 +102,8 @@ def restore(run: Path, step: int, abstract: TrainState) -> TrainState:
     trainer = items["trainer"]
     return TrainState(
         step=trainer["step"],
-        policy=Player(items["policy"], trainer["policy_optimizer"]),
-        token_reward=Player(*trainer["token_reward"])
+        policy=ModelState(items["policy"], trainer["policy_optimizer"]),
+        token_reward=ModelState(*trainer["token_reward"])
         if "token_reward" in trainer
         else None,
     )
@@ -113,7 +113,7 @@ def read_progress(run: Path, step: int) -> Progress | None:
     """The progress that a checkpoint records; None in one of before there were any.
 
     Raises:
-        BadInput: it cannot be read.
+        InputError: it cannot be read.
     """
     if not has_progress(run, step):
         return None
@@ -159,7 +159,7 @@ def _readable(directory: Path, advice: str = "") -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         message = f"{directory}: cannot be read: {reason}"
-        raise BadInput("; ".join(filter(None, [message, advice]))) from None
+        raise InputError("; ".join(filter(None, [message, advice]))) from None
 
 
 def _trainer(state: TrainState) -> dict[str, Any]:
@@ -243,11 +243,11 @@ def newest_policy(run: Path) -> Path:
     """The directory of the newest policy weights of a run.
 
     Raises:
-        BadInput: there is none.
+        InputError: there is none.
     """
     step = newest_step(run)
     if step is None:
-        raise BadInput(f"{run}: no checkpoint in {run / 'checkpoints'}")
+        raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}")
     return run / "checkpoints" / str(step) / "policy"
 
 
@@ -261,7 +261,7 @@ def load_params(directory: Path, abstract: Params) -> Params:
     """Loads a parameter tree in the types and shardings of `abstract`.
 
     Raises:
-        BadInput: it cannot be read.
+        InputError: it cannot be read.
     """
     with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory.resolve(), abstract)

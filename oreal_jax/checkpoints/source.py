@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from oreal_jax import model, sharding
 from oreal_jax.checkpoints import gguf, hf, run
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, Params
 
 OnTensor = Callable[[str], None]
@@ -42,16 +42,16 @@ def open_model(path: str | Path) -> ModelSource:
     """Looks at a model without reading its weights.
 
     Raises:
-        BadInput: neither kind of directory, or one of an unsupported model.
+        InputError: neither kind of directory, or one of an unsupported model.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        raise BadInput(f"{path}: convert it first: oreal convert from-hf {path} DIR")
+        raise InputError(f"{path}: convert it first: oreal convert from-hf {path} DIR")
     if not path.is_dir():
-        raise BadInput(f"{path}: no such model directory")
+        raise InputError(f"{path}: no such model directory")
     files = path / "model" if (path / "model").is_dir() else path
     if not (files / "config.json").is_file():
-        raise BadInput(
+        raise InputError(
             f"{path}: neither a Hugging Face nor a run directory "
             "(no config.json, no model/config.json)"
         )
@@ -80,19 +80,21 @@ def import_model(
     """Makes a run directory at step 0 from a Hugging Face directory or a .gguf file.
 
     Raises:
-        BadInput: the source is unusable, or the destination is not empty.
+        InputError: the source is unusable, or the destination is not empty.
     """
     if destination.exists() and not destination.is_dir():
-        raise BadInput(f"{destination}: exists and is no directory")
+        raise InputError(f"{destination}: exists and is no directory")
     if destination.exists() and any(destination.iterdir()):
-        raise BadInput(f"{destination}: exists and is not empty")
+        raise InputError(f"{destination}: exists and is not empty")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         room = tempfile.TemporaryDirectory(
             dir=destination.parent, prefix=f".{destination.name}-"
         )
     except OSError as error:
-        raise BadInput(f"{destination}: cannot be written: {error.strerror}") from None
+        raise InputError(
+            f"{destination}: cannot be written: {error.strerror}"
+        ) from None
     with room as scratch:
         if source.suffix == ".gguf":
             directory = Path(scratch) / "gguf"

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from oreal_jax import hardware
 from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
-from oreal_jax.errors import BadInput, Failure
+from oreal_jax.errors import Failure, InputError
 from oreal_jax.processes.signals import INTERRUPTED, insistent, leave
 
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hardware.leave_out_absent()
         with insistent():
             parsed.call(parsed)
-    except BadInput as error:
+    except InputError as error:
         print(f"oreal: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # who reads the output has seen enough

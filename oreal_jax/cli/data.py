@@ -18,7 +18,7 @@ from oreal_jax.cli.options import (
     sampling_of,
     sampling_options,
 )
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import check_apart, check_writable, write_lines
 
 # Options that name files or data sets.
@@ -157,7 +157,7 @@ def build(parsed: argparse.Namespace) -> None:
     rows = load_all(parsed.data, parsed.question, parsed.answer)
     cleaned = cleaning.clean(rows, dict(evaluations), parsed.ngram)
     if not cleaned.prompts:
-        raise BadInput(f"{', '.join(parsed.data)}: no prompt is left of {len(rows)}")
+        raise InputError(f"{', '.join(parsed.data)}: no prompt is left of {len(rows)}")
     statistics = cleaned.statistics()
     write_prompts(cleaned.prompts, parsed.out, statistics)
     if parsed.removed:
@@ -176,7 +176,7 @@ def pass_rate(parsed: argparse.Namespace) -> None:
     screen = _screen()
     _check_outputs(parsed, "completions")
     if parsed.completions and parsed.completions.suffix != ".jsonl":
-        raise BadInput(f"--completions {parsed.completions}: expected a .jsonl file")
+        raise InputError(f"--completions {parsed.completions}: expected a .jsonl file")
     asked = load_prompts(parsed.data)
     with _attempts(parsed, asked, screen) as attempts:
         measured = with_pass_rates(attempts)
@@ -199,23 +199,23 @@ def rft(parsed: argparse.Namespace) -> None:
     check_seed(parsed.seed)
     given = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
     if given not in ([True, False, False], [False, True, True]):
-        raise BadInput("rft takes either --completions, or --model and --data")
+        raise InputError("rft takes either --completions, or --model and --data")
     # What says how completions are drawn has no say where they are there already;
     # the seed also draws the solutions.
     unused = drawing_defaults() | {"k": K, "rows": ROWS}
     for name, default in unused.items():
         if parsed.completions and name != "seed" and getattr(parsed, name) != default:
             option = f"--{name.replace('_', '-')}"
-            raise BadInput(f"{option} with --completions: those are drawn already")
+            raise InputError(f"{option} with --completions: those are drawn already")
     if parsed.out.suffix != ".jsonl":
-        raise BadInput(f"--out {parsed.out}: expected a .jsonl file")
+        raise InputError(f"--out {parsed.out}: expected a .jsonl file")
     _check_outputs(parsed)
 
     def collect(rows: list[dict]) -> None:
         found = harvest(rows, parsed.keep, parsed.seed)
         screen.say(str(found))
         if not found.solutions:
-            raise BadInput("no completion is right: there is nothing to learn from")
+            raise InputError("no completion is right: there is nothing to learn from")
         write_lines(parsed.out, [solution._asdict() for solution in found.solutions])
 
     if parsed.completions:
@@ -278,7 +278,7 @@ def weak(parsed: argparse.Namespace) -> None:
     screen = _screen()
     _check_outputs(parsed)
     if not 0 < parsed.below <= 1:
-        raise BadInput(f"--below {parsed.below}: must be above 0 and at most 1")
+        raise InputError(f"--below {parsed.below}: must be above 0 and at most 1")
     measured = load_prompts(parsed.data)
     pool = load_prompts(parsed.pool) if parsed.pool else measured
     found = skills.by_skill(parsed.data, measured, parsed.by)
@@ -289,7 +289,7 @@ def weak(parsed: argparse.Namespace) -> None:
         screen.say(f"{skill.pass_rate:6.1%} {counted}  {skill.name}  {mark}".rstrip())
     chosen = skills.needing(pool, parsed.by, lacking)
     if not chosen:
-        raise BadInput(
+        raise InputError(
             f"{parsed.pool or parsed.data}: no prompt needs a skill with a pass rate "
             f"below {parsed.below}"
         )

@@ -19,7 +19,7 @@ from oreal_jax.cli.options import (
     sampling_of,
     sampling_options,
 )
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import check_apart, check_writable, write_lines, write_text
 
 
@@ -83,15 +83,15 @@ def evaluate(parsed: argparse.Namespace) -> None:
     screen = Screen.on_stderr()
     at_least(1, "--k", parsed.k)
     if parsed.greedy and parsed.k == 1:
-        raise BadInput("--greedy with --k 1: one sample is greedy already")
+        raise InputError("--greedy with --k 1: one sample is greedy already")
     check_apart({"--items": parsed.items, "--json": parsed.json})
     if parsed.items and parsed.items.suffix not in (".jsonl", ".json"):
-        raise BadInput(f"--items {parsed.items}: expected a .jsonl file")
+        raise InputError(f"--items {parsed.items}: expected a .jsonl file")
     for path in (parsed.items, parsed.json):
         if path:
             check_writable(path)
     if parsed.k == 1 and parsed.temperature != drawing_defaults()["temperature"]:
-        raise BadInput("--temperature with --k 1: one sample is greedy")
+        raise InputError("--temperature with --k 1: one sample is greedy")
     sets = load_sets(parsed.data, parsed.folder)
     if parsed.limit is not None:
         at_least(1, "--limit", parsed.limit)

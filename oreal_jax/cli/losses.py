@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from oreal_jax.cli.options import Verb
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import write_text
 
 
@@ -44,7 +44,7 @@ def add(verb: Verb) -> None:
 
 def losses(parsed: argparse.Namespace) -> None:
     """`oreal losses`."""
-    from oreal_jax import laboratory, program_cache
+    from oreal_jax import loss_lab, program_cache
     from oreal_jax.console import Screen
 
     screen = Screen()
@@ -52,20 +52,20 @@ def losses(parsed: argparse.Namespace) -> None:
     chosen = {}
     for name in names:
         if Path(name).stem in chosen:
-            raise BadInput(f"--loss {name}: there is a {Path(name).stem} already")
-        chosen[Path(name).stem] = laboratory.load_loss(name)
-    recorded = laboratory.read(parsed.trajectories)
-    places = laboratory.choose(recorded, parsed.trajectory)
+            raise InputError(f"--loss {name}: there is a {Path(name).stem} already")
+        chosen[Path(name).stem] = loss_lab.load_loss(name)
+    recorded = loss_lab.read(parsed.trajectories)
+    places = loss_lab.choose(recorded, parsed.trajectory)
     program_cache.enable()
     with screen.phase("examine", total=len(chosen)) as advance:
         examined = {}
         for name, loss in chosen.items():
-            examined[name] = laboratory.examine(loss, recorded)
+            examined[name] = loss_lab.examine(loss, recorded)
             advance()
-    for table in laboratory.tables(examined):
+    for table in loss_lab.tables(examined):
         screen.console.print(table)
     if parsed.json:
-        text = json.dumps(laboratory.as_json(examined, recorded), indent=1)
+        text = json.dumps(loss_lab.as_json(examined, recorded), indent=1)
         write_text(parsed.json, text + "\n")
     if parsed.picture:
-        laboratory.draw(examined, recorded, places, parsed.picture)
+        loss_lab.draw(examined, recorded, places, parsed.picture)

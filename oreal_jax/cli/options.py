@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 T = TypeVar("T")
 Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
@@ -146,7 +146,7 @@ def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
 
     if not parsed.judge:
         if parsed.judge_model:
-            raise BadInput("--judge-model without --judge: where is it served?")
+            raise InputError("--judge-model without --judge: where is it served?")
         yield None
         return
     with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
@@ -157,15 +157,15 @@ def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
 
 
 def at_least(least: int, option: str, value: int) -> None:
-    """Raises BadInput where the value of an option is too small."""
+    """Raises InputError where the value of an option is too small."""
     if value < least:
-        raise BadInput(f"{option} {value}: must be at least {least}")
+        raise InputError(f"{option} {value}: must be at least {least}")
 
 
 def check_seed(seed: int) -> None:
-    """Raises BadInput where a seed is no number that random numbers begin with."""
+    """Raises InputError where a seed is no number that random numbers begin with."""
     if not 0 <= seed < 2**31:
-        raise BadInput(f"--seed {seed}: must be from 0 to {2**31 - 1}")
+        raise InputError(f"--seed {seed}: must be from 0 to {2**31 - 1}")
 
 
 def bias(text: str) -> tuple[int, float]:

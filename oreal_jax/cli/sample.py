@@ -13,7 +13,7 @@ from oreal_jax.cli.options import (
     sampling_of,
     sampling_options,
 )
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 def add(verb: Verb) -> None:
@@ -50,11 +50,13 @@ def sample(parsed: argparse.Namespace) -> None:
 
     at_least(1, "--n", parsed.n)
     if parsed.greedy and parsed.temperature != drawing_defaults()["temperature"]:
-        raise BadInput("--greedy with --temperature: the likeliest has no temperature")
+        raise InputError(
+            "--greedy with --temperature: the likeliest has no temperature"
+        )
     for option, texts in (("--prompt", [parsed.prompt]), ("--stop", parsed.stop)):
         for text in texts:
             if text is not None and not is_text(text):
-                raise BadInput(f"{option} {text!r}: not valid Unicode")
+                raise InputError(f"{option} {text!r}: not valid Unicode")
     screen = Screen.on_stderr()
     questions = [parsed.prompt] if parsed.file is None else read_questions(parsed.file)
     opened = Opened(parsed, sampling_of(parsed, parsed.greedy), parsed.stop)

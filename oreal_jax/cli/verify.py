@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from oreal_jax.cli.options import Verb, at_least, judge_of, judge_options
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 TOGETHER = 256  # answers judged before their verdicts are said
 
@@ -44,12 +44,12 @@ def verify(parsed: argparse.Namespace) -> None:
 
     given = [x is not None for x in (parsed.gold, parsed.answer, parsed.file)]
     if given not in ([True, True, False], [False, False, True]):
-        raise BadInput("verify takes either --gold and --answer, or --file")
+        raise InputError("verify takes either --gold and --answer, or --file")
     if parsed.question and not (parsed.judge and parsed.answer is not None):
-        raise BadInput("--question goes with --answer and --judge")
+        raise InputError("--question goes with --answer and --judge")
     at_least(1, "--workers", parsed.workers)
     if not 0 < parsed.deadline < math.inf:
-        raise BadInput(f"--deadline {parsed.deadline}: must be above 0 and finite")
+        raise InputError(f"--deadline {parsed.deadline}: must be above 0 and finite")
     asked = [Prediction(str(parsed.answer), str(parsed.gold), parsed.question)]
     if parsed.file:
         asked = read_judgements(parsed.file)

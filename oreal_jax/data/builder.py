@@ -23,7 +23,7 @@ from oreal_jax.data.prompts import (
     Prompt,
     read_prompts,
 )
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import check_writable, write_lines
 
 SPLIT = "train"
@@ -38,7 +38,7 @@ def load_prompts(
     that hold them.
 
     Raises:
-        BadInput: the source is not there or a row of it is wrong.
+        InputError: the source is not there or a row of it is wrong.
     """
     path = Path(source)
     if (path / "dataset_info.json").is_file():
@@ -46,7 +46,7 @@ def load_prompts(
             return list(map(_prompt, open_data_set(path)))
         except Exception as error:  # TFDS and array_record raise errors of many kinds
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(f"{path}: not a data set of prompts: {reason}") from None
+            raise InputError(f"{path}: not a data set of prompts: {reason}") from None
     # A hub name may hold a dot ("MATH-v1.5"), so only known endings make a file.
     read = lambda file: read_prompts(file, question, gold_answer)
     if path.exists() or path.suffix in FILES or source.count("/") != 1:
@@ -60,14 +60,14 @@ def load_all(
     """The prompts of several sources; their ids begin with the source's name.
 
     Raises:
-        BadInput: a source is not there, a row of it is wrong, or two have one name.
+        InputError: a source is not there, a row of it is wrong, or two have one name.
     """
     if len(sources) == 1:
         return load_prompts(sources[0], question, gold_answer)
     names = [Path(source).stem for source in sources]
     for place, name in enumerate(names):
         if name in names[:place]:
-            raise BadInput(f"{sources[place]}: a second source named {name!r}")
+            raise InputError(f"{sources[place]}: a second source named {name!r}")
     return [
         dataclasses.replace(prompt, id=f"{name}/{prompt.id}")
         for name, source in zip(names, sources, strict=True)
@@ -85,7 +85,7 @@ def build(
     `statistics` are plain JSON values, kept as the data set's `metadata.json`.
 
     Raises:
-        BadInput: the directory cannot be written.
+        InputError: the directory cannot be written.
     """
     import tensorflow_datasets as tfds
     from absl import logging
@@ -140,17 +140,17 @@ def build(
             builder.download_and_prepare()
         Path(builder.data_dir).rename(directory)
     except OSError as error:
-        raise BadInput(f"{directory}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_prompts_writable(out: Path) -> None:
-    """Raises BadInput where `write_prompts` could not write, before the work."""
+    """Raises InputError where `write_prompts` could not write, before the work."""
     if out.suffix in (".json", ".parquet", ".csv", ".txt"):
-        raise BadInput(f"{out}: expected a .jsonl file or the name of a data set")
+        raise InputError(f"{out}: expected a .jsonl file or the name of a data set")
     if out.suffix != ".jsonl" and out.exists():
-        raise BadInput(f"{out}: exists; a data set is never written over")
+        raise InputError(f"{out}: exists; a data set is never written over")
     check_writable(out)
 
 
@@ -162,7 +162,7 @@ def write_prompts(
     """Writes a .jsonl file, or a TFDS data set where `out` is named otherwise.
 
     Raises:
-        BadInput: `out` cannot be written.
+        InputError: `out` cannot be written.
     """
     if out.suffix == ".jsonl":
         write_lines(out, [prompt.as_json() for prompt in prompts])
@@ -196,7 +196,7 @@ def download(source: str, pattern: str = "*") -> list[Path]:
     """The parquet and jsonl files of a Hugging Face data set that match a pattern.
 
     Raises:
-        BadInput: the data set cannot be downloaded or has no such files.
+        InputError: the data set cannot be downloaded or has no such files.
     """
     import huggingface_hub
 
@@ -207,7 +207,7 @@ def download(source: str, pattern: str = "*") -> list[Path]:
             allow_patterns=[pattern + ".parquet", pattern + ".jsonl"],
         )
     except Exception as error:  # the hub client raises its own and its HTTP client's
-        raise BadInput(
+        raise InputError(
             f"{source}: neither a file nor a data set that could be downloaded "
             f"({type(error).__name__})"
         ) from None
@@ -222,7 +222,9 @@ def download(source: str, pattern: str = "*") -> list[Path]:
     )
     if not files:
         wanted = "" if pattern == "*" else f" that match {pattern!r}"
-        raise BadInput(f"{source}: the data set has no parquet or jsonl files{wanted}")
+        raise InputError(
+            f"{source}: the data set has no parquet or jsonl files{wanted}"
+        )
     return files
 
 

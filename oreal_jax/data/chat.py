@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_jax.data.prompts import read_text
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 # Without one transformers makes a tokenizer that knows no word, and does not say so.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -17,18 +17,18 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer beside a model's config.
 
     Raises:
-        BadInput: there is none that transformers can read.
+        InputError: there is none that transformers can read.
     """
     from transformers import AutoTokenizer
 
     if not any((directory / name).is_file() for name in VOCABULARIES):
         names = ", ".join(VOCABULARIES)
-        raise BadInput(f"{directory}: no usable tokenizer: it has none of {names}")
+        raise InputError(f"{directory}: no usable tokenizer: it has none of {names}")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers raises what its files make it raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"{directory}: no usable tokenizer: {reason}") from None
+        raise InputError(f"{directory}: no usable tokenizer: {reason}") from None
 
 
 class Chat:
@@ -46,12 +46,12 @@ class Chat:
         template: Path | None = None,
         stop_strings: Sequence[str] = (),
     ):
-        """Raises BadInput where there is no chat template, or one that cannot be read
+        """Raises InputError where there is no chat template, or one that cannot be read
         or refuses these messages (some know no system message)."""
         if template:
             tokenizer.chat_template = read_text(template)
         if not tokenizer.chat_template:
-            raise BadInput(
+            raise InputError(
                 f"{template or tokenizer.name_or_path}: no chat template in it"
             )
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
@@ -61,7 +61,7 @@ class Chat:
         try:
             self.encode("?")
         except Exception as error:  # a template raises what it likes
-            raise BadInput(
+            raise InputError(
                 f"{template or tokenizer.name_or_path}: the chat template with "
                 f"system_prompt={system_prompt!r}: {error}"
             ) from None
@@ -106,7 +106,7 @@ class Chat:
         names = self.tokenizer.convert_ids_to_tokens(range(size))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise BadInput(
+            raise InputError(
                 f"{self.tokenizer.name_or_path}: stop strings need a fast tokenizer"
             )
         decoder = str(backend.decoder)
@@ -120,7 +120,7 @@ class Chat:
         """The tokens that end a completion: the model's own, and one for each word.
 
         Raises:
-            BadInput: a word is not exactly one known token, or the model's
+            InputError: a word is not exactly one known token, or the model's
                 generation_config.json is not JSON.
         """
         tokens = {self.tokenizer.eos_token_id} - {None}
@@ -129,20 +129,20 @@ class Chat:
             try:
                 settings = json.loads(generation.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise BadInput(f"{generation}: not JSON: {error}") from None
+                raise InputError(f"{generation}: not JSON: {error}") from None
             own = settings.get("eos_token_id") if isinstance(settings, dict) else "?"
             several = own if isinstance(own, list) else [own]
             if not all(token is None or type(token) is int for token in several):
-                raise BadInput(f"{generation}: eos_token_id={own!r}, expected tokens")
+                raise InputError(f"{generation}: eos_token_id={own!r}, expected tokens")
             tokens |= set(several) - {None}
         for word in words:
             pieces = self.tokenizer.encode(word, add_special_tokens=False)
             if len(pieces) != 1:
-                raise BadInput(
+                raise InputError(
                     f"stop word {word!r} is {len(pieces)} tokens, must be exactly 1"
                 )
             if pieces[0] == self.tokenizer.unk_token_id:
-                raise BadInput(f"stop word {word!r} is unknown to the tokenizer")
+                raise InputError(f"stop word {word!r} is unknown to the tokenizer")
             tokens.add(pieces[0])
         return tuple(sorted(tokens))
 
@@ -151,11 +151,11 @@ class Chat:
         with the tokenizer's end-of-sequence token.
 
         Raises:
-            BadInput: the tokenizer has no such token.
+            InputError: the tokenizer has no such token.
         """
         end = self.tokenizer.eos_token_id
         if end is None:
-            raise BadInput(f"{self.tokenizer.name_or_path}: no end-of-sequence token")
+            raise InputError(f"{self.tokenizer.name_or_path}: no end-of-sequence token")
         completion = self.tokenizer.encode(solution, add_special_tokens=False)
         return self.encode(question), [*completion, end]
 

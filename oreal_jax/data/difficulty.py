@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from oreal_jax.data.prompts import Prompt
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 # (low, high, times): a prompt with low <= pass rate < high is taken `times` times.
 Bands = tuple[tuple[float, float, int], ...]
@@ -22,11 +22,11 @@ def repeat_by_difficulty(prompts: Sequence[Prompt], bands: Bands) -> list[Prompt
     A prompt without a pass rate is taken once.
 
     Raises:
-        BadInput: nothing is left.
+        InputError: nothing is left.
     """
     repeated = [prompt for prompt in prompts for _ in range(times(prompt, bands))]
     if not repeated:
-        raise BadInput(
+        raise InputError(
             f"all {len(prompts)} prompts have a pass_rate outside every difficulty "
             f"band {bands}"
         )

@@ -4,21 +4,21 @@ run may resume with another number of prompts per step."""
 from collections.abc import Sequence
 from typing import Any
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 class PromptOrder:
     """Shuffled batches without end; each epoch is a permutation of its own."""
 
     def __init__(self, items: Sequence[Any], *, batch: int, seed: int):
-        """Raises BadInput where a batch is larger than the data set, or the seed than
+        """Raises InputError where a batch is larger than the data set, or the seed than
         grain takes."""
         if batch > len(items):
-            raise BadInput(
+            raise InputError(
                 f"a step takes {batch} prompts, the data set has {len(items)}"
             )
         if seed >= 2**32:
-            raise BadInput(f"seed={seed} must be below {2**32}")
+            raise InputError(f"seed={seed} must be below {2**32}")
         import grain  # half a second, which `oreal --help` need not wait for
 
         self.batch_size = batch

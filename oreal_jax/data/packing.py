@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 class Example(NamedTuple):
@@ -126,14 +126,14 @@ def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Assigns sequences to rows, longest first, each to the first row with room.
 
     Raises:
-        BadInput: a sequence is longer than a row.
+        InputError: a sequence is longer than a row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         need = lengths[index]
         if need > row_length:
-            raise BadInput(f"a sequence of {need} tokens, row_length={row_length}")
+            raise InputError(f"a sequence of {need} tokens, row_length={row_length}")
         place = next((i for i, left in enumerate(room) if left >= need), len(rows))
         if place == len(rows):
             rows.append([])

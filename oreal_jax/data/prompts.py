@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 Label = str | int | float | bool | list[str]
 
@@ -60,40 +60,40 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a jsonl or parquet file with a name for messages, "file:line".
 
     Raises:
-        BadInput: no such file, no rows, another kind of file, or a line not JSON.
+        InputError: no such file, no rows, another kind of file, or a line not JSON.
     """
     if path.is_dir():
-        raise BadInput(f"{path}: a directory, expected a .jsonl or .parquet file")
+        raise InputError(f"{path}: a directory, expected a .jsonl or .parquet file")
     if not path.is_file():
-        raise BadInput(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
-            raise BadInput(f"{path}: not a parquet file: {error}") from None
+            raise InputError(f"{path}: not a parquet file: {error}") from None
         named = ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
     elif path.suffix in (".jsonl", ".json"):
         named = _json_lines(path)
     else:
-        raise BadInput(f"{path}: expected .jsonl or .parquet, not {path.suffix!r}")
+        raise InputError(f"{path}: expected .jsonl or .parquet, not {path.suffix!r}")
     empty = True
     for name, row in named:
         empty = False
         yield name, row
     if empty:
-        raise BadInput(f"{path}: the file has no rows")
+        raise InputError(f"{path}: the file has no rows")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or BadInput naming it."""
+    """The text of a file, or InputError naming it."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not readable as text: {error}") from None
+        raise InputError(f"{path}: not readable as text: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -107,9 +107,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 # The parser's own message would count lines from this one.
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise BadInput(f"{path}:{number}: not JSON: {reason}") from None
+                raise InputError(f"{path}:{number}: not JSON: {reason}") from None
             if not isinstance(row, dict):
-                raise BadInput(f"{path}:{number}: not a JSON object")
+                raise InputError(f"{path}:{number}: not a JSON object")
             yield f"{path}:{number}", row
 
 
@@ -117,17 +117,17 @@ def text_field(name: str, row: dict[str, Any], field: str) -> str:
     """A field that must hold text; a finite number is taken as Python prints it.
 
     Raises:
-        BadInput: it holds something else, or half of a surrogate pair, which is no text
-            to a tokenizer.
+        InputError: it holds something else, or half of a surrogate pair, which no
+            tokenizer accepts.
     """
     value = row.get(field)
     if isinstance(value, int | float) and not isinstance(value, bool):
         # Python's JSON reader takes NaN and Infinity, which are no answers.
         value = str(value) if abs(value) < math.inf else value
     if not isinstance(value, str) or not value.strip():
-        raise BadInput(f"{name}: field {field!r} is {value!r}, expected text")
+        raise InputError(f"{name}: field {field!r} is {value!r}, expected text")
     if not is_text(value):
-        raise BadInput(f"{name}: field {field!r} is {value!r}, not valid Unicode")
+        raise InputError(f"{name}: field {field!r} is {value!r}, not valid Unicode")
     return value
 
 
@@ -159,7 +159,7 @@ def read_prompts(
     in the file.
 
     Raises:
-        BadInput: naming file, line, field and value.
+        InputError: naming file, line, field and value.
     """
     prompts, seen = [], {}
     own = {"id", "pass_rate", question, gold_answer, "question", "gold_answer"}
@@ -167,10 +167,10 @@ def read_prompts(
         rate = row.get("pass_rate")
         number = isinstance(rate, int | float) and not isinstance(rate, bool)
         if rate is not None and not (number and 0 <= rate <= 1):
-            raise BadInput(f"{name}: field 'pass_rate' is {rate!r}, expected 0 to 1")
+            raise InputError(f"{name}: field 'pass_rate' is {rate!r}, expected 0 to 1")
         id = str(place) if row.get("id") is None else text_field(name, row, "id")
         if id in seen:
-            raise BadInput(f"{name}: field 'id' is {id!r}, as in {seen[id]}")
+            raise InputError(f"{name}: field 'id' is {id!r}, as in {seen[id]}")
         seen[id] = name
         answer = {gold_answer: answer_of(row.get(gold_answer))}
         labels = {k: v for k, v in row.items() if k not in own and is_label(v)}

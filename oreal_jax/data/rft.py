@@ -13,7 +13,7 @@ import numpy as np
 
 from oreal_jax.data.cleaning import words
 from oreal_jax.data.prompts import read_rows, text_field
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 VERDICTS = ("right", "wrong", "undecided")
 
@@ -80,7 +80,7 @@ def read_completions(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Judged completions of files that `oreal data pass-rate` or `oreal eval` wrote.
 
     Raises:
-        BadInput: naming file, line, field and value.
+        InputError: naming file, line, field and value.
     """
     found = []
     for path in paths:
@@ -89,12 +89,12 @@ def read_completions(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 field: text_field(name, row, field) for field in ("id", "question")
             }
             if not isinstance(row.get("completion"), str):
-                raise BadInput(
+                raise InputError(
                     f"{name}: field 'completion' is {row.get('completion')!r}, "
                     "expected text"
                 )
             if row.get("verdict") not in VERDICTS:
-                raise BadInput(
+                raise InputError(
                     f"{name}: field 'verdict' is {row.get('verdict')!r}, expected "
                     f"{', '.join(VERDICTS)}"
                 )

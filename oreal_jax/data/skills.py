@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from oreal_jax.data.prompts import Prompt, read_text
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 FIELD = "skills"
 REQUEST = """Skills:
@@ -27,14 +27,14 @@ def read_skills(path: Path) -> list[str]:
     """The names of skills, one a line.
 
     Raises:
-        BadInput: there is no such file, or no name in it, or one twice.
+        InputError: there is no such file, or no name in it, or one twice.
     """
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names:
-        raise BadInput(f"{path}: no skill in it; expected one name a line")
+        raise InputError(f"{path}: no skill in it; expected one name a line")
     for place, name in enumerate(names):
         if name.casefold() in map(str.casefold, names[:place]):
-            raise BadInput(f"{path}: skill {name!r} is there twice")
+            raise InputError(f"{path}: skill {name!r} is there twice")
     return names
 
 
@@ -68,7 +68,7 @@ def by_skill(name: str, prompts: Sequence[Prompt], field: str) -> list[Skill]:
     """Pass rates by skill, the weakest first. `name` is the file's, for messages.
 
     Raises:
-        BadInput: no prompt has a pass rate and the field.
+        InputError: no prompt has a pass rate and the field.
     """
     rates: dict[str, list[float]] = {}
     for prompt in prompts:
@@ -77,7 +77,7 @@ def by_skill(name: str, prompts: Sequence[Prompt], field: str) -> list[Skill]:
                 rates.setdefault(value, []).append(prompt.pass_rate)
     if not rates:
         known = sorted({field for prompt in prompts for field in prompt.labels})
-        raise BadInput(
+        raise InputError(
             f"{name}: no row has both a pass_rate and a field {field!r}; its fields "
             f"are {', '.join(known) or 'none'}"
         )

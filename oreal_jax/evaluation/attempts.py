@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from oreal_jax.checkpoints.run import newest_policy
 from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import write_text
 from oreal_jax.model.decoding import Weights
 from oreal_jax.rollout import judged
@@ -78,7 +78,7 @@ class Journal(collections.UserDict):
         the first completion.
 
         Raises:
-            BadInput: the file is of another drawing, or none of ours.
+            InputError: the file is of another drawing, or none of ours.
         """
         super().__init__()
         self.path = path
@@ -96,7 +96,7 @@ class Journal(collections.UserDict):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise BadInput(
+            raise InputError(
                 f"{self.path}: cannot be written: {error.strerror}"
             ) from None
         super().__setitem__(key, drawn)
@@ -114,10 +114,10 @@ class Journal(collections.UserDict):
             found = {(row[0], row[1], row[2]): Drawn(*row[3:]) for row in rows}
             old, new = header["drawing"], self._header["drawing"]
         except (OSError, ValueError, TypeError, KeyError, IndexError):
-            raise BadInput(f"{self.path}: not a file of unfinished work") from None
+            raise InputError(f"{self.path}: not a file of unfinished work") from None
         for name in old.keys() | new.keys():
             if old.get(name) != new.get(name):
-                raise BadInput(
+                raise InputError(
                     f"{self.path}: the unfinished work had {name}={old.get(name)!r}, "
                     f"now it is {new.get(name)!r}; remove the file to begin anew"
                 )
@@ -197,7 +197,7 @@ def draw(
     `weights` are the engine's; `part` tells apart what shares `finished`.
 
     Raises:
-        BadInput: a prompt and its completion exceed the model.
+        InputError: a prompt and its completion exceed the model.
     """
     missing = lambda prompt: [
         k for k in range(samples) if (part, prompt.id, k) not in finished

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data.prompts import read_rows
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation.statistics import Paired, paired
 
 Kind = tuple[str, bool]  # (set, greedy)
@@ -50,7 +50,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
     """Compares the items of two evaluations, set by set; `seed` is the bootstrap's.
 
     Raises:
-        BadInput: a file is not of items, the two share none, or the same id has
+        InputError: a file is not of items, the two share none, or the same id has
             different questions.
     """
     one, other = read_items(first), read_items(second)
@@ -58,7 +58,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
     if not shared:
         called = lambda kind: f"{kind[0]} ({'greedy' if kind[1] else 'sampled'})"
         found = lambda kinds: ", ".join(map(called, kinds))
-        raise BadInput(
+        raise InputError(
             f"{first} and {second} have nothing in common: {found(one)} against "
             f"{found(other)}"
         )
@@ -74,16 +74,16 @@ def compare_kind(
     """Compares the problems that both have of one kind; `paths` are for messages.
 
     Raises:
-        BadInput: there is none, or the two cannot be compared.
+        InputError: there is none, or the two cannot be compared.
     """
     name, greedy = kind
     both = f"{paths[0]} and {paths[1]}"
     common = [id for id in items[0] if id in items[1]]
     if not common:
-        raise BadInput(f"{both}: no id of set {name!r} in common")
+        raise InputError(f"{both}: no id of set {name!r} in common")
     for id in common:
         if items[0][id].question != items[1][id].question:
-            raise BadInput(f"{both}: id {id!r} of set {name!r} has two questions")
+            raise InputError(f"{both}: id {id!r} of set {name!r} has two questions")
     one, other = (
         samples_of(path, [of[id] for id in common])
         for path, of in zip(paths, items, strict=True)
@@ -99,10 +99,12 @@ def compare_kind(
 
 
 def samples_of(path: Path, items: Sequence[Item]) -> int:
-    """How many samples each problem has; BadInput where they have not as many."""
+    """How many samples each problem has; InputError where they have not as many."""
     sizes = sorted({len(item.right) for item in items})
     if len(sizes) > 1:
-        raise BadInput(f"{path}: problems with {sizes[0]} and with {sizes[-1]} samples")
+        raise InputError(
+            f"{path}: problems with {sizes[0]} and with {sizes[-1]} samples"
+        )
     return sizes[0]
 
 
@@ -110,7 +112,7 @@ def read_items(path: Path) -> dict[Kind, Items]:
     """The problems of each kind, from `oreal eval --items` or `--json`.
 
     Raises:
-        BadInput: naming file, line, field and value.
+        InputError: naming file, line, field and value.
     """
     kinds: dict[Kind, Items] = {}
     for name, row in _rows(path):
@@ -122,7 +124,7 @@ def read_items(path: Path) -> dict[Kind, Items]:
             ("verdict", str),
         ]:
             if not isinstance(row.get(field), type_):
-                raise BadInput(
+                raise InputError(
                     f"{name}: field {field!r} is {row.get(field)!r}, expected an item "
                     "of `oreal eval`"
                 )
@@ -139,4 +141,4 @@ def _rows(path: Path):
         items = json.loads(path.read_text(encoding="utf-8"))["items"]
         return [(f"{path}: item {i}", dict(item)) for i, item in enumerate(items)]
     except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}: not a report of `oreal eval --json`") from None
+        raise InputError(f"{path}: not a report of `oreal eval --json`") from None

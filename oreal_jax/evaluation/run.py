@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation import tables
 from oreal_jax.evaluation.attempts import Attempt, Finished, draw, judge
 from oreal_jax.evaluation.report import Report, report
@@ -26,13 +26,13 @@ class Plan(NamedTuple):
 
 
 def check_fields(sets: Sequence[ProblemSet], by: Sequence[str]) -> None:
-    """Raises BadInput where no set has a field that is to be broken down by."""
+    """Raises InputError where no set has a field that is to be broken down by."""
     problems = [prompt for each in sets for prompt in each.problems]
     known = sorted({field for prompt in problems for field in prompt.labels})
     for field in by:
         if field not in known:
             names = ", ".join(each.name for each in sets)
-            raise BadInput(
+            raise InputError(
                 f"--by {field}: no row of {names} has that field; their fields are "
                 f"{', '.join(known) or 'only the usual ones'}"
             )
@@ -55,7 +55,7 @@ def measure(
     """A report for each set, by name; `second` judges after the pool's rule.
 
     Raises:
-        BadInput: a problem and its completion exceed the model.
+        InputError: a problem and its completion exceed the model.
     """
     finished = {} if finished is None else finished
     weights = engine.weights(params)
@@ -102,7 +102,7 @@ def attempt(
     for people and in `finished`.
 
     Raises:
-        BadInput: a problem and its completion exceed the model.
+        InputError: a problem and its completion exceed the model.
     """
     found = {}
     for name, problems in sets:

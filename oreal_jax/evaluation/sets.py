@@ -12,7 +12,7 @@ from oreal_jax.data import Prompt, load_prompts, read_prompts
 from oreal_jax.data.builder import FILES, download, read_files
 from oreal_jax.data.cleaning import normalised_answer
 from oreal_jax.data.prompts import read_rows
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 def as_it_is(value: Any) -> Any:
@@ -89,13 +89,13 @@ def load_sets(
     `option` is where they were asked for, for messages.
 
     Raises:
-        BadInput: one is not there, is wrong, or is asked for twice.
+        InputError: one is not there, is wrong, or is asked for twice.
     """
     sets: list[ProblemSet] = []
     for source in sources:
         name = source if source in PRESETS else Path(source).stem
         if any(name == other.name for other in sets):
-            raise BadInput(f"{option} {source}: a second set named {name!r}")
+            raise InputError(f"{option} {source}: a second set named {name!r}")
         sets.append(ProblemSet(name, load_set(source, folder, option)))
     return sets
 
@@ -104,13 +104,13 @@ def load_set(source: str, folder: Path, option: str = "--data") -> list[Prompt]:
     """One set.
 
     Raises:
-        BadInput: it is not there, or a row of it is wrong.
+        InputError: it is not there, or a row of it is wrong.
     """
     path = Path(source)
     if source in PRESETS and not path.exists():
         return load_preset(source, folder)
     if not path.exists() and path.suffix not in FILES and source.count("/") != 1:
-        raise BadInput(
+        raise InputError(
             f"{option} {source}: no such file, and no preset; those are "
             f"{', '.join(PRESETS)}"
         )
@@ -121,7 +121,7 @@ def load_preset(name: str, folder: Path) -> list[Prompt]:
     """A preset from a file of `folder`, or from the hub.
 
     Raises:
-        BadInput: it is in neither, or a row of it is wrong.
+        InputError: it is in neither, or a row of it is wrong.
     """
     preset = PRESETS[name]
     for path in (folder / f"{name}.jsonl", folder / f"{name}.parquet"):
@@ -129,8 +129,8 @@ def load_preset(name: str, folder: Path) -> list[Prompt]:
             return read_either(path, preset)
     try:
         files = download(preset.hub, preset.files)
-    except BadInput as error:
-        raise BadInput(
+    except InputError as error:
+        raise InputError(
             f"preset {name}: no {folder / name}.jsonl or .parquet, and from the hub: "
             f"{error}"
         ) from None

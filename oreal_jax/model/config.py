@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class ModelConfig:
     def __post_init__(self):
         """Checks the one relation between the numbers that can be wrong."""
         if self.heads % self.kv_heads:
-            raise BadInput(
+            raise InputError(
                 f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}"
             )
 
@@ -106,8 +106,10 @@ class ModelConfig:
         JAX would read another.
 
         Raises:
-            BadInput: it has not; the tokenizer is likely another model's.
+            InputError: it has not; the tokenizer is likely another model's.
         """
         for token in tokens:
             if not 0 <= token < self.vocab:
-                raise BadInput(f"{what}: no token {token}, the model has {self.vocab}")
+                raise InputError(
+                    f"{what}: no token {token}, the model has {self.vocab}"
+                )

@@ -5,7 +5,7 @@ A value that this decoder does not compute is refused by name, never ignored.
 
 from typing import Any
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model.config import ModelConfig, Rope
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -30,11 +30,11 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
     """The shape that a config.json describes; `where` names the file in messages.
 
     Raises:
-        BadInput: a field is missing, or has a value that is not supported.
+        InputError: a field is missing, or has a value that is not supported.
     """
     family = fields.get("model_type")
     if family not in FAMILIES:
-        raise BadInput(
+        raise InputError(
             f"{where}: model_type={family!r} is not supported, "
             f"only {', '.join(FAMILIES)}"
         )
@@ -43,10 +43,10 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
     required["attention_bias"] = (False, None) if family != "qwen2" else (True, None)
     for name, supported in required.items():
         if fields.get(name) not in supported and name in fields:
-            raise BadInput(f"{where}: {name}={fields[name]!r} is not supported")
+            raise InputError(f"{where}: {name}={fields[name]!r} is not supported")
     kinds = fields.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise BadInput(
+        raise InputError(
             f"{where}: layer_types={fields['layer_types']!r} is not supported; "
             "only full_attention is"
         )
@@ -57,7 +57,7 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
         is_one = isinstance(value, int | kind) and not isinstance(value, bool)
         if not is_one or value <= 0:
             what = "number" if kind is float else "whole number"
-            raise BadInput(f"{where}: {name}={value!r}, expected a positive {what}")
+            raise InputError(f"{where}: {name}={value!r}, expected a positive {what}")
         return value
 
     heads, embed = number("num_attention_heads"), number("hidden_size")
@@ -82,16 +82,16 @@ def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
     """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
     stretch = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(stretch, dict):
-        raise BadInput(f"{where}: rope_scaling={stretch!r}, expected an object")
+        raise InputError(f"{where}: rope_scaling={stretch!r}, expected an object")
     name = "partial_rotary_factor"
     if stretch.get(name) not in REQUIRED[name]:
-        raise BadInput(f"{where}: {name}={stretch[name]!r} is not supported")
+        raise InputError(f"{where}: {name}={stretch[name]!r} is not supported")
     theta = stretch.get("rope_theta", fields.get("rope_theta"))
     theta = 10_000.0 if theta is None else theta
     for name, value in {"rope_theta": theta, **stretch}.items():
         is_number = isinstance(value, int | float) and value > 0
         if name in NUMBERS and value is not None and not is_number:
-            raise BadInput(f"{where}: {name}={value!r}, expected a positive number")
+            raise InputError(f"{where}: {name}={value!r}, expected a positive number")
     kind = stretch.get("rope_type", stretch.get("type", "default"))
     known = {
         "default": set(),
@@ -112,7 +112,7 @@ def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
         },
     }
     if kind not in known:
-        raise BadInput(
+        raise InputError(
             f"{where}: rope_type={kind!r} is not supported ({', '.join(known)} are)"
         )
     common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -120,7 +120,7 @@ def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
     strange = given.keys() - known[kind]
     if strange and kind != "default":
         name = sorted(strange)[0]
-        raise BadInput(
+        raise InputError(
             f"{where}: {name}={given[name]!r} is not supported with rope_type={kind!r}"
         )
     if kind == "default":
@@ -128,7 +128,7 @@ def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
     missing = {"factor"} if kind != "llama3" else known["llama3"]
     if missing - given.keys():
         name = sorted(missing - given.keys())[0]
-        raise BadInput(f"{where}: rope_type={kind!r} without {name}")
+        raise InputError(f"{where}: rope_type={kind!r} without {name}")
     original = given.pop("original_max_position_embeddings", max_length)
     return Rope(theta=float(theta), kind=kind, original_max_length=original, **given)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model.cache import Cached, Pages, in_pages, place
 from oreal_jax.model.float8 import saturated
 
@@ -178,13 +178,13 @@ def pages_for(backend: str, heads: int, head_dim: int, dtype) -> type[Cached]:
     shapes are left to XLA.
 
     Raises:
-        BadInput: eight bits would be left to XLA, and take longer than sixteen.
+        InputError: eight bits would be left to XLA, and take longer than sixteen.
     """
     if backend == "tpu" and head_dim % 128 == 0:
         if _tiles(heads, dtype):
             return TpuPages
         if jnp.dtype(dtype).itemsize == 1 and _tiles(heads, jnp.bfloat16):
-            raise BadInput(
+            raise InputError(
                 f"a float8 cache with {heads} key-value head(s) on a device: the TPU "
                 "kernel reads an even number of them; split the engine over fewer "
                 "devices (decode_tensor) or keep bfloat16"

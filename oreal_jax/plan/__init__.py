@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import estimate, programs, roofline
@@ -115,11 +115,11 @@ def plan(
     average; `on_program` hears the name of each program before it is compiled.
 
     Raises:
-        BadInput: an unknown model or topology, a mesh that does not fit it, or a mean
+        InputError: an unknown model or topology, a mesh that does not fit it, or a mean
             above the longest.
     """
     if mean_tokens > config.sampling.max_tokens:
-        raise BadInput(
+        raise InputError(
             f"--mean-tokens {mean_tokens} exceeds sampling.max_tokens="
             f"{config.sampling.max_tokens}"
         )
@@ -203,7 +203,7 @@ def shape_of(config: TrainConfig) -> ModelConfig:
     """The shape of a config's model: of a local directory, or as it is published.
 
     Raises:
-        BadInput: neither.
+        InputError: neither.
     """
     if not Path(config.model).exists() and config.model in PUBLISHED:
         return PUBLISHED[config.model]

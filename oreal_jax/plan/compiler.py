@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from oreal_jax import program_cache
 from oreal_jax.efficiency import PEAKS
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.plan.collectives import moved
 from oreal_jax.plan.findings import Compiled
 from oreal_jax.plan.programs import Program, on_device
@@ -36,10 +36,10 @@ def devices_of(topology: str) -> list:
     """The devices of a topology such as v5p:2x2x4.
 
     Raises:
-        BadInput: libtpu is not installed, or it or we know no such topology.
+        InputError: libtpu is not installed, or it or we know no such topology.
     """
     if not util.find_spec("libtpu"):
-        raise BadInput(
+        raise InputError(
             f"--topology {topology}: the TPU's compiler is not installed: "
             "pip install 'oreal-jax[plan]'"
         )
@@ -49,10 +49,10 @@ def devices_of(topology: str) -> list:
         made = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"--topology {topology}: {reason}") from None
+        raise InputError(f"--topology {topology}: {reason}") from None
     devices = list(made.devices)
     if devices[0].device_kind not in PEAKS:
-        raise BadInput(
+        raise InputError(
             f"--topology {topology}: nothing is known of {devices[0].device_kind}, "
             f"only of {', '.join(name for name in PEAKS if 'TPU' in name)}"
         )
@@ -64,7 +64,7 @@ def host_of(topology: str, devices: list) -> list:
     of a larger one.
 
     Raises:
-        BadInput: as `devices_of`.
+        InputError: as `devices_of`.
     """
     kind, _, dimensions = topology.partition(":")
     first = devices[0].process_index

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Shape, arrange, bucket
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.head import HEAD_CHUNK
 from oreal_jax.plan import roofline
@@ -45,16 +45,16 @@ def gpus_of(topology: str) -> tuple[Gpu, int]:
     """What "h100:8" names.
 
     Raises:
-        BadInput: no such GPU, or no number.
+        InputError: no such GPU, or no number.
     """
     name, _, count = topology.partition(":")
     if name not in GPUS or not count.isdigit() or not int(count):
-        raise BadInput(
+        raise InputError(
             f"--topology {topology}: GPUs are given as {', '.join(GPUS)} and a number, "
             "e.g. h100:8"
         )
     if int(count) > PROCESS and int(count) % PROCESS:
-        raise BadInput(
+        raise InputError(
             f"--topology {topology}: a process has {PROCESS} GPUs; take a multiple, "
             f"e.g. {name}:{PROCESS}"
         )
@@ -67,11 +67,11 @@ def allocated(memory: int) -> int:
     preallocates or not; only the allocator "platform" knows none.
 
     Raises:
-        BadInput: a variable that JAX would refuse, or more than there is.
+        InputError: a variable that JAX would refuse, or more than there is.
     """
     given = {name: os.environ[name] for name in FRACTIONS if os.environ.get(name)}
     if len(given) > 1:
-        raise BadInput(f"{' and '.join(given)} are both set; JAX accepts only one")
+        raise InputError(f"{' and '.join(given)} are both set; JAX accepts only one")
     if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
         return memory
     for name, text in given.items():
@@ -80,7 +80,7 @@ def allocated(memory: int) -> int:
         except ValueError:
             share = 0.0
         if not 0 < share <= 1:
-            raise BadInput(f"{name}={text} must be a number above 0 and at most 1")
+            raise InputError(f"{name}={text} must be a number above 0 and at most 1")
         return int(share * memory)
     return int(PREALLOCATED * memory)
 
@@ -95,7 +95,7 @@ def estimated(
     completion) lengths of what a step learns from.
 
     Raises:
-        BadInput: unknown GPUs, or mesh, engines and model do not go together, or the
+        InputError: unknown GPUs, or mesh, engines and model do not go together, or the
             longest completion does not fit the cache.
     """
     gpu, devices = gpus_of(topology)
@@ -116,7 +116,7 @@ def estimated(
     }
     own = min(devices, PROCESS)
     if own % tensor:
-        raise BadInput(
+        raise InputError(
             f"--topology {topology}: an engine of {tensor} devices "
             f"(decode_tensor={config.decode_tensor}) does not divide a process's {own}"
         )
@@ -126,7 +126,7 @@ def estimated(
     slots = min(slots, bucket(-(-completions * tensor // own)))
     longest = config.max_prompt_tokens + config.sampling.max_tokens
     if 0 < config.cache_tokens < longest + 2 * PAGE:
-        raise BadInput(
+        raise InputError(
             f"cache_tokens={config.cache_tokens} has no room for max_prompt_tokens="
             f"{config.max_prompt_tokens} + sampling.max_tokens="
             f"{config.sampling.max_tokens}"

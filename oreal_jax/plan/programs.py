@@ -95,7 +95,7 @@ def layout(
     the (prompt, completion) lengths of what a step learns from.
 
     Raises:
-        BadInput: mesh and model do not go together.
+        InputError: mesh and model do not go together.
     """
     mesh = mesh_of(config, shape, devices)
     learners = learners_of(config, shape, mesh, config.steps)

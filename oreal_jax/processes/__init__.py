@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from oreal_jax.errors import BadInput, Failure
+from oreal_jax.errors import Failure, InputError
 from oreal_jax.processes import wire
 from oreal_jax.processes.hub import Hub
 from oreal_jax.processes.link import Link
@@ -78,7 +78,7 @@ def joined(place: Place | None, patience: float = 300.0) -> Iterator[None]:
     devices; the processes have `patience` seconds to come.
 
     Raises:
-        BadInput: process 0 cannot listen at its port.
+        InputError: process 0 cannot listen at its port.
         Failure: process 0 is not reached.
     """
     global _link
@@ -158,7 +158,7 @@ def report(error: BaseException) -> None:
     if not _link or error is _reported:
         return
     _reported = error
-    if isinstance(error, BadInput | Failure):
+    if isinstance(error, InputError | Failure):
         warn(str(error))
     else:
         time.sleep(CULPRIT)  # a collective fails where another process has died
@@ -167,8 +167,8 @@ def report(error: BaseException) -> None:
 
 def _leave(link: Link, error: BaseException) -> NoReturn:
     """Ends all processes for an error of this one."""
-    if isinstance(error, BadInput | Failure):
-        link.leave(2 if isinstance(error, BadInput) else 1, str(error))
+    if isinstance(error, InputError | Failure):
+        link.leave(2 if isinstance(error, InputError) else 1, str(error))
     report(error)
     said = str(error).partition("\n")[0]
     link.leave(1, f"{type(error).__name__}: {said}")
@@ -232,11 +232,11 @@ def together() -> Iterator[None]:
 
 
 def agree(what: str, value: Any) -> None:
-    """Raises BadInput where a JSON value is not the same on all processes."""
+    """Raises InputError where a JSON value is not the same on all processes."""
     values = gathered(value)
     for process, other in enumerate(values):
         if other != values[0]:
-            raise BadInput(
+            raise InputError(
                 f"{what}: {values[0]} for process 0, {other} for process {process}"
             )
 

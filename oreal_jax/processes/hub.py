@@ -27,7 +27,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.processes import wire
 from oreal_jax.processes.wire import Message
 
@@ -52,12 +52,12 @@ class Hub:
         everyone then.
 
         Raises:
-            BadInput: the port is not to be had.
+            InputError: the port is not to be had.
         """
         try:
             self._door = wire.listen(port)
         except OSError as error:
-            raise BadInput(
+            raise InputError(
                 f"--coordinator: port {port} of this host cannot be listened at: "
                 f"{error.strerror}"
             ) from None

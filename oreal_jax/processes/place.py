@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 OPTIONS = ("--coordinator", "--processes", "--process")
 VARIABLES = ("OREAL_COORDINATOR", "OREAL_PROCESSES", "OREAL_PROCESS")
@@ -39,7 +39,7 @@ def place_of(
     it.
 
     Raises:
-        BadInput: half of it is given, or it makes no sense.
+        InputError: half of it is given, or it makes no sense.
     """
     options = (coordinator, processes, process)
     given = [
@@ -57,21 +57,21 @@ def place_of(
     names = [f"{o} (or {v})" for o, v in zip(OPTIONS, VARIABLES, strict=True)]
     missing = [n for n, value in zip(names, given, strict=True) if not value]
     if missing:
-        raise BadInput(
+        raise InputError(
             f"{', '.join(missing)} must be given too, or --processes auto alone"
         )
     address, *numbers = (str(value) for value in given)
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise BadInput(f"{names[0]}: {address!r} is not HOST:PORT")
+        raise InputError(f"{names[0]}: {address!r} is not HOST:PORT")
     if not 0 < int(port) < 2**16:
-        raise BadInput(f"{names[0]}: {address!r}: ports are 1 to {2**16 - 1}")
+        raise InputError(f"{names[0]}: {address!r}: ports are 1 to {2**16 - 1}")
     for name, number in zip(names[1:], numbers, strict=True):
         if not number.isdigit():
-            raise BadInput(f"{name}: {number!r} is not a number")
+            raise InputError(f"{name}: {number!r} is not a number")
     count, index = map(int, numbers)
     if index >= count:
-        raise BadInput(
+        raise InputError(
             f"{names[2]}: {index}, but {count} processes are numbered 0 to {count - 1}"
         )
     return Place(host.strip("[]"), int(port), count, index)
@@ -89,13 +89,13 @@ def detected(environment: Mapping[str, str]) -> Place | None:
     )
     address, count, index, devices = found
     if address is None or count is None or index is None:
-        raise BadInput(
+        raise InputError(
             "--processes auto: neither a TPU pod nor a SLURM step, no Open MPI and no "
             "Kubernetes job is detected here"
         )
     ranks = environment.get(RANKS, str(count))
     if ranks != str(count):  # it found the SLURM step of Open MPI's daemons instead
-        raise BadInput(
+        raise InputError(
             f"{RANKS}={ranks}: JAX detects Open MPI up to version 4 only; start each "
             f"rank with {', '.join(OPTIONS)}"
         )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import Distribution
 
 BLOCK = 256  # tokens per block of the two-level cumulative sum
@@ -44,7 +44,7 @@ class Sampling:
     for each time it has them (OpenAI's definitions).
 
     Raises:
-        BadInput: a value outside its range.
+        InputError: a value outside its range.
     """
 
     max_tokens: int
@@ -77,18 +77,18 @@ class Sampling:
             ),
         ]:
             if not fits:
-                raise BadInput(f"sampling: {name}={value} must be {range_}")
+                raise InputError(f"sampling: {name}={value} must be {range_}")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not abs(value) <= MAX_SHIFT:
-                raise BadInput(
+                raise InputError(
                     f"sampling: {name}={value} must be from {-MAX_SHIFT} to {MAX_SHIFT}"
                 )
         for token, value in self.logit_bias:
             if token < 0:
-                raise BadInput(f"sampling: logit_bias: no token {token}")
+                raise InputError(f"sampling: logit_bias: no token {token}")
             if not abs(value) <= MAX_SHIFT and value != -math.inf:
-                raise BadInput(
+                raise InputError(
                     f"sampling: logit_bias of token {token} is {value}; it must be "
                     f"from {-MAX_SHIFT} to {MAX_SHIFT}, or -inf, which bans the token"
                 )

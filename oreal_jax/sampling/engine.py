@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from oreal_jax import sharding
 from oreal_jax.data.packing import bucket
-from oreal_jax.errors import BadInput, Diverged, Failure
+from oreal_jax.errors import Diverged, Failure, InputError
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import Sampling
@@ -64,11 +64,11 @@ class Engine:
         already, because another number of slots changes the last bit of a logit.
 
         Raises:
-            BadInput: no stop token, a stop token outside the vocabulary, or a number of
-                devices that does not divide into engines.
+            InputError: no stop token, a stop token outside the vocabulary, or a number
+                of devices that does not divide into engines.
         """
         if not stop_tokens:
-            raise BadInput("no stop token: completions would never end")
+            raise InputError("no stop token: completions would never end")
         config.require_tokens(stop_tokens, "stop tokens")
         meshes = sharding.engine_meshes(mesh, config, tensor, devices)
         self.config, self.mesh = config, meshes.own
@@ -113,7 +113,7 @@ class Engine:
         once it is finished, in any order.
 
         Raises:
-            BadInput: an empty prompt, a prompt or logit bias with a token outside the
+            InputError: an empty prompt, a prompt or logit bias with a token outside the
                 vocabulary, or a prompt and completion longer than the model or the
                 cache allows.
             Diverged: a token without a probability, of weights that are not finite.
@@ -189,29 +189,29 @@ class Engine:
         """Checks that prompt and completion fit the model and the cache.
 
         Raises:
-            BadInput: the prompt is empty, or the two exceed the model or the cache.
+            InputError: the prompt is empty, or the two exceed the model or the cache.
         """
         text = f"prompt of {prompt_tokens} tokens + max_tokens={new_tokens}"
         if not prompt_tokens or prompt_tokens + new_tokens > self.config.max_length:
-            raise BadInput(
+            raise InputError(
                 f"{text} must lie within 1..{self.config.max_length}, the model's "
                 "max_length"
             )
         needed = prompt_tokens + new_tokens + 2 * PAGE
         if self.cache_tokens and needed > self.cache_tokens:
-            raise BadInput(f"{text} does not fit cache_tokens={self.cache_tokens}")
+            raise InputError(f"{text} does not fit cache_tokens={self.cache_tokens}")
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Checks the tokens of `logit_bias`.
 
         Raises:
-            BadInput: one is outside the vocabulary, or all of it is banned.
+            InputError: one is outside the vocabulary, or all of it is banned.
         """
         biased = (token for token, _ in sampling.logit_bias)
         self.config.require_tokens(biased, "sampling: logit_bias")
         banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
         if len(banned) == self.config.vocab:
-            raise BadInput(
+            raise InputError(
                 f"sampling: logit_bias: bans all {len(banned)} tokens of the vocabulary"
             )
 

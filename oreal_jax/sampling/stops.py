@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 START, FOUND = 0, 1  # states; the others lie between
 
@@ -26,10 +26,10 @@ def token_table(
     tokens beyond them, up to the model's `vocabulary`, have none either.
 
     Raises:
-        BadInput: an empty string.
+        InputError: an empty string.
     """
     if "" in strings:
-        raise BadInput("stop strings: an empty one would end every completion")
+        raise InputError("stop strings: an empty one would end every completion")
     if not strings:
         return None
     pieces = token_bytes()

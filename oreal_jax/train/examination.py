@@ -18,7 +18,7 @@ from oreal_jax import metrics, processes
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import Evaluation, TrainConfig
 from oreal_jax.data import Chat, Prompt
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.evaluation import Attempt, load_sets, report
 from oreal_jax.evaluation.run import attempt
 from oreal_jax.evaluation.sets import ProblemSet
@@ -160,7 +160,7 @@ def examination_of(
     that training samples with.
 
     Raises:
-        BadInput: a set is unusable, or a problem of it is trained on or too long.
+        InputError: a set is unusable, or a problem of it is trained on or too long.
     """
     wanted = config.evaluation
     sets = load_sets(wanted.data, Path(wanted.folder), "evaluation.data")
@@ -170,9 +170,11 @@ def examination_of(
         for problem in problems:
             where = f"evaluation.data: problem {problem.id!r} of {name}"
             if problem.question in trained_on:
-                raise BadInput(f"{where} is trained on")
+                raise InputError(f"{where} is trained on")
             if (length := len(chat.encode(problem.question))) > room:
-                raise BadInput(f"{where} has {length} tokens, there is room for {room}")
+                raise InputError(
+                    f"{where} has {length} tokens, there is room for {room}"
+                )
     sampling = config.sampling
     if wanted.samples == 1:
         sampling = dataclasses.replace(sampling, temperature=0.0)

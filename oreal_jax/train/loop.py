@@ -36,7 +36,7 @@ from oreal_jax.data import (
     repeat_by_difficulty,
 )
 from oreal_jax.data.packing import Batch, Limits, pack
-from oreal_jax.errors import BadInput, Failure
+from oreal_jax.errors import Failure, InputError
 from oreal_jax.files import fingerprint, write_bytes, write_lines
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
@@ -77,7 +77,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     """Trains, or goes on training, in the run directory `run`; traces `profile` steps.
 
     Raises:
-        BadInput: the config, the model, the prompts or the run directory are unusable.
+        InputError: the config, model, prompts or run directory cannot be used.
     """
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
@@ -157,7 +157,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
 
 
 def check_loss(config: TrainConfig) -> None:
-    """Raises BadInput where the loss cannot train the policy."""
+    """Raises InputError where the loss cannot train the policy."""
     scores, samples = config.token_reward is not None, config.samples_per_prompt
     if losses.has_gradient(config.loss, samples, token_scores=scores):
         return
@@ -176,14 +176,14 @@ def check_loss(config: TrainConfig) -> None:
             "token scores are 0; presets that train without one: "
             f"{', '.join(presets)}"
         )
-    raise BadInput(message)
+    raise InputError(message)
 
 
 def prompts_of(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
     """The prompts that a run began with, of which it keeps a copy.
 
     Raises:
-        BadInput: they cannot be read.
+        InputError: they cannot be read.
     """
     copy = run / "data"
     if not copy.is_dir():
@@ -192,7 +192,7 @@ def prompts_of(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
     if Path(config.prompts).exists():
         try:
             changed = load_prompts(config.prompts) != prompts
-        except BadInput:
+        except InputError:
             changed = True
         if changed:
             screen.say(
@@ -208,7 +208,7 @@ def judge_of(
     """The judge to ask after the rule, where the config names one.
 
     Raises:
-        BadInput: its hosts or its model are not usable names.
+        InputError: its hosts or its model are not usable names.
     """
     chosen, first = config.verification, processes.is_first()
     if not chosen.judge_hosts:
@@ -264,7 +264,7 @@ def usable_prompts(
     fits = [size <= config.max_prompt_tokens for size in sizes]
     short = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
     if not short:
-        raise BadInput(
+        raise InputError(
             f"{config.prompts}: all {len(prompts)} prompts are longer than "
             f"max_prompt_tokens={config.max_prompt_tokens}"
         )

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from oreal_jax import model, rollout, sharding
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.data.packing import Limits
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampled_from
 from oreal_jax.train.state import Learners, learners
@@ -26,17 +26,17 @@ def mesh_of(
     """The mesh of a run.
 
     Raises:
-        BadInput: devices, model, rows and dtypes do not go together.
+        InputError: devices, model, rows and dtypes do not go together.
     """
     mesh = sharding.make_mesh(config.mesh, shape, devices)
     length, context = config.packing.row_length, mesh.shape["context"]
     if length % context:
-        raise BadInput(
+        raise InputError(
             f"packing.row_length={length} does not divide by mesh.context={context}"
         )
     is_float32 = compute_dtype(config.compute, mesh) == jnp.float32
     if is_float32 and config.gradient_sums != "float32":
-        raise BadInput(
+        raise InputError(
             f"gradient_sums={config.gradient_sums!r} with compute={config.compute!r}, "
             "which is float32 here: it needs compute='bfloat16'"
         )
@@ -95,7 +95,7 @@ def engine_of(
     `longest_prompt` tokens. `devices` are those of this process (None: JAX's default).
 
     Raises:
-        BadInput: the devices do not divide into engines, or a token of
+        InputError: the devices do not divide into engines, or a token of
             `config.sampling` or `stop_tokens` is outside the vocabulary, or the longest
             completion exceeds the model or the cache.
     """

@@ -40,7 +40,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import BadInput, Diverged
+from oreal_jax.errors import Diverged, InputError
 from oreal_jax.files import BackgroundWriter, write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
@@ -59,7 +59,7 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     """The model a run works on: its own once it has begun, else the config's.
 
     Raises:
-        BadInput: it is unusable, or not the same to all processes.
+        InputError: it is unusable, or not the same to all processes.
     """
     for name, value in configuration.as_json(config).items():
         processes.agree(f"config: {name}", value)
@@ -68,7 +68,7 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     if newest is not None:
         return open_model(run)
     if checkpoints.steps(run):
-        raise BadInput(
+        raise InputError(
             f"{run}: its checkpoints hold a policy but no state to resume from; train "
             f"this policy in another run: --set model={run} --run ANOTHER"
         )
@@ -79,7 +79,7 @@ def progress_of(run: Path) -> tuple[int | None, Progress]:
     """The step that a run resumes after, None before it has begun, and its progress.
 
     Raises:
-        BadInput: they cannot be read.
+        InputError: they cannot be read.
     """
     step = checkpoints.newest_step(run, checkpoints.ITEMS)
     if step is None:
@@ -105,7 +105,7 @@ def chat_of(
     """The chat template of a run: its own once it has begun, else what the config says.
 
     Raises:
-        BadInput: no usable tokenizer or template.
+        InputError: no usable tokenizer or template.
     """
     begun = source.path == run
     template = Path(config.chat_template) if config.chat_template else None
@@ -162,11 +162,11 @@ class Session:
         into RUN/profile.
 
         Raises:
-            BadInput: the run began with another config or other data, the weights do
+            InputError: the run began with another config or other data, the weights do
                 not fit, or the directory cannot be written.
         """
         if jax.process_count() != processes.count():
-            raise BadInput(
+            raise InputError(
                 f"the devices are those of {jax.process_count()} processes, which do "
                 "not know of each other: --processes auto on each host"
             )
@@ -271,10 +271,10 @@ class Session:
             if old.get(name) != new.get(name):
                 change = f"{name}: {old.get(name)} -> {new.get(name)}"
                 if name in IDENTITY:
-                    raise BadInput(f"{path}: this run began otherwise; {change}")
+                    raise InputError(f"{path}: this run began otherwise; {change}")
                 appears = None in (old.get(name), new.get(name))
                 if name == "token_reward" and appears and begun:
-                    raise BadInput(
+                    raise InputError(
                         f"{path}: its checkpoints are with a token reward model or "
                         f"without, as it began; {change}"
                     )
@@ -285,7 +285,7 @@ class Session:
         other data are refused."""
         where = f"{self.run}: step {self._first + 1}"
         if progress.data not in ("", self.data.rows):
-            raise BadInput(
+            raise InputError(
                 f"{self.data.source}: has changed since {self.run} began; restore it, "
                 f"or train on it in another run: --set model={self.run} --run ANOTHER"
             )
@@ -333,7 +333,7 @@ class Session:
                 self.screen.say(line)
         processes.barrier(f"{path} was written")
         if not path.exists():
-            raise BadInput(
+            raise InputError(
                 f"{path}: written by process 0 and not to be seen from here; --run "
                 "must be on a file system that all processes share"
             )

@@ -15,7 +15,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, Solved, read_examples
 from oreal_jax.data.packing import Example, Limits, pack
 from oreal_jax.efficiency import Done
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
 from oreal_jax.train.programs import mesh_of, update_of
@@ -28,7 +28,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     steps.
 
     Raises:
-        BadInput: the config, the model, the examples or the run directory are unusable.
+        InputError: the config, model, examples or run directory cannot be used.
     """
     source = source_of(config, run)
     mesh = mesh_of(config, source.config)
@@ -91,12 +91,12 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
 
 
 def check_loss(config: SftConfig) -> None:
-    """Raises BadInput where the loss reads what SFT does not compute."""
+    """Raises InputError where the loss reads what SFT does not compute."""
     fields = losses.fields_read(
         config.loss, "old_log_probs", "reference_log_probs", "token_scores"
     )
     if fields:
-        raise BadInput(
+        raise InputError(
             f"loss={config.loss}: reads {' and '.join(fields)}, which SFT does not "
             "compute; disable that term (kl_weight=0 for a KL to the reference model) "
             "or use BestOfNCloning()"
@@ -125,7 +125,7 @@ def usable_examples(
         f"than row_length={config.packing.row_length}"
     )
     if len(usable) < config.examples_per_step:
-        raise BadInput(
+        raise InputError(
             f"{config.examples}: {len(usable)} usable examples, "
             f"examples_per_step={config.examples_per_step}"
         )

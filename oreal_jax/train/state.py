@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from oreal_jax import model, sharding
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, Params
 
 
-class Player(NamedTuple):
+class ModelState(NamedTuple):
     """One trained model: float32 master weights and optimizer state."""
 
     params: Params
@@ -26,13 +26,13 @@ class TrainState(NamedTuple):
     """Everything a training step changes. `token_reward` is None where not trained."""
 
     step: Int[Array, ""]
-    policy: Player
-    token_reward: Player | None
+    policy: ModelState
+    token_reward: ModelState | None
 
 
 def _require(name: str, value: float | int, fits: Callable, what: str) -> None:
     if not fits(value):
-        raise BadInput(f"optimizer: {name}={value} must be {what}")
+        raise InputError(f"optimizer: {name}={value} must be {what}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Optimizer:
     offload: bool = False
 
     def __post_init__(self):
-        """Raises BadInput where a number is out of range."""
+        """Raises InputError where a number is out of range."""
         for name in ("learning_rate", "final_learning_rate", "warmup_steps"):
             _require(name, getattr(self, name), lambda x: x >= 0, "at least 0")
         _require("weight_decay", self.weight_decay, lambda x: x >= 0, "at least 0")
@@ -91,7 +91,7 @@ class Trained(NamedTuple):
     config: ModelConfig
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
-    shardings: Player
+    shardings: ModelState
     at_work: Any
 
     @classmethod
@@ -109,24 +109,26 @@ class Trained(NamedTuple):
             config,
             transformation,
             optimizer.rate(steps),
-            Player(params, stored),
+            ModelState(params, stored),
             moments if optimizer.offload else None,
         )
 
-    def start(self, params: Params) -> Player:
-        """A player that has not learned anything yet (call under jit)."""
-        return Player(params, self.optimizer.init(params))
+    def start(self, params: Params) -> ModelState:
+        """The state before the first update (call under jit)."""
+        return ModelState(params, self.optimizer.init(params))
 
-    def update(self, player: Player, gradient: Params, step: Int[Array, ""]) -> Player:
-        """One optimizer step at the rate of training step `step`."""
-        state = player.optimizer
+    def update(
+        self, state: ModelState, gradient: Params, step: Int[Array, ""]
+    ) -> ModelState:
+        """Take one optimizer step at the rate of training step `step`."""
+        params, moments = state
         if self.at_work is not None:
-            state = jax.device_put(state, self.at_work)
+            moments = jax.device_put(moments, self.at_work)
         with jax.named_scope("optimizer"):
-            direction, state = self.optimizer.update(gradient, state, player.params)
+            direction, moments = self.optimizer.update(gradient, moments, params)
             rate = self.rate(step)
             move = lambda weight, change: weight - rate * change
-            return Player(jax.tree.map(move, player.params, direction), state)
+            return ModelState(jax.tree.map(move, params, direction), moments)
 
 
 class Learners(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Literal
 
 import httpx
 
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 from oreal_jax.verify import extract
 from oreal_jax.verify.verdict import Verdict
 
@@ -111,13 +111,15 @@ class Judge:
         verdicts stand.
 
         Raises:
-            BadInput: a host is no web address, or no model is named.
+            InputError: a host is no web address, or no model is named.
         """
         if not model:
-            raise BadInput(f"judge: {', '.join(hosts)}: which model is to be asked?")
+            raise InputError(f"judge: {', '.join(hosts)}: which model is to be asked?")
         for url in hosts:
             if not _is_address(url):
-                raise BadInput(f"judge: {url!r} is not an address like http://host/v1")
+                raise InputError(
+                    f"judge: {url!r} is not an address like http://host/v1"
+                )
         self._hosts = [Host(url.rstrip("/")) for url in hosts]
         self._model, self._concurrency, self._timeout = model, concurrency, timeout
         self._tries, self._backoff, self._patience = tries, backoff, patience

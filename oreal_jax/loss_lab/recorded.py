@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from oreal_jax.data.prompts import read_rows
-from oreal_jax.errors import BadInput
+from oreal_jax.errors import InputError
 
 OUTCOMES = ("right", "wrong", "undecided")
 # Lists with one number a token, in the order of `Scored`.
@@ -49,17 +49,17 @@ def read(paths: Sequence[Path]) -> list[Recorded]:
     the same file, `step` and `group` (where there is no `group`, the same `id`).
 
     Raises:
-        BadInput: naming file, line, field and value; or nothing was learned from.
+        InputError: naming file, line, field and value; or nothing was learned from.
     """
     recorded: list[Recorded] = []
     for path in paths:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
-            raise BadInput(f"{path}: no .jsonl files in this directory")
+            raise InputError(f"{path}: no .jsonl files in this directory")
         for file in files:
             recorded += _read_file(file)
     if not recorded:
-        raise BadInput(
+        raise InputError(
             f"{', '.join(map(str, paths))}: no completion with per-token lists "
             f"({', '.join(LISTS)}); runs write them for what they learn from"
         )
@@ -70,13 +70,13 @@ def choose(recorded: Sequence[Recorded], names: Sequence[str]) -> list[int]:
     """Where the completions of these names are; without names, one right and one wrong.
 
     Raises:
-        BadInput: there is none of a name.
+        InputError: there is none of a name.
     """
     places = {trajectory.name: i for i, trajectory in enumerate(recorded)}
     for name in names:
         if name not in places:
             some = ", ".join(list(places)[:5])
-            raise BadInput(
+            raise InputError(
                 f"--trajectory {name}: not among the {len(places)} completions "
                 f"learned from: {some}, ..."
             )
@@ -93,7 +93,7 @@ def _read_file(file: Path) -> list[Recorded]:
     for where, row in read_rows(file):
         verdict = row.get("verdict")
         if verdict not in OUTCOMES:
-            raise BadInput(
+            raise InputError(
                 f"{where}: field 'verdict' is {verdict!r}, expected one of "
                 f"{', '.join(OUTCOMES)}"
             )
@@ -123,23 +123,23 @@ def _lists(
 ) -> Float[np.ndarray, "_ T"]:
     size = len(row["log_probs"]) if isinstance(row["log_probs"], list) else 0
     if not size:
-        raise BadInput(f"{where}: field 'log_probs' is not a list of numbers")
+        raise InputError(f"{where}: field 'log_probs' is not a list of numbers")
     for name in names:
         values = row.get(name)
         if not isinstance(values, list):
-            raise BadInput(f"{where}: field {name!r} is {values!r}, expected a list")
+            raise InputError(f"{where}: field {name!r} is {values!r}, expected a list")
         if len(values) != size:
-            raise BadInput(
+            raise InputError(
                 f"{where}: field {name!r} has {len(values)} numbers, "
                 f"'log_probs' has {size}"
             )
     try:
         lists = np.array([row[name] for name in names], np.float32)
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}: per-token lists are not numbers: {error}") from None
+        raise InputError(f"{where}: per-token lists are not numbers: {error}") from None
     if not np.isfinite(lists).all():
         name = names[int(np.argmin(np.isfinite(lists).all(axis=1)))]
-        raise BadInput(f"{where}: field {name!r} holds numbers that are not finite")
+        raise InputError(f"{where}: field {name!r} holds numbers that are not finite")
     return lists
 
 

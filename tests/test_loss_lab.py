@@ -1,4 +1,4 @@
-"""The laboratory: coefficients by hand, shares, agreement, and files that are wrong."""
+"""The loss lab: coefficients by hand, shares, agreement, and files that are wrong."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oreal_jax import laboratory, losses
+from oreal_jax import loss_lab, losses
 from oreal_jax.cli import main
-from oreal_jax.errors import BadInput
-from oreal_jax.laboratory import examination
-from oreal_jax.laboratory.recorded import LISTS
+from oreal_jax.errors import InputError
+from oreal_jax.loss_lab import examination
+from oreal_jax.loss_lab.recorded import LISTS
 
 
 def row(verdict="right", tokens=4, seed=0, **fields) -> dict:
@@ -50,16 +50,16 @@ def two_groups(path: Path) -> Path:
 
 @pytest.fixture
 def recorded(tmp_path):
-    return laboratory.read([two_groups(tmp_path / "step_000000.jsonl")])
+    return loss_lab.read([two_groups(tmp_path / "step_000000.jsonl")])
 
 
 def test_advantages_are_taken_over_all_samples_of_a_group(recorded):
     assert [len(trajectory.rewards) for trajectory in recorded] == [4, 4, 2, 2]
     assert [trajectory.correct for trajectory in recorded] == [True, False, False, True]
-    examined = laboratory.examine(losses.Reinforce(advantage=losses.rloo), recorded)
+    examined = loss_lab.examine(losses.Reinforce(advantage=losses.rloo), recorded)
     tokens = 4 + 7 + 2 + 5
     # d/dlog p of -A p/stop(p), over all tokens; the KL adds its own.
-    plain = laboratory.examine(
+    plain = loss_lab.examine(
         losses.Reinforce(advantage=losses.rloo, kl_weight=0.0), recorded
     )
     for coefficient, advantage in zip(
@@ -75,7 +75,7 @@ def test_a_kl_is_taken_from_full_log_probs_where_a_run_has_them(tmp_path):
     full = np.array(line["log_probs"]) - [0.5, 0.2, 0.1]
     path = write(tmp_path / "a.jsonl", [line | {"full_log_probs": full.tolist()}])
     loss = losses.Reinforce(kl_weight=2.0)
-    found = laboratory.examine(loss, laboratory.read([path]))
+    found = loss_lab.examine(loss, loss_lab.read([path]))
     difference = np.array(line["reference_log_probs"]) - full
     kl = np.mean(np.exp(difference) - difference - 1)
     assert found.terms["actor/kl_loss"] == pytest.approx(kl, rel=1e-5)
@@ -84,7 +84,7 @@ def test_a_kl_is_taken_from_full_log_probs_where_a_run_has_them(tmp_path):
 
 
 def test_shares_say_where_the_coefficients_lie(recorded):
-    cloning = laboratory.examine(losses.BestOfNCloning(), recorded)
+    cloning = loss_lab.examine(losses.BestOfNCloning(), recorded)
     assert cloning.shares["right"] == 1 and cloning.shares["wrong"] == 0
     assert cloning.shares["early"] == pytest.approx(0.5)
     assert cloning.shares["untouched_tokens"] == pytest.approx(9 / 18)
@@ -92,25 +92,25 @@ def test_shares_say_where_the_coefficients_lie(recorded):
 
 
 def test_losses_agree_with_themselves_and_with_their_multiples(recorded):
-    one = laboratory.examine(losses.Reinforce(kl_weight=0.0), recorded)
+    one = loss_lab.examine(losses.Reinforce(kl_weight=0.0), recorded)
     zero_one = losses.ZeroOne(losses.outcome)
     other = losses.Reinforce(kl_weight=0.0, advantage=zero_one)
-    half = laboratory.examine(other, recorded)
-    assert laboratory.agreement(one, one) == {
+    half = loss_lab.examine(other, recorded)
+    assert loss_lab.agreement(one, one) == {
         "cosine": pytest.approx(1),
         "same_sign": 1,
     }
     # Wrong completions are left alone: 9 tokens of 18 are treated alike.
-    assert laboratory.agreement(one, half)["same_sign"] == 0.5
-    assert laboratory.agreement(one, half)["cosine"] == pytest.approx(np.sqrt(0.5))
+    assert loss_lab.agreement(one, half)["same_sign"] == 0.5
+    assert loss_lab.agreement(one, half)["cosine"] == pytest.approx(np.sqrt(0.5))
 
 
 @pytest.mark.parametrize("name", losses.presets.NAMED)
 def test_parts_of_bounded_size_change_nothing(recorded, monkeypatch, name):
-    loss = laboratory.load_loss(name)
-    whole = laboratory.examine(loss, recorded)
+    loss = loss_lab.load_loss(name)
+    whole = loss_lab.examine(loss, recorded)
     monkeypatch.setattr(examination, "ENTRIES", 14)  # two rows of seven
-    parts = laboratory.examine(loss, recorded)
+    parts = loss_lab.examine(loss, recorded)
     for a, b in zip(whole.coefficients, parts.coefficients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
     for term, value in whole.terms.items():
@@ -119,16 +119,16 @@ def test_parts_of_bounded_size_change_nothing(recorded, monkeypatch, name):
 
 def test_a_config_file_names_its_loss():
     path = Path(__file__).parents[1] / "configs" / "my_loss.py"
-    assert type(laboratory.load_loss(str(path))).__name__ == "RareCloning"
-    with pytest.raises(BadInput, match="--loss grop: neither .* released, paper"):
-        laboratory.load_loss("grop")
+    assert type(loss_lab.load_loss(str(path))).__name__ == "RareCloning"
+    with pytest.raises(InputError, match="--loss grop: neither .* released, paper"):
+        loss_lab.load_loss("grop")
 
 
 def test_one_right_and_one_wrong_are_drawn_unless_others_are_named(recorded):
-    assert laboratory.choose(recorded, []) == [0, 1]
-    assert laboratory.choose(recorded, ["0/b/3", "0/a/1"]) == [3, 1]
-    with pytest.raises(BadInput, match="--trajectory 9: not among the 4 completions"):
-        laboratory.choose(recorded, ["9"])
+    assert loss_lab.choose(recorded, []) == [0, 1]
+    assert loss_lab.choose(recorded, ["0/b/3", "0/a/1"]) == [3, 1]
+    with pytest.raises(InputError, match="--trajectory 9: not among the 4 completions"):
+        loss_lab.choose(recorded, ["9"])
 
 
 def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
     assert min(seconds) < 5, seconds
 
 
-def test_what_the_laboratory_calls_right_is_what_a_loss_sees(recorded):
+def test_what_the_loss_lab_calls_right_is_what_a_loss_sees(recorded):
     seen = []
 
     class Spy:
@@ -202,7 +202,7 @@ def test_what_the_laboratory_calls_right_is_what_a_loss_sees(recorded):
             loss = jnp.sum(scored.log_probs)
             return loss, {}
 
-    laboratory.examine(Spy(), recorded)
+    loss_lab.examine(Spy(), recorded)
     _, counts = seen[0]
     assert float(counts.right.tokens) == 9 and float(counts.right.sequences) == 2
     assert float(counts.wrong.tokens) == 9 and float(counts.all.sequences) == 4

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from oreal_jax.errors import BadInput
-from oreal_jax.laboratory.recorded import Recorded
+from oreal_jax.errors import InputError
+from oreal_jax.loss_lab.recorded import Recorded
 from oreal_jax.losses import Count, Counts, PolicyLoss, Scored, presets
 
 ENTRIES = 2**22  # numbers of an array [B, T] that is alive at a time
@@ -70,14 +70,14 @@ def load_loss(name: str) -> PolicyLoss:
     """A preset by its name, or the loss of a config file.
 
     Raises:
-        BadInput: no preset of this name, or not a config file.
+        InputError: no preset of this name, or not a config file.
     """
     if name.endswith(".py"):
         from oreal_jax import config  # brings the model room along
 
         return config.load(Path(name), config.TrainConfig).loss
     if name not in presets.NAMED:
-        raise BadInput(
+        raise InputError(
             f"--loss {name}: neither a config file (.py) nor one of "
             f"{', '.join(presets.NAMED)}"
         )

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from oreal_jax.errors import BadInput
-from oreal_jax.laboratory.examination import Examination, agreement
-from oreal_jax.laboratory.recorded import Recorded
+from oreal_jax.errors import InputError
+from oreal_jax.loss_lab.examination import Examination, agreement
+from oreal_jax.loss_lab.recorded import Recorded
 
 LABELLED = 48  # tokens of a completion that are still written under its picture
 
@@ -87,12 +87,12 @@ def draw(
     In units of the loss's mean |coefficient|: shapes are compared, not learning rates.
 
     Raises:
-        BadInput: matplotlib is not installed, or the file cannot be written.
+        InputError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise BadInput(
+        raise InputError(
             "--picture needs matplotlib: pip install 'oreal-jax[demo]'"
         ) from None
     height = 2.6 * len(places) + 0.4
@@ -123,7 +123,7 @@ def draw(
     try:
         figure.savefig(picture, dpi=120)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{picture}: cannot be written: {error}") from None
+        raise InputError(f"{picture}: cannot be written: {error}") from None
 
 
 def _label(piece: str) -> str:
