@@ -3,8 +3,9 @@
     oreal train configs/my_loss.py                       # after `make demo`
     oreal losses runs/demo/run/trajectories --loss configs/my_loss.py --loss released
 
-This one clones right completions and leaves wrong ones alone, and weighs a completion
-by how rarely its prompt is solved. Not a recommendation: a thing to start from.
+This one clones correct completions and leaves incorrect ones alone, and weighs a
+completion by how rarely its prompt is solved. Not a recommendation: a thing to start
+from.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from oreal_jax.losses import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RareCloning:
-    """weight * mean over right tokens of A (-log p), with A = 2 K/(K-1) (1-p)."""
+    """weight * mean over correct tokens of A (-log p), with A = 2 K/(K-1) (1-p)."""
 
     advantage: Advantage = rloo
     weight: float = 0.5
@@ -33,7 +34,7 @@ class RareCloning:
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """The loss, and what to write into metrics.jsonl."""
         clone = terms.clone(scored.log_probs) * scored.advantage[:, None]
-        loss = self.weight * token_mean(clone, scored.right, counts.right)
+        loss = self.weight * token_mean(clone, scored.correct, counts.correct)
         return loss, {"actor/pg_loss": loss}
 
 

@@ -15,7 +15,7 @@ from oreal_jax.rollout import everything
 
 config = dataclasses.replace(
     oreal_7b.config,
-    loss=Oreal(weight_right=unweighted, weight_wrong=unweighted),
+    loss=Oreal(weight_correct=unweighted, weight_incorrect=unweighted),
     keep=everything,
     token_reward=None,
     freeze_steps=0,

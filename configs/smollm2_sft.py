@@ -1,4 +1,4 @@
-"""RFT for SmolLM2-135M-Instruct on its own right sums and products: two minutes.
+"""RFT for SmolLM2-135M-Instruct on its own correct sums and products: two minutes.
 
     oreal sft configs/smollm2_sft.py
 

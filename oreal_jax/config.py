@@ -64,7 +64,7 @@ class Verification:
     OpenAI-compatible APIs (".../v1") that serve `judge_model`; none: the rule alone
     judges. Each gets `judge_concurrency` requests at a time, of `judge_timeout` seconds
     and `judge_tries` tries. Where all hosts are lost the run waits ("pause") or goes
-    on by rule ("rule"). Undecided completions count as wrong or are dropped: out of
+    on by rule ("rule"). Undecided completions count as incorrect or are dropped: out of
     the advantages of their prompt and never learned from.
     """
 
@@ -76,7 +76,7 @@ class Verification:
     judge_timeout: float = 60.0
     judge_tries: int = 3
     judge_lost: Literal["pause", "rule"] = "pause"
-    undecided: Literal["wrong", "drop"] = "wrong"
+    undecided: Literal["incorrect", "drop"] = "incorrect"
 
     def __post_init__(self):
         _at_least(
@@ -240,7 +240,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Supervised fine-tuning, or RFT where the solutions are a model's own right ones.
+    """Supervised fine-tuning, or RFT where the solutions are a model's own correct
+    ones.
 
     examples: a jsonl or parquet file of `question, solution` rows. `system_prompt` and
     `chat_template` (a Jinja file) replace the checkpoint's own. Each step takes

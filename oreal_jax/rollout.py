@@ -1,6 +1,6 @@
 """From samples and verdicts to the completions a step learns from.
 
-Rewards are +1 for right and -1 for anything else; advantages are taken over all K
+Rewards are +1 for correct and -1 for anything else; advantages are taken over all K
 samples of a prompt, and only then is anything left out.
 """
 
@@ -50,8 +50,8 @@ class Trajectory:
 
     @property
     def correct(self) -> bool:
-        """Undecided counts as wrong here; the metrics tell them apart."""
-        return self.verdict.outcome == "right"
+        """Undecided counts as incorrect here; the metrics tell them apart."""
+        return self.verdict.outcome == "correct"
 
     def example(self) -> Example:
         """What the train step needs of it."""
@@ -110,14 +110,14 @@ Keep = Callable[[Group, np.random.Generator], Group]
 
 
 def one_pair(group: Group, random: np.random.Generator) -> Group:
-    """One right and one wrong completion, drawn at random; none if all are alike."""
-    right = [t for t in group if t.correct]
-    wrong = [t for t in group if not t.correct]
-    if not right or not wrong:
+    """One correct and one incorrect completion at random; none if all are alike."""
+    correct = [t for t in group if t.correct]
+    incorrect = [t for t in group if not t.correct]
+    if not correct or not incorrect:
         return []
     return [
-        right[random.integers(len(right))],
-        wrong[random.integers(len(wrong))],
+        correct[random.integers(len(correct))],
+        incorrect[random.integers(len(incorrect))],
     ]
 
 
@@ -144,8 +144,8 @@ def judged(
 ) -> list[Verdict]:
     """A verdict for each (completion text, gold answer), in order.
 
-    A completion without its stop token is wrong unseen. `on_done(n)` hears of n more
-    verdicts.
+    A completion without its stop token is incorrect unseen. `on_done(n)` hears of n
+    more verdicts.
     """
     verdicts = [Verdict.truncated()] * len(completions)
     ended = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
@@ -159,7 +159,7 @@ def judged(
 def advantages(
     groups: Sequence[Sequence[Verdict]], of: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Advantages of rewards, undecided counting as wrong: [N, K]."""
+    """Advantages of rewards, undecided counting as incorrect: [N, K]."""
     return of(rewards(groups))
 
 
@@ -181,8 +181,8 @@ def decided(group: Group) -> Group:
 
 
 def rewards(groups: Sequence[Sequence[Verdict]]) -> np.ndarray:
-    """+1 for right, -1 for wrong and undecided: [N, K]."""
-    sign = lambda verdict: 1.0 if verdict.outcome == "right" else -1.0
+    """+1 for correct, -1 for incorrect and undecided: [N, K]."""
+    sign = lambda verdict: 1.0 if verdict.outcome == "correct" else -1.0
     return np.array([[sign(verdict) for verdict in group] for group in groups])
 
 
@@ -231,9 +231,9 @@ def metrics(groups: Sequence[Group], kept: Sequence[Trajectory]) -> dict[str, fl
         ),
         "rollout/negative_log_prob": float(-log_probs.mean()),
         "oreal/kept": float(len(kept)),
-        "oreal/kept_right": float(sum(t.correct for t in kept)),
-        "verdict/right": float(outcome("right")),
-        "verdict/wrong": float(outcome("wrong")),
+        "oreal/kept_correct": float(sum(t.correct for t in kept)),
+        "verdict/correct": float(outcome("correct")),
+        "verdict/incorrect": float(outcome("incorrect")),
         "verdict/undecided": float(outcome("undecided")),
     } | {
         f"verdict/by_{name}": float(sum(t.verdict.by == name for t in everyone))

@@ -50,10 +50,10 @@ def batches() -> dict[str, Batch]:
         ),
         "no_scores": mixed._replace(token_scores=np.zeros((N * K, T))),
         "equal_scores": mixed._replace(token_scores=np.full((N * K, T), 0.7)),
-        "all_right": random_batch(3, rewards=ones),
-        "all_wrong": random_batch(4, rewards=-ones),
-        "one_right_token": random_batch(5, lengths=[1] + [0] * 7),
-        "one_wrong_token": random_batch(6, lengths=[0, 1] + [0] * 6),
+        "all_correct": random_batch(3, rewards=ones),
+        "all_incorrect": random_batch(4, rewards=-ones),
+        "one_correct_token": random_batch(5, lengths=[1] + [0] * 7),
+        "one_incorrect_token": random_batch(6, lengths=[0, 1] + [0] * 6),
         "empty": random_batch(7, lengths=[0] * 8),
     }
 

@@ -81,8 +81,8 @@ def send(handler, content: bytes, status: int = 200, length: int | None = None):
 
 
 def honest(handler, question):
-    """Right where the student's text holds the word `right`."""
-    word = "RIGHT" if "is right" in question else "WRONG"
+    """Right where the student's text holds the words `is correct`."""
+    word = "RIGHT" if "is correct" in question else "WRONG"
     send(handler, reply(f"Compared.\nVERDICT: {word}"))
 
 

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     rewards: np.ndarray
 
     def rows(self) -> Iterator[tuple[int, bool, list[int]]]:
-        """Each completion: its row, whether it is right, its tokens' columns."""
+        """Each completion: its row, whether it is correct, its tokens' columns."""
         for b in range(self.completion.shape[0]):
             tokens = []
             for t in range(self.completion.shape[1]):
@@ -59,10 +59,10 @@ class Result(NamedTuple):
 
 
 def tokens_of(batch: Batch, kind: str) -> int:
-    """How many tokens right, wrong or all completions have; 1 where there is none."""
+    """Tokens of correct, incorrect or all completions; 1 where there are none."""
     total = 0
-    for _, right, tokens in batch.rows():
-        if kind == "all" or right == (kind == "right"):
+    for _, correct, tokens in batch.rows():
+        if kind == "all" or correct == (kind == "correct"):
             total += len(tokens)
     return max(1, total)
 
@@ -103,7 +103,7 @@ def outcome(rewards: np.ndarray) -> np.ndarray:
 
 
 def reshaped(rewards: np.ndarray) -> np.ndarray:
-    """R_k where right, (1 - p) R_k where wrong; p = right samples / K."""
+    """R_k where correct, (1 - p) R_k where incorrect; p = correct samples / K."""
 
     def one(group: list[float], k: int) -> float:
         p = sum(1 for reward in group if reward > 0) / len(group)
@@ -255,28 +255,28 @@ def unweighted(probabilities: list[float]) -> list[float]:
 
 
 def token_weights(
-    batch: Batch, credit: Credit, weight_right: Weighting, weight_wrong: Weighting
+    batch: Batch, credit: Credit, weight_correct: Weighting, weight_incorrect: Weighting
 ) -> np.ndarray:
-    """weight_right(q) on right completions, weight_wrong(1 - q) on wrong ones."""
+    """weight_correct(q) on correct completions, weight_incorrect(1 - q) on others."""
     weights = np.zeros(batch.completion.shape)
-    for b, right, tokens in batch.rows():
+    for b, correct, tokens in batch.rows():
         q = credit(batch.scores(b, tokens))
-        weighed = weight_right(q) if right else weight_wrong([1 - x for x in q])
+        weighed = weight_correct(q) if correct else weight_incorrect([1 - x for x in q])
         for t, weight in zip(tokens, weighed, strict=True):
             weights[b, t] = weight
     return weights
 
 
 def weight_metrics(batch: Batch, weights: np.ndarray) -> dict[str, float]:
-    """Mean weight of right and of wrong tokens, and the share of tokens with none."""
-    sums = {"right": 0.0, "wrong": 0.0, "none": 0.0}
-    for b, right, tokens in batch.rows():
+    """Mean weight of correct and incorrect tokens; share of tokens without weight."""
+    sums = {"correct": 0.0, "incorrect": 0.0, "none": 0.0}
+    for b, correct, tokens in batch.rows():
         for t in tokens:
-            sums["right" if right else "wrong"] += weights[b, t]
+            sums["correct" if correct else "incorrect"] += weights[b, t]
             sums["none"] += weights[b, t] == 0
     return {
-        "oreal/omega_right/mean": sums["right"] / tokens_of(batch, "right"),
-        "oreal/omega_wrong/mean": sums["wrong"] / tokens_of(batch, "wrong"),
+        "oreal/omega_correct/mean": sums["correct"] / tokens_of(batch, "correct"),
+        "oreal/omega_incorrect/mean": sums["incorrect"] / tokens_of(batch, "incorrect"),
         "oreal/omega_zero_share": sums["none"] / tokens_of(batch, "all"),
     }
 
@@ -318,39 +318,39 @@ def oreal(
     kl_weight: float = 0.01,
     clone_times_advantage: bool = True,
     credit: Credit = running_credit,
-    weight_right: Weighting = HALF,
-    weight_wrong: Weighting = HALF,
+    weight_correct: Weighting = HALF,
+    weight_incorrect: Weighting = HALF,
     kl: Kl = kl_k3,
     importance_cap: float | None = None,
 ) -> Result:
     """positive_weight P + negative_weight N + kl_weight KL, as released:
 
-    P  = sum over right tokens of  w (-log p) A      / right tokens
-    N  = sum over wrong tokens of  w (-A) p/stop(p)  / wrong tokens
+    P  = sum over correct tokens of  w (-log p) A      / correct tokens
+    N  = sum over incorrect tokens of  w (-A) p/stop(p)  / incorrect tokens
     KL = sum over all tokens of    kl(log p, log reference) / all tokens
 
     each token of P and N times min(p / p_old, importance_cap).
     """
     A = advantage(batch.rewards).reshape(-1)
-    weights = token_weights(batch, credit, weight_right, weight_wrong)
+    weights = token_weights(batch, credit, weight_correct, weight_incorrect)
     gradient = np.zeros(batch.completion.shape)
     positive = negative = penalty = 0.0
-    for b, right, tokens in batch.rows():
+    for b, correct, tokens in batch.rows():
         for t in tokens:
             log_prob = batch.log_probs[b, t]
             trust = truncated_importance(
                 log_prob, batch.old_log_probs[b, t], importance_cap
             )
-            if right:
+            if correct:
                 value, slope = clone(log_prob)
-                scale = weights[b, t] * trust / tokens_of(batch, "right")
+                scale = weights[b, t] * trust / tokens_of(batch, "correct")
                 if clone_times_advantage:
                     scale *= A[b]
                 positive += scale * value
                 gradient[b, t] += positive_weight * scale * slope
             else:
                 value, slope = reinforce(A[b])
-                scale = weights[b, t] * trust / tokens_of(batch, "wrong")
+                scale = weights[b, t] * trust / tokens_of(batch, "incorrect")
                 negative += scale * value
                 gradient[b, t] += negative_weight * scale * slope
             value, slope = kl(log_prob, batch.reference_log_probs[b, t])
@@ -378,18 +378,18 @@ def oreal_paper(
 ) -> Result:
     """Mean over completions of their sums over tokens (equations 10 and 11) of
 
-    w (-log p) where right, eta w F log(p / p_old) where wrong, beta kl(p, p_old);
+    w (-log p) where correct, eta w F log(p / p_old) where incorrect, beta kl(p, p_old);
     w = max(2 q - 1, 0) or max(1 - 2 q, 0), q = sigmoid(w_t), F = 1 - p = -A.
     """
     A = advantage(batch.rewards).reshape(-1)
     weights = token_weights(batch, token_credit, HALF, HALF)
     gradient = np.zeros(batch.completion.shape)
     positive = negative = penalty = 0.0
-    for b, right, tokens in batch.rows():
+    for b, correct, tokens in batch.rows():
         for t in tokens:
             log_prob, old = batch.log_probs[b, t], batch.old_log_probs[b, t]
             q = sigmoid(batch.token_scores[b, t])
-            if right:
+            if correct:
                 scale = max(2 * q - 1, 0) / completions_of(batch)
                 positive += scale * -log_prob
                 gradient[b, t] -= scale
@@ -412,15 +412,15 @@ def oreal_paper(
 
 
 def best_of_n_cloning(batch: Batch, *, advantage: Advantage = outcome) -> Result:
-    """Sum over right tokens of A (-log p) / right tokens."""
+    """Sum over correct tokens of A (-log p) / correct tokens."""
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
     total = 0.0
-    for b, right, tokens in batch.rows():
-        if right:
+    for b, correct, tokens in batch.rows():
+        if correct:
             for t in tokens:
                 value, slope = clone(batch.log_probs[b, t])
-                scale = A[b] / tokens_of(batch, "right")
+                scale = A[b] / tokens_of(batch, "correct")
                 total += scale * value
                 gradient[b, t] += scale * slope
     return Result(total, {"actor/pg_loss": total}, gradient)
@@ -537,28 +537,29 @@ def xtuner_oreal(
 ) -> Result:
     """positive_weight (clone_weight C + S+) + negative_weight S- + kl_weight KL:
 
-    C  = sum over right tokens of -log p / right tokens
-    S+ = sum over right tokens of the clipped surrogate / right tokens, S- of wrong ones
+    C  = sum over correct tokens of -log p / correct tokens
+    S+ = sum over correct tokens of the clipped surrogate / correct tokens, S- of
+    incorrect ones
     KL = sum over all tokens of k3(log p, log reference) / all tokens
     """
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
     positive = negative = penalty = 0.0
-    for b, right, tokens in batch.rows():
+    for b, correct, tokens in batch.rows():
         for t in tokens:
             log_prob = batch.log_probs[b, t]
             gain, pull = clipped_surrogate(
                 log_prob, batch.old_log_probs[b, t], A[b], clip_low, clip_high, dual
             )
-            if right:
+            if correct:
                 value, slope = clone(log_prob)
-                scale = 1 / tokens_of(batch, "right")
+                scale = 1 / tokens_of(batch, "correct")
                 positive += scale * (clone_weight * value + gain)
                 gradient[b, t] += (
                     positive_weight * scale * (clone_weight * slope + pull)
                 )
             else:
-                scale = 1 / tokens_of(batch, "wrong")
+                scale = 1 / tokens_of(batch, "incorrect")
                 negative += scale * gain
                 gradient[b, t] += negative_weight * scale * pull
             value, slope = kl_k3(log_prob, batch.reference_log_probs[b, t])
@@ -575,23 +576,24 @@ def xtuner_oreal(
 
 
 def token_reward(batch: Batch) -> Result:
-    """Sum over completions of BCE(sigmoid(mean w), right) / completions (equation 12).
+    """Sum over completions of BCE(sigmoid(mean w), correct) / completions (equation
+    12).
 
     Its derivative with respect to a token's score is (sigmoid(mean w) - 1 or 0) / n
     / completions, for a completion of n tokens.
     """
     gradient = np.zeros(batch.completion.shape)
     loss = hits = 0.0
-    for b, right, tokens in batch.rows():
+    for b, correct, tokens in batch.rows():
         if not tokens:
             continue
         logit = mean(batch.scores(b, tokens))
         # -log sigmoid(x) = log(1 + exp(-x)), and 1 - sigmoid(x) = sigmoid(-x).
-        x = logit if right else -logit
+        x = logit if correct else -logit
         loss += math.log1p(math.exp(-abs(x))) + max(-x, 0.0)
-        hits += (logit > 0) == right
+        hits += (logit > 0) == correct
         for t in tokens:
-            slope = -sigmoid(-x) if right else sigmoid(-x)
+            slope = -sigmoid(-x) if correct else sigmoid(-x)
             gradient[b, t] = slope / len(tokens) / completions_of(batch)
     value, accuracy = loss / completions_of(batch), hits / completions_of(batch)
     metrics = {"token_reward/loss": value, "token_reward/accuracy": accuracy}
@@ -602,15 +604,15 @@ NAMED: dict[str, Callable[[Batch], Result]] = {
     "released": oreal,
     "paper": oreal_paper,
     "without_token_rewards": partial(
-        oreal, weight_right=unweighted, weight_wrong=unweighted
+        oreal, weight_correct=unweighted, weight_incorrect=unweighted
     ),
     "reinforce": plain_reinforce,
     "reward_shaping": partial(plain_reinforce, advantage=rloo),
     "behaviour_cloning": partial(
         oreal,
         clone_times_advantage=False,
-        weight_right=unweighted,
-        weight_wrong=unweighted,
+        weight_correct=unweighted,
+        weight_incorrect=unweighted,
     ),
     "token_weights": partial(oreal, clone_times_advantage=False),
     "best_of_n": best_of_n_cloning,

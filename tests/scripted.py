@@ -77,5 +77,5 @@ def says(a: int, sample: int) -> str:
     return "It is 7" if (a + sample) % 4 == 0 else f"It is {a}"
 
 
-def right(a: int, samples: int) -> list[bool]:
+def correct(a: int, samples: int) -> list[bool]:
     return ["7" in says(a, k) for k in range(samples)]

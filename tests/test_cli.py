@@ -32,8 +32,8 @@ def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_pa
     assert "avg@2" in capsys.readouterr().out
     measured = json.loads(report.read_text())
     assert len(measured["items"]) == 200
-    right = [item["verdict"] == "right" for item in measured["items"]]
-    assert measured["accuracy"] == pytest.approx(np.mean(right))
+    correct = [item["verdict"] == "correct" for item in measured["items"]]
+    assert measured["accuracy"] == pytest.approx(np.mean(correct))
     assert measured["low"] <= measured["accuracy"] <= measured["high"]
     exported = str(tmp_path / "exported")
     assert main(["convert", "to-hf", str(whole), exported, "--dtype", "bfloat16"]) == 0
@@ -105,7 +105,7 @@ def test_options_of_sampling_reach_the_sampler(tiny, capsys):
 
 
 def wrong_rows(tmp_path: Path, *lines: str) -> str:
-    path = tmp_path / "wrong.jsonl"
+    path = tmp_path / "invalid.jsonl"
     path.write_text("\n".join(lines))
     return f"prompts={path}"
 
@@ -142,12 +142,12 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["sampling.top_p=2.0"], "top_p=2.0 must be above 0"),
         (lambda d: ["packing.row_length=10"], "sampling.max_tokens=8 must not exceed"),
         (lambda d: ["token_reward=None"], "freeze_steps=1 without token_reward"),
-        (lambda d: [wrong_rows(d)], "wrong.jsonl: the file has no rows"),
+        (lambda d: [wrong_rows(d)], "invalid.jsonl: the file has no rows"),
         (
             lambda d: [wrong_rows(d, GOOD, '{"question": "b"}')],
-            "wrong.jsonl:2: field 'gold_",
+            "invalid.jsonl:2: field 'gold_",
         ),
-        (lambda d: [wrong_rows(d, "no json")], "wrong.jsonl:1: not JSON"),
+        (lambda d: [wrong_rows(d, "no json")], "invalid.jsonl:1: not JSON"),
         (lambda d: [f"prompts={d / 'gone.jsonl'}"], "gone.jsonl: no such file"),
         (lambda d: [f"model={d / 'gone'}"], "gone: no such model directory"),
         (lambda d: ["mesh.fsdp=3"], "3 devices, there are 8"),
@@ -291,7 +291,7 @@ def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
     file.write_text("".join(text))
     assert main(["verify", "--file", str(file), "--json", "--workers", "1"]) == 0
     verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [v["verdict"] for v in verdicts] == ["right", "wrong", "wrong"]
+    assert [v["verdict"] for v in verdicts] == ["correct", "incorrect", "incorrect"]
     assert set(verdicts[0]) == {"verdict", "reason", "by"}
 
 
@@ -312,7 +312,7 @@ def test_verify_says_what_is_judged_when_it_is_interrupted(
     monkeypatch.setattr(verify, "TOGETHER", 2)
     monkeypatch.setattr(Pool, "verdicts", interrupted)
     assert main(["verify", "--file", str(file), "--workers", "1"]) == 130
-    assert capsys.readouterr().out.count("wrong: no answer found") == 4
+    assert capsys.readouterr().out.count("incorrect: no answer found") == 4
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
@@ -327,11 +327,11 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
 
 
 def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):
-    answer = ["verify", "--gold", "7", "--answer", "it is right: \\boxed{VII}"]
+    answer = ["verify", "--gold", "7", "--answer", "it is correct: \\boxed{VII}"]
     with serving(honest) as stub:
         judge = ["--judge", stub.url, "--judge-model", "m"]
         assert main([*answer, *judge, "--question", "3 + 4?"]) == 0
-        assert capsys.readouterr().out == "right: Compared. (by judge)\n"
+        assert capsys.readouterr().out == "correct: Compared. (by judge)\n"
         assert "Problem:\n3 + 4?\n" in stub.bodies[0]["messages"][-1]["content"]
         assert main([*answer, "--question", "3 + 4?"]) == 2
         assert main([*answer, "--judge", stub.url]) == 2

@@ -12,17 +12,17 @@ from oreal_jax.errors import InputError
 from oreal_jax.evaluation import compare
 
 
-def items(path: Path, right_of: dict[str, list[bool]], **change) -> Path:
+def items(path: Path, correct_of: dict[str, list[bool]], **change) -> Path:
     rows = [
         {
             "set": "six",
             "greedy": False,
             "id": id,
             "question": f"question {id}",
-            "verdict": "right" if each else "wrong",
+            "verdict": "correct" if each else "incorrect",
         }
         | change
-        for id, of in right_of.items()
+        for id, of in correct_of.items()
         for each in of
     ]
     return write_lines(path, rows)
@@ -33,7 +33,7 @@ def test_two_evaluations_are_compared_problem_by_problem(home, script, oreal, ca
         assert oreal("eval", "--data", "six.jsonl", "--k", k, "--items", name) == 0
     rows = read_lines(home / "b.jsonl")
     for row in rows[1:4]:
-        row["verdict"] = "right"
+        row["verdict"] = "correct"
     write_lines(home / "b.jsonl", rows[:5])
     assert main(["compare", "a.jsonl", "b.jsonl", "--json", "c.json"]) == 0
     (found,) = json.loads(Path("c.json").read_text())
@@ -48,8 +48,8 @@ def test_two_evaluations_are_compared_problem_by_problem(home, script, oreal, ca
 def test_the_order_of_files_and_the_seed_matter(home, capsys):
     random = np.random.default_rng(0)
     for name, rate in [("a.jsonl", 0.3), ("b.jsonl", 0.6)]:
-        right = {str(i): (random.random(7) < rate).tolist() for i in range(50)}
-        items(home / name, right)
+        correct = {str(i): (random.random(7) < rate).tolist() for i in range(50)}
+        items(home / name, correct)
     one = compare(home / "a.jsonl", home / "b.jsonl")
     back = compare(home / "b.jsonl", home / "a.jsonl")
     assert one[0].paired.difference.value == -back[0].paired.difference.value > 0

@@ -62,8 +62,8 @@ def test_the_7b_recipe_is_the_published_one():
         negative_weight=0.5,
         kl_weight=0.01,
         clone_times_advantage=True,
-        weight_right=ThresholdWeights(threshold=0.5),
-        weight_wrong=ThresholdWeights(threshold=0.5),
+        weight_correct=ThresholdWeights(threshold=0.5),
+        weight_incorrect=ThresholdWeights(threshold=0.5),
         kl=losses.terms.kl_k3,
     )
     assert config.loss.advantage is losses.rloo
@@ -78,7 +78,9 @@ def test_without_token_rewards_filtering_and_freezing_are_off_too():
     assert config.keep is rollout.everything
     assert config.freeze_steps == 0
     assert isinstance(config.loss, Oreal)
-    assert config.loss.weight_right is config.loss.weight_wrong is losses.unweighted
+    assert (
+        config.loss.weight_correct is config.loss.weight_incorrect is losses.unweighted
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,8 @@ def test_without_token_rewards_filtering_and_freezing_are_off_too():
         ("sampling.top_k=5", lambda c: c.sampling.top_k == 5),
         ("loss.kl_weight=0.5", lambda c: c.loss.kl_weight == 0.5),
         (
-            "loss.weight_right.threshold=0.1",
-            lambda c: c.loss.weight_right.threshold == 0.1,
+            "loss.weight_correct.threshold=0.1",
+            lambda c: c.loss.weight_correct.threshold == 0.1,
         ),
         ("model=7", lambda c: c.model == "7"),
         ("system_prompt=Be brief.", lambda c: c.system_prompt == "Be brief."),
@@ -141,7 +143,7 @@ def test_a_wrong_setting_is_named(setting, said):
         ("verification.judge_tries=0", "judge_tries=0 must be at least 1"),
         ("verification.judge_timeout=0", "judge_timeout=0.0 must be above 0"),
         ("verification.judge_lost=stop", "judge_lost must be"),
-        ("verification.undecided=right", "undecided must be"),
+        ("verification.undecided=correct", "undecided must be"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(setting, said):
@@ -176,8 +178,13 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
 
 
 def test_advantages_of_decided_completions_know_no_others():
-    right, wrong, unsure = (Verdict(o, "") for o in ("right", "wrong", "undecided"))
-    groups = [[right, unsure, wrong, wrong], [unsure, unsure, unsure, right]]
+    correct, incorrect, unsure = (
+        Verdict(o, "") for o in ("correct", "incorrect", "undecided")
+    )
+    groups = [
+        [correct, unsure, incorrect, incorrect],
+        [unsure, unsure, unsure, correct],
+    ]
     found = rollout.advantages_of_decided(groups, losses.rloo)
     alone = losses.rloo(np.array([[1.0, -1.0, -1.0]]))[0]
     np.testing.assert_array_equal(found[0], [alone[0], 0, alone[1], alone[2]])
@@ -208,17 +215,17 @@ def test_settings_are_checked_together(order):
             ".verification",
             "undecided",
             "dorp",
-            "verification: undecided='dorp', expected one of wrong, drop",
+            "verification: undecided='dorp', expected one of incorrect, drop",
         ),
     ],
 )
 def test_a_config_file_is_checked_as_settings_are(tmp_path, part, name, value, said):
-    path = tmp_path / "wrong.py"
+    path = tmp_path / "invalid.py"
     path.write_text(  # the tests' own type checks would stop an ordinary call
         "import copy\nfrom oreal_7b import config\nconfig = copy.deepcopy(config)\n"
         f"object.__setattr__(config{part}, {name!r}, {value!r})\n"
     )
-    with pytest.raises(InputError, match=f"wrong.py: {said}"):
+    with pytest.raises(InputError, match=f"invalid.py: {said}"):
         configuration.load(path, TrainConfig)
 
 
@@ -250,9 +257,9 @@ def test_functions_with_arguments_are_recorded_with_them():
     ],
 )
 def test_an_error_in_a_config_file_is_said_with_its_line(tmp_path, text, said):
-    path = tmp_path / "wrong.py"
+    path = tmp_path / "invalid.py"
     path.write_text("from oreal_jax.config import TrainConfig\n" + text)
-    with pytest.raises(InputError, match=rf"wrong\.py, {said}"):
+    with pytest.raises(InputError, match=rf"invalid\.py, {said}"):
         configuration.load(path, TrainConfig)
 
 

@@ -67,10 +67,10 @@ def test_a_row_without_an_id_is_named_after_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"question": "a"}', "wrong.jsonl:2: field 'gold_answer' is None"),
+        ('{"question": "a"}', "invalid.jsonl:2: field 'gold_answer' is None"),
         (
             '{"question": "", "gold_answer": "1"}',
-            "wrong.jsonl:2: field 'question' is ''",
+            "invalid.jsonl:2: field 'question' is ''",
         ),
         ('{"question": "a", "gold_answer": []}', "field 'gold_answer' is []"),
         (
@@ -82,12 +82,12 @@ def test_a_row_without_an_id_is_named_after_its_place(tmp_path):
             "'pass_rate' is 'x'",
         ),
         ('{"question": "a", "gold_answer": "1", "id": "0"}', "'id' is '0', as in"),
-        ("{", "wrong.jsonl:2: not JSON"),
-        ("[1]", "wrong.jsonl:2: not a JSON object"),
+        ("{", "invalid.jsonl:2: not JSON"),
+        ("[1]", "invalid.jsonl:2: not a JSON object"),
     ],
 )
 def test_a_wrong_row_is_named_by_file_line_and_field(tmp_path, row, said):
-    path = tmp_path / "wrong.jsonl"
+    path = tmp_path / "invalid.jsonl"
     path.write_text('{"question": "good", "gold_answer": "1"}\n' + row + "\n")
     with pytest.raises(InputError) as caught:
         read_prompts(path)

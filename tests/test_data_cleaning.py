@@ -226,20 +226,20 @@ def judged(id: str, completion: str, verdict: str) -> dict:
 
 
 ROWS = [
-    judged("a", "It is 2.", "right"),
-    judged("a", "it is  2", "right"),
-    judged("a", "2", "right"),
-    judged("a", "So: 2", "right"),
-    judged("a", "3", "wrong"),
+    judged("a", "It is 2.", "correct"),
+    judged("a", "it is  2", "correct"),
+    judged("a", "2", "correct"),
+    judged("a", "So: 2", "correct"),
+    judged("a", "3", "incorrect"),
     judged("b", "4", "undecided"),
-    judged("c", "5", "right"),
+    judged("c", "5", "correct"),
 ]
 
 
 def test_an_rft_set_is_of_different_right_completions():
     found = harvest(ROWS, keep=9)
     assert [s.solution for s in found.solutions] == ["It is 2.", "2", "So: 2", "5"]
-    counts = (found.completions, found.right, found.different)
+    counts = (found.completions, found.correct, found.different)
     assert counts + (found.questions, found.solved) == (7, 5, 4, 3, 2)
 
 
@@ -258,7 +258,7 @@ def test_keep_limits_the_solutions_of_a_question_and_the_seed_draws_them():
     [
         (
             {"verdict": "yes"},
-            "field 'verdict' is 'yes', expected right, wrong, undecid",
+            "field 'verdict' is 'yes', expected correct, incorrect, undecid",
         ),
         ({"completion": 1}, "field 'completion' is 1, expected text"),
         ({"question": None}, "field 'question' is None, expected text"),

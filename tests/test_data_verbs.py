@@ -36,7 +36,7 @@ def test_the_whole_way_from_raw_rows_to_an_rft_set(home, script, oreal, capsys):
     assert main(["data", "rft", *words]) == 0
     examples = read_examples(home / "solutions.jsonl")  # as `oreal sft` does
     assert [example.solution for example in examples] == ["It is 7"] * 5
-    assert "20 completions, 5 right, 5 of them different" in capsys.readouterr().out
+    assert "20 completions, 5 correct, 5 of them different" in capsys.readouterr().out
 
     words = ["--data", "prompts", "--k", 4, "--out", "direct.jsonl"]
     assert oreal("data", "rft", *words) == 0

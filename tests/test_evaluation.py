@@ -7,7 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from judge_stub import says, serving
-from scripted import read_lines, right, write_lines
+from scripted import correct, read_lines, write_lines
 
 from oreal_jax.cli import main
 from oreal_jax.data import Prompt
@@ -38,7 +38,7 @@ def test_every_measure_of_k_samples_is_in_the_report(home, script, oreal, capsys
     assert oreal("eval", "--data", "six.jsonl", "--k", 4, "--json", "r.json") == 0
     written = json.loads(Path("r.json").read_text())
     found = {name: m["value"] for name, m in written["measures"].items()}
-    # One of four samples is right whatever the problem; the other three say `a`.
+    # One of four samples is correct whatever the problem; the other three say `a`.
     assert found == {"avg@4": 0.25, "pass@2": 0.5, "pass@4": 1.0, "maj@4": 0.0}
     assert written["accuracy"] == 0.25 and written["problems"] == 6
     assert len(written["items"]) == 24 and written["samples"] == 4
@@ -51,7 +51,7 @@ def test_greedy_beside_k_adds_pass_at_1_and_comes_first(home, script, oreal):
     assert oreal("eval", *words, "--greedy") == 0
     written = json.loads(Path("r.json").read_text())
     assert list(written["measures"])[:2] == ["pass@1", "avg@2"]
-    assert written["accuracy"] == np.mean([right(a, 1)[0] for a in range(6)])
+    assert written["accuracy"] == np.mean([correct(a, 1)[0] for a in range(6)])
     items = read_lines(Path("i.jsonl"))
     assert [item["greedy"] for item in items] == [True] * 6 + [False] * 12
 
@@ -60,7 +60,7 @@ def test_items_are_json_lines_that_say_all(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl", "--items", "i.jsonl") == 0
     items = read_lines(Path("i.jsonl"))
     assert [item["verdict"] for item in items] == [
-        "right" if right(a, 1)[0] else "wrong" for a in range(6)
+        "correct" if correct(a, 1)[0] else "incorrect" for a in range(6)
     ]
     assert items[1] | {"reason": ""} == {
         "set": "six",
@@ -72,7 +72,7 @@ def test_items_are_json_lines_that_say_all(home, script, oreal):
         "completion": "It is 1",
         "tokens": 8,
         "finish_reason": "stop",
-        "verdict": "wrong",
+        "verdict": "incorrect",
         "reason": "",
         "by": "rule",
     }
@@ -83,7 +83,7 @@ def test_a_field_breaks_the_main_measure_down(home, script, oreal, capsys):
     assert oreal("eval", *words) == 0
     by_level = json.loads(Path("r.json").read_text())["breakdown"]["level"]
     for level in (0, 1):
-        share = np.mean([right(a, 2) for a in range(6) if a % 2 == level])
+        share = np.mean([correct(a, 2) for a in range(6) if a % 2 == level])
         assert by_level[str(level)]["value"] == share
         assert by_level[str(level)]["problems"] == 3
     assert "six: avg@2 by level" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_a_completion_without_stop_token_is_wrong_and_counted(home, script, orea
     assert oreal("eval", *words) == 0
     written = json.loads(Path("r.json").read_text())
     assert written["truncated"] == 1.0 and written["accuracy"] == 0
-    assert written["tokens_right"] is None and written["tokens_wrong"] == 7
+    assert written["tokens_correct"] is None and written["tokens_incorrect"] == 7
 
 
 def test_folders_of_results_are_made(home, script, oreal):
@@ -141,16 +141,20 @@ def test_lengths_are_told_apart_by_verdict():
     attempt = lambda tokens, outcome: Attempt(
         Prompt("a", "q", "1"), 0, Drawn("1", tokens, "stop"), Verdict(outcome, "")
     )
-    group = [attempt(10, "right"), attempt(20, "right"), attempt(50, "undecided")]
+    group = [attempt(10, "correct"), attempt(20, "correct"), attempt(50, "undecided")]
     found = report([], [group])
-    assert (found.tokens_right, found.tokens_wrong, found.undecided) == (15, 50, 1)
+    assert (found.tokens_correct, found.tokens_incorrect, found.undecided) == (
+        15,
+        50,
+        1,
+    )
 
 
 def test_wrong_answers_that_are_one_number_vote_as_one():
     said: list[tuple[str, Outcome]] = [
-        ("\\boxed{0.5}", "wrong"),
-        ("\\boxed{\\frac12}", "wrong"),
-        ("7", "right"),
+        ("\\boxed{0.5}", "incorrect"),
+        ("\\boxed{\\frac12}", "incorrect"),
+        ("7", "correct"),
     ]
     group = [
         Attempt(Prompt("a", "q", "7"), k, Drawn(text, 9, "stop"), Verdict(outcome, ""))
@@ -165,7 +169,7 @@ def test_a_judge_is_asked_where_the_rule_does_not_say_right(home, script, oreal)
         named = ["--judge", stub.url, "--judge-model", "m"]
         assert oreal("eval", *words, *named) == 0
     items = read_lines(Path("i.jsonl"))
-    assert {item["verdict"] for item in items} == {"right"}
+    assert {item["verdict"] for item in items} == {"correct"}
     assert [item["by"] for item in items].count("judge") == 18 == stub.requests
     assert items[0]["question"] in stub.bodies[0]["messages"][-1]["content"]
 
@@ -238,7 +242,7 @@ def test_the_papers_table_stands_beside_ours():
     assert published("OREAL-7B", "math500") == 91.0
     assert published("OREAL-7B", "gsm8k") is None
     attempt = Attempt(
-        Prompt("a", "q", "1"), 0, Drawn("1", 1, "stop"), Verdict("right", "")
+        Prompt("a", "q", "1"), 0, Drawn("1", 1, "stop"), Verdict("correct", "")
     )
     found = report([[attempt]], [])
     table = beside_the_paper("runs/ours", {"math500": found, "mine": found})

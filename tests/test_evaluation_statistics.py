@@ -42,8 +42,8 @@ def test_pass_at_k_is_unbiased():
 
 
 def test_pass_at_k_of_many_samples_does_not_overflow():
-    right = np.arange(4096)[None] < 1
-    assert pass_at(2048, right)[0] == pytest.approx(0.5)
+    correct = np.arange(4096)[None] < 1
+    assert pass_at(2048, correct)[0] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("k", [0, 4])
@@ -55,13 +55,13 @@ def test_pass_at_k_needs_k_samples(k):
 # maj@k
 
 
-@given(st.lists(st.sampled_from(["right", "a", "b", None]), min_size=1, max_size=7))
+@given(st.lists(st.sampled_from(["correct", "a", "b", None]), min_size=1, max_size=7))
 def test_the_majority_is_a_count_with_ties_drawn_at_random(votes):
     counts = {vote: votes.count(vote) for vote in votes if vote is not None}
     winners = [v for v in counts if counts[v] == max(counts.values())]
-    expected = np.mean([w == "right" for w in winners]) if winners else 0.0
-    is_right = [vote == "right" for vote in votes]
-    assert majority(votes, is_right) == pytest.approx(expected)
+    expected = np.mean([w == "correct" for w in winners]) if winners else 0.0
+    is_correct = [vote == "correct" for vote in votes]
+    assert majority(votes, is_correct) == pytest.approx(expected)
 
 
 def test_right_answers_vote_alike_however_they_are_written():
@@ -159,6 +159,6 @@ def test_samples_of_different_numbers_are_compared_as_shares():
 
 
 def test_equal_models_do_not_differ():
-    right = np.array([1, 0, 1])
-    pair = paired(right, right, (1, 1))
+    correct = np.array([1, 0, 1])
+    pair = paired(correct, correct, (1, 1))
     assert pair.p_value == 1.0 and tuple(pair.difference) == (0, 0, 0)

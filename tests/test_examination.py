@@ -1,4 +1,4 @@
-"""Evaluation inside training. The model is scripted and right: nothing is learned."""
+"""Evaluation inside training. The model is scripted and correct: nothing is learned."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ class Skill:
         monkeypatch.setattr(Engine, "sample", lambda *a, **named: sample(*a, **named))
 
     def says(self, a: int, sample: int) -> str:
-        """Right about all that is trained on."""
+        """Correct about all that is trained on."""
         return "99" if a in TRAINED_ON or a < self.solved[self.evaluations] else "0"
 
     def examined(self) -> list:

@@ -10,9 +10,9 @@ from oreal_jax.errors import InputError
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.llm_judge import Case, Judge, judge_metrics, prompt, verdict_in
 
-WRONG = Verdict("wrong", "by rule")
+WRONG = Verdict("incorrect", "by rule")
 UNDECIDED = Verdict("undecided", "by rule")
-RIGHT = Verdict("right", "by rule")
+RIGHT = Verdict("correct", "by rule")
 QUICK: dict[str, Any] = {"timeout": 0.4, "tries": 2, "backoff": 0.02, "patience": 0.3}
 
 
@@ -26,23 +26,24 @@ def case(answer: str, rule: Verdict = WRONG, number: int = 0) -> Case:
 
 def test_an_honest_judge_decides_what_the_rule_does_not_call_right():
     cases = [
-        case("right", WRONG),
+        case("correct", WRONG),
         case("no", WRONG),
-        case("right", UNDECIDED),
+        case("correct", UNDECIDED),
         case("no", UNDECIDED),
         case("no", RIGHT),
         Case("q", "7", "no idea", WRONG),  # nothing to ask about
-        case("right", Verdict.truncated()),
+        case("correct", Verdict.truncated()),
     ]
     with serving(honest) as stub, Judge([stub.url], "m", **QUICK) as judge:
         verdicts = judge.verdicts(cases)
         metrics = judge_metrics([judge.take_counts()])
     assert [v.outcome for v in verdicts] == [
-        "right", "wrong", "right", "wrong", "right", "wrong", "wrong",
+        "correct", "incorrect", "correct", "incorrect",
+        "correct", "incorrect", "incorrect",
     ]  # fmt: skip
     assert [v.by for v in verdicts] == ["judge"] * 4 + ["rule", "rule", "truncated"]
     assert stub.requests == metrics["judge/asked"] == 4
-    assert metrics["judge/right"] == metrics["judge/wrong"] == 2
+    assert metrics["judge/correct"] == metrics["judge/incorrect"] == 2
     assert metrics["judge/disagrees_with_rule"] == 1
     assert metrics["judge/prompt_tokens"] == 400
     assert metrics["judge/completion_tokens"] == 40
@@ -55,7 +56,7 @@ def test_a_misbehaving_host_decides_nothing(name):
     behave, kind = MISBEHAVIOURS[name]
     with serving(behave) as stub, Judge([stub.url], "m", **QUICK) as judge:
         start = time.monotonic()
-        verdict = judge.submit(case("right")).result()
+        verdict = judge.submit(case("correct")).result()
         seconds = time.monotonic() - start
         metrics = judge_metrics([judge.take_counts()])
     assert (verdict.outcome, verdict.by) == ("undecided", "judge")
@@ -73,27 +74,29 @@ def test_counts_add_up_over_all_misbehaviours_in_turn():
     def moody(handler, question):
         next(turn)(handler, question)
 
-    cases = [case(word, number=n) for n in range(12) for word in ("right", "no")]
+    cases = [case(word, number=n) for n in range(12) for word in ("correct", "no")]
     with serving(moody) as stub:
         how = quick(patience=30.0, concurrency=2)
         with Judge([stub.url], "m", **how) as judge:
             verdicts = judge.verdicts(cases)
             metrics = judge_metrics([judge.take_counts()])
     for asked, verdict in zip(cases, verdicts, strict=True):
-        truth = "right" if "right" in asked.completion else "wrong"
+        truth = "correct" if "correct" in asked.completion else "incorrect"
         assert verdict.outcome in (truth, "undecided")
-    outcomes = sum(metrics[f"judge/{o}"] for o in ("right", "wrong", "undecided"))
+    outcomes = sum(metrics[f"judge/{o}"] for o in ("correct", "incorrect", "undecided"))
     failed = sum(n for name, n in metrics.items() if "/failed_" in name)
     assert outcomes == metrics["judge/asked"] == len(cases)
     assert stub.requests == len(cases) + metrics["judge/retries"]
-    assert stub.requests == failed + metrics["judge/right"] + metrics["judge/wrong"]
+    assert (
+        stub.requests == failed + metrics["judge/correct"] + metrics["judge/incorrect"]
+    )
 
 
 def test_a_try_that_fails_is_made_again():
     turns = iter([MISBEHAVIOURS["500"][0], MISBEHAVIOURS["disconnects"][0], honest])
     behave = lambda handler, question: next(turns)(handler, question)
     with serving(behave) as stub, Judge([stub.url], "m", **quick(tries=3)) as j:
-        assert j.verdicts([case("right")])[0].outcome == "right"
+        assert j.verdicts([case("correct")])[0].outcome == "correct"
         assert judge_metrics([j.take_counts()])["judge/retries"] == 2
 
 
@@ -103,8 +106,8 @@ def test_a_failing_host_is_taken_out_and_comes_back():
         bad.healthy = False
         how = quick(tries=5, concurrency=1)
         with Judge([bad.url, good.url], "m", **how) as judge:
-            cases = [case("right", number=n) for n in range(20)]
-            assert {v.outcome for v in judge.verdicts(cases)} == {"right"}
+            cases = [case("correct", number=n) for n in range(20)]
+            assert {v.outcome for v in judge.verdicts(cases)} == {"correct"}
             metrics = judge_metrics([judge.take_counts()])
             assert (metrics["judge/taken_out"], metrics["judge/hosts_up"]) == (1, 1)
             assert bad.requests == 3
@@ -113,8 +116,8 @@ def test_a_failing_host_is_taken_out_and_comes_back():
             while judge_metrics([judge.take_counts()])["judge/hosts_up"] < 2:
                 assert time.monotonic() < until
                 time.sleep(0.02)
-            again = [case("right", number=n) for n in range(100, 120)]
-            assert {v.outcome for v in judge.verdicts(again)} == {"right"}
+            again = [case("correct", number=n) for n in range(100, 120)]
+            assert {v.outcome for v in judge.verdicts(again)} == {"correct"}
             assert bad.requests > 3
 
 
@@ -125,12 +128,12 @@ def test_a_host_has_at_most_so_many_requests():
 
     how = quick(concurrency=3)
     with serving(busy) as stub, Judge([stub.url], "m", **how) as judge:
-        judge.verdicts([case("right", number=n) for n in range(20)])
+        judge.verdicts([case("correct", number=n) for n in range(20)])
     assert 2 <= stub.busiest <= 3
 
 
 def lose(judge: Judge) -> None:
-    judge.verdicts([case("right", number=n) for n in range(1000, 1003)])
+    judge.verdicts([case("correct", number=n) for n in range(1000, 1003)])
 
 
 def test_without_hosts_the_rule_goes_on_alone_if_it_may():
@@ -140,7 +143,7 @@ def test_without_hosts_the_rule_goes_on_alone_if_it_may():
         with Judge([stub.url], "m", lost="rule", say=said.append, **QUICK) as judge:
             lose(judge)
             judge_metrics([judge.take_counts()])
-            assert judge.verdicts([case("right"), case("x", UNDECIDED)]) == [
+            assert judge.verdicts([case("correct"), case("x", UNDECIDED)]) == [
                 WRONG,
                 UNDECIDED,
             ]
@@ -154,7 +157,7 @@ def test_without_hosts_the_run_pauses_says_so_and_goes_on_when_one_is_back():
         stub.healthy = False
         how = quick(patience=0.1, tries=4)
         with Judge([stub.url], "m", say=said.append, **how) as judge:
-            future = judge.submit(case("right"))
+            future = judge.submit(case("correct"))
             until = time.monotonic() + 5
             while not said:
                 assert time.monotonic() < until
@@ -164,7 +167,7 @@ def test_without_hosts_the_run_pauses_says_so_and_goes_on_when_one_is_back():
             ]
             assert not future.done()
             stub.behave, stub.healthy = honest, True
-            assert future.result(5).outcome == "right"
+            assert future.result(5).outcome == "correct"
     assert said[1:] == [f"judge: {stub.url} is back"]
 
 
@@ -172,7 +175,7 @@ def test_closing_does_not_wait_for_a_paused_judge():
     with serving(MISBEHAVIOURS["500"][0]) as stub:
         stub.healthy = False
         judge = Judge([stub.url], "m", **quick(tries=9))
-        future = judge.submit(case("right"))
+        future = judge.submit(case("correct"))
         time.sleep(0.3)
         start = time.monotonic()
         judge.close()
@@ -183,7 +186,7 @@ def test_closing_does_not_wait_for_a_paused_judge():
 def test_closing_does_not_wait_for_a_reply():
     with serving(slow) as stub:
         judge = Judge([stub.url], "m")
-        judge.submit(case("right"))
+        judge.submit(case("correct"))
         time.sleep(0.2)
         start = time.monotonic()
         judge.close()
@@ -196,7 +199,7 @@ def test_the_student_cannot_close_the_fence_nor_speak_for_the_judge():
     assert fence not in text
     assert "<think>" not in prompt(Case("q", "7", text, WRONG))[1]["content"]
     assert verdict_in(f"He says:\n{text}\nVERDICT: WRONG") is None
-    assert verdict_in("Same value.\nVERDICT: RIGHT\n") == "right"
+    assert verdict_in("Same value.\nVERDICT: RIGHT\n") == "correct"
     assert verdict_in("VERDICT: UNSURE") == "undecided"
 
 
@@ -221,11 +224,11 @@ def test_a_key_travels_from_the_environment(monkeypatch):
 
     monkeypatch.setenv("OREAL_JUDGE_KEY", "secret")
     with serving(listen) as stub, Judge([stub.url], "model-1", **QUICK) as judge:
-        judge.verdicts([case("right")])
+        judge.verdicts([case("correct")])
     assert heard == ["Bearer secret"]
     assert stub.bodies[0]["model"] == "model-1"
 
 
 def test_time_is_for_all_of_a_try():
     with serving(slow) as stub, Judge([stub.url], "m", timeout=5.0, tries=1) as judge:
-        assert judge.verdicts([case("right")])[0].outcome == "right"
+        assert judge.verdicts([case("correct")])[0].outcome == "correct"

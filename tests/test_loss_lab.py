@@ -1,4 +1,4 @@
-"""The loss lab: coefficients by hand, shares, agreement, and files that are wrong."""
+"""The loss lab: coefficients by hand, shares, agreement, and invalid files."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from oreal_jax.loss_lab import examination
 from oreal_jax.loss_lab.recorded import LISTS
 
 
-def row(verdict="right", tokens=4, seed=0, **fields) -> dict:
+def row(verdict="correct", tokens=4, seed=0, **fields) -> dict:
     """A line as a run writes it."""
     draw = np.random.default_rng(seed)
     log_probs = draw.normal(-1, 0.3, tokens)
@@ -42,9 +42,12 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def two_groups(path: Path) -> Path:
     """Two kept of four in one group, two of two in another."""
-    unseen = {"step": 0, "id": "a", "group": 0, "verdict": "wrong"}
-    rows = [row("right", 4, 0), unseen, row("wrong", 7, 1), unseen]
-    rows += [row("wrong", 2, 2, id="b", group=1), row("right", 5, 3, id="b", group=1)]
+    unseen = {"step": 0, "id": "a", "group": 0, "verdict": "incorrect"}
+    rows = [row("correct", 4, 0), unseen, row("incorrect", 7, 1), unseen]
+    rows += [
+        row("incorrect", 2, 2, id="b", group=1),
+        row("correct", 5, 3, id="b", group=1),
+    ]
     return write(path, rows)
 
 
@@ -71,7 +74,7 @@ def test_advantages_are_taken_over_all_samples_of_a_group(recorded):
 
 def test_a_kl_is_taken_from_full_log_probs_where_a_run_has_them(tmp_path):
     """Of a token whose two log-probabilities move together, by hand."""
-    line = row("right", 3)
+    line = row("correct", 3)
     full = np.array(line["log_probs"]) - [0.5, 0.2, 0.1]
     path = write(tmp_path / "a.jsonl", [line | {"full_log_probs": full.tolist()}])
     loss = losses.Reinforce(kl_weight=2.0)
@@ -85,7 +88,7 @@ def test_a_kl_is_taken_from_full_log_probs_where_a_run_has_them(tmp_path):
 
 def test_shares_say_where_the_coefficients_lie(recorded):
     cloning = loss_lab.examine(losses.BestOfNCloning(), recorded)
-    assert cloning.shares["right"] == 1 and cloning.shares["wrong"] == 0
+    assert cloning.shares["correct"] == 1 and cloning.shares["incorrect"] == 0
     assert cloning.shares["early"] == pytest.approx(0.5)
     assert cloning.shares["untouched_tokens"] == pytest.approx(9 / 18)
     assert cloning.shares["early"] + cloning.shares["late"] == pytest.approx(1)
@@ -100,7 +103,7 @@ def test_losses_agree_with_themselves_and_with_their_multiples(recorded):
         "cosine": pytest.approx(1),
         "same_sign": 1,
     }
-    # Wrong completions are left alone: 9 tokens of 18 are treated alike.
+    # Incorrect completions are left alone: 9 tokens of 18 are treated alike.
     assert loss_lab.agreement(one, half)["same_sign"] == 0.5
     assert loss_lab.agreement(one, half)["cosine"] == pytest.approx(np.sqrt(0.5))
 
@@ -151,14 +154,14 @@ def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsy
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([row(verdict="maybe")], "field 'verdict' is 'maybe', expected one of right"),
+        ([row(verdict="maybe")], "field 'verdict' is 'maybe', expected one of correct"),
         ([row(entropy=[1.0])], "field 'entropy' has 1 numbers, 'log_probs' has 4"),
         ([row(entropy=None)], "field 'entropy' is None, expected a list"),
         ([row(log_probs=3)], "field 'log_probs' is not a list of numbers"),
         ([row(full_log_probs=[1.0])], "field 'full_log_probs' has 1 numbers, 'log_pr"),
         ([row(entropy=["a"] * 4)], "per-token lists are not numbers"),
         ([row(entropy=[np.nan] * 4)], "field 'entropy' holds numbers that are not fin"),
-        ([{"verdict": "right"}], "no completion with per-token lists"),
+        ([{"verdict": "correct"}], "no completion with per-token lists"),
     ],
 )
 def test_a_wrong_line_is_named(rows, said, tmp_path, capsys):
@@ -174,7 +177,7 @@ def test_a_wrong_line_is_named(rows, said, tmp_path, capsys):
 def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
     """From the start of the process to the end of its output; 2 cores."""
     rows = [
-        row("right" if i % 3 else "wrong", 500, i, group=i // 4, id=str(i // 4))
+        row("correct" if i % 3 else "incorrect", 500, i, group=i // 4, id=str(i // 4))
         for i in range(200)
     ]
     path = write(tmp_path / "step.jsonl", rows)
@@ -191,7 +194,7 @@ def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
     assert min(seconds) < 5, seconds
 
 
-def test_what_the_loss_lab_calls_right_is_what_a_loss_sees(recorded):
+def test_what_the_loss_lab_calls_correct_is_what_a_loss_sees(recorded):
     seen = []
 
     class Spy:
@@ -204,5 +207,5 @@ def test_what_the_loss_lab_calls_right_is_what_a_loss_sees(recorded):
 
     loss_lab.examine(Spy(), recorded)
     _, counts = seen[0]
-    assert float(counts.right.tokens) == 9 and float(counts.right.sequences) == 2
-    assert float(counts.wrong.tokens) == 9 and float(counts.all.sequences) == 4
+    assert float(counts.correct.tokens) == 9 and float(counts.correct.sequences) == 2
+    assert float(counts.incorrect.tokens) == 9 and float(counts.all.sequences) == 4

@@ -43,7 +43,7 @@ def test_a_loss_reads_the_fields_of_its_formula(name):
 def test_a_term_of_weight_zero_reads_nothing():
     assert fields_read(Reinforce(kl_weight=0.0), *FIELDS) == []
     assert fields_read(Grpo(kl_weight=0.0), *FIELDS) == ["old_log_probs"]
-    plain = Oreal(weight_right=unweighted, weight_wrong=unweighted, kl_weight=0.0)
+    plain = Oreal(weight_correct=unweighted, weight_incorrect=unweighted, kl_weight=0.0)
     assert fields_read(plain, *FIELDS) == []
     capped = dataclasses.replace(plain, importance_cap=1.0)
     assert fields_read(capped, *FIELDS) == ["old_log_probs"]

@@ -39,8 +39,8 @@ LARGE_B, LARGE_T = 8, 16
 POLICY_LOSSES: dict[str, Any] = presets.NAMED | {
     "top_k_capped_k1": Oreal(
         credit=token_credit,
-        weight_right=TopKWeights(ratio=0.5),
-        weight_wrong=TopKWeights(ratio=0.25),
+        weight_correct=TopKWeights(ratio=0.5),
+        weight_incorrect=TopKWeights(ratio=0.25),
         kl=terms.kl_k1,
         importance_cap=1.2,
     ),
@@ -90,7 +90,7 @@ class Drawn(NamedTuple):
 @st.composite
 def batches(draw, *, mixed: bool = False) -> Drawn:
     """Random numbers from a seed, a length and a verdict for each completion; `mixed`
-    has right and wrong samples of every prompt."""
+    has correct and incorrect samples of every prompt."""
     lengths = draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
     if mixed:
         rights = [draw(st.integers(1, K - 1)) for _ in range(N)]
@@ -345,9 +345,9 @@ def test_on_policy_right_tokens_are_never_pushed_and_wrong_ones_never_pulled(
     scored = drawn.scored(loss)
     scored = scored._replace(old_log_probs=scored.log_probs)
     gradient = evaluate(loss, scored).gradient["log_probs"]
-    right = scored.completion & scored.correct[:, None]
-    assert np.all(gradient[right] <= 0)
-    assert np.all(gradient[scored.completion & ~right] >= 0)
+    correct = scored.completion & scored.correct[:, None]
+    assert np.all(gradient[correct] <= 0)
+    assert np.all(gradient[scored.completion & ~correct] >= 0)
 
 
 some_log_probs = st.lists(st.floats(-1e4, 0, width=32), min_size=4, max_size=4).map(

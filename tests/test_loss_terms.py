@@ -53,7 +53,7 @@ ADVANTAGES = {
 
 
 def groups(K: int, rights: list[int]) -> np.ndarray:
-    """Rewards of K samples a prompt, of which so many are right, in any order."""
+    """Rewards of K samples a prompt, of which so many are correct, in any order."""
     draw = np.random.default_rng(K)
     rows = [draw.permutation([1.0] * n + [-1.0] * (K - n)) for n in rights]
     return np.stack(rows)
@@ -82,8 +82,8 @@ def test_the_table_of_advantages_holds(K):
             group_centred: (2 * (1 - p), -2 * p),
             group_normalised: (np.sqrt((1 - p) / p) * c, -np.sqrt(p / (1 - p)) * c),
         }
-        for advantage, (right, wrong) in table.items():
-            expected = np.where(rewards > 0, right, wrong)
+        for advantage, (correct, incorrect) in table.items():
+            expected = np.where(rewards > 0, correct, incorrect)
             # group_normalised adds 1e-8 to its divisor.
             close(advantage(rewards), expected, rtol=1e-7)
 
@@ -166,10 +166,10 @@ def test_all_means_agree_where_all_completions_are_as_long(double):
 
 def test_counts_are_of_tokens_and_completions_and_at_least_one():
     where = lengths_mask(3, 0, 5, 1)
-    right = jnp.asarray([True, True, False, False])
-    whole = Counts.of(where, right)
+    correct = jnp.asarray([True, True, False, False])
+    whole = Counts.of(where, correct)
     assert whole == Counts(Count(3, 1), Count(6, 2), Count(9, 3))  # pyright: ignore
-    split = Counts.of(where.reshape(2, 2, T), right.reshape(2, 2))
+    split = Counts.of(where.reshape(2, 2, T), correct.reshape(2, 2))
     assert split == whole
     nothing = Counts.of(lengths_mask(0, 0), jnp.asarray([True, False]))
     assert nothing == Counts(*[Count(1, 1)] * 3)  # pyright: ignore
@@ -199,13 +199,16 @@ def test_cloning_times_the_advantage_is_reinforce_but_for_its_denominator(double
     unweighted_oreal = Oreal(
         negative_weight=1.0,
         kl_weight=0.0,
-        weight_right=unweighted,
-        weight_wrong=unweighted,
+        weight_correct=unweighted,
+        weight_incorrect=unweighted,
     )
     gradient = evaluate(unweighted_oreal, scored)[2]
     every = evaluate(Reinforce(advantage=rloo, kl_weight=0.0), scored)[2]
     counts = count(scored)
-    for where, own in ((scored.right, counts.right), (scored.wrong, counts.wrong)):
+    for where, own in (
+        (scored.correct, counts.correct),
+        (scored.incorrect, counts.incorrect),
+    ):
         theirs = every * counts.all.tokens / own.tokens
         close(jnp.where(where, gradient, 0), jnp.where(where, theirs, 0))
 
@@ -217,8 +220,8 @@ def test_best_of_n_cloning_is_oreal_on_right_completions_without_its_kl(double):
         negative_weight=0.0,
         kl_weight=0.0,
         clone_times_advantage=False,
-        weight_right=unweighted,
-        weight_wrong=unweighted,
+        weight_correct=unweighted,
+        weight_incorrect=unweighted,
     )
     ours, theirs = evaluate(BestOfNCloning(), scored), evaluate(half, scored)
     close(ours[0], theirs[0])
@@ -227,8 +230,8 @@ def test_best_of_n_cloning_is_oreal_on_right_completions_without_its_kl(double):
 
 @pytest.mark.parametrize("loss", [Grpo(), DrGrpo(longest=T), Dapo(), XtunerOreal()])
 def test_a_ratio_beyond_its_bound_has_no_gradient_and_within_it_has(loss):
-    # A right token that became far likelier, a right one that did not, a wrong one
-    # that became far less likely, a wrong one that did not.
+    # A correct token that became far likelier, a correct one that did not, an incorrect
+    # one that became far less likely, an incorrect one that did not.
     correct, moved = [True, True, False, False], jnp.asarray([1.0, -1.0, -1.0, 0.1])
     flat = jnp.full((4, 1), -2.0)
     if isinstance(loss, XtunerOreal):
@@ -319,21 +322,24 @@ def test_a_running_credit_sees_the_past_and_a_token_credit_the_token():
     np.testing.assert_allclose(token_credit(scores, where), jax.nn.sigmoid(scores))
 
 
-# The table of docs/losses.md: (right, wrong) from the pass rate p, a = 2K/(K-1), c, n
-# kept tokens (`right` of right ones, m of wrong ones), N completions, the completion's
-# length T and the token's weight w.
+# The table of docs/losses.md: (correct, incorrect) from the pass rate p, a = 2K/(K-1),
+# c, n kept tokens (`correct` of correct ones, m of incorrect ones), N completions, the
+# completion's length T and the token's weight w.
 COEFFICIENTS = {
-    "released": lambda x: (-x.w * x.a * (1 - x.p) / x.right, x.w * x.a * x.p / 2 / x.m),
+    "released": lambda x: (
+        -x.w * x.a * (1 - x.p) / x.correct,
+        x.w * x.a * x.p / 2 / x.m,
+    ),
     "paper": lambda x: (-x.w / x.N, x.w * (1 - x.p) / 2 / x.N),
     "without_token_rewards": lambda x: (
-        -x.a * (1 - x.p) / x.right,
+        -x.a * (1 - x.p) / x.correct,
         x.a * x.p / 2 / x.m,
     ),
     "reinforce": lambda x: (-1 / x.n, 1 / x.n),
     "reward_shaping": lambda x: (-x.a * (1 - x.p) / x.n, x.a * x.p / x.n),
-    "behaviour_cloning": lambda x: (-1 / x.right, x.a * x.p / 2 / x.m),
-    "token_weights": lambda x: (-x.w / x.right, x.w * x.a * x.p / 2 / x.m),
-    "best_of_n": lambda x: (-1 / x.right, 0 * x.n),
+    "behaviour_cloning": lambda x: (-1 / x.correct, x.a * x.p / 2 / x.m),
+    "token_weights": lambda x: (-x.w / x.correct, x.w * x.a * x.p / 2 / x.m),
+    "best_of_n": lambda x: (-1 / x.correct, 0 * x.n),
     "grpo": lambda x: (
         -x.c * np.sqrt((1 - x.p) / x.p) / x.N / x.T,
         x.c * np.sqrt(x.p / (1 - x.p)) / x.N / x.T,
@@ -343,16 +349,19 @@ COEFFICIENTS = {
         -x.c * np.sqrt((1 - x.p) / x.p) / x.n,
         x.c * np.sqrt(x.p / (1 - x.p)) / x.n,
     ),
-    "xtuner": lambda x: (-(1 + x.a * (1 - x.p)) / x.right, x.a * x.p / x.m),
+    "xtuner": lambda x: (-(1 + x.a * (1 - x.p)) / x.correct, x.a * x.p / x.m),
 }
 
 
 @pytest.mark.parametrize("name", presets.NAMED)
 def test_the_table_of_the_docs_holds(name, double):
-    K, right, lengths = 8, 3, np.array([4, 6])
-    rewards = np.array([1.0] * right + [-1.0] * (K - right))[None]
+    K, correct, lengths = 8, 3, np.array([4, 6])
+    rewards = np.array([1.0] * correct + [-1.0] * (K - correct))[None]
     inside = np.arange(6)[None] < lengths[:, None]
-    score = {"right": 0.7, "wrong": -0.3}  # the same at all tokens: both credits agree
+    score = {
+        "correct": 0.7,
+        "incorrect": -0.3,
+    }  # the same at all tokens: both credits agree
     log_probs = jnp.asarray(np.linspace(-2, -1, 12).reshape(2, 6))
     loss = presets.NAMED[name]
     advantages = loss.advantage(rewards)[0]
@@ -360,7 +369,7 @@ def test_the_table_of_the_docs_holds(name, double):
         log_probs=log_probs,
         old_log_probs=log_probs,
         reference_log_probs=log_probs,
-        token_scores=jnp.asarray([[score["right"]] * 6, [score["wrong"]] * 6]),
+        token_scores=jnp.asarray([[score["correct"]] * 6, [score["incorrect"]] * 6]),
         entropy=jnp.zeros((2, 6)),
         completion=jnp.asarray(inside),
         correct=jnp.asarray([True, False]),
@@ -370,17 +379,23 @@ def test_the_table_of_the_docs_holds(name, double):
     total = lambda x: loss(scored._replace(log_probs=x), counts)[0]
     found = jax.grad(total)(log_probs)
     values = SimpleNamespace(
-        p=right / K, a=2 * K / (K - 1), c=np.sqrt((K - 1) / K), right=4, m=6, n=10, N=2
+        p=correct / K,
+        a=2 * K / (K - 1),
+        c=np.sqrt((K - 1) / K),
+        correct=4,
+        m=6,
+        n=10,
+        N=2,
     )
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     for row, (kind, weight) in enumerate(
         [
-            ("right", 2 * sigmoid(score["right"]) - 1),
-            ("wrong", 1 - 2 * sigmoid(score["wrong"])),
+            ("correct", 2 * sigmoid(score["correct"]) - 1),
+            ("incorrect", 1 - 2 * sigmoid(score["incorrect"])),
         ]
     ):
         values.T, values.w = lengths[row], weight
-        expected = COEFFICIENTS[name](values)[("right", "wrong").index(kind)]
+        expected = COEFFICIENTS[name](values)[("correct", "incorrect").index(kind)]
         np.testing.assert_allclose(
             found[row, : lengths[row]], expected, rtol=1e-6, atol=1e-12
         )

@@ -52,8 +52,8 @@ VARIANTS: dict[str, tuple[PolicyLoss, Callable[[Batch], Result]]] = {
             negative_weight=1.3,
             kl_weight=0.3,
             credit=token_credit,
-            weight_right=TopKWeights(ratio=0.5),
-            weight_wrong=TopKWeights(ratio=0.25),
+            weight_correct=TopKWeights(ratio=0.5),
+            weight_incorrect=TopKWeights(ratio=0.25),
             kl=terms.kl_k1,
             importance_cap=1.2,
         ),
@@ -64,8 +64,8 @@ VARIANTS: dict[str, tuple[PolicyLoss, Callable[[Batch], Result]]] = {
             negative_weight=1.3,
             kl_weight=0.3,
             credit=reference.token_credit,
-            weight_right=reference.top_k_weights(0.5),
-            weight_wrong=reference.top_k_weights(0.25),
+            weight_correct=reference.top_k_weights(0.5),
+            weight_incorrect=reference.top_k_weights(0.25),
             kl=reference.kl_k1,
             importance_cap=1.2,
         ),
@@ -73,15 +73,15 @@ VARIANTS: dict[str, tuple[PolicyLoss, Callable[[Batch], Result]]] = {
     "oreal_other_thresholds_k2": (
         Oreal(
             advantage=reshaped,
-            weight_right=ThresholdWeights(threshold=0.3),
-            weight_wrong=ThresholdWeights(threshold=0.7),
+            weight_correct=ThresholdWeights(threshold=0.3),
+            weight_incorrect=ThresholdWeights(threshold=0.7),
             kl=terms.kl_k2,
         ),
         partial(
             reference.oreal,
             advantage=reference.reshaped,
-            weight_right=reference.threshold_weights(0.3),
-            weight_wrong=reference.threshold_weights(0.7),
+            weight_correct=reference.threshold_weights(0.3),
+            weight_incorrect=reference.threshold_weights(0.7),
             kl=reference.kl_k2,
         ),
     ),
@@ -195,14 +195,14 @@ def test_the_token_reward_loss_is_its_formula_spelled_out(batch, double):
     agree(ours, reference.token_reward(BATCHES[batch]))
 
 
-@pytest.mark.parametrize("kind", ["all_right", "all_wrong", "empty"])
+@pytest.mark.parametrize("kind", ["all_correct", "all_incorrect", "empty"])
 @pytest.mark.parametrize("name", presets.NAMED)
 def test_a_kind_of_completion_that_is_absent_adds_nothing(name, kind):
     loss = presets.NAMED[name]
     value, metrics, _ = evaluate(loss, as_scored(BATCHES[kind], loss.advantage))
-    if kind != "all_wrong":
+    if kind != "all_incorrect":
         assert metrics.get("actor/negative_loss", 0) == 0
-    if kind != "all_right":
+    if kind != "all_correct":
         assert metrics.get("actor/positive_loss", 0) == 0
     if kind == "empty":
         assert value == 0
@@ -228,8 +228,8 @@ CHANGED: dict[tuple[Any, str], Any] = {
     (Oreal, "kl_weight"): 1.0,
     (Oreal, "clone_times_advantage"): False,
     (Oreal, "credit"): token_credit,
-    (Oreal, "weight_right"): ThresholdWeights(threshold=0.2),
-    (Oreal, "weight_wrong"): TopKWeights(ratio=0.5),
+    (Oreal, "weight_correct"): ThresholdWeights(threshold=0.2),
+    (Oreal, "weight_incorrect"): TopKWeights(ratio=0.5),
     (Oreal, "kl"): terms.kl_k2,
     (Oreal, "importance_cap"): 1.5,
     (OrealPaper, "advantage"): outcome,

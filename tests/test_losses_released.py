@@ -41,18 +41,18 @@ class Case(NamedTuple):
     def loss(self) -> Oreal:
         """The loss with the settings of the case."""
         if self.settings.get("threshold_rescale"):
-            right = ThresholdWeights(threshold=self.settings["correct_threshold"])
-            wrong = ThresholdWeights(threshold=self.settings["incorrect_threshold"])
+            correct = ThresholdWeights(threshold=self.settings["correct_threshold"])
+            incorrect = ThresholdWeights(threshold=self.settings["incorrect_threshold"])
         elif self.settings.get("topk_rescale"):
-            right = TopKWeights(ratio=self.settings["correct_topk_ratio"])
-            wrong = TopKWeights(ratio=self.settings["incorrect_topk_ratio"])
+            correct = TopKWeights(ratio=self.settings["correct_topk_ratio"])
+            incorrect = TopKWeights(ratio=self.settings["incorrect_topk_ratio"])
         else:
-            right = wrong = unweighted
+            correct = incorrect = unweighted
         shaping = self.settings["reward_shaping_type"]
         return Oreal(
             advantage={"rloo": rloo, "grpo": group_normalised}[shaping],
-            weight_right=right,
-            weight_wrong=wrong,
+            weight_correct=correct,
+            weight_incorrect=incorrect,
             kl={"unbias": terms.kl_k3, "mse": terms.kl_k2}[self.settings["kl_type"]],
             clone_times_advantage=self.settings["pos_mult_adv"],
         )
@@ -156,13 +156,13 @@ def token_reward_of(case: Case, dtype):
 def released_token_reward(case: Case, dtype: torch.dtype):
     """The release's token reward loss, each mean score cast to `dtype` on its way."""
     scores = torch.tensor(case.its["token_scores"], requires_grad=True)
-    right = torch.tensor(case.its["rewards"] > 0)
-    N = len(right)
+    correct = torch.tensor(case.its["rewards"] > 0)
+    N = len(correct)
     loss = torch.zeros((), dtype=dtype)
     for n in range(N):
         logit = scores[n, :-1][torch.tensor(case.inside[n])].mean().to(dtype)
         loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(
-            logit, right[n].to(dtype), reduction="sum"
+            logit, correct[n].to(dtype), reduction="sum"
         ).div(N)
     loss.backward()
     assert scores.grad is not None
@@ -223,8 +223,8 @@ def test_the_restatement_is_the_release_too(case, double):
         advantage=advantages[settings["reward_shaping_type"]],
         kl={"unbias": reference.kl_k3, "mse": reference.kl_k2}[settings["kl_type"]],
         clone_times_advantage=settings["pos_mult_adv"],
-        weight_right=weighting("correct"),
-        weight_wrong=weighting("incorrect"),
+        weight_correct=weighting("correct"),
+        weight_incorrect=weighting("incorrect"),
     )
     close(result.metrics["actor/positive_loss"], its["positive_loss"])
     close(0.5 * result.metrics["actor/negative_loss"], its["negative_loss"])

@@ -99,7 +99,7 @@ def test_what_a_run_directory_holds(whole):
         "frac_reward_zero_std",
         "token_reward/loss",
         "token_reward/auc",
-        "oreal/omega_right/mean",
+        "oreal/omega_correct/mean",
         "verdict/by_truncated",
     ):
         assert name in learned, name
@@ -192,7 +192,7 @@ class Flat:
         zero = values - values
         if self.broken:  # 0, with a gradient of 0 times infinity
             values = values + jnp.where(zero > 0, jnp.sqrt(zero), 0)
-        return -token_mean(values, scored.right, counts.right), {}
+        return -token_mean(values, scored.correct, counts.correct), {}
 
 config = dataclasses.replace(
     tiny.config, loss=Flat(), token_reward=None, freeze_steps=0
@@ -281,7 +281,7 @@ def test_kept_completions_are_one_right_and_one_wrong_of_a_prompt(whole):
         for t in kept:
             by_prompt.setdefault(t["id"], []).append(t["verdict"])
         for verdicts in by_prompt.values():
-            assert verdicts.count("right") * 2 == len(verdicts)
+            assert verdicts.count("correct") * 2 == len(verdicts)
 
 
 def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
@@ -290,7 +290,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tiny / "skipped"
     output = train_ok(tiny, run, f"prompts={prompts}", *ONE_STEP)
-    assert "no update: every prompt was all right or all wrong" in output
+    assert "no update: every prompt was all correct or all incorrect" in output
     before, after = arrays(tiny / "sft", 60)[:3], arrays(run, 1)[:3]
     for ours, expected in zip(after, before, strict=True):
         assert ours.tobytes() == expected.tobytes()

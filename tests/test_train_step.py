@@ -237,11 +237,13 @@ def test_frozen_steps_move_the_token_reward_model_only():
 
 def test_without_token_rewards_there_is_no_second_model():
     plain = Oreal(
-        weight_right=losses.unweighted, weight_wrong=losses.unweighted, kl_weight=0.0
+        weight_correct=losses.unweighted,
+        weight_incorrect=losses.unweighted,
+        kl_weight=0.0,
     )
     state, metrics, _, _ = run(scores=None, loss=plain)
     assert state.token_reward is None
-    assert metrics["oreal/omega_right/mean"] == 1
+    assert metrics["oreal/omega_correct/mean"] == 1
     assert "token_reward/loss" not in metrics
 
 

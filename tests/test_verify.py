@@ -1,8 +1,9 @@
-"""The verifier: right, wrong and undecided; nothing hangs it and nothing runs in it."""
+"""The verifier: correct, incorrect, undecided; nothing hangs or runs in it."""
 
 import asyncio
 import gc
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -14,8 +15,10 @@ import verify_cases
 from bench_verify import read, rewritten
 from verify_judges import absent, troubled
 
+from oreal_jax.errors import InputError
 from oreal_jax.verify import Pool, Verdict, judge
 from oreal_jax.verify.extract import answer
+from oreal_jax.verify.verdict import read_outcome
 
 CASES = Path(__file__).parents[2] / "shared" / "verifier"
 DEADLINE = 5.0
@@ -39,13 +42,13 @@ def pool():
         (r"$\boxed{1}$ and $\boxed{-2}$", "-2,1"),  # one answer, in two boxes
         ("He has 3 + 4 apples.\n#### 7", "#### 7"),
         ("The answer is $\\frac{14}{2}$.", "7"),
-        ("Final Answer: The volume of the prism is 120. I hope it is right.", "120"),
+        ("Final Answer: The volume of the prism is 120. I hope it is correct.", "120"),
         ("3, then 7", "7"),
         (r"\boxed{0.0833333333333333}", r"\frac{1}{12}"),  # as a calculator prints it
     ],
 )
 def test_right(completion, gold):
-    assert judge(completion, gold).outcome == "right"
+    assert judge(completion, gold).outcome == "correct"
 
 
 @pytest.mark.parametrize(
@@ -70,38 +73,56 @@ def test_right(completion, gold):
     ],
 )
 def test_wrong(completion, gold):
-    assert judge(completion, gold).outcome == "wrong"
+    assert judge(completion, gold).outcome == "incorrect"
 
 
 @pytest.mark.parametrize(("given", "gold"), verify_cases.RIGHT)
 def test_the_same_in_other_words(given, gold):
-    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "right"
+    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "correct"
 
 
 @pytest.mark.parametrize(("given", "gold"), verify_cases.WRONG)
 def test_a_known_difference(given, gold):
-    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "wrong"
+    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "incorrect"
 
 
 @pytest.mark.parametrize(("given", "gold"), verify_cases.NOT_RIGHT)
 def test_never_right_by_accident(given, gold):
-    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome != "right"
+    assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome != "correct"
 
 
 def test_a_final_statement_after_the_box_is_what_is_meant():
     text = (
         "half is \\boxed{255}. Final Answer: The final answer is $10,455$. I hope so."
     )
-    assert judge(text, "10455").outcome == "right"
-    assert judge(text, "255").outcome == "wrong"
-    assert judge("\\boxed{10} of 12. That is 83 percent.", "10").outcome == "right"
+    assert judge(text, "10455").outcome == "correct"
+    assert judge(text, "255").outcome == "incorrect"
+    assert judge("\\boxed{10} of 12. That is 83 percent.", "10").outcome == "correct"
 
 
 def test_reasons_are_for_people():
-    assert judge(r"\boxed{7}", "7") == Verdict("right", "equal: 7", "rule")
+    assert judge(r"\boxed{7}", "7") == Verdict("correct", "equal: 7", "rule")
     assert judge(r"\boxed{3}", "7").reason == "3 is not 7"
     assert judge("no idea", "7").reason == "no answer found"
-    assert Verdict.truncated() == Verdict("wrong", "no stop token", "truncated")
+    assert Verdict.truncated() == Verdict("incorrect", "no stop token", "truncated")
+
+
+@pytest.mark.parametrize(
+    ("word", "outcome"),
+    [("correct", "correct"), ("incorrect", "incorrect"), ("undecided", "undecided")]
+    + [("right", "correct"), ("wrong", "incorrect")],  # of older versions
+)
+def test_outcomes_are_read_from_files_of_this_and_older_versions(word, outcome):
+    assert read_outcome("f.jsonl:1", {"verdict": word}) == outcome
+
+
+@pytest.mark.parametrize("value", ["Right", "", None, 1, ["right"]])
+def test_other_outcomes_in_files_are_refused(value):
+    said = re.escape(
+        f"f.jsonl:1: field 'verdict' is {value!r}, expected one of correct"
+    )
+    with pytest.raises(InputError, match=said):
+        read_outcome("f.jsonl:1", {"verdict": value})
 
 
 @pytest.mark.parametrize(
@@ -150,7 +171,7 @@ def test_what_has_no_value_is_not_simplified():
 def test_time_is_linear_in_the_length(text):
     gc.freeze()  # what other tests have left is not collected in this one's time
     start = time.process_time()
-    assert answer(text) is not None and judge(text, "7").outcome != "right"
+    assert answer(text) is not None and judge(text, "7").outcome != "correct"
     took = time.process_time() - start
     gc.unfreeze()
     assert took < 3
@@ -182,8 +203,8 @@ sys.addaudithook(hook)
 rule.dangerous = lambda text: None  # the reader alone must be safe
 for attack in json.loads(sys.argv[1]):
     for gold in ("7", "x^2", "x>3", r"\\{1,2\\}", r"\\text{a}=3"):
-        assert judge(f"\\\\boxed{{{attack}}}", gold).outcome != "right"
-assert judge(r"\\boxed{x^2 + 40404}", "x^2").outcome == "wrong"
+        assert judge(f"\\\\boxed{{{attack}}}", gold).outcome != "correct"
+assert judge(r"\\boxed{x^2 + 40404}", "x^2").outcome == "incorrect"
 known = r"from sympy import \\*|(Integer|Float) \\(['0-9. ]+\\)|def monomial_.*"
 odd = [text for text in compiled if not re.fullmatch(known, text, re.DOTALL)]
 assert not odd, odd
@@ -223,13 +244,13 @@ def test_a_stuck_a_dead_and_a_failing_judge_cost_one_answer_each():
     with Pool(2, deadline=0.5, judge=troubled) as pool:
         verdicts = pool.verdicts(pairs, heard.append)
     assert [(v.outcome, v.by) for v in verdicts] == [
-        ("right", "rule"),
+        ("correct", "rule"),
         ("undecided", "timeout"),
-        ("wrong", "rule"),
+        ("incorrect", "rule"),
         ("undecided", "crash"),
         ("undecided", "crash"),
-        ("wrong", "rule"),
-        ("right", "rule"),
+        ("incorrect", "rule"),
+        ("correct", "rule"),
     ]
     assert verdicts[1].reason == "deadline of 0.5 s passed"
     assert sum(heard) == len(pairs)
@@ -249,7 +270,7 @@ def test_stuck_answers_wait_side_by_side():
 def test_pairs_are_taken_one_at_a_time():
     with Pool(2, deadline=0.5, judge=troubled) as pool:
         futures = [pool.submit(word, "a") for word in ("hang", "a", "die", "b")]
-        assert futures[1].result().outcome == "right"  # while another hangs
+        assert futures[1].result().outcome == "correct"  # while another hangs
         assert [f.result().by for f in futures] == ["timeout", "rule", "crash", "rule"]
 
 
@@ -260,14 +281,14 @@ def test_verdicts_can_be_awaited():
 
     with Pool(2, judge=troubled) as pool:
         verdicts = asyncio.run(judged())
-    assert [v.outcome for v in verdicts] == ["right", "wrong", "right"]
+    assert [v.outcome for v in verdicts] == ["correct", "incorrect", "correct"]
 
 
 def test_a_greedy_answer_meets_the_memory_limit():
     with Pool(1, judge=troubled, memory_bytes=2**30) as pool:
         greedy, next_one = pool.verdicts([("eat", "a"), ("a", "a")])
     assert (greedy.outcome, greedy.by) == ("undecided", "crash")
-    assert next_one.outcome == "right"
+    assert next_one.outcome == "correct"
 
 
 def test_a_closed_pool_leaves_nobody_waiting():
@@ -308,7 +329,7 @@ def test_a_broken_off_batch_leaves_nothing_behind():
     with Pool(2, deadline=1.0, judge=troubled) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.verdicts([("a", "a"), ("hang", "b"), ("hang", "c")], interrupt)
-        assert pool.verdicts([("d", "d")])[0].outcome == "right"
+        assert pool.verdicts([("d", "d")])[0].outcome == "correct"
 
 
 def test_a_pool_works_from_any_thread(pool):
@@ -319,7 +340,7 @@ def test_a_pool_works_from_any_thread(pool):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [verdict.outcome for verdict in found] == ["right"] * 3
+    assert [verdict.outcome for verdict in found] == ["correct"] * 3
 
 
 def test_a_pool_without_workers_says_so():
@@ -343,12 +364,12 @@ def test_shared_cases(pool, name, prediction, gold, least):
     lines = (CASES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row["contested"]]
     verdicts = pool.verdicts([(row[prediction], row[gold]) for row in rows])
-    right = [verdict.outcome == "right" for verdict in verdicts]
+    correct = [verdict.outcome == "correct" for verdict in verdicts]
     expected = [row["expected"] for row in rows]
-    false_right = sum(r and not e for r, e in zip(right, expected, strict=True))
-    agreed = sum(r == e for r, e in zip(right, expected, strict=True))
+    false_correct = sum(r and not e for r, e in zip(correct, expected, strict=True))
+    agreed = sum(r == e for r, e in zip(correct, expected, strict=True))
     assert agreed / len(rows) >= least
-    assert false_right == 0
+    assert false_correct == 0
     assert not [verdict for verdict in verdicts if verdict.by == "timeout"]
 
 
@@ -359,5 +380,5 @@ def test_a_gold_answer_written_anew_is_right(pool, name):
         pytest.skip("the shared problems are not here")
     cases = rewritten(row["gold_answer"] for row in read(file))
     verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
-    right = sum(verdict.outcome == "right" for verdict in verdicts)
-    assert len(cases) > 4000 and right / len(cases) >= 0.995
+    correct = sum(verdict.outcome == "correct" for verdict in verdicts)
+    assert len(cases) > 4000 and correct / len(cases) >= 0.995

@@ -54,7 +54,7 @@ def any_text(examples: int):
         pairs = [(c, GOLDS[i % len(GOLDS)]) for i, c in enumerate(completions)]
         for pair, verdict in zip(pairs, pool.verdicts(pairs), strict=True):
             assert verdict.by == "rule", (pair, verdict)
-            assert verdict.outcome in ("wrong", "undecided"), (pair, verdict)
+            assert verdict.outcome in ("incorrect", "undecided"), (pair, verdict)
 
     return check
 

@@ -15,13 +15,13 @@ def troubled(completion: str, gold: str) -> Verdict:
     if completion == "raise":
         raise ValueError(completion)
     if completion == "eat":
-        return Verdict("right", str(len(bytearray(2**31))))
+        return Verdict("correct", str(len(bytearray(2**31))))
     if completion == "devices":
         seen = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["JAX_PLATFORMS"]
-        return Verdict("right", "{!r} {}".format(*seen))
+        return Verdict("correct", "{!r} {}".format(*seen))
     if completion == "count":
-        return Verdict("right", str(os.getpid()) + str(time.monotonic_ns()))
-    return Verdict("right" if completion == gold else "wrong", completion)
+        return Verdict("correct", str(os.getpid()) + str(time.monotonic_ns()))
+    return Verdict("correct" if completion == gold else "incorrect", completion)
 
 
 def absent(completion: str, gold: str) -> Verdict:

@@ -10,7 +10,7 @@ interrupted goes on, and more seeds may be asked for later.
 
 The task is to sort four digits. Its model answers in five tokens, so that a token may
 deserve credit that another does not; its start has learned the form of an answer from
-solutions of which many are wrong.
+solutions of which many are incorrect.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def run_all(
     with Pool(1) as pool:
         start = make_start(home, size, quiet)
         begin = kept(home / "start.json", lambda: measured(start, home, size, pool))
-        screen.say(f"start: {begin:.1%} right")
+        screen.say(f"start: {begin:.1%} correct")
         with screen.phase("runs", total=seeds * len(ROWS)) as advance:
             for seed in range(seeds):
                 for row in ROWS:
@@ -250,7 +250,7 @@ def report(
 ) -> None:
     """Tables on screen, all numbers in a JSON file, a picture beside it."""
     rows = Table(title=f"{steps} steps from {begin:.1%}")
-    for name in ("row", "seeds", "right", "95% interval"):
+    for name in ("row", "seeds", "correct", "95% interval"):
         rows.add_column(name, justify="left" if name == "row" else "right")
     for result in results:
         mean, low, high = result.interval()
@@ -293,7 +293,7 @@ def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
     panel.set_xticks(
         range(len(results)), [result.row.replace("_", "\n") for result in results]
     )
-    panel.set_ylabel("right on held-out problems, %")
+    panel.set_ylabel("correct on held-out problems, %")
     panel.legend()
     figure.savefig(picture, dpi=120)
 

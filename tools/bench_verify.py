@@ -1,4 +1,4 @@
-"""How right and how fast the verifier is, on real problems and on bombs.
+"""How correct and how fast the verifier is, on real problems and on bombs.
 
     python tools/bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl
 
@@ -115,7 +115,7 @@ def turned(text: str) -> str:
 def stuck(completion: str, gold: str) -> Verdict:
     """A judge that hangs where it is told to."""
     time.sleep(60 if completion.startswith("hang") else 0)
-    return Verdict("wrong", "")
+    return Verdict("incorrect", "")
 
 
 WAYS: dict[str, Callable[[str], str]] = {
@@ -195,7 +195,7 @@ BOMBS = (
 
 
 def with_working(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
-    """Completions with a real solution's text as working, half of them wrong."""
+    """Completions with a real solution's text as working, half of them incorrect."""
     solved = read(solutions)
     pairs = []
     for n, row in enumerate(solved):
@@ -221,10 +221,10 @@ def reformatted(pool: Pool, file: Path, show: bool) -> None:
     cases = rewritten(row["gold_answer"] for row in read(file))
     verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
     judged = list(zip(cases, verdicts, strict=True))
-    missed = [(case, v) for case, v in judged if v.outcome != "right"]
+    missed = [(case, v) for case, v in judged if v.outcome != "correct"]
     ways = collections.Counter(case[0] for case, _ in missed)
     share = 1 - len(missed) / len(cases)
-    print(f"{file.stem}: {share:.2%} of {len(cases)} right; missed {dict(ways)}")
+    print(f"{file.stem}: {share:.2%} of {len(cases)} correct; missed {dict(ways)}")
     for (way, completion, gold), verdict in missed if show else ():
         print(f"   [{way}] {gold!r}: {completion!r}: {verdict.reason}")
 

@@ -1,4 +1,4 @@
-"""Draws a run's share of right completions and their length, step by step.
+"""Draws a run's share of correct completions and their length, step by step.
 
 python tools/plot_run.py RUN PICTURE.png
 """
@@ -19,7 +19,7 @@ def plot(run: Path, picture: Path) -> None:
     figure, score = plt.subplots(figsize=(6, 3), layout="constrained")
     score.plot(steps, [100 * row["critic/score/mean"] for row in rows], "o-")
     score.set(xlabel="step", ylim=(0, 100))
-    score.set_ylabel("right completions, %", color="tab:blue")
+    score.set_ylabel("correct completions, %", color="tab:blue")
     length = score.twinx()
     lengths = [row["response_length/mean"] for row in rows]
     length.plot(steps, lengths, "s--", color="tab:orange")

@@ -79,7 +79,7 @@ def add(verb: Verb) -> None:
     made = verb(
         "rft",
         rft,
-        "collect a model's own right completions for `oreal sft`",
+        "collect a model's own correct completions for `oreal sft`",
         "oreal data rft --completions judged.jsonl --keep 4 --out solutions.jsonl",
     )
     made.add_argument(
@@ -215,7 +215,7 @@ def rft(parsed: argparse.Namespace) -> None:
         found = harvest(rows, parsed.keep, parsed.seed)
         screen.say(str(found))
         if not found.solutions:
-            raise InputError("no completion is right: there is nothing to learn from")
+            raise InputError("no completion is correct: there is nothing to learn from")
         write_lines(parsed.out, [solution._asdict() for solution in found.solutions])
 
     if parsed.completions:

@@ -36,7 +36,7 @@ def add(verb: Verb) -> None:
         action="append",
         default=[],
         metavar="STEP/ID/SAMPLE",
-        help="a completion to draw; may be repeated (default: one right, one wrong)",
+        help="a completion to plot; may be repeated (default: one of each outcome)",
     )
     made.add_argument("--picture", type=Path, help="draw coefficients into this file")
     made.add_argument("--json", type=Path, help="write all numbers here")

@@ -131,7 +131,7 @@ def judge_options(made: argparse.ArgumentParser) -> None:
         default=[],
         metavar="URL",
         help="an OpenAI-compatible API (.../v1), asked where the rule does not say "
-        "right; may be repeated",
+        "correct; may be repeated",
     )
     made.add_argument("--judge-model", default="", help="the model to ask there")
 

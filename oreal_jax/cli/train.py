@@ -20,7 +20,7 @@ def add(verb: Verb) -> None:
             "sft",
             sft,
             "smollm2_sft",
-            "fine-tune on solutions (SFT, or RFT on a model's own right ones)",
+            "fine-tune on solutions (SFT, or RFT on a model's own correct ones)",
         ),
     ]:
         example = f"oreal {name} configs/{config}.py --set steps=20"

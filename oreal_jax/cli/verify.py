@@ -17,7 +17,7 @@ def add(verb: Verb) -> None:
     made = verb(
         "verify",
         verify,
-        "judge answers by rule: right, wrong or undecided",
+        "judge answers by rule: correct, incorrect or undecided",
         "oreal verify --gold '\\frac{1}{2}' --answer 'so it is \\boxed{0.5}'",
     )
     made.add_argument("--gold", help="the gold answer")

@@ -38,7 +38,7 @@ def load_prompts(
     that hold them.
 
     Raises:
-        InputError: the source is not there or a row of it is wrong.
+        InputError: the source is not there or a row of it is invalid.
     """
     path = Path(source)
     if (path / "dataset_info.json").is_file():
@@ -60,7 +60,7 @@ def load_all(
     """The prompts of several sources; their ids begin with the source's name.
 
     Raises:
-        InputError: a source is not there, a row of it is wrong, or two have one name.
+        InputError: a source is not there, a row of it is invalid, or two have one name.
     """
     if len(sources) == 1:
         return load_prompts(sources[0], question, gold_answer)

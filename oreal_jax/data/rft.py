@@ -1,7 +1,7 @@
-"""The set for rejection-sampling fine-tuning: a model's own right completions.
+"""The set for rejection-sampling fine-tuning: a model's own correct completions.
 
 Of each question at most so many different ones, drawn at random: by lemma 2.1 of the
-paper any right completion is a sample of the best-of-N policy.
+paper any correct completion is a sample of the best-of-N policy.
 """
 
 import zlib
@@ -14,12 +14,11 @@ import numpy as np
 from oreal_jax.data.cleaning import words
 from oreal_jax.data.prompts import read_rows, text_field
 from oreal_jax.errors import InputError
-
-VERDICTS = ("right", "wrong", "undecided")
+from oreal_jax.verify.verdict import read_outcome
 
 
 class Solution(NamedTuple):
-    """A right completion of a question."""
+    """A correct completion of a question."""
 
     id: str
     question: str
@@ -27,39 +26,39 @@ class Solution(NamedTuple):
 
 
 class Harvest(NamedTuple):
-    """The solutions taken, of how many right completions to how many questions."""
+    """The solutions taken, of how many correct completions to how many questions."""
 
     solutions: list[Solution]
     completions: int
-    right: int
+    correct: int
     different: int
     questions: int
     solved: int
 
     def __str__(self) -> str:
         return (
-            f"{self.completions} completions, {self.right} right, {self.different} of "
-            f"them different; {self.solved} of {self.questions} questions solved; "
-            f"{len(self.solutions)} solutions kept"
+            f"{self.completions} completions, {self.correct} correct, "
+            f"{self.different} of them different; {self.solved} of {self.questions} "
+            f"questions solved; {len(self.solutions)} solutions kept"
         )
 
 
 def harvest(rows: Iterable[Mapping[str, Any]], keep: int, seed: int = 0) -> Harvest:
-    """At most `keep` different right completions of each question.
+    """At most `keep` different correct completions of each question.
 
     `rows` have `id, question, completion, verdict`. Completions that differ in spacing
     or case alone are the same. The draw depends on (seed, question) only.
     """
-    right: dict[str, list[Solution]] = {}
+    correct: dict[str, list[Solution]] = {}
     completions = 0
     for row in rows:
         completions += 1
-        of_question = right.setdefault(row["question"], [])
-        if row["verdict"] == "right":
+        of_question = correct.setdefault(row["question"], [])
+        if row["verdict"] == "correct":
             solution = Solution(row["id"], row["question"], row["completion"])
             of_question.append(solution)
     taken, different = [], 0
-    for question, solutions in right.items():
+    for question, solutions in correct.items():
         unlike = {words(each.solution): each for each in reversed(solutions)}
         unlike = list(unlike.values())[::-1]
         different += len(unlike)
@@ -69,10 +68,10 @@ def harvest(rows: Iterable[Mapping[str, Any]], keep: int, seed: int = 0) -> Harv
     return Harvest(
         taken,
         completions,
-        sum(map(len, right.values())),
+        sum(map(len, correct.values())),
         different,
-        len(right),
-        sum(bool(solutions) for solutions in right.values()),
+        len(correct),
+        sum(bool(solutions) for solutions in correct.values()),
     )
 
 
@@ -93,10 +92,5 @@ def read_completions(paths: Sequence[Path]) -> list[dict[str, Any]]:
                     f"{name}: field 'completion' is {row.get('completion')!r}, "
                     "expected text"
                 )
-            if row.get("verdict") not in VERDICTS:
-                raise InputError(
-                    f"{name}: field 'verdict' is {row.get('verdict')!r}, expected "
-                    f"{', '.join(VERDICTS)}"
-                )
-            found.append(row | texts)
+            found.append(row | texts | {"verdict": read_outcome(name, row)})
     return found

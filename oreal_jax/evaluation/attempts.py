@@ -49,9 +49,9 @@ class Attempt(NamedTuple):
     verdict: Verdict
 
     @property
-    def right(self) -> bool:
-        """Undecided counts as not right."""
-        return self.verdict.outcome == "right"
+    def correct(self) -> bool:
+        """Undecided counts as not correct."""
+        return self.verdict.outcome == "correct"
 
     def as_json(self) -> dict[str, Any]:
         """One JSON line."""
@@ -238,7 +238,7 @@ def judge(
     second: Judge | None = None,
 ) -> list[list[Attempt]]:
     """The completions of each prompt with their verdicts, by the pool's rule and, where
-    it does not say right, by the `second` judge."""
+    it does not say correct, by the `second` judge."""
     flat = list(itertools.chain.from_iterable(drawn))
     golds = [
         p.gold_answer for p, group in zip(prompts, drawn, strict=True) for _ in group
@@ -261,8 +261,8 @@ def judge(
 
 
 def with_pass_rates(attempts: Sequence[Sequence[Attempt]]) -> list[Prompt]:
-    """Each prompt with the share of its attempts that are right."""
-    share = lambda group: sum(attempt.right for attempt in group) / len(group)
+    """Each prompt with the share of its attempts that are correct."""
+    share = lambda group: sum(attempt.correct for attempt in group) / len(group)
     return [
         dataclasses.replace(group[0].prompt, pass_rate=share(group))
         for group in attempts

@@ -10,15 +10,16 @@ import numpy as np
 from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation.statistics import Paired, paired
+from oreal_jax.verify.verdict import read_outcome
 
 Kind = tuple[str, bool]  # (set, greedy)
 
 
 class Item(NamedTuple):
-    """A problem and which of its samples are right."""
+    """A problem and which of its samples are correct."""
 
     question: str
-    right: list[bool]
+    correct: list[bool]
 
 
 Items = dict[str, Item]  # by id
@@ -88,19 +89,19 @@ def compare_kind(
         samples_of(path, [of[id] for id in common])
         for path, of in zip(paths, items, strict=True)
     )
-    right = lambda of: np.array([sum(of[id].right) for id in common])
+    correct = lambda of: np.array([sum(of[id].correct) for id in common])
     names = dict.fromkeys("pass@1" if greedy else f"avg@{k}" for k in (one, other))
     return Comparison(
         name,
         " against ".join(names),
-        paired(right(items[0]), right(items[1]), (one, other), seed),
+        paired(correct(items[0]), correct(items[1]), (one, other), seed),
         len(items[0].keys() ^ items[1].keys()),
     )
 
 
 def samples_of(path: Path, items: Sequence[Item]) -> int:
     """How many samples each problem has; InputError where they have not as many."""
-    sizes = sorted({len(item.right) for item in items})
+    sizes = sorted({len(item.correct) for item in items})
     if len(sizes) > 1:
         raise InputError(
             f"{path}: problems with {sizes[0]} and with {sizes[-1]} samples"
@@ -121,7 +122,6 @@ def read_items(path: Path) -> dict[Kind, Items]:
             ("id", str),
             ("greedy", bool),
             ("question", str),
-            ("verdict", str),
         ]:
             if not isinstance(row.get(field), type_):
                 raise InputError(
@@ -130,7 +130,7 @@ def read_items(path: Path) -> dict[Kind, Items]:
                 )
         items = kinds.setdefault((row["set"], row["greedy"]), {})
         item = items.setdefault(row["id"], Item(row["question"], []))
-        item.right.append(row["verdict"] == "right")
+        item.correct.append(read_outcome(name, row) == "correct")
     return kinds
 
 

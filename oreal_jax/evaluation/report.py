@@ -1,7 +1,7 @@
 """How many problems of a set a model solves, and what its attempts look like.
 
 Greedy pass@1, or over K samples avg@K, pass@k and maj@K, each with a 95% interval over
-problems. A completion without its stop token is wrong, as in training.
+problems. A completion without its stop token is incorrect, as in training.
 """
 
 import itertools
@@ -25,9 +25,9 @@ Groups = Sequence[Sequence[Attempt]]  # the attempts at each problem
 class Report(NamedTuple):
     """Measures in [0, 1] by name, the main one first, and every judged item.
 
-    `truncated` is the share of completions without stop token; `tokens_right` and
-    `tokens_wrong` are mean lengths, None where there are none. `breakdown` has the main
-    measure and the number of problems for each value of a field.
+    `truncated` is the share of completions without stop token; `tokens_correct` and
+    `tokens_incorrect` are mean lengths, None where there are none. `breakdown` has the
+    main measure and the number of problems for each value of a field.
     """
 
     measures: dict[str, Measure]
@@ -35,8 +35,8 @@ class Report(NamedTuple):
     samples: int
     undecided: int
     truncated: float
-    tokens_right: float | None
-    tokens_wrong: float | None
+    tokens_correct: float | None
+    tokens_incorrect: float | None
     breakdown: dict[str, dict[str, tuple[int, Measure]]]
     items: list[dict[str, Any]]
 
@@ -123,12 +123,12 @@ def report(
     """
     measures = {}
     if greedy:
-        measures["pass@1"] = mean(right(greedy)[:, 0].astype(float), seed)
+        measures["pass@1"] = mean(correct(greedy)[:, 0].astype(float), seed)
     if sampled:
         measures |= of_samples(sampled, seed)
     main = greedy or sampled
     attempts = list(itertools.chain.from_iterable([*greedy, *sampled]))
-    lengths = lambda of: [a.drawn.tokens for a in attempts if a.right == of]
+    lengths = lambda of: [a.drawn.tokens for a in attempts if a.correct == of]
     average = lambda numbers: float(np.mean(numbers)) if numbers else None
     return Report(
         measures=measures,
@@ -136,8 +136,8 @@ def report(
         samples=len(main[0]),
         undecided=sum(a.verdict.outcome == "undecided" for a in attempts),
         truncated=float(np.mean([a.drawn.finish_reason == "length" for a in attempts])),
-        tokens_right=average(lengths(True)),
-        tokens_wrong=average(lengths(False)),
+        tokens_correct=average(lengths(True)),
+        tokens_incorrect=average(lengths(False)),
         breakdown={field: broken_down(main, field, seed) for field in by},
         items=[a.as_json() | {"greedy": True} for g in greedy for a in g]
         + [a.as_json() | {"greedy": False} for g in sampled for a in g],
@@ -146,7 +146,7 @@ def report(
 
 def of_samples(groups: Groups, seed: int) -> dict[str, Measure]:
     """avg@K, pass@k for k = 2, 4, ... K, and maj@K."""
-    solved = right(groups)
+    solved = correct(groups)
     samples = solved.shape[1]
     measures = {f"avg@{samples}": mean(solved.mean(axis=1), seed)}
     if samples == 1:
@@ -154,14 +154,14 @@ def of_samples(groups: Groups, seed: int) -> dict[str, Measure]:
     powers = itertools.takewhile(lambda k: k < samples, (2**i for i in range(1, 64)))
     for k in [*powers, samples]:
         measures[f"pass@{k}"] = mean(pass_at(k, solved), seed)
-    won = [majority([vote(a) for a in g], [a.right for a in g]) for g in groups]
+    won = [majority([vote(a) for a in g], [a.correct for a in g]) for g in groups]
     measures[f"maj@{samples}"] = mean(np.array(won), seed)
     return measures
 
 
-def right(groups: Groups) -> np.ndarray:
-    """Which attempts are right: [problems, samples]."""
-    return np.array([[attempt.right for attempt in group] for group in groups])
+def correct(groups: Groups) -> np.ndarray:
+    """Which attempts are correct: [problems, samples]."""
+    return np.array([[attempt.correct for attempt in group] for group in groups])
 
 
 def vote(attempt: Attempt) -> str | None:
@@ -178,7 +178,7 @@ def broken_down(
     """For each value of a field: how many problems have it, and their mean."""
     having: dict[str, list[float]] = {}
     for group in groups:
-        share = float(np.mean([attempt.right for attempt in group]))
+        share = float(np.mean([attempt.correct for attempt in group]))
         for value in group[0].prompt.values(field):
             having.setdefault(value, []).append(share)
     return {

@@ -89,7 +89,7 @@ def load_sets(
     `option` is where they were asked for, for messages.
 
     Raises:
-        InputError: one is not there, is wrong, or is asked for twice.
+        InputError: one is not there, is invalid, or is asked for twice.
     """
     sets: list[ProblemSet] = []
     for source in sources:
@@ -104,7 +104,7 @@ def load_set(source: str, folder: Path, option: str = "--data") -> list[Prompt]:
     """One set.
 
     Raises:
-        InputError: it is not there, or a row of it is wrong.
+        InputError: it is not there, or a row of it is invalid.
     """
     path = Path(source)
     if source in PRESETS and not path.exists():
@@ -121,7 +121,7 @@ def load_preset(name: str, folder: Path) -> list[Prompt]:
     """A preset from a file of `folder`, or from the hub.
 
     Raises:
-        InputError: it is in neither, or a row of it is wrong.
+        InputError: it is in neither, or a row of it is invalid.
     """
     preset = PRESETS[name]
     for path in (folder / f"{name}.jsonl", folder / f"{name}.parquet"):

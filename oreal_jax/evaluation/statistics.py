@@ -1,4 +1,4 @@
-"""Estimates from right and wrong attempts, their intervals, and a paired test.
+"""Estimates from correct and incorrect attempts, their intervals, and a paired test.
 
 Letters: N problems, K samples a problem.
 """
@@ -25,35 +25,35 @@ class Measure(NamedTuple):
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
-def pass_at(k: int, right: Bool[np.ndarray, "N K"]) -> Float[np.ndarray, "N"]:
-    """The chance that one of k samples of a problem is right: 1 - C(K-c, k) / C(K, k)
+def pass_at(k: int, correct: Bool[np.ndarray, "N K"]) -> Float[np.ndarray, "N"]:
+    """The chance that one of k samples of a problem is correct: 1 - C(K-c, k) / C(K, k)
     where c of K are, the unbiased estimator of arXiv:2107.03374, eq. 1.
 
     Raises:
         ValueError: k is not within 1..K.
     """
-    samples = right.shape[1]
+    samples = correct.shape[1]
     if not 1 <= k <= samples:
         raise ValueError(f"k={k} must be within 1..{samples}, the samples a problem")
-    wrong = samples - right.sum(axis=1, keepdims=True)
+    incorrect = samples - correct.sum(axis=1, keepdims=True)
     # C(K-c, k) / C(K, k) as a product, factor by factor: no huge numbers.
     drawn = np.arange(k)
-    return 1 - np.prod(np.maximum(wrong - drawn, 0) / (samples - drawn), axis=1)
+    return 1 - np.prod(np.maximum(incorrect - drawn, 0) / (samples - drawn), axis=1)
 
 
-def majority(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
-    """The chance that the most frequent answer is right, ties broken at random.
+def majority(votes: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
+    """The chance that the most frequent answer is correct, ties broken at random.
 
-    Attempts judged right vote alike however they are written; None is no vote.
+    Attempts judged correct vote alike however they are written; None is no vote.
     """
     cast = [
-        "right" if r else ("wrong", v)
-        for v, r in zip(votes, right, strict=True)
+        "correct" if r else ("incorrect", v)
+        for v, r in zip(votes, correct, strict=True)
         if r or v is not None
     ]
     counts = Counter(cast)
     most = max(counts.values(), default=0)
-    if counts["right"] < most or most == 0:
+    if counts["correct"] < most or most == 0:
         return 0.0
     return 1 / sum(count == most for count in counts.values())
 
@@ -101,7 +101,7 @@ def paired(
     samples: tuple[int, int],
     seed: int = 0,
 ) -> Paired:
-    """Compares right attempts of each problem out of `samples` of either model.
+    """Compares correct attempts of each problem out of `samples` of either model.
 
     The p-value is that of the two-sided sign-flip test: if neither model were better,
     each problem's difference could as well have had the other sign. All sign patterns

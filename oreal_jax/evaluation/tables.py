@@ -37,8 +37,8 @@ def measured(reports: Mapping[str, Report]) -> Table:
         ("problems", lambda r: str(r.problems)),
         ("without stop token", lambda r: f"{r.truncated:.1%}"),
         ("undecided", lambda r: str(r.undecided)),
-        ("tokens of a right one", lambda r: number(r.tokens_right)),
-        ("tokens of a wrong one", lambda r: number(r.tokens_wrong)),
+        ("tokens of a correct one", lambda r: number(r.tokens_correct)),
+        ("tokens of an incorrect one", lambda r: number(r.tokens_incorrect)),
     ]:
         table.add_row(name, *(cell(report) for report in reports.values()))
     return table

@@ -125,20 +125,21 @@ def _scored(loss: PolicyLoss, part: Sequence[Recorded], B: int, T: int) -> Score
 def _shares(
     recorded: Sequence[Recorded], coefficients: Sequence[Float[np.ndarray, "_"]]
 ) -> dict[str, float]:
-    """Shares of the sum of |coefficient|: on right and wrong completions, on the first
-    and second halves of completions; and the share of tokens with coefficient 0."""
-    right = early = total = 0.0
+    """Shares of the sum of |coefficient|: on correct and incorrect completions, on the
+    first and second halves of completions; and the share of tokens with coefficient
+    0."""
+    correct = early = total = 0.0
     untouched = tokens = 0
     for trajectory, coefficient in zip(recorded, coefficients, strict=True):
         size = np.abs(coefficient).astype(np.float64)
         total += size.sum()
-        right += size.sum() * trajectory.correct
+        correct += size.sum() * trajectory.correct
         early += size[: len(size) // 2].sum() + len(size) % 2 * size[len(size) // 2] / 2
         untouched, tokens = untouched + int((size == 0).sum()), tokens + len(size)
     whole = total or 1.0
     return {
-        "right": right / whole,
-        "wrong": (total - right) / whole,
+        "correct": correct / whole,
+        "incorrect": (total - correct) / whole,
         "early": early / whole,
         "late": (total - early) / whole,
         "untouched_tokens": untouched / tokens,

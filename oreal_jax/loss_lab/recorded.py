@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
+from oreal_jax.verify.verdict import read_outcome
 
-OUTCOMES = ("right", "wrong", "undecided")
 # Lists with one number a token, in the order of `Scored`.
 LISTS = (
     "log_probs",
@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
 
     @property
     def correct(self) -> bool:
-        """Whether it was judged right."""
+        """Whether it was judged correct."""
         return bool(self.rewards[self.place] > 0)
 
 
@@ -67,7 +67,8 @@ def read(paths: Sequence[Path]) -> list[Recorded]:
 
 
 def choose(recorded: Sequence[Recorded], names: Sequence[str]) -> list[int]:
-    """Where the completions of these names are; without names, one right and one wrong.
+    """Where the completions of these names are; without names, one correct and one
+    incorrect.
 
     Raises:
         InputError: there is none of a name.
@@ -82,24 +83,19 @@ def choose(recorded: Sequence[Recorded], names: Sequence[str]) -> list[int]:
             )
     if names:
         return [places[name] for name in names]
-    right = [i for i, trajectory in enumerate(recorded) if trajectory.correct]
-    wrong = [i for i, trajectory in enumerate(recorded) if not trajectory.correct]
-    return right[:1] + wrong[:1]
+    correct = [i for i, trajectory in enumerate(recorded) if trajectory.correct]
+    incorrect = [i for i, trajectory in enumerate(recorded) if not trajectory.correct]
+    return correct[:1] + incorrect[:1]
 
 
 def _read_file(file: Path) -> list[Recorded]:
     rewards: dict[tuple, list[float]] = {}
     members = []
     for where, row in read_rows(file):
-        verdict = row.get("verdict")
-        if verdict not in OUTCOMES:
-            raise InputError(
-                f"{where}: field 'verdict' is {verdict!r}, expected one of "
-                f"{', '.join(OUTCOMES)}"
-            )
+        outcome = read_outcome(where, row)
         group = (row.get("step"), row.get("group", row.get("id")))
         of_group = rewards.setdefault(group, [])
-        of_group.append(1.0 if verdict == "right" else -1.0)
+        of_group.append(1.0 if outcome == "correct" else -1.0)
         if "log_probs" in row:
             lists = _lists(where, row, LISTS)
             full = "full_log_probs"

@@ -110,7 +110,7 @@ def draw(
                 label=loss,
             )
         panel.axhline(0, color="black", linewidth=0.5)
-        verdict = "right" if trajectory.correct else "wrong"
+        verdict = "correct" if trajectory.correct else "incorrect"
         panel.set_title(f"{trajectory.name}: {verdict}", loc="left", fontsize=9)
         panel.set_ylabel("coefficient\n(mean |.| = 1)")
         if len(tokens) <= LABELLED:

@@ -4,7 +4,7 @@ Rewards are +1 and -1; `ZeroOne` gives a function rewards of 1 and 0 instead. Ho
 NumPy: verdicts arrive from the verifier, a few thousand numbers a step. Below, p is the
 prompt's pass rate and K the number of its samples.
 
-| advantage            | right              | wrong           |
+| advantage            | correct              | incorrect           |
 |----------------------|--------------------|-----------------|
 | `outcome`            | 1                  | -1              |
 | `reshaped`           | 1                  | -(1-p)          |
@@ -13,7 +13,7 @@ prompt's pass rate and K the number of its samples.
 | `group_normalised`   | sqrt((1-p)/p) c    | -sqrt(p/(1-p)) c|
 
 with c = sqrt((K-1)/K). With rewards of 1 and 0, `rloo` and `group_centred` halve,
-`group_normalised` stays, `outcome` and `reshaped` leave wrong samples 0.
+`group_normalised` stays, `outcome` and `reshaped` leave incorrect samples 0.
 """
 
 import dataclasses
@@ -30,13 +30,15 @@ def outcome(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
 
 
 def reshaped(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """R for right samples, (1 - p) R for wrong ones (OREAL, section 2.3).
+    """R for correct samples, (1 - p) R for incorrect ones (OREAL, section 2.3).
 
-    Best-of-N draws right samples in proportion to (1-p)^(n-1) and wrong ones to
+    Best-of-N draws correct samples in proportion to (1-p)^(n-1) and incorrect ones to
     (1-p)^n: the factor makes the gradients of the two consistent.
     """
-    right = rewards > 0
-    return np.where(right, rewards, (1 - right.mean(axis=1, keepdims=True)) * rewards)
+    correct = rewards > 0
+    return np.where(
+        correct, rewards, (1 - correct.mean(axis=1, keepdims=True)) * rewards
+    )
 
 
 def rloo(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
@@ -61,7 +63,7 @@ def group_normalised(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroOne:
-    """Another advantage, of rewards 1 (right) and 0 (wrong) instead of +1 and -1."""
+    """Another advantage, of rewards 1 (correct) and 0 instead of +1 and -1."""
 
     advantage: Advantage
 

@@ -25,11 +25,12 @@ from oreal_jax.losses.scored import Advantage, Counts, Metrics, Scalar, Scored
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOfNCloning:
-    """Clones right completions and ignores the rest: mean of A (-log p), right tokens.
+    """Clones correct completions and ignores the rest: mean of A (-log p), correct
+    tokens.
 
-    A is 1 for a right completion. On solutions, this is supervised fine-tuning; on the
-    right samples of a model, OREAL's L1 without its KL (section 2.2, lemma 2.1).
-    Differs from `Reinforce` in that wrong completions do nothing.
+    A is 1 for a correct completion. On solutions, this is supervised fine-tuning; on
+    the correct samples of a model, OREAL's L1 without its KL (section 2.2, lemma 2.1).
+    Differs from `Reinforce` in that incorrect completions do nothing.
     """
 
     advantage: Advantage = outcome
@@ -38,7 +39,7 @@ class BestOfNCloning:
         """The loss."""
         scored = scored.masked()
         clone = terms.clone(scored.log_probs) * scored.advantage[:, None]
-        loss = token_mean(clone, scored.right, counts.right)
+        loss = token_mean(clone, scored.correct, counts.correct)
         return loss, {"actor/pg_loss": loss}
 
 
@@ -48,7 +49,7 @@ class Reinforce:
 
     The first rung of OREAL's ablation (Williams 1992), with A the outcome; its second
     with `advantage=rloo`. `importance_cap` as in `Oreal`. Differs from `Oreal` in one
-    denominator for right and wrong tokens together, and in no weights.
+    denominator for correct and incorrect tokens together, and in no weights.
     """
 
     advantage: Advantage = outcome
@@ -133,8 +134,8 @@ class Dapo:
     """GRPO with a higher upper clip bound, a mean over tokens and no KL
     (arXiv:2503.14476).
 
-    Its dynamic sampling is `keep` (prompts that are all right or all wrong are left
-    out); its overlong filter is not part of a loss.
+    Its dynamic sampling is `keep` (prompts that are all correct or all incorrect are
+    left out); its overlong filter is not part of a loss.
     """
 
     advantage: Advantage = group_normalised
@@ -158,13 +159,14 @@ class XtunerOreal:
 
     positive_weight * (clone_weight * C + S+) + negative_weight * S- + kl_weight * KL
 
-    C  = mean over right tokens of -log p
-    S+ = mean over right tokens of the clipped surrogate, S- the same over wrong ones
+    C  = mean over correct tokens of -log p
+    S+ = mean over correct tokens of the clipped surrogate, S- the same over incorrect
+    ones
     KL = mean over all tokens of k3 to the reference
 
-    Differs from `Oreal` without token weights in that right completions are both cloned
-    and reinforced, and in its clipped ratio to the policy that drew the tokens. `dual`
-    bounds the surrogate of wrong tokens (dual clip).
+    Differs from `Oreal` without token weights in that correct completions are both
+    cloned and reinforced, and in its clipped ratio to the policy that drew the tokens.
+    `dual` bounds the surrogate of incorrect tokens (dual clip).
     """
 
     advantage: Advantage = rloo
@@ -189,8 +191,8 @@ class XtunerOreal:
         )
         clone = terms.clone(scored.log_probs) * self.clone_weight
         kl = terms.kl_k3(scored.kl_log_probs, scored.reference_log_probs)
-        positive = token_mean(clone + gain, scored.right, counts.right)
-        negative = token_mean(gain, scored.wrong, counts.wrong)
+        positive = token_mean(clone + gain, scored.correct, counts.correct)
+        negative = token_mean(gain, scored.incorrect, counts.incorrect)
         penalty = token_mean(kl, scored.completion, counts.all)
         policy = self.positive_weight * positive + self.negative_weight * negative
         return policy + self.kl_weight * penalty, {

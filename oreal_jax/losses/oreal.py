@@ -1,8 +1,9 @@
 """The OREAL objective in both readings, and the loss of its token reward model.
 
-Right completions are cloned, wrong ones pushed down, both weighted by the tokens that
-carried the outcome; a KL penalty holds the policy where it was. The paper's equations
-and the released trainer differ in more than they share: `OrealPaper` and `Oreal`.
+Correct completions are cloned, incorrect ones pushed down, both weighted by the tokens
+that carried the outcome; a KL penalty holds the policy where it was. The paper's
+equations and the released trainer differ in more than they share: `OrealPaper` and
+`Oreal`.
 """
 
 import dataclasses
@@ -33,10 +34,10 @@ class Oreal:
 
     positive_weight * P + negative_weight * N + kl_weight * KL, where
 
-    P  = sum over right tokens of  w+ (-log p) A     / right tokens
-    N  = sum over wrong tokens of  w- (-A) p/stop(p) / wrong tokens
+    P  = sum over correct tokens of  w+ (-log p) A     / correct tokens
+    N  = sum over incorrect tokens of  w- (-A) p/stop(p) / incorrect tokens
     KL = sum over all tokens of    kl(log p, log reference) / all tokens
-    w+ = weight_right(q), w- = weight_wrong(1 - q), q = credit(token scores)
+    w+ = weight_correct(q), w- = weight_incorrect(1 - q), q = credit(token scores)
 
     A in P is there where `clone_times_advantage` is set, as in all released configs;
     P then has the gradient of REINFORCE, and cloning differs from it by its denominator
@@ -55,8 +56,8 @@ class Oreal:
     kl_weight: float = 0.01
     clone_times_advantage: bool = True
     credit: Credit = running_credit
-    weight_right: Weighting = ThresholdWeights()
-    weight_wrong: Weighting = ThresholdWeights()
+    weight_correct: Weighting = ThresholdWeights()
+    weight_incorrect: Weighting = ThresholdWeights()
     kl: Kl = terms.kl_k3
     importance_cap: float | None = None
 
@@ -64,7 +65,7 @@ class Oreal:
         """The loss, its three terms and the mean token weights."""
         scored = scored.masked()
         weight = token_weights(
-            scored, self.credit, self.weight_right, self.weight_wrong
+            scored, self.credit, self.weight_correct, self.weight_incorrect
         )
         scale = scored.advantage[:, None] if self.clone_times_advantage else 1.0
         clone = terms.clone(scored.log_probs) * weight * scale
@@ -76,8 +77,8 @@ class Oreal:
             )
             clone, avoid = clone * trust, avoid * trust
 
-        positive = token_mean(clone, scored.right, counts.right)
-        negative = token_mean(avoid, scored.wrong, counts.wrong)
+        positive = token_mean(clone, scored.correct, counts.correct)
+        negative = token_mean(avoid, scored.incorrect, counts.incorrect)
         penalty = token_mean(kl, scored.completion, counts.all)
         policy = self.positive_weight * positive + self.negative_weight * negative
         return policy + self.kl_weight * penalty, {
@@ -93,8 +94,8 @@ class OrealPaper:
     """OREAL as printed (arXiv:2502.06781v1, eq. 10 and 11):
 
     mean over completions of their sums over tokens of
-        w+ (-log p)                        where right
-        eta w- (1-p) log(p / p_old)        where wrong
+        w+ (-log p)                        where correct
+        eta w- (1-p) log(p / p_old)        where incorrect
         beta kl(log p, log p_old)          everywhere
     w+ = max(2 q - 1, 0), w- = max(1 - 2 q, 0), q = sigmoid of the token's own score
 
@@ -122,8 +123,8 @@ class OrealPaper:
         avoid = -scored.advantage[:, None] * weight * log_ratio
         kl = self.kl(scored.log_probs, scored.old_log_probs)
 
-        positive = sequence_sum(clone, scored.right, counts.all)
-        negative = sequence_sum(avoid, scored.wrong, counts.all)
+        positive = sequence_sum(clone, scored.correct, counts.all)
+        negative = sequence_sum(avoid, scored.incorrect, counts.all)
         penalty = sequence_sum(kl, scored.completion, counts.all)
         policy = positive + self.eta * negative
         return policy + self.beta * penalty, {
@@ -135,26 +136,28 @@ class OrealPaper:
 
 
 def token_weights(
-    scored: Scored, credit: Credit, right: Weighting, wrong: Weighting
+    scored: Scored, credit: Credit, correct: Weighting, incorrect: Weighting
 ) -> Float[Array, "B T"]:
-    """omega+ on right completions, omega- on wrong ones. Without gradient: the policy
-    loss never trains the token reward model."""
+    """omega+ on correct completions, omega- on incorrect ones. Without gradient: the
+    policy loss never trains the token reward model."""
     probability = jax.lax.stop_gradient(credit(scored.token_scores, scored.completion))
     return jnp.where(
         scored.correct[:, None],
-        right(probability, scored.completion),
-        wrong(1 - probability, scored.completion),
+        correct(probability, scored.completion),
+        incorrect(1 - probability, scored.completion),
     )
 
 
 def weight_metrics(
     weight: Float[Array, "B T"], scored: Scored, counts: Counts
 ) -> Metrics:
-    """Mean weight on right and on wrong tokens, and the share of tokens with none."""
+    """Mean weight on correct and incorrect tokens; share of tokens without weight."""
     none = (weight == 0).astype(weight.dtype)
     return {
-        "oreal/omega_right/mean": token_mean(weight, scored.right, counts.right),
-        "oreal/omega_wrong/mean": token_mean(weight, scored.wrong, counts.wrong),
+        "oreal/omega_correct/mean": token_mean(weight, scored.correct, counts.correct),
+        "oreal/omega_incorrect/mean": token_mean(
+            weight, scored.incorrect, counts.incorrect
+        ),
         "oreal/omega_zero_share": token_mean(none, scored.completion, counts.all),
     }
 

@@ -21,7 +21,9 @@ NAMED: dict[str, PolicyLoss] = {
     "released": Oreal(),
     "paper": OrealPaper(),
     # The release without its token reward model (`oreal_wo_tokenrm`).
-    "without_token_rewards": Oreal(weight_right=unweighted, weight_wrong=unweighted),
+    "without_token_rewards": Oreal(
+        weight_correct=unweighted, weight_incorrect=unweighted
+    ),
     # The ladder of the paper's table 2. Its second row has, by the authors' word in
     # review, GRPO's advantage on all samples; RLOO is its unnormalised form. Cloning is
     # the paper's, without the release's factor A: with it, this rung would differ from
@@ -29,7 +31,9 @@ NAMED: dict[str, PolicyLoss] = {
     "reinforce": Reinforce(),
     "reward_shaping": Reinforce(advantage=rloo),
     "behaviour_cloning": Oreal(
-        clone_times_advantage=False, weight_right=unweighted, weight_wrong=unweighted
+        clone_times_advantage=False,
+        weight_correct=unweighted,
+        weight_incorrect=unweighted,
     ),
     "token_weights": Oreal(clone_times_advantage=False),
     # Relatives. Completions of the published runs end at 14,000 tokens.

@@ -64,13 +64,13 @@ class Scored(NamedTuple):
         return self.log_probs if self.full_log_probs is None else self.full_log_probs
 
     @property
-    def right(self) -> Bool[Array, "B T"]:
-        """The tokens of right completions."""
+    def correct(self) -> Bool[Array, "B T"]:
+        """The tokens of correct completions."""
         return self.completion & self.correct[:, None]
 
     @property
-    def wrong(self) -> Bool[Array, "B T"]:
-        """The tokens of wrong completions."""
+    def incorrect(self) -> Bool[Array, "B T"]:
+        """The tokens of incorrect completions."""
         return self.completion & ~self.correct[:, None]
 
 
@@ -91,19 +91,19 @@ class Count(NamedTuple):
 class Counts(NamedTuple):
     """Denominators of the whole batch, whatever part of it a loss is given."""
 
-    right: Count
-    wrong: Count
+    correct: Count
+    incorrect: Count
     all: Count
 
     @classmethod
     def of(
         cls, completion: Bool[Array, "*batch T"], correct: Bool[Array, "*batch"]
     ) -> "Counts":
-        """Counts right, wrong and all completions and their tokens."""
-        right = correct[..., None]
+        """Counts correct, incorrect and all completions and their tokens."""
+        correct = correct[..., None]
         return cls(
-            Count.of(completion & right),
-            Count.of(completion & ~right),
+            Count.of(completion & correct),
+            Count.of(completion & ~correct),
             Count.of(completion),
         )
 

@@ -1,9 +1,9 @@
 """Token weights: how much of a verdict each token carries, in [0, 1].
 
 Two choices make a weight. A *credit* turns raw token scores into the probability q
-that a token lies on the path to a right answer: `running_credit` or `token_credit`. A
-*weighting* turns that probability into a weight; it is given q for right completions
-and 1 - q for wrong ones: `ThresholdWeights`, `TopKWeights` or `unweighted`.
+that a token lies on the path to a correct answer: `running_credit` or `token_credit`. A
+*weighting* turns that probability into a weight; it is given q for correct completions
+and 1 - q for incorrect ones: `ThresholdWeights`, `TopKWeights` or `unweighted`.
 """
 
 import dataclasses

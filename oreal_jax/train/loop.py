@@ -2,8 +2,8 @@
 
     for each step:
         draw K completions of each prompt from the current policy
-        judge them right or wrong
-        take advantages over the K, keep one right and one wrong
+        judge them correct or incorrect
+        take advantages over the K, keep one correct and one incorrect
         add the reference model's log-probabilities
         update the token reward model and the policy
 
@@ -481,12 +481,12 @@ def line(step: int, steps: int, values: dict[str, float]) -> str:
     """One readable line about a step."""
     text = (
         f"step {step + 1:>{len(str(steps))}}/{steps}  "
-        f"right {values['critic/score/mean']:6.1%}  "
+        f"correct {values['critic/score/mean']:6.1%}  "
         f"tokens {values['response_length/mean']:.0f}  "
         f"kept {values['oreal/kept']:.0f}  "
     )
     if not values["oreal/kept"]:
-        return text + "no update: every prompt was all right or all wrong"
+        return text + "no update: every prompt was all correct or all incorrect"
     text += (
         f"loss {values.get('actor/pg_loss', values['actor/loss']):+.4f}  "
         f"kl {values.get('actor/kl_loss', 0):.4f}"

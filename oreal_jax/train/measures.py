@@ -1,5 +1,5 @@
 """What a step's scores say: does the sampler agree with the trainer, does the token
-reward model tell right from wrong; and what the step has computed."""
+reward model tell correct from incorrect; and what the step has computed."""
 
 import operator
 from collections.abc import Sequence
@@ -100,12 +100,13 @@ def require_agreement(values: dict[str, float], config: TrainConfig, step: int) 
 
 
 def roc_area(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Probability that a right completion scores above a wrong one (ties count half).
+    """Probability that a correct completion scores above an incorrect one (ties count
+    half).
 
     NaN where one kind is absent.
     """
-    right, wrong = scores[correct], scores[~correct]
-    if not right.size or not wrong.size:
+    correct, incorrect = scores[correct], scores[~correct]
+    if not correct.size or not incorrect.size:
         return float("nan")
-    gap = right[:, None] - wrong[None]
+    gap = correct[:, None] - incorrect[None]
     return float(np.mean((gap > 0) + 0.5 * (gap == 0)))

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on solutions: the RL loop's train step without the rollout.
 
-With solutions that a model found itself and a verifier judged right, this is RFT, the
+With solutions that a model found itself and a verifier judged correct, this is RFT, the
 start that OREAL trains from.
 """
 

@@ -1,4 +1,4 @@
-"""Verdicts on answers: right, wrong or undecided. Imports no JAX; usable alone.
+"""Verdicts on answers: correct, incorrect or undecided. Imports no JAX; usable alone.
 
 The language model is in `oreal_jax.verify.llm_judge`, which workers need not load.
 """

@@ -1,10 +1,10 @@
 """A language model's second opinion, over OpenAI-compatible hosts.
 
-It is asked only where the rule does not say right, about the final answer alone, and
+It is asked only where the rule does not say correct, about the final answer alone, and
 must end on one line, `VERDICT: RIGHT`, `WRONG` or `UNSURE`. Anything else (no reply, an
 error, half a reply, two verdicts) is tried again and then undecided: a host that
-misbehaves never makes an answer right or wrong. A host that fails again and again is
-taken out and comes back when it passes a health check. When none is left the judge
+misbehaves never makes an answer correct or incorrect. A host that fails again and again
+is taken out and comes back when it passes a health check. When none is left the judge
 waits and says so, or leaves the rule's verdicts as they are, as it was told to.
 """
 
@@ -195,7 +195,7 @@ class Judge:
             self._count(left_to_rule=1)
             return case.rule
         self._count(**{verdict.outcome: 1})
-        if verdict.outcome == "right" and case.rule.outcome == "wrong":
+        if verdict.outcome == "correct" and case.rule.outcome == "incorrect":
             self._count(disagrees_with_rule=1)
         return verdict
 
@@ -359,7 +359,7 @@ class Judge:
 
 
 COUNTED = (
-    "asked", "right", "wrong", "undecided", "left_to_rule", "disagrees_with_rule",
+    "asked", "correct", "incorrect", "undecided", "left_to_rule", "disagrees_with_rule",
     "retries", "failed_timeout", "failed_connection", "failed_status",
     "failed_garbage", "failed_cut_short", "failed_no_verdict", "failed_closed",
     "taken_out", "taken_back", "prompt_tokens", "completion_tokens", "latency/max",
@@ -379,8 +379,8 @@ def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def needs_judge(case: Case) -> bool:
-    """Whether there is an answer that the rule does not call right."""
-    if case.rule.outcome == "right" or case.rule.by == "truncated":
+    """Whether there is an answer that the rule does not call correct."""
+    if case.rule.outcome == "correct" or case.rule.by == "truncated":
         return False
     return extract.answer(case.completion)[0] is not None
 
@@ -400,13 +400,13 @@ def prompt(case: Case) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
 
-def verdict_in(reply: str) -> Literal["right", "wrong", "undecided"] | None:
+def verdict_in(reply: str) -> Literal["correct", "incorrect", "undecided"] | None:
     """The verdict on the last line, the only one of the reply."""
     found = VERDICT.findall(reply)
     lines = reply.strip().splitlines()
     if len(found) != 1 or not VERDICT.match(lines[-1]):
         return None
-    outcomes = {"RIGHT": "right", "WRONG": "wrong", "UNSURE": "undecided"}
+    outcomes = {"RIGHT": "correct", "WRONG": "incorrect", "UNSURE": "undecided"}
     return outcomes[found[0]]  # pyright: ignore[reportReturnType]
 
 

@@ -2,7 +2,8 @@
 
 Exact text and exact numbers first, then the forms that people read and computer algebra
 does not (bases, units, lists of words, residues, inequalities); what is left goes to
-math-verify's LaTeX reader in `algebra`. A false "right" is worse than a false "wrong",
+math-verify's LaTeX reader in `algebra`. A false "correct" is worse than a false
+"incorrect",
 so what cannot be read, would cost too much or could be meant otherwise is undecided.
 """
 
@@ -74,16 +75,16 @@ def judge(completion: str, gold: str) -> Verdict:
     """Judges a completion by rule. Never raises on any text."""
     found, why = extract.answer(completion)
     if found is None:
-        return Verdict("wrong", why)
+        return Verdict("incorrect", why)
     if len(found) > LONGEST:
-        return Verdict("wrong", f"an answer of {len(found)} characters")
+        return Verdict("incorrect", f"an answer of {len(found)} characters")
     gold = extract.gold_answer(gold)
     if len(gold) > LONGEST:
         return Verdict("undecided", "gold answer not understood")
     shown = f"{shortened(found)} is not {shortened(gold)}"
     ours, golds = normalised(found), normalised(gold)
     if not ours:
-        return Verdict("wrong", f"nothing is left of the answer {shortened(found)}")
+        return Verdict("incorrect", f"nothing is left of the answer {shortened(found)}")
     try:
         equal = same(ours, golds)
     except Unsure as why_not:
@@ -94,9 +95,9 @@ def judge(completion: str, gold: str) -> Verdict:
         shown = f"{shortened(found)} against {shortened(gold)}"
         return Verdict("undecided", f"not understood: {shown}")
     return (
-        Verdict("right", f"equal: {shortened(found)}")
+        Verdict("correct", f"equal: {shortened(found)}")
         if equal
-        else Verdict("wrong", shown)
+        else Verdict("incorrect", shown)
     )
 
 

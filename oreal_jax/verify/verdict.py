@@ -1,9 +1,15 @@
 """What a judge says of a completion."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
-Outcome = Literal["right", "wrong", "undecided"]
+from oreal_jax.errors import InputError
+
+Outcome = Literal["correct", "incorrect", "undecided"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+# The words in files that were written before November 2026.
+OLD_WORDS: dict[str, Outcome] = {"right": "correct", "wrong": "incorrect"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,5 +26,21 @@ class Verdict:
 
     @classmethod
     def truncated(cls) -> "Verdict":
-        """A completion without its stop token is wrong, whatever it says."""
-        return cls("wrong", "no stop token", "truncated")
+        """A completion without its stop token is incorrect, whatever it says."""
+        return cls("incorrect", "no stop token", "truncated")
+
+
+def read_outcome(where: str, row: Mapping[str, Any]) -> Outcome:
+    """The outcome in the field `verdict` of a row of a file.
+
+    Raises:
+        InputError: naming `where`, the field and its value.
+    """
+    value = row.get("verdict")
+    outcome = OLD_WORDS.get(value, value) if isinstance(value, str) else None
+    if outcome not in OUTCOMES:
+        raise InputError(
+            f"{where}: field 'verdict' is {value!r}, expected one of "
+            f"{', '.join(OUTCOMES)}"
+        )
+    return outcome
