@@ -24,17 +24,19 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Tokens drawn, with the stop token or those that end in a stop string; "length" if
-    neither came in time.
+    """Sampled tokens, with the stop token or those that end in a stop string.
 
     `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
     those of the distribution that the tokens were sampled from (None unless requested).
+    `finish_reason` is "stop", or "length" if the limit came first. The engine knows no
+    tokenizer and leaves `text` empty.
     """
 
     tokens: list[int]
     log_probs: np.ndarray
     sampled_log_probs: np.ndarray | None
     finish_reason: str
+    text: str = ""
 
 
 class Statistics(NamedTuple):
