@@ -34,7 +34,7 @@ class RareCloning:
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """The loss, and what to write into metrics.jsonl."""
         clone = terms.clone(scored.log_probs) * scored.advantage[:, None]
-        loss = self.weight * token_mean(clone, scored.correct, counts.correct)
+        loss = self.weight * token_mean(clone, scored.correct_tokens, counts.correct)
         return loss, {"actor/pg_loss": loss}
 
 

@@ -206,8 +206,8 @@ def test_cloning_times_the_advantage_is_reinforce_but_for_its_denominator(double
     every = evaluate(Reinforce(advantage=rloo, kl_weight=0.0), scored)[2]
     counts = count(scored)
     for where, own in (
-        (scored.correct, counts.correct),
-        (scored.incorrect, counts.incorrect),
+        (scored.correct_tokens, counts.correct),
+        (scored.incorrect_tokens, counts.incorrect),
     ):
         theirs = every * counts.all.tokens / own.tokens
         close(jnp.where(where, gradient, 0), jnp.where(where, theirs, 0))

@@ -192,7 +192,7 @@ class Flat:
         zero = values - values
         if self.broken:  # 0, with a gradient of 0 times infinity
             values = values + jnp.where(zero > 0, jnp.sqrt(zero), 0)
-        return -token_mean(values, scored.correct, counts.correct), {}
+        return -token_mean(values, scored.correct_tokens, counts.correct), {}
 
 config = dataclasses.replace(
     tiny.config, loss=Flat(), token_reward=None, freeze_steps=0

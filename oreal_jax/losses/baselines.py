@@ -39,7 +39,7 @@ class BestOfNCloning:
         """The loss."""
         scored = scored.masked()
         clone = terms.clone(scored.log_probs) * scored.advantage[:, None]
-        loss = token_mean(clone, scored.correct, counts.correct)
+        loss = token_mean(clone, scored.correct_tokens, counts.correct)
         return loss, {"actor/pg_loss": loss}
 
 
@@ -191,8 +191,8 @@ class XtunerOreal:
         )
         clone = terms.clone(scored.log_probs) * self.clone_weight
         kl = terms.kl_k3(scored.kl_log_probs, scored.reference_log_probs)
-        positive = token_mean(clone + gain, scored.correct, counts.correct)
-        negative = token_mean(gain, scored.incorrect, counts.incorrect)
+        positive = token_mean(clone + gain, scored.correct_tokens, counts.correct)
+        negative = token_mean(gain, scored.incorrect_tokens, counts.incorrect)
         penalty = token_mean(kl, scored.completion, counts.all)
         policy = self.positive_weight * positive + self.negative_weight * negative
         return policy + self.kl_weight * penalty, {

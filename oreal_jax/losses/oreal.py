@@ -77,8 +77,8 @@ class Oreal:
             )
             clone, avoid = clone * trust, avoid * trust
 
-        positive = token_mean(clone, scored.correct, counts.correct)
-        negative = token_mean(avoid, scored.incorrect, counts.incorrect)
+        positive = token_mean(clone, scored.correct_tokens, counts.correct)
+        negative = token_mean(avoid, scored.incorrect_tokens, counts.incorrect)
         penalty = token_mean(kl, scored.completion, counts.all)
         policy = self.positive_weight * positive + self.negative_weight * negative
         return policy + self.kl_weight * penalty, {
@@ -123,8 +123,8 @@ class OrealPaper:
         avoid = -scored.advantage[:, None] * weight * log_ratio
         kl = self.kl(scored.log_probs, scored.old_log_probs)
 
-        positive = sequence_sum(clone, scored.correct, counts.all)
-        negative = sequence_sum(avoid, scored.incorrect, counts.all)
+        positive = sequence_sum(clone, scored.correct_tokens, counts.all)
+        negative = sequence_sum(avoid, scored.incorrect_tokens, counts.all)
         penalty = sequence_sum(kl, scored.completion, counts.all)
         policy = positive + self.eta * negative
         return policy + self.beta * penalty, {
@@ -154,9 +154,11 @@ def weight_metrics(
     """Mean weight on correct and incorrect tokens; share of tokens without weight."""
     none = (weight == 0).astype(weight.dtype)
     return {
-        "oreal/omega_correct/mean": token_mean(weight, scored.correct, counts.correct),
+        "oreal/omega_correct/mean": token_mean(
+            weight, scored.correct_tokens, counts.correct
+        ),
         "oreal/omega_incorrect/mean": token_mean(
-            weight, scored.incorrect, counts.incorrect
+            weight, scored.incorrect_tokens, counts.incorrect
         ),
         "oreal/omega_zero_share": token_mean(none, scored.completion, counts.all),
     }

@@ -64,12 +64,12 @@ class Scored(NamedTuple):
         return self.log_probs if self.full_log_probs is None else self.full_log_probs
 
     @property
-    def correct(self) -> Bool[Array, "B T"]:
+    def correct_tokens(self) -> Bool[Array, "B T"]:
         """The tokens of correct completions."""
         return self.completion & self.correct[:, None]
 
     @property
-    def incorrect(self) -> Bool[Array, "B T"]:
+    def incorrect_tokens(self) -> Bool[Array, "B T"]:
         """The tokens of incorrect completions."""
         return self.completion & ~self.correct[:, None]
 
