@@ -15,7 +15,7 @@ from oreal_jax import loss_lab, losses
 from oreal_jax.cli import main
 from oreal_jax.errors import InputError
 from oreal_jax.loss_lab import examination
-from oreal_jax.loss_lab.recorded import LISTS
+from oreal_jax.loss_lab.load import PER_TOKEN
 
 
 def row(verdict="correct", tokens=4, seed=0, **fields) -> dict:
@@ -29,7 +29,7 @@ def row(verdict="correct", tokens=4, seed=0, **fields) -> dict:
         "token_scores": draw.normal(0, 1, tokens),
         "entropy": draw.uniform(0, 2, tokens),
     }
-    assert tuple(lists) == LISTS
+    assert tuple(lists) == PER_TOKEN
     line = {"step": 0, "id": "a", "group": 0, "sample": seed, "verdict": verdict}
     line["pieces"] = [f"t{i}" for i in range(tokens)]
     return line | {name: x.tolist() for name, x in lists.items()} | fields
