@@ -307,7 +307,7 @@ def test_bfloat16_inputs_are_computed_in_float32(name):
 
 # The index of equations.
 
-INDEX = [line for line in losses.__doc__.splitlines() if line.startswith("| ")]
+INDEX = [line for line in str(losses.__doc__).splitlines() if line.startswith("| ")]
 
 
 def test_the_index_of_equations_is_that_of_the_docs():
