@@ -21,16 +21,15 @@ class Scored(NamedTuple):
     log_probs: of the policy that is trained.
     old_log_probs: of the policy that generated the tokens, from the sampler.
     reference_log_probs: of the fixed initial model, over the full vocabulary.
-    token_scores: raw scores of the token reward model for the states that predict
-        the tokens.
+    token_scores: of the token reward model, raw, for the states that predict tokens.
     entropy: of the policy's distribution at each token.
     completion: True at the tokens of completions; a row without any is padding.
     correct, advantage: of each completion.
     full_log_probs: the policy's over the full vocabulary, where those above are of
         the distribution sampled from (`TrainConfig.log_probs="sampled"`); else None.
 
-    Entries outside completions are 0: `masked` is called before a loss is, so a loss
-    handles no padding but by passing a mask to its means.
+    Entries outside completions are 0 (`masked` is called once, before the loss), so
+    terms need no masks; means take the mask of the tokens they are over.
     """
 
     log_probs: PerToken
@@ -44,10 +43,10 @@ class Scored(NamedTuple):
     full_log_probs: PerToken | None = None
 
     def masked(self) -> "Scored":
-        """Set entries outside completions to 0, and all numbers to float32 at least.
+        """Set entries outside completions to 0; convert to float32 at least.
 
-        With `where`: a product would give NaN for NaN, and in the gradient, too. Sums
-        of bfloat16 numbers would lose tokens.
+        With `where`, because 0 times NaN is NaN, in values and in gradients. Sums of
+        bfloat16 numbers would lose tokens.
         """
 
         def clean(x):
