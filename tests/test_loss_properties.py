@@ -36,7 +36,21 @@ N, K, T = 2, 3, 5
 B = N * K
 LARGE_B, LARGE_T = 8, 16
 
+
+@dataclasses.dataclass(frozen=True)
+class UserLoss:
+    """A loss that relies on `Scored` being 0 outside completions."""
+
+    def advantage(self, rewards):
+        return rewards
+
+    def __call__(self, scored: Scored, counts: Counts):
+        loss = -jnp.sum(scored.log_probs * scored.advantage[:, None])
+        return loss / counts.all.tokens, {}
+
+
 POLICY_LOSSES: dict[str, Any] = presets.NAMED | {
+    "user_loss": UserLoss(),
     "top_k_capped_k1": Oreal(
         credit=token_credit,
         weight_correct=TopKWeights(ratio=0.5),
