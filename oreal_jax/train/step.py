@@ -257,7 +257,7 @@ def policy_loss(
 
 
 def loss_inputs(part: Batch, log_probs, entropy, token_scores, full=None) -> Scored:
-    """Return the per-token arrays that a loss is a function of."""
+    """Return the per-token arrays that a loss is a function of, masked."""
     return Scored(
         log_probs=log_probs,
         old_log_probs=part.old_log_probs,
@@ -268,4 +268,4 @@ def loss_inputs(part: Batch, log_probs, entropy, token_scores, full=None) -> Sco
         correct=part.correct,
         advantage=part.advantage,
         full_log_probs=full,
-    )
+    ).masked()
