@@ -38,7 +38,9 @@ from jax._src.distributed import global_state
 from oreal_jax import interrupts
 from oreal_jax.errors import Failure, InputError
 
-HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
+# Seconds without a heartbeat after which a process counts as dead. Long compilations on
+# all cores delay heartbeats; JAX's default is 100.
+HEARTBEAT = 60
 # Limits in seconds. The slowest process may still compile, or sample and verify its
 # share, before an exchange; before a barrier process 0 writes small files.
 EXCHANGE_LIMIT, BARRIER_LIMIT = 3600.0, 600.0
@@ -146,9 +148,13 @@ def assert_equal(name: str, value: Any) -> None:
             )
 
 
+def _client() -> Any:
+    return global_state.client  # its class has no public name
+
+
 def _exchange(part: bytes, purpose: str, limit: float) -> list[bytes]:
     """Return the parts of all; TimeoutError names a process that has not come."""
-    client, index, number = global_state.client, process_index(), _state.exchanges
+    client, index, number = _client(), process_index(), _state.exchanges
     _state.exchanges += 1
     client.key_value_set_bytes(f"oreal/{number}/{index}", part)
     deadline, parts = time.monotonic() + limit, []
@@ -274,7 +280,7 @@ def _connect(arguments: dict[str, Any], timeout: float) -> None:
 
 def _watch(ended: threading.Event) -> None:
     """Send a stop request of this process, and handle notices of the others."""
-    client, interrupted = global_state.client, False
+    client, interrupted = _client(), False
     while not ended.wait(POLL):
         try:
             if _state.stop_requested:
@@ -286,7 +292,7 @@ def _watch(ended: threading.Event) -> None:
             _exit(*json.loads(notices[ERROR]))
         if STOP in notices and not (_state.stop_requested or interrupted):
             interrupted = True
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _interrupt(*_) -> None:
@@ -299,7 +305,7 @@ def _interrupt(*_) -> None:
 def _exit_all(code: int, text: str) -> NoReturn:
     """Exit all processes; where several call it, with the first one's text."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        global_state.client.key_value_set(ERROR, json.dumps([code, text]))
+        _client().key_value_set(ERROR, json.dumps([code, text]))
     time.sleep(10 * POLL)  # `_watch` exits this process as it exits the others
     _exit(code, text)
 
