@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -108,7 +108,7 @@ def all_gather(
         except TimeoutError as error:
             _exit_all(1, f"{error}; it may be hung")
         if any(part.startswith(STOPPING) for part in parts):
-            _state.stopping = True
+            _state.stop_requested = _state.stopping = True
             raise KeyboardInterrupt
     return [part[1:] for part in parts]
 
@@ -219,8 +219,7 @@ def initialized(arguments: dict[str, Any] | None, timeout: float) -> Iterator[No
     each other. An error in the block exits all processes with its message and code.
 
     Raises:
-        InputError: JAX detects no cluster.
-        Failure: the processes cannot be connected.
+        InputError: JAX detects no cluster, or the port of process 0 is in use.
     """
     global _state
     if arguments is None:
@@ -259,23 +258,43 @@ def initialized(arguments: dict[str, Any] | None, timeout: float) -> Iterator[No
 def _connect(arguments: dict[str, Any], timeout: float) -> None:
     # JAX's preemption service would replace our handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
-    # In a thread, because Ctrl-C does not interrupt this function of JAX.
-    connection = ThreadPoolExecutor(1).submit(
-        jax.distributed.initialize,
-        **arguments,
-        initialization_timeout=max(1, round(timeout)),
-        heartbeat_timeout_seconds=HEARTBEAT,
-    )
+    if arguments.get("process_id") == 0:
+        _check_port(int(arguments["coordinator_address"].rpartition(":")[2]))
+    connected: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=round(timeout) + 60,  # JAX would abort
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
+            connected.set_result(None)
+        except Exception as error:
+            connected.set_exception(error)
+
+    # In a thread, because neither Ctrl-C nor `timeout` ends the wait of JAX.
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        connection.result()
+        connected.result(timeout)
+    except TimeoutError:
+        address = global_state.coordinator_address
+        _exit(1, f"not all processes came to {address} within {timeout:g} s (--wait)")
     except ValueError:  # a parameter is neither given nor detected
         raise InputError(
             "--processes auto: neither a TPU pod nor a SLURM step, no Open MPI and no "
             "Kubernetes job is detected here"
         ) from None
-    except jax.errors.JaxRuntimeError as error:
-        text = f"cannot connect the processes (--wait {timeout:g}): {error}"
-        raise Failure(text.partition("\n")[0]) from None
+
+
+def _check_port(port: int) -> None:
+    """Raise InputError where the port is in use: JAX would crash, or share it."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise InputError(
+            f"--coordinator: cannot listen on port {port}: {error.strerror}"
+        ) from None
 
 
 def _watch(ended: threading.Event) -> None:
