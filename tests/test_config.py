@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oreal_jax import config as configuration
-from oreal_jax import losses, processes, rollout
+from oreal_jax import distributed, losses, rollout
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data.difficulty import PUBLISHED_BANDS
@@ -164,7 +164,7 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
     named = [f"verification.{a}" for a in ("judge_model=m", *asked)]
     assert loop.judge_of(loaded("oreal_7b"), Screen()).__enter__() is None
     loop.judge_of(loaded("oreal_7b", *named), Screen())
-    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     loop.judge_of(loaded("oreal_7b", *named), Screen.silent())
     given.pop("say")("lost")  # a process without a screen is heard, too
     assert re.search("process 0 of 1 on .*: lost", capsys.readouterr().err)

@@ -49,14 +49,14 @@ def test_an_interrupted_compilation_ends_with_130():
 
 ENDING = """
 import atexit, sys, threading, time
-from oreal_jax.processes.signals import leave
+from oreal_jax.interrupts import exit_process
 
 def main():
     atexit.register(print, "handler")
     threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
     {end}
 
-leave(main())
+exit_process(main())
 """
 
 

@@ -243,12 +243,11 @@ def without_decoding(patch: pytest.MonkeyPatch) -> None:
 def without_training(patch: pytest.MonkeyPatch) -> None:
     """Ends runs after reading their config and files, and plans before compiling a
     program."""
-    from oreal_jax import plan, processes
+    from oreal_jax import distributed, plan
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.data import load_prompts, read_examples
     from oreal_jax.evaluation import load_sets
     from oreal_jax.plan import compiler, estimate
-    from oreal_jax.processes import place
 
     def read_model(config) -> None:
         if not REMOTE.match(config.model):
@@ -282,8 +281,7 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     real = plan.plan
     patch.setattr(plan, "plan", functools.wraps(real)(make_plan))
     patch.setattr("oreal_jax.plan.show.show", lambda *_: None)
-    patch.setattr(place, "detected", lambda environment: None)
-    patch.setattr(processes, "joined", lambda *_: contextlib.nullcontext())
+    patch.setattr(distributed, "initialized", lambda *_: contextlib.nullcontext())
 
 
 # -- rules

@@ -4,34 +4,36 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import ALONE, arrays, finish, train, wait_for_steps
+from test_distributed import free_port
+from tiny_runs import ALONE, ROOT, arrays, command, finish, train, wait_for_steps
 
 from oreal_jax import metrics
-from oreal_jax.processes import wire
+
+CONFIG = ROOT / "configs" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
 def start(tiny):
-    """`start(count, run, *settings)`: that many processes of one run."""
+    """`start(count, run, *settings)` starts `count` processes of one run."""
 
     def begin(count: int, run: Path, *settings: str, **named) -> list[subprocess.Popen]:
-        with wire.listen(0) as door:
-            port = door.getsockname()[1]
-        several = ["--coordinator", f"localhost:{port}", "--processes", str(count)]
+        several = ["--coordinator", f"localhost:{free_port()}"]
+        several += ["--processes", str(count)]
         return [
             train(
                 tiny,
                 run,
                 *settings,
-                options=[*several, "--process", str(me)],
+                options=[*several, "--process", str(index)],
                 **named,
             )
-            for me in range(count)
+            for index in range(count)
         ]
 
     return begin
@@ -58,7 +60,7 @@ def two(tiny, start) -> Path:
 
 
 def completions(run: Path) -> list[list[tuple]]:
-    """What was drawn and kept in each step."""
+    """All completions of each step, and which were selected."""
     names = ("id", "group", "sample", "completion", "verdict", "advantage", "kept")
     return [
         [tuple(row[name] for name in names) for row in map(json.loads, file.open())]
@@ -67,7 +69,7 @@ def completions(run: Path) -> list[list[tuple]]:
 
 
 def assert_same_metrics(run: Path, other: Path, **tolerance) -> None:
-    """But for what depends on the clock, or on how many engines there are."""
+    """Except those that depend on the clock or on the number of engines."""
     apart = ("timing_s/", "perf/", "rollout/", "training/")
     ours, theirs = (
         [
@@ -98,20 +100,37 @@ def test_a_run_of_two_processes_holds_what_every_run_holds(two):
     assert names == plain | {"checkpoints", "reference"}
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_death_of_one_ends_the_other_with_its_name(tiny, two, start, victim):
-    run = tiny / f"killed-{victim}"
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_ends_when_one_is_killed_or_suspended(tiny, two, victim, blow):
+    run, address = tiny / f"ended-{victim}-{blow}", f"localhost:{free_port()}"
     shutil.copytree(two, run)
-    started = start(2, run, "steps=500")
+    program = (
+        "from oreal_jax import cli, distributed; "
+        "distributed.HEARTBEAT = 10; cli.command()"
+    )
+    started = []
+    for index in range(2):
+        options = ["--coordinator", address, "--processes", "2", "--process", index]
+        words = command(tiny, run, "steps=500", config=CONFIG, options=options)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *map(str, words)],
+                env=ALONE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     wait_for_steps(run, 3, started[0])
+    began = time.monotonic()
+    started[victim].send_signal(blow)
+    _, errors = started[1 - victim].communicate(timeout=120)
+    assert time.monotonic() - began < 10 + 30
+    assert started[1 - victim].returncode == -signal.SIGABRT
+    assert "JAX distributed service detected fatal errors" in errors
     started[victim].kill()
-    killed = time.monotonic()
-    said, complained = started[1 - victim].communicate(timeout=60)
-    assert time.monotonic() - killed < 10
-    assert started[1 - victim].returncode == 1
-    assert f"oreal: process {victim} of 2 on " in complained
-    assert complained.splitlines()[-1].endswith(" died")
-    assert "Traceback" not in said + complained
     started[victim].communicate()
 
 
@@ -137,7 +156,7 @@ def test_four_processes_train_and_evaluate_as_one_does_bit_for_bit(tiny, start, 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
+def test_a_run_resumes_with_another_number_of_processes(tiny, start, alone):
     """2, 4, then 1, each but the last preempted: the same as undisturbed."""
     run = tiny / "handed-on"
     for count, steps in [(2, 2), (4, 4)]:
@@ -145,9 +164,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
         wait_for_steps(run, steps, started[0])
         started[-1].send_signal(signal.SIGTERM)
         for process in started:
-            said, complained = process.communicate(timeout=120)
-            assert process.returncode == 130, said + complained
-            assert "Traceback" not in said + complained
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 130, output + errors
+            assert "Traceback" not in output + errors
     alone(1, run, "steps=8")
     alone(1, tiny / "undisturbed", "steps=8")
     assert completions(run) == completions(tiny / "undisturbed")
@@ -158,17 +177,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, start, alone):
 
 
 BROKEN = """
-from oreal_jax import processes
+from oreal_jax import distributed
 from oreal_jax.errors import InputError
 from oreal_jax.sampling import Engine
 from oreal_jax.train import loop
 from tiny import config
 
-processes.INTERRUPTED = {patience}
+distributed.STOP_LIMIT = {limit}
 steps, sample, pack = [], Engine.sample, loop.pack
 
 def fail(place):
-    if (processes.index(), steps[-1], place) == (1, 2, {place!r}):
+    if (distributed.process_index(), steps[-1], place) == (1, 2, {place!r}):
         raise {error}("a bug")
 
 def broken_sample(self, *given, step=0, **named):
@@ -186,23 +205,23 @@ Engine.sample, loop.pack = broken_sample, broken_pack
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "patience", "saved"), [("sampling", 60, ["2"]), ("packing", 3, [])]
+    ("place", "limit", "saved"), [("sampling", 60, ["2"]), ("packing", 3, [])]
 )
 @pytest.mark.parametrize(("error", "code"), [("RuntimeError", 1), ("InputError", 2)])
 def test_an_error_in_one_is_saved_by_all_or_ends_all(
-    tiny, tmp_path, start, place, patience, saved, error, code
+    tiny, tmp_path, start, place, limit, saved, error, code
 ):
-    """Those that wait for it in the update's collectives cannot save, and are not
-    blamed: all end with the error and its exit code."""
+    """Processes that wait for it in collectives of the update cannot save; all exit
+    with the message of the error and its exit code."""
     config, run = tmp_path / "own.py", tmp_path / "run"
-    shutil.copy(Path(__file__).parents[1] / "configs" / "tiny.py", tmp_path)
-    config.write_text(BROKEN.format(place=place, patience=patience, error=error))
-    for me, process in enumerate(start(2, run, "saving.every=10", config=config)):
-        said, complained = process.communicate(timeout=200)
-        assert process.returncode == code, said + complained
-        last = complained.splitlines()[-1]
+    shutil.copy(CONFIG, tmp_path)
+    config.write_text(BROKEN.format(place=place, limit=limit, error=error))
+    for index, process in enumerate(start(2, run, "saving.every=10", config=config)):
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == code, output + errors
+        last = errors.splitlines()[-1]
         assert last.startswith("oreal: process 1 of 2 on ") and last.endswith("a bug")
-        assert ("Traceback" in complained) == (me == 1 and code == 1), complained
-        assert ("not saved: " in complained) == (me == 1 and not saved), complained
+        assert ("Traceback" in errors) == (index == 1 and code == 1), errors
+        assert ("not saved: " in errors) == (index == 1 and not saved), errors
     checkpoints = [path.name for path in (run / "checkpoints").glob("*")]
     assert checkpoints == saved

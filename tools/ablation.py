@@ -43,7 +43,7 @@ from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation import evaluate
 from oreal_jax.files import write_lines, write_text
-from oreal_jax.processes.signals import INTERRUPTED, leave
+from oreal_jax.interrupts import INTERRUPTED, exit_process
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
@@ -343,4 +343,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

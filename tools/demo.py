@@ -30,7 +30,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import InputError
 from oreal_jax.files import write_lines
-from oreal_jax.processes.signals import INTERRUPTED, leave
+from oreal_jax.interrupts import INTERRUPTED, exit_process
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
@@ -205,4 +205,4 @@ def summary(
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -3,8 +3,9 @@
 #
 #     sbatch --nodes=4 tools/slurm.sh configs/oreal_7b.py --set model=DIR
 #
-# The checkout and the run directory lie on a file system that all nodes share. Before
-# the time limit, or when the job is preempted, the run saves itself and is queued again.
+# The checkout and the run directory must be on a file system that all nodes share.
+# Before the time limit, or when the job is preempted, the run is saved and the job
+# queued again.
 #SBATCH --job-name=oreal
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -16,8 +17,8 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-# A task has all GPUs of its node: engines of several GPUs (decode_tensor) are made of
-# those of one task. Each finds its place among the others by itself.
+# A task has all GPUs of its node: an engine of several GPUs (decode_tensor) uses those
+# of one task. SLURM's variables tell each task its index.
 again=false
 stop() {
   again=true

@@ -11,12 +11,16 @@ from typing import NoReturn
 from oreal_jax import hardware
 from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
 from oreal_jax.errors import Failure, InputError
-from oreal_jax.processes.signals import INTERRUPTED, insistent, leave
+from oreal_jax.interrupts import (
+    INTERRUPTED,
+    exit_process,
+    repeat_lost_interrupts,
+)
 
 
 def command() -> NoReturn:
     """The script `oreal`: `main`, then the end of the process."""
-    leave(main())
+    exit_process(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parser().parse_args(arguments)
         hardware.leave_out_absent()
-        with insistent():
+        with repeat_lost_interrupts():
             parsed.call(parsed)
     except InputError as error:
         print(f"oreal: {error}", file=sys.stderr)

@@ -87,14 +87,18 @@ def sft(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
-    from oreal_jax import config, processes
+    from oreal_jax import config, distributed
+    from oreal_jax.cluster import initialize_arguments
     from oreal_jax.console import Screen
+    from oreal_jax.interrupts import sigterm_as_interrupt
 
     at_least(0, "--profile", parsed.profile)
     run = parsed.run or Path("runs") / parsed.config.stem
-    place = processes.place_of(parsed.coordinator, parsed.processes, parsed.process)
-    with processes.preemptible(), processes.joined(place, parsed.wait):
-        screen = Screen() if processes.is_first() else Screen.silent()
+    arguments = initialize_arguments(
+        parsed.coordinator, parsed.processes, parsed.process
+    )
+    with sigterm_as_interrupt(), distributed.initialized(arguments, parsed.wait):
+        screen = Screen() if distributed.is_first() else Screen.silent()
         try:
             loaded = config.load(parsed.config, kind, parsed.set)
             work(loaded, run, screen, parsed.profile)

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from oreal_jax import metrics, processes
+from oreal_jax import distributed, metrics
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import Evaluation, TrainConfig
 from oreal_jax.data import Chat, Prompt
+from oreal_jax.distributed import uninterrupted
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation import Attempt, load_sets, report
 from oreal_jax.evaluation.run import attempt
 from oreal_jax.evaluation.sets import ProblemSet
 from oreal_jax.files import write_lines
-from oreal_jax.processes import uninterrupted
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train import exchange
 from oreal_jax.train.session import Session
@@ -60,7 +60,8 @@ class Examination:
         rows = metrics.read(path) if path.exists() else []
         with uninterrupted():
             best = checkpoints.newest_step(session.run / "best")
-            rows, best = processes.gathered([rows, best])[0]  # as process 0 sees them
+            # As process 0 sees them.
+            rows, best = distributed.gather_values([rows, best])[0]
             done = next((row for row in rows if row["step"] == step), None)
             if done:
                 if done["best"] and best is None:  # a later one took its place
@@ -69,7 +70,7 @@ class Examination:
             weights = self.engine.weights(session.state.policy.params)
         with session.aside():
             mine = [
-                ProblemSet(name, list(processes.share(problems)))
+                ProblemSet(name, list(distributed.share(problems)))
                 for name, problems in self.sets
             ]
             tried = attempt(
@@ -117,7 +118,7 @@ class Examination:
             keep(session, step)
         higher = [row for row in rows if row["score"] > score]
         rows.append({"step": step, "score": score, "best": best} | values)
-        if processes.is_first():
+        if distributed.is_first():
             write_lines(path, rows)
         said = ", ".join(f"{name} {report}" for name, report in reports.items())
         mark = f"; the best so far, kept in {session.run / 'best'}" if best else ""
@@ -135,15 +136,15 @@ def keep(session: Session, step: int) -> None:
     """Writes the policy as RUN/best, in place of the one that was there."""
     best = session.run / "best"
     new, old = (session.run / f".best.{word}" for word in ("incomplete", "old"))
-    if processes.is_first():
+    if distributed.is_first():
         for left in (new, old):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(session.run / "model", new / "model")
         shutil.copy2(session.run / "config.json", new / "config.json")
-    processes.barrier(f"{new} was made")
+    distributed.barrier(f"{new} was made")
     directory = new / "checkpoints" / str(step) / "policy"
     checkpoints.save_params(directory, session.state.policy.params)
-    if processes.is_first():
+    if distributed.is_first():
         if best.exists():
             best.rename(old)
         new.rename(best)

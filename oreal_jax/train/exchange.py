@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oreal_jax import processes
+from oreal_jax import distributed
 from oreal_jax.data import Prompt
 from oreal_jax.evaluation import Attempt
 from oreal_jax.evaluation.attempts import Drawn
@@ -83,7 +83,7 @@ def all_attempts(
         [(one.sample, one.drawn, dataclasses.astuple(one.verdict)) for one in group]
         for group in mine
     ]
-    found = processes.all_of(
+    found = distributed.gather_shares(
         plain, lambda groups: json.dumps(groups).encode(), json.loads
     )
     return [

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import orjson
 
-from oreal_jax import losses, processes, program_cache, rollout
+from oreal_jax import distributed, losses, program_cache, rollout
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -36,10 +36,10 @@ from oreal_jax.data import (
     repeat_by_difficulty,
 )
 from oreal_jax.data.packing import Batch, Limits, pack
+from oreal_jax.distributed import uninterrupted
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.files import fingerprint, write_bytes, write_lines
 from oreal_jax.model import ModelConfig, Params
-from oreal_jax.processes import uninterrupted
 from oreal_jax.rollout import Group, Trajectory
 from oreal_jax.sampling import (
     Completion,
@@ -89,7 +89,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     stop_table = token_table(config.stop_strings, chat.token_bytes, source.config.vocab)
     prompts = prompts_of(config, run, screen)
     rows = fingerprint([prompt.as_json() for prompt in prompts])
-    processes.agree(f"{config.prompts}: fingerprint", rows)
+    distributed.assert_equal(f"{config.prompts}: fingerprint", rows)
     repeated, sizes = usable_prompts(config, source.config, prompts, chat, screen)
     limits = limits_of(config, min(sizes))
     order = PromptOrder(repeated, batch=config.prompts_per_step, seed=config.seed)
@@ -112,12 +112,12 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         steps=config.steps,
         profile=profile,
     )
-    if processes.is_first() and not (run / "data").is_dir():
+    if distributed.is_first() and not (run / "data").is_dir():
         build(prompts, run / "data")
     verification = config.verification
     pool = Pool(verification.workers, verification.deadline)
     with session, pool, judging as judge:
-        with processes.together():
+        with distributed.together():
             reference = session.load_reference()
         add_reference = reference_scorer(session.model, mesh, session.dtype)
         update = update_of(config, session.learners, mesh)
@@ -125,10 +125,12 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
             examination.take(session, pool, judge)
             step = session.step
             asked = questions(session, config, order)
-            mine = processes.share(asked)
+            mine = distributed.share(asked)
             judged = sample_and_judge(session, config, mine, engine, pool, judge)
             with uninterrupted():
-                judged = processes.all_of(judged, exchange.encode, exchange.decode)
+                judged = distributed.gather_shares(
+                    judged, exchange.encode, exchange.decode
+                )
                 groups = trajectories(config, asked, judged)
                 usable = groups
                 if verification.undecided == "drop":
@@ -143,7 +145,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                 else:
                     session.skip_step()
                 with screen.phase("write", label=f"step {step + 1}: "):
-                    if processes.is_first():
+                    if distributed.is_first():
                         write = functools.partial(
                             write_trajectories, run, step, groups, chat
                         )
@@ -210,18 +212,18 @@ def judge_of(
     Raises:
         InputError: its hosts or its model are not usable names.
     """
-    chosen, first = config.verification, processes.is_first()
+    chosen, first = config.verification, distributed.is_first()
     if not chosen.judge_hosts:
         return contextlib.nullcontext()
     return Judge(
         chosen.judge_hosts,
         chosen.judge_model,
-        concurrency=max(1, chosen.judge_concurrency // processes.count()),
+        concurrency=max(1, chosen.judge_concurrency // distributed.process_count()),
         timeout=chosen.judge_timeout,
         tries=chosen.judge_tries,
         lost=chosen.judge_lost,
         # A judge that is lost stops all, so a process without a screen says it too.
-        say=screen.say if first else processes.warn,
+        say=screen.say if first else distributed.warn,
     )
 
 
@@ -372,7 +374,7 @@ def trajectories(
 
 def how_it_went(engine: Engine, judge: Judge | None) -> dict[str, float]:
     """What engines and judges of all processes say of this step."""
-    said = processes.gathered([engine.statistics, judge and judge.take_counts()])
+    said = distributed.gather_values([engine.statistics, judge and judge.take_counts()])
     found = Statistics.together([Statistics(*each) for each, _ in said]).metrics()
     return found | (judge_metrics([counts for _, counts in said]) if judge else {})
 
@@ -396,7 +398,7 @@ def sample(
             # The pool remembers the verdict.
             pool.submit(text, asked[n].prompt.gold_answer)
 
-    with processes.together():
+    with distributed.together():
         weights = engine.weights(session.state.policy.params)
     label, total = f"step {step + 1}: ", len(asked) * K
     requests = [
@@ -442,7 +444,7 @@ def leave_interrupted(
             finished.items(), key=lambda item: item[0]
         )
     ]
-    path = interrupted_path(session.run, session.step, processes.index())
+    path = interrupted_path(session.run, session.step, distributed.process_index())
     write_lines(path, rows)
     total = len(asked) * config.samples_per_prompt
     session.screen.say(f"{len(rows)} of {total} completions are in {path}")

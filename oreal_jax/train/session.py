@@ -30,7 +30,7 @@ import jax
 from jax.sharding import Mesh
 
 from oreal_jax import config as configuration
-from oreal_jax import efficiency, model, processes, sharding
+from oreal_jax import distributed, efficiency, model, sharding
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.run import Progress
@@ -39,12 +39,13 @@ from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
+from oreal_jax.distributed import uninterrupted
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import Diverged, InputError
 from oreal_jax.files import BackgroundWriter, write_text
+from oreal_jax.interrupts import ignoring_interrupts
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
-from oreal_jax.processes import uninterrupted
 from oreal_jax.train.discard import discard_after
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import compute_dtype, learners_of
@@ -62,9 +63,11 @@ def source_of(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
         InputError: it is unusable, or not the same to all processes.
     """
     for name, value in configuration.as_json(config).items():
-        processes.agree(f"config: {name}", value)
+        distributed.assert_equal(f"config: {name}", value)
     newest = checkpoints.newest_step(run, checkpoints.ITEMS)
-    processes.agree(f"{run}: step of the newest checkpoint, seen by all", newest)
+    distributed.assert_equal(
+        f"{run}: step of the newest checkpoint, seen by all", newest
+    )
     if newest is not None:
         return open_model(run)
     if checkpoints.steps(run):
@@ -165,7 +168,7 @@ class Session:
             InputError: the run began with another config or other data, the weights do
                 not fit, or the directory cannot be written.
         """
-        if jax.process_count() != processes.count():
+        if jax.process_count() != distributed.process_count():
             raise InputError(
                 f"the devices are those of {jax.process_count()} processes, which do "
                 "not know of each other: --processes auto on each host"
@@ -191,7 +194,7 @@ class Session:
         self._checkpoints = checkpoints.Checkpoints(run, keep=config.saving.keep)
         self.writer = BackgroundWriter()
         self._log = Unwritten()
-        if processes.is_first():
+        if distributed.is_first():
             self._log = MetricsLog(run, self.step, tensorboard=config.tensorboard)
         self._profile = Profile(run / "profile", profile, screen)
         self._began = time.perf_counter()
@@ -205,9 +208,9 @@ class Session:
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
-                processes.ask_to_stop()
                 self.screen.say(f"stopped after step {self.step}; saving")
-                self._save_together("they were asked to stop")
+                distributed.stop_together("saving the run")
+                self._save()
             elif error and not isinstance(error, Diverged):
                 self._save_after(error)
 
@@ -220,26 +223,22 @@ class Session:
                 raise
             self.screen.say(f"{type(failure).__name__}: {failure}")
 
-    def _save_together(self, reason: str) -> None:
-        """Saves when all processes have come to it: a save waits for all of them."""
-        processes.barrier(f"saving the run after {reason}")
-        self._save()
-
     def _save_after(self, error: BaseException) -> None:
         """Saves the last finished step, so that an error does not cost it, too.
 
         Nothing here may replace the error: neither a save that fails, nor Ctrl-C, nor
         other processes that wait for this one in a collective and cannot save.
         """
-        log = self.screen.say if processes.is_first() else processes.warn
-        with processes.ignoring_interrupts("saving the last finished step"):
+        log = self.screen.say if distributed.is_first() else distributed.warn
+        with ignoring_interrupts("saving the last finished step"):
             try:
                 if self.step == self._first:
                     return  # nothing is new
-                processes.ask_to_stop()
-                processes.report(error)
+                distributed.report(error)
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                processes.meet(f"saving the run after {reason}")
+                distributed.stop_together(
+                    f"saving the run after {reason}", distributed.STOP_LIMIT
+                )
                 self._save()
                 self._checkpoints.wait()
                 log(f"{reason}; saved step {self.step}")
@@ -322,7 +321,7 @@ class Session:
         run again."""
         text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
         path = self.run / "config.json"
-        if processes.is_first():
+        if distributed.is_first():
             # It follows from the config that is replaced here.
             for step in checkpoints.steps(self.run, checkpoints.ITEMS):
                 if not checkpoints.has_progress(self.run, step):
@@ -331,7 +330,7 @@ class Session:
             write_text(path, text)
             for line in discard_after(self.run, self._first):
                 self.screen.say(line)
-        processes.barrier(f"{path} was written")
+        distributed.barrier(f"{path} was written")
         if not path.exists():
             raise InputError(
                 f"{path}: written by process 0 and not to be seen from here; --run "
@@ -340,7 +339,7 @@ class Session:
 
     def _start(self, source: ModelSource, params: Params) -> TrainState:
         """The state at step 0; saves what the run will need of the model."""
-        if processes.is_first():
+        if distributed.is_first():
             copy_files(source, self.run / "model")
             if self.config.chat_template:
                 template = self.chat.tokenizer.chat_template

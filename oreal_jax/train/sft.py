@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from oreal_jax import efficiency, losses, processes, program_cache
+from oreal_jax import distributed, efficiency, losses, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, Solved, read_examples
@@ -38,10 +38,10 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     rows = read_examples(Path(config.examples))
     usable = usable_examples(config, source.config, chat, rows, screen)
     of_all = fingerprint([dataclasses.astuple(row) for row in rows])
-    processes.agree(f"{config.examples}: fingerprint", of_all)
+    distributed.assert_equal(f"{config.examples}: fingerprint", of_all)
     examples = list(usable.values())
     tokens = fingerprint([(e.prompt, e.completion) for e in examples])
-    processes.agree(f"{config.examples}: fingerprint of its tokens", tokens)
+    distributed.assert_equal(f"{config.examples}: fingerprint of its tokens", tokens)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
     limits = Limits.of(examples, config.examples_per_step)
     steps = config.steps
@@ -78,7 +78,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 row_length=config.packing.row_length,
                 limits=limits,
             )
-            with processes.together():
+            with distributed.together():
                 with screen.phase("update_actor", label=f"step {step + 1}: "):
                     values, _ = session.learn(update, place(batch, mesh))
                 line = f"step {step + 1:>{len(str(steps))}}/{steps}"
