@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from oreal_jax import efficiency, model
+from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.efficiency import Done, Work
 from oreal_jax.model import ModelConfig
-from oreal_jax.model.published import PUBLISHED
 
 # Wide for its length: what is not a matrix product is then small.
 WIDE = ModelConfig(

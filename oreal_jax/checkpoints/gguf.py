@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from oreal_jax.checkpoints import hf
+from oreal_jax.checkpoints.families import FAMILIES
 from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.config import Rope
-from oreal_jax.model.families import FAMILIES
 
 # Hugging Face's name of a tensor within a layer -> llama.cpp's.
 IN_LAYER = {

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from oreal_jax import model
-from oreal_jax.data.prompts import read_text
+from oreal_jax.checkpoints.families import from_hugging_face, to_hugging_face
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_json
 from oreal_jax.model import ModelConfig, Params
-from oreal_jax.model.families import from_hugging_face, to_hugging_face
 from oreal_jax.sharding import put
 
 OnTensor = Callable[[str], None]
@@ -100,18 +100,6 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     if not config.tied:
         table.append(Tensor("lm_head.weight", (V, D), ("head",), None, True))
     return table
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or InputError."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
 
 
 def read_config(directory: Path) -> ModelConfig:

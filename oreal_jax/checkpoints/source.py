@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from oreal_jax import model, sharding
 from oreal_jax.checkpoints import gguf, hf, run
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_json
 from oreal_jax.model import ModelConfig, Params
 
 OnTensor = Callable[[str], None]
@@ -58,7 +59,7 @@ def open_model(path: str | Path) -> ModelSource:
     run_config = path / "config.json"
     own = {}
     if files != path and run_config.is_file():
-        own = hf.read_json(run_config)
+        own = read_json(run_config)
     return ModelSource(path, hf.read_config(files), files, own.get("system_prompt"))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oreal_jax.data.prompts import read_text
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_text
 
 # Without one transformers makes a tokenizer that knows no word, and does not say so.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

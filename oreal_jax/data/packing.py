@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from oreal_jax.errors import InputError
+from oreal_jax.shapes import bucket
 
 
 class Example(NamedTuple):
@@ -115,11 +116,6 @@ class Slot(NamedTuple):
 
     micro: int
     place: int
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """The next power of two: few distinct shapes, so few compilations."""
-    return max(smallest, 1 << max(0, size - 1).bit_length())
 
 
 def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:

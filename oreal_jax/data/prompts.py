@@ -1,14 +1,14 @@
 """Questions with gold answers, read from files and checked row by row."""
 
 import dataclasses
-import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from oreal_jax.errors import InputError
+from oreal_jax.files import is_text, read_rows, text_field
 
 Label = str | int | float | bool | list[str]
 
@@ -54,87 +54,6 @@ class Solved:
 
     question: str
     solution: str
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a jsonl or parquet file with a name for messages, "file:line".
-
-    Raises:
-        InputError: no such file, no rows, another kind of file, or a line not JSON.
-    """
-    if path.is_dir():
-        raise InputError(f"{path}: a directory, expected a .jsonl or .parquet file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a parquet file: {error}") from None
-        named = ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
-    elif path.suffix in (".jsonl", ".json"):
-        named = _json_lines(path)
-    else:
-        raise InputError(f"{path}: expected .jsonl or .parquet, not {path.suffix!r}")
-    empty = True
-    for name, row in named:
-        empty = False
-        yield name, row
-    if empty:
-        raise InputError(f"{path}: the file has no rows")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, or InputError naming it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text: {error}") from None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Bytes, so that a line that is not UTF-8 is known by its number.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                # The parser's own message would count lines from this one.
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise InputError(f"{path}:{number}: not JSON: {reason}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: not a JSON object")
-            yield f"{path}:{number}", row
-
-
-def text_field(name: str, row: dict[str, Any], field: str) -> str:
-    """A field that must hold text; a finite number is taken as Python prints it.
-
-    Raises:
-        InputError: it holds something else, or half of a surrogate pair, which no
-            tokenizer accepts.
-    """
-    value = row.get(field)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        # Python's JSON reader takes NaN and Infinity, which are no answers.
-        value = str(value) if abs(value) < math.inf else value
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{name}: field {field!r} is {value!r}, expected text")
-    if not is_text(value):
-        raise InputError(f"{name}: field {field!r} is {value!r}, not valid Unicode")
-    return value
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is text that can be written: no half of a surrogate pair."""
-    surrogate = lambda letter: "\ud800" <= letter <= "\udfff"
-    return isinstance(value, str) and not any(map(surrogate, value))
 
 
 def is_label(value: Any) -> bool:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data.cleaning import words
-from oreal_jax.data.prompts import read_rows, text_field
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows, text_field
 from oreal_jax.verify.verdict import read_outcome
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from oreal_jax.data.prompts import Prompt, read_text
+from oreal_jax.data.prompts import Prompt
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_text
 
 FIELD = "skills"
 REQUEST = """Skills:

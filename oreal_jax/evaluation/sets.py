@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from oreal_jax.data import Prompt, load_prompts, read_prompts
 from oreal_jax.data.builder import FILES, download, read_files
 from oreal_jax.data.cleaning import normalised_answer
-from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows
 
 
 def as_it_is(value: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows
 from oreal_jax.verify.verdict import read_outcome
 
 # Lists with one number a token, in the order of `Scored`.

@@ -32,7 +32,6 @@ from jax.sharding import Mesh
 from oreal_jax import config as configuration
 from oreal_jax import efficiency, model, processes, sharding
 from oreal_jax.checkpoints import run as checkpoints
-from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
 from oreal_jax.config import SftConfig, TrainConfig
@@ -41,7 +40,7 @@ from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import Diverged, InputError
-from oreal_jax.files import BackgroundWriter, write_text
+from oreal_jax.files import BackgroundWriter, read_json, write_text
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.processes import uninterrupted
