@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oreal_jax import losses, rollout
-from oreal_jax.data.difficulty import PUBLISHED_BANDS, Bands
+from oreal_jax.data.order import PUBLISHED_BANDS, Bands
 from oreal_jax.errors import InputError
 from oreal_jax.losses import PolicyLoss
 from oreal_jax.model import Remat

@@ -14,7 +14,7 @@ from oreal_jax import config as configuration
 from oreal_jax import losses, processes, rollout
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
-from oreal_jax.data.difficulty import PUBLISHED_BANDS
+from oreal_jax.data.order import PUBLISHED_BANDS
 from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal, ThresholdWeights
 from oreal_jax.train import loop

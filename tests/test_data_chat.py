@@ -69,7 +69,9 @@ def test_stop_tokens_are_the_models_own_and_those_asked_for(tmp_path):
         settings.write_text(json.dumps({"eos_token_id": own}))
         assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (3, end)
     settings.write_text("{")
-    with pytest.raises(InputError, match="generation_config.json: not JSON"):
+    with pytest.raises(
+        InputError, match="generation_config.json: not readable as JSON"
+    ):
         Chat(load_tokenizer(tmp_path)).stop_tokens()
 
 

@@ -14,14 +14,20 @@ from oreal_jax.data.builder import (
 )
 from oreal_jax.data.cleaning import (
     clean,
-    normalised_answer,
+    normalise_answer,
+    remove_duplicates,
+    remove_overlaps,
     statistics,
-    without_duplicates,
-    without_overlaps,
     words,
 )
-from oreal_jax.data.rft import harvest, read_completions
-from oreal_jax.data.skills import by_skill, labelled, needing, read_skills, request
+from oreal_jax.data.rft import read_completions, select_solutions
+from oreal_jax.data.skills import (
+    add_skills,
+    make_request,
+    rank_skills,
+    read_skills,
+    select_prompts,
+)
 from oreal_jax.errors import InputError
 
 # Answers
@@ -47,8 +53,8 @@ from oreal_jax.errors import InputError
     ],
 )
 def test_an_answer_is_bared_of_what_is_around_it(text, answer):
-    assert normalised_answer(text) == answer
-    assert normalised_answer(answer) == answer
+    assert normalise_answer(text) == answer
+    assert normalise_answer(answer) == answer
 
 
 # Duplicates and overlaps
@@ -78,9 +84,7 @@ def test_spelling_does_not_make_another_question_but_signs_do(one, other, same):
 
 
 def test_of_equal_questions_the_first_stays():
-    kept, removed = without_duplicates(
-        prompts(("a b", "1"), ("c", "2"), ("A  b?", "1"))
-    )
+    kept, removed = remove_duplicates(prompts(("a b", "1"), ("c", "2"), ("A  b?", "1")))
     assert [p.id for p in kept] == ["0", "1"]
     assert [(r.prompt.id, r.reason, r.like) for r in removed] == [
         ("2", "duplicate", "0")
@@ -88,7 +92,7 @@ def test_of_equal_questions_the_first_stays():
 
 
 def test_of_equal_questions_with_different_answers_none_stays():
-    kept, removed = without_duplicates(prompts(("a", "1"), ("b", "2"), ("a", "3")))
+    kept, removed = remove_duplicates(prompts(("a", "1"), ("b", "2"), ("a", "3")))
     assert [p.id for p in kept] == ["1"]
     assert [r.prompt.id for r in removed] == ["0", "2"]
     assert {r.reason for r in removed} == {"contradictory answers"}
@@ -110,7 +114,7 @@ def test_overlaps_are_those_of_an_exhaustive_comparison():
     test = [Prompt(str(i), text(), "1") for i in range(3)]
     counts = set()
     for ngram in (2, 4, 6):
-        kept, removed = without_overlaps(train, {"test": test}, ngram)
+        kept, removed = remove_overlaps(train, {"test": test}, ngram)
         expected = [
             p
             for p in train
@@ -124,7 +128,7 @@ def test_overlaps_are_those_of_an_exhaustive_comparison():
 
 def test_what_was_removed_names_what_it_is_like():
     test = {"exam": [Prompt("seven", "is this the same?", "1")]}
-    _, removed = without_overlaps(prompts(("Is this the same", "1")), test, 13)
+    _, removed = remove_overlaps(prompts(("Is this the same", "1")), test, 13)
     row = removed[0].as_json()
     assert row["reason"] == "overlap with exam" and row["like"] == "exam: seven"
     assert row["question"] == "Is this the same"
@@ -198,7 +202,7 @@ def test_prompts_of_several_sources_keep_their_ids_apart(tmp_path):
     ("name", "said"),
     [
         ("file/out.jsonl", "cannot be written"),
-        ("set", "exists; a data set is never written over"),
+        ("set", "exists; a data set is never overwritten"),
         ("folder.jsonl", "a directory, expected a file"),
     ],
 )
@@ -237,7 +241,7 @@ ROWS = [
 
 
 def test_an_rft_set_is_of_different_right_completions():
-    found = harvest(ROWS, keep=9)
+    found = select_solutions(ROWS, limit=9)
     assert [s.solution for s in found.solutions] == ["It is 2.", "2", "So: 2", "5"]
     counts = (found.completions, found.correct, found.different)
     assert counts + (found.questions, found.solved) == (7, 5, 4, 3, 2)
@@ -246,11 +250,10 @@ def test_an_rft_set_is_of_different_right_completions():
 def test_keep_limits_the_solutions_of_a_question_and_the_seed_draws_them():
     draws = set()
     for seed in range(40):
-        taken = [s for s in harvest(ROWS, keep=2, seed=seed).solutions if s.id == "a"]
-        assert len(taken) == 2
-        draws.add(tuple(s.solution for s in taken))
+        selected = select_solutions(ROWS, limit=2, seed=seed).solutions
+        draws.add(tuple(s.solution for s in selected if s.id == "a"))
     assert len(draws) == 3  # every pair of three
-    assert harvest(ROWS, keep=2, seed=1) == harvest(ROWS, keep=2, seed=1)
+    assert all(len(draw) == 2 for draw in draws)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +280,16 @@ def test_a_row_that_is_no_judged_completion_is_named(tmp_path, change, said):
 
 def test_a_model_is_shown_the_skills_and_labels_by_naming_them():
     skills = ["Carrying", "Times tables"]
-    asked = request(Prompt("a", "What is 8 + 5?", "13"), skills)
+    asked = make_request(Prompt("a", "What is 8 + 5?", "13"), skills)
     assert asked.id == "a"
     assert all(part in asked.question for part in [*skills, "What is 8 + 5?"])
     prompt = Prompt("a", "q", "13", labels={"level": 1})
-    found = labelled(prompt, "It needs carrying.", skills)
+    found = add_skills(prompt, "It needs carrying.", skills)
     assert found.labels == {"level": 1, "skills": ["Carrying"]}
-    assert labelled(prompt, "?", skills).values("skills") == []
+    assert add_skills(prompt, "?", skills).values("skills") == []
     names = ["geometry", "analytic geometry"]
-    assert labelled(prompt, "Analytic geometry.", names).values("skills") == names[1:]
-    both = labelled(prompt, "geometry, analytic geometry", names)
+    assert add_skills(prompt, "Analytic geometry.", names).values("skills") == names[1:]
+    both = add_skills(prompt, "geometry, analytic geometry", names)
     assert both.values("skills") == names
 
 
@@ -296,20 +299,21 @@ def test_the_weakest_skill_comes_first():
         Prompt("b", "q", "1", 0.6, {"skills": ["y"]}),
         Prompt("c", "q", "1", None, {"skills": ["x"]}),
     ]
-    found = by_skill("f", rows, "skills")
+    found = rank_skills("f", rows, "skills")
     assert [(s.name, s.prompts, s.pass_rate) for s in found] == [
         ("x", 1, 0.2),
         ("y", 2, 0.4),
     ]
-    assert [p.id for p in needing(rows, "skills", {"x"})] == ["a", "c"]
+    assert [p.id for p in select_prompts(rows, "skills", {"x"})] == ["a", "c"]
     with pytest.raises(
         InputError, match="f: no row has both a pass_rate and a field 'z'"
     ):
-        by_skill("f", rows, "z")
+        rank_skills("f", rows, "z")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("\n", "no skill in it"), ("a\nA\n", "skill 'A' is there twice")]
+    ("text", "said"),
+    [("\n", "no skill in it"), ("a\nA\n", "skill 'A' is listed twice")],
 )
 def test_a_wrong_list_of_skills_is_named(tmp_path, text, said):
     path = tmp_path / "skills.txt"

@@ -172,7 +172,7 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*BUILD, "--ngram", "0"], "--ngram 0: must be at least 1"),
         ([*BUILD, "--question", "text"], "six.jsonl:1: field 'text' is None, expected"),
         ([*BUILD, "--answer", "text"], "six.jsonl:1: field 'text' is None, expected"),
-        ([*BUILD[:-1], "."], ".: exists; a data set is never written over"),
+        ([*BUILD[:-1], "."], ".: exists; a data set is never overwritten"),
         ([*BUILD, "--removed", "six.jsonl/r.jsonl"], "r.jsonl: cannot be written"),
         ([*BUILD, "--removed", "new"], "--out and --removed are the same: new"),
         ([*BUILD[:-1], "six.jsonl"], "--data and --out are the same: six.jsonl"),

@@ -254,10 +254,10 @@ def test_packing_changes_nothing(loss, drawn, prompts, height, row_length):
             """Tokens of completions at the columns that predict them."""
             columns = np.full(packed.predicts[index].shape, fill)
             for b, slot in enumerate(slots):
-                if slot.micro == index:
-                    first = packed.first[index, slot.place]
+                if slot.micro_batch == index:
+                    first = packed.first[index, slot.completion]
                     there = slice(first, first + lengths[b])
-                    columns[packed.row[index, slot.place], there] = values[b][
+                    columns[packed.row[index, slot.completion], there] = values[b][
                         : lengths[b]
                     ]
             return columns

@@ -192,7 +192,7 @@ def pass_rate(parsed: argparse.Namespace) -> None:
 def rft(parsed: argparse.Namespace) -> None:
     """`oreal data rft`."""
     from oreal_jax.data import load_prompts
-    from oreal_jax.data.rft import harvest, read_completions
+    from oreal_jax.data.rft import read_completions, select_solutions
 
     screen = _screen()
     at_least(1, "--keep", parsed.keep)
@@ -212,7 +212,7 @@ def rft(parsed: argparse.Namespace) -> None:
     _check_outputs(parsed)
 
     def collect(rows: list[dict]) -> None:
-        found = harvest(rows, parsed.keep, parsed.seed)
+        found = select_solutions(rows, parsed.keep, parsed.seed)
         screen.say(str(found))
         if not found.solutions:
             raise InputError("no completion is correct: there is nothing to learn from")
@@ -238,7 +238,7 @@ def label(parsed: argparse.Namespace) -> None:
     _check_outputs(parsed)
     names = skills.read_skills(parsed.skills)
     asked = load_prompts(parsed.data)
-    requests = [skills.request(prompt, names) for prompt in asked]
+    requests = [skills.make_request(prompt, names) for prompt in asked]
     sampling = Sampling(max_tokens=parsed.max_tokens, temperature=0.0)
     opened = Opened(parsed, sampling)
     options = drawing_options(parsed)
@@ -260,7 +260,7 @@ def label(parsed: argparse.Namespace) -> None:
         )
         said = [completion for (completion,) in drawn]
         found = [
-            skills.labelled(prompt, one.completion, names)
+            skills.add_skills(prompt, one.completion, names)
             for prompt, one in zip(asked, said, strict=True)
         ]
         write_prompts(found, parsed.out, statistics(found))
@@ -281,13 +281,13 @@ def weak(parsed: argparse.Namespace) -> None:
         raise InputError(f"--below {parsed.below}: must be above 0 and at most 1")
     measured = load_prompts(parsed.data)
     pool = load_prompts(parsed.pool) if parsed.pool else measured
-    found = skills.by_skill(parsed.data, measured, parsed.by)
+    found = skills.rank_skills(parsed.data, measured, parsed.by)
     lacking = {skill.name for skill in found if skill.pass_rate < parsed.below}
     for skill in found:
         mark = "weak" if skill.name in lacking else ""
         counted = f"{skill.prompts:6d} prompts"
         screen.say(f"{skill.pass_rate:6.1%} {counted}  {skill.name}  {mark}".rstrip())
-    chosen = skills.needing(pool, parsed.by, lacking)
+    chosen = skills.select_prompts(pool, parsed.by, lacking)
     if not chosen:
         raise InputError(
             f"{parsed.pool or parsed.data}: no prompt needs a skill with a pass rate "

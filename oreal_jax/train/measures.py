@@ -9,7 +9,7 @@ import numpy as np
 
 from oreal_jax import efficiency
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import Batch, Slot
+from oreal_jax.data.packing import Batch, BatchIndex
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import Diverged
 from oreal_jax.rollout import Group, TokenScores, Trajectory
@@ -18,7 +18,10 @@ from oreal_jax.train.step import Scores
 
 
 def agreement(
-    kept: Sequence[Trajectory], slots: Sequence[Slot], scores: Scores, batch: Batch
+    kept: Sequence[Trajectory],
+    slots: Sequence[BatchIndex],
+    scores: Scores,
+    batch: Batch,
 ) -> dict[str, float]:
     """Difference and correlation of token probabilities between sampler and trainer,
     and the area under the token reward model's ROC curve. Attaches the scores to the

@@ -12,8 +12,8 @@ from pathlib import Path
 from oreal_jax import efficiency, losses, processes, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, PromptOrder, Solved, read_examples
-from oreal_jax.data.packing import Example, Limits, pack
+from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
+from oreal_jax.data.packing import Example, SizeLimits, pack
 from oreal_jax.efficiency import Done
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
@@ -43,7 +43,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     tokens = fingerprint([(e.prompt, e.completion) for e in examples])
     processes.agree(f"{config.examples}: fingerprint of its tokens", tokens)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
-    limits = Limits.of(examples, config.examples_per_step)
+    limits = SizeLimits.from_examples(examples, config.examples_per_step)
     steps = config.steps
     if not steps:
         done, progress = progress_of(run)
@@ -107,7 +107,7 @@ def usable_examples(
     config: SftConfig,
     shape: ModelConfig,
     chat: Chat,
-    rows: Sequence[Solved],
+    rows: Sequence[SolvedQuestion],
     screen: Screen,
 ) -> dict[int, Example]:
     """Prompt and solution tokens of every example that fits a row, by its place in the
