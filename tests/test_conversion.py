@@ -214,7 +214,7 @@ def test_hugging_face_to_run_directory_and_back_changes_no_byte(tmp_path):
     params = opened.load(mesh(opened.config))
     hf.save(params, opened.config, end, source=opened.files)
     assert_same_bytes(tensors_of(start), tensors_of(end))
-    assert set(hf.companions(start)) == set(hf.companions(end))
+    assert set(hf.auxiliary_files(start)) == set(hf.auxiliary_files(end))
 
 
 def interleaved(value: np.ndarray, heads: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Hugging Face's config.json to `ModelConfig` and back: Qwen2, Qwen3 and Llama.
 
-A value that this decoder does not compute is refused by name, never ignored.
+Values that the decoder does not support are rejected by name, never ignored.
 """
 
 from typing import Any
@@ -10,13 +10,8 @@ from oreal_jax.model.config import ModelConfig, Rope
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
-# Numbers of a rotary embedding.
-NUMBERS = (
-    "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-)  # fmt: skip
-# Fields that must have these values, where present.
-REQUIRED: dict[str, tuple[Any, ...]] = {
+# The only supported values of these fields, where present.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False, None),
     "mlp_bias": (False, None),
@@ -24,13 +19,24 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
 }
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+# The parameters of each `rope_type`; those of llama3 have no defaults.
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", ORIGINAL_LENGTH, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", ORIGINAL_LENGTH, "beta_fast", "beta_slow", "truncate")
+    + ("attention_factor",),
+}
+ROPE_NUMBERS = {"rope_theta", *ROPE_FIELDS["llama3"], *ROPE_FIELDS["yarn"]}
+ROPE_NUMBERS -= {"truncate"}
 
 
 def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
-    """The shape that a config.json describes; `where` names the file in messages.
+    """Return the model shape of a config.json; `where` names the file in messages.
 
     Raises:
-        InputError: a field is missing, or has a value that is not supported.
+        InputError: a field is missing or has an unsupported value.
     """
     family = fields.get("model_type")
     if family not in FAMILIES:
@@ -38,26 +44,26 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: model_type={family!r} is not supported, "
             f"only {', '.join(FAMILIES)}"
         )
-    required = dict(REQUIRED)
-    # Qwen2 always has a bias there and does not say so.
-    required["attention_bias"] = (False, None) if family != "qwen2" else (True, None)
-    for name, supported in required.items():
+    # Qwen2 always has biases, without saying so.
+    bias = (False, None) if family != "qwen2" else (True, None)
+    for name, supported in {**SUPPORTED, "attention_bias": bias}.items():
         if fields.get(name) not in supported and name in fields:
             raise InputError(f"{where}: {name}={fields[name]!r} is not supported")
-    kinds = fields.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+    layers = fields.get("layer_types") or []
+    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
         raise InputError(
-            f"{where}: layer_types={fields['layer_types']!r} is not supported; "
-            "only full_attention is"
+            f"{where}: layer_types={layers!r} is not supported; only full_attention is"
         )
 
     def number(name: str, default: Any = None, kind: type = int) -> Any:
-        value = fields.get(name, default)
+        value = fields.get(name)
         value = default if value is None else value
-        is_one = isinstance(value, int | kind) and not isinstance(value, bool)
-        if not is_one or value <= 0:
-            what = "number" if kind is float else "whole number"
-            raise InputError(f"{where}: {name}={value!r}, expected a positive {what}")
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not is_number or value <= 0:
+            expected = "number" if kind is float else "whole number"
+            raise InputError(
+                f"{where}: {name}={value!r}, expected a positive {expected}"
+            )
         return value
 
     heads, embed = number("num_attention_heads"), number("hidden_size")
@@ -79,91 +85,55 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
-    """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
-    stretch = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(stretch, dict):
-        raise InputError(f"{where}: rope_scaling={stretch!r}, expected an object")
-    name = "partial_rotary_factor"
-    if stretch.get(name) not in REQUIRED[name]:
-        raise InputError(f"{where}: {name}={stretch[name]!r} is not supported")
-    theta = stretch.get("rope_theta", fields.get("rope_theta"))
-    theta = 10_000.0 if theta is None else theta
-    for name, value in {"rope_theta": theta, **stretch}.items():
+    """Read `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise InputError(f"{where}: rope_scaling={scaling!r}, expected an object")
+    scaling = {"rope_theta": fields.get("rope_theta"), **scaling}
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    for name, value in scaling.items():
         is_number = isinstance(value, int | float) and value > 0
-        if name in NUMBERS and value is not None and not is_number:
+        if name in ROPE_NUMBERS and not is_number:
             raise InputError(f"{where}: {name}={value!r}, expected a positive number")
-    kind = stretch.get("rope_type", stretch.get("type", "default"))
-    known = {
-        "default": set(),
-        "linear": {"factor"},
-        "llama3": {
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        },
-        "yarn": {
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-            "truncate",
-        },
-    }
-    if kind not in known:
+        if name == "partial_rotary_factor" and value != 1:
+            raise InputError(f"{where}: {name}={value!r} is not supported")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_FIELDS:
         raise InputError(
-            f"{where}: rope_type={kind!r} is not supported ({', '.join(known)} are)"
+            f"{where}: rope_type={kind!r} is not supported "
+            f"({', '.join(ROPE_FIELDS)} are)"
         )
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    given = {k: v for k, v in stretch.items() if k not in common and v is not None}
-    strange = given.keys() - known[kind]
-    if strange and kind != "default":
-        name = sorted(strange)[0]
-        raise InputError(
-            f"{where}: {name}={given[name]!r} is not supported with rope_type={kind!r}"
-        )
+    theta = float(scaling.get("rope_theta", 10_000.0))
     if kind == "default":
-        return Rope(theta=float(theta))
-    missing = {"factor"} if kind != "llama3" else known["llama3"]
-    if missing - given.keys():
-        name = sorted(missing - given.keys())[0]
+        return Rope(theta=theta)
+    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    own = {name: value for name, value in scaling.items() if name not in common}
+    for name in sorted(own.keys() - {*ROPE_FIELDS[kind]}):
+        raise InputError(
+            f"{where}: {name}={own[name]!r} is not supported with rope_type={kind!r}"
+        )
+    required = ROPE_FIELDS[kind] if kind == "llama3" else ["factor"]
+    for name in sorted({*required} - own.keys()):
         raise InputError(f"{where}: rope_type={kind!r} without {name}")
-    original = given.pop("original_max_position_embeddings", max_length)
-    return Rope(theta=float(theta), kind=kind, original_max_length=original, **given)
+    original = own.pop(ORIGINAL_LENGTH, max_length)
+    return Rope(theta=theta, kind=kind, original_max_length=original, **own)
 
 
 def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """A config.json for a model that was not imported from one."""
+    """Return a config.json for a model that was not imported from one."""
     if config.qk_norm:
         family, name = "qwen3", "Qwen3ForCausalLM"
     elif config.qkv_bias:
         family, name = "qwen2", "Qwen2ForCausalLM"
     else:
         family, name = "llama", "LlamaForCausalLM"
-    rope, stretch = config.rope, None
+    rope, scaling = config.rope, None
     if rope.kind != "default":
-        length = {"original_max_position_embeddings": rope.original_max_length}
-        extra = {
-            "linear": {},
-            "llama3": length
-            | {
-                "low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
-            },
-            "yarn": length
-            | {
-                "beta_fast": rope.beta_fast,
-                "beta_slow": rope.beta_slow,
-                "truncate": rope.truncate,
-            }
-            | (
-                {"attention_factor": rope.attention_factor}
-                if rope.attention_factor
-                else {}
-            ),
-        }[rope.kind]
-        stretch = {"rope_type": rope.kind, "factor": rope.factor} | extra
+        values = {**vars(rope), ORIGINAL_LENGTH: rope.original_max_length}
+        scaling = {"rope_type": rope.kind}
+        scaling |= {name: values[name] for name in ROPE_FIELDS[rope.kind]}
+        if not rope.attention_factor:
+            scaling.pop("attention_factor", None)
     return {
         "architectures": [name],
         "model_type": family,
@@ -177,7 +147,7 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": rope.theta,
-        "rope_scaling": stretch,
+        "rope_scaling": scaling,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
         "dtype": dtype,
