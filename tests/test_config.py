@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oreal_jax import config as configuration
-from oreal_jax import losses, processes, rollout
+from oreal_jax import config_loading, losses, processes, rollout
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data.order import PUBLISHED_BANDS
@@ -24,13 +24,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def loaded(name: str, *settings: str) -> TrainConfig:
-    return configuration.load(CONFIGS / f"{name}.py", TrainConfig, settings)
+    return config_loading.load(CONFIGS / f"{name}.py", TrainConfig, settings)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_is_recorded_as_json(path):
     kind = SftConfig if "sft" in path.stem else TrainConfig
-    config = configuration.load(path, kind)
+    config = config_loading.load(path, kind)
     recorded = json.loads(json.dumps(configuration.as_json(config)))
     assert recorded["seed"] == config.seed
     home = "my_loss" if path.stem == "my_loss" else "oreal_jax.losses"
@@ -226,7 +226,7 @@ def test_a_config_file_is_checked_as_settings_are(tmp_path, part, name, value, s
         f"object.__setattr__(config{part}, {name!r}, {value!r})\n"
     )
     with pytest.raises(InputError, match=f"invalid.py: {said}"):
-        configuration.load(path, TrainConfig)
+        config_loading.load(path, TrainConfig)
 
 
 def first(group, random, count=1):
@@ -260,11 +260,11 @@ def test_an_error_in_a_config_file_is_said_with_its_line(tmp_path, text, said):
     path = tmp_path / "invalid.py"
     path.write_text("from oreal_jax.config import TrainConfig\n" + text)
     with pytest.raises(InputError, match=rf"invalid\.py, {said}"):
-        configuration.load(path, TrainConfig)
+        config_loading.load(path, TrainConfig)
 
 
 def test_a_config_file_without_a_config_is_refused(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="must be a TrainConfig, found nothing"):
-        configuration.load(path, TrainConfig)
+        config_loading.load(path, TrainConfig)

@@ -87,7 +87,7 @@ def sft(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
-    from oreal_jax import config, processes
+    from oreal_jax import config_loading, processes
     from oreal_jax.console import Screen
 
     at_least(0, "--profile", parsed.profile)
@@ -96,7 +96,7 @@ def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
     with processes.preemptible(), processes.joined(place, parsed.wait):
         screen = Screen() if processes.is_first() else Screen.silent()
         try:
-            loaded = config.load(parsed.config, kind, parsed.set)
+            loaded = config_loading.load(parsed.config, kind, parsed.set)
             work(loaded, run, screen, parsed.profile)
         except KeyboardInterrupt:
             screen.say(f"go on with the same command; the run is in {run}")

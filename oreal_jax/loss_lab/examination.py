@@ -73,9 +73,10 @@ def load_loss(name: str) -> PolicyLoss:
         InputError: no preset of this name, or not a config file.
     """
     if name.endswith(".py"):
-        from oreal_jax import config  # brings the model room along
+        from oreal_jax.config import TrainConfig  # imports the model package
+        from oreal_jax.config_loading import load
 
-        return config.load(Path(name), config.TrainConfig).loss
+        return load(Path(name), TrainConfig).loss
     if name not in presets.NAMED:
         raise InputError(
             f"--loss {name}: neither a config file (.py) nor one of "
