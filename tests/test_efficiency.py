@@ -8,7 +8,7 @@ import pytest
 
 from oreal_jax import efficiency, model
 from oreal_jax.checkpoints.published import PUBLISHED
-from oreal_jax.efficiency import Done, Work
+from oreal_jax.efficiency import PhaseTotals, Work
 from oreal_jax.model import ModelConfig
 
 # Wide for its length: what is not a matrix product is then small.
@@ -55,7 +55,7 @@ def test_a_large_model_learns_at_six_flops_a_token_and_parameter(tied):
     config = dataclasses.replace(QWEN_7B, tied=tied)
     table = config.vocab * config.embed
     used = model.parameter_count(config) - (0 if tied else table)  # looked up only
-    work = efficiency.whole([(0, 1)] * 1000)
+    work = efficiency.full_pass([(0, 1)] * 1000)
     ours = efficiency.training_flops(config, work)
     assert ours == pytest.approx(6 * used * 1000, rel=1e-3)
 
@@ -69,7 +69,7 @@ def test_the_score_head_is_one_column():
 def test_pairs_are_those_that_a_causal_mask_lets_see():
     lengths = [(3, 4), (5, 0), (1, 6)]
     see = lambda size, first: sum(range(first + 1, size + 1))
-    assert efficiency.whole(lengths) == Work(
+    assert efficiency.full_pass(lengths) == Work(
         tokens=19, pairs=sum(see(p + c, 0) for p, c in lengths), predicted=10
     )
 
@@ -79,7 +79,7 @@ def test_prefill_and_decoding_see_what_one_pass_over_the_sequence_sees():
     before = efficiency.prefill(prompt for prompt, _ in lengths)
     drawn = efficiency.decode(lengths)
     # The last token of a completion is drawn, but never goes through the layers.
-    at_once = efficiency.whole(
+    at_once = efficiency.full_pass(
         (prompt, completion - 1) for prompt, completion in lengths
     )
     assert before.tokens + drawn.tokens == at_once.tokens
@@ -98,7 +98,7 @@ def test_a_decoding_step_reads_the_weights_once_and_every_cache():
 
 def test_rates_are_of_all_devices_tflops_and_mfu_of_one():
     peak = efficiency.PEAKS["TPU v5 lite"]
-    done = {"actor": Done(tokens=1000, flops=197e12 * 4)}
+    done = {"actor": PhaseTotals(tokens=1000, flops=197e12 * 4)}
     found = efficiency.metrics(done, {"actor": 2.0}, devices=8, peak=peak)
     assert found == {
         "perf/actor_throughput": 500.0,

@@ -34,7 +34,7 @@ def card(machine: Path, vendor: str, device: str) -> None:
 
 
 def test_without_devices_jax_is_told_to_use_the_cpu(machine):
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     assert sys.modules["jax_cuda12_plugin"] is None
 
@@ -42,7 +42,7 @@ def test_without_devices_jax_is_told_to_use_the_cpu(machine):
 @pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "dxg"])
 def test_a_gpu_is_not_hidden(machine, name):
     write(machine / "dev" / name)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
     assert "jax_cuda12_plugin" not in sys.modules
 
@@ -50,40 +50,40 @@ def test_a_gpu_is_not_hidden(machine, name):
 @pytest.mark.parametrize("name", ["accel0", "vfio/0"])
 def test_a_tpu_is_not_hidden(machine, name):
     write(machine / "dev" / name)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
 def test_a_tpu_is_known_by_its_pci_card(machine):
     card(machine, "0x1ae0", "0x0063")
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
 @pytest.mark.parametrize("numbers", [("0x1ae0", "0x0042"), ("0x1af4", "0x0063")])
 def test_other_cards_are_no_tpus(machine, numbers):
     card(machine, *numbers)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
 def test_a_tpu_that_somebody_speaks_of_is_not_hidden(machine, monkeypatch):
     monkeypatch.setenv("TPU_NAME", "pod")
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
 def test_a_plugin_for_another_device_is_not_hidden(machine, monkeypatch):
     write(machine / "site/jax_plugins/another/__init__.py")
     monkeypatch.syspath_prepend(machine / "site")
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
 @pytest.mark.parametrize("asked", ["cuda", "gpu,cpu", "tpu"])
 def test_what_the_user_asks_for_is_left_alone(machine, monkeypatch, asked):
     monkeypatch.setenv("JAX_PLATFORMS", asked)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == asked
     assert ("jax_cuda12_plugin" in sys.modules) == (asked == "tpu")
 

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 interrupted."""
     try:
         parsed = parser().parse_args(arguments)
-        hardware.leave_out_absent()
+        hardware.hide_absent_devices()
         with insistent():
             parsed.call(parsed)
     except InputError as error:

@@ -38,7 +38,7 @@ from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
-from oreal_jax.efficiency import Done
+from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged, InputError
 from oreal_jax.files import BackgroundWriter, read_json, write_text
 from oreal_jax.metrics import MetricsLog, compilations
@@ -393,7 +393,7 @@ class Session:
         values: Mapping[str, float],
         tokens: int,
         line: str,
-        done: Mapping[str, Done],
+        done: Mapping[str, PhaseTotals],
     ) -> None:
         """Records the step just done, says it, and saves where it is time to.
 

@@ -14,7 +14,7 @@ from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
 from oreal_jax.data.packing import Example, SizeLimits, pack
-from oreal_jax.efficiency import Done
+from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
@@ -71,7 +71,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
             step = session.step
             taken = [example for example, _ in order.batch(session.taken)]
             lengths = ((len(e.prompt), len(e.completion)) for e in taken)
-            learned = efficiency.whole(lengths)
+            learned = efficiency.full_pass(lengths)
             batch, _ = pack(
                 taken,
                 rows=session.rows,
@@ -86,7 +86,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                     f"  loss {values.get('actor/pg_loss', values['actor/loss']):.4f}"
                 )
                 flops = efficiency.training_flops(source.config, learned)
-                done = {"update_actor": Done(learned.tokens, flops)}
+                done = {"update_actor": PhaseTotals(learned.tokens, flops)}
                 session.finish_step(values, learned.tokens, line, done)
 
 
