@@ -108,7 +108,7 @@ def test_limits_change_the_shape_and_nothing_else():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_batches_within_the_limits_fit_their_shape(seed):
+def test_batches_within_the_limits_fit_the_shape(seed):
     random = np.random.default_rng(seed)
     row_length, rows = int(random.integers(40, 400)), int(random.integers(1, 5))
     prompts = random.integers(1, 20, size=(30,))
