@@ -81,35 +81,30 @@ def _check_types(config: Any, where: str) -> None:
         value, hint = getattr(config, field.name), hints.get(field.name)
         if dataclasses.is_dataclass(value):
             _check_types(value, f"{where}: {field.name}")
-        elif _is_checkable(hint) and not _matches(value, hint):
+        elif not _matches(value, hint, unknown=True):
             raise InputError(
                 f"{where}: {field.name}={value!r}, expected {_describe(hint)}"
             )
 
 
-def _is_checkable(hint: Any) -> bool:
-    """Return whether a type consists of plain types and dataclasses."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (*UNIONS, tuple):
-        return all(_is_checkable(part) for part in parts if part is not ...)
-    return origin is Literal or hint in PLAIN or dataclasses.is_dataclass(hint)
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Return whether a plain value has this type."""
+def _matches(value: Any, hint: Any, unknown: bool = False) -> bool:
+    """Return whether a value has a type; `unknown` for types that are not plain."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in parts
     if origin in UNIONS:
-        return any(_matches(value, part) for part in parts)
+        return any(_matches(value, part, unknown) for part in parts)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         parts = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(parts) and all(map(_matches, value, parts))
+        pairs = zip(value, parts, strict=False)
+        return len(value) == len(parts) and all(_matches(*p, unknown) for p in pairs)
+    if hint not in PLAIN and not dataclasses.is_dataclass(hint):
+        return unknown
     if isinstance(value, bool):
         return hint is bool
-    return hint in PLAIN and isinstance(value, (int, float) if hint is float else hint)
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _describe(hint: Any) -> str:
@@ -137,7 +132,7 @@ def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> No
     if not _matches(value, hint):
         value = text  # a string that looks like a number
     if not _matches(value, hint):
-        is_plain = _is_checkable(hint) and not dataclasses.is_dataclass(hint)
+        is_plain = not _matches(object(), hint, unknown=True)
         advice = "" if is_plain else ", which only a config file can give"
         raise InputError(
             f"--set {key}={text}: {name} must be {_describe(hint)}{advice}"
