@@ -90,7 +90,7 @@ def build(
     from absl import logging
 
     texts = ("id", "question", "gold_answer", "labels")  # labels as JSON
-    features = {name: tfds.features.Text() for name in texts}
+    features: dict[str, Any] = {name: tfds.features.Text() for name in texts}
     # As bytes: numbers are stored in 32 bits, and 0.7 would become less than 0.7, which
     # is in another difficulty band.
     features["pass_rate"] = tfds.features.Tensor(
