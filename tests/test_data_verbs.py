@@ -13,7 +13,7 @@ from oreal_jax.sampling import Sampling
 pytestmark = pytest.mark.usefixtures("judges")
 
 
-def test_the_whole_way_from_raw_rows_to_an_rft_set(home, script, oreal, capsys):
+def test_raw_rows_become_an_rft_set(home, script, oreal, capsys):
     raw = [{"problem": f"max {a} 7?", "answer": "\\boxed{7}"} for a in range(6)]
     write_lines(home / "raw.jsonl", [*raw, raw[0]])
     exam = [{"question": "max 5 7", "gold_answer": "7"}]
@@ -50,7 +50,7 @@ def test_several_sources_make_one_set(home):
     assert [p.id for p in load_prompts("o.jsonl")][-2:] == ["six/5", "more/0"]
 
 
-def test_the_number_of_words_of_an_overlap_is_heeded(home):
+def test_ngram_sets_the_words_of_an_overlap(home):
     write_lines(home / "exam.jsonl", [{"question": "a b c d", "gold_answer": "1"}])
     write_lines(home / "p.jsonl", [{"question": "a b c e", "gold_answer": "1"}])
     words = ["data", "build", "--data", "p.jsonl", "--evaluation", "exam.jsonl"]
@@ -59,7 +59,7 @@ def test_the_number_of_words_of_an_overlap_is_heeded(home):
     assert len(load_prompts("o.jsonl")) == 1
 
 
-def test_an_interrupted_pass_rate_goes_on(home, script, oreal, capsys):
+def test_an_interrupted_pass_rate_resumes(home, script, oreal, capsys):
     words = ["data", "pass-rate", "--data", "six.jsonl", "--k", 4, "--out", "m.jsonl"]
     script.patience = 9
     assert oreal(*words) == 130
@@ -136,7 +136,7 @@ RFT = ["data", "rft", "--out", "new.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*RATE, "--k", "0"], "--k 0: must be at least 1"),
         ([*RATE, "--completions", "six.jsonl/c.jsonl"], "cannot be written"),
@@ -147,12 +147,12 @@ RFT = ["data", "rft", "--out", "new.jsonl"]
          "gone.txt: no such file"),
     ],
 )  # fmt: skip
-def test_bad_input_to_a_model_is_one_line_and_leaves_nothing(
-    home, start, words, said, capsys
+def test_invalid_generation_input_is_one_line_and_writes_nothing(
+    home, start, words, message, capsys
 ):
     assert main([*words, "--model", str(start / "hf")]) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in home.iterdir()] == ["six.jsonl"]
 
 
@@ -163,7 +163,7 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["data", "build", "--data", "gone.jsonl", "--out", "new"], "no such file"),
         ([*BUILD, "--evaluation", "gone.jsonl"], "gone.jsonl: no such file"),
@@ -172,7 +172,7 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*BUILD, "--ngram", "0"], "--ngram 0: must be at least 1"),
         ([*BUILD, "--question", "text"], "six.jsonl:1: field 'text' is None, expected"),
         ([*BUILD, "--answer", "text"], "six.jsonl:1: field 'text' is None, expected"),
-        ([*BUILD[:-1], "."], ".: exists; a data set is never written over"),
+        ([*BUILD[:-1], "."], ".: exists; a data set is never overwritten"),
         ([*BUILD, "--removed", "six.jsonl/r.jsonl"], "r.jsonl: cannot be written"),
         ([*BUILD, "--removed", "new"], "--out and --removed are the same: new"),
         ([*BUILD[:-1], "six.jsonl"], "--data and --out are the same: six.jsonl"),
@@ -193,8 +193,8 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*WEAK, "--below", "0"], "--below 0.0: must be above 0"),
     ],
 )
-def test_bad_input_to_files_is_one_line_and_leaves_nothing(home, words, said, capsys):
+def test_invalid_files_are_one_line_and_write_nothing(home, words, message, capsys):
     assert main(words) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in home.iterdir()] == ["six.jsonl"]

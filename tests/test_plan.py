@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from oreal_jax import efficiency, rollout, sharding
+from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.cli import main
 from oreal_jax.data.packing import fill_rows
 from oreal_jax.losses import Grpo
-from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import Plan, compiler, plan, roofline
 from oreal_jax.plan.collectives import moved
 from oreal_jax.plan.decoding import decoding, lengths_of
@@ -191,7 +191,7 @@ def test_a_phase_takes_as_long_as_its_slowest_part():
 @pytest.fixture
 def model_file(tmp_path):
     """A directory with the config.json of a small model."""
-    from oreal_jax.model.families import to_hugging_face
+    from oreal_jax.checkpoints.families import to_hugging_face
 
     (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(SHAPE, "float32")))
     return tmp_path

@@ -34,6 +34,7 @@ from scripted import read_lines, write_lines
 from test_loss_lab import two_groups
 
 from oreal_jax import config as configuration
+from oreal_jax import config_loading
 from oreal_jax.cli import main, parser
 from oreal_jax.errors import Failure, InputError
 
@@ -534,7 +535,7 @@ def check_setting(setting: str) -> None:
         kinds = (configuration.TrainConfig, configuration.SftConfig)
         for kind in kinds:
             try:
-                return configuration.load(path, kind, [setting])
+                return config_loading.load(path, kind, [setting])
             except InputError as error:
                 errors.append(str(error))
     pytest.fail(errors[0])

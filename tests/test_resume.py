@@ -13,7 +13,8 @@ from scripted import Script, read_lines, write_lines
 from tiny_runs import ROOT, Result, arrays, oreal_in_process
 
 from oreal_jax.checkpoints import run as checkpoints
-from oreal_jax.config import SftConfig, TrainConfig, load
+from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.config_loading import load
 from oreal_jax.console import Screen
 from oreal_jax.data import PromptOrder, load_prompts
 from oreal_jax.errors import Diverged

@@ -24,7 +24,8 @@ from tiny_runs import (
 from oreal_jax import loss_lab, losses, metrics
 from oreal_jax.checkpoints.run import Checkpoints
 from oreal_jax.checkpoints.source import open_model
-from oreal_jax.config import TrainConfig, load
+from oreal_jax.config import TrainConfig
+from oreal_jax.config_loading import load
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
 from oreal_jax.loss_lab.load import PER_TOKEN

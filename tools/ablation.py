@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import jax
 import make_tiny

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import make_tiny
 from plot_run import plot
 from rich.table import Table
 
 from oreal_jax import config as configuration
-from oreal_jax import evaluation, program_cache, sharding
+from oreal_jax import config_loading, evaluation, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
@@ -78,7 +78,7 @@ def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> 
         for solution in (row["gold_answer"], "none")
     ]
     write_lines(home / "tiny" / "solutions.jsonl", solutions)
-    config = configuration.load(
+    config = config_loading.load(
         CONFIG.with_name("tiny_sft.py"),
         configuration.SftConfig,
         [
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "float32",
                     lambda name: advance(),
                 )
-        config = configuration.load(
+        config = config_loading.load(
             CONFIG,
             configuration.TrainConfig,
             [f"model={start}", f"prompts={home / 'train.jsonl'}", *settings],

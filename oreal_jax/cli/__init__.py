@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 interrupted."""
     try:
         parsed = parser().parse_args(arguments)
-        hardware.leave_out_absent()
+        hardware.hide_absent_devices()
         with repeat_lost_interrupts():
             parsed.call(parsed)
     except InputError as error:

@@ -34,13 +34,13 @@ def add(verb: Verb) -> None:
 
 def plan(parsed: argparse.Namespace) -> None:
     """`oreal plan`."""
-    from oreal_jax import config
     from oreal_jax.config import TrainConfig
+    from oreal_jax.config_loading import load
     from oreal_jax.console import Screen
     from oreal_jax.plan import plan
     from oreal_jax.plan.show import show, why
 
-    chosen = config.load(parsed.config, TrainConfig, parsed.set)
+    chosen = load(parsed.config, TrainConfig, parsed.set)
     mean_tokens = parsed.mean_tokens
     if mean_tokens is None:
         mean_tokens = max(1, chosen.sampling.max_tokens // 2)

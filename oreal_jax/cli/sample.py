@@ -45,7 +45,7 @@ def sample(parsed: argparse.Namespace) -> None:
     """`oreal sample`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import read_questions
-    from oreal_jax.data.prompts import is_text
+    from oreal_jax.files import is_text
     from oreal_jax.sampling import Completion, Request
 
     at_least(1, "--n", parsed.n)

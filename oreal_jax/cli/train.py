@@ -87,7 +87,7 @@ def sft(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
-    from oreal_jax import config, distributed
+    from oreal_jax import config_loading, distributed
     from oreal_jax.cluster import initialize_arguments
     from oreal_jax.console import Screen
     from oreal_jax.interrupts import sigterm_as_interrupt
@@ -100,7 +100,7 @@ def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
     with sigterm_as_interrupt(), distributed.initialized(arguments, parsed.wait):
         screen = Screen() if distributed.is_first() else Screen.silent()
         try:
-            loaded = config.load(parsed.config, kind, parsed.set)
+            loaded = config_loading.load(parsed.config, kind, parsed.set)
             work(loaded, run, screen, parsed.profile)
         except KeyboardInterrupt:
             screen.say(f"go on with the same command; the run is in {run}")

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation.statistics import Paired, paired
+from oreal_jax.files import read_rows
 from oreal_jax.verify.verdict import read_outcome
 
 Kind = tuple[str, bool]  # (set, greedy)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oreal_jax.data import Prompt, load_prompts, read_prompts
-from oreal_jax.data.builder import FILES, download, read_files
-from oreal_jax.data.cleaning import normalised_answer
-from oreal_jax.data.prompts import read_rows
+from oreal_jax.data.builder import FILE_SUFFIXES, download, read_files
+from oreal_jax.data.cleaning import normalise_answer
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows
 
 
 def as_it_is(value: Any) -> Any:
@@ -22,7 +22,7 @@ def as_it_is(value: Any) -> Any:
 
 def of_solution(value: Any) -> Any:
     """The answer stands at the end of a solution."""
-    return normalised_answer(value) if isinstance(value, str) else value
+    return normalise_answer(value) if isinstance(value, str) else value
 
 
 def of_list(value: Any) -> Any:
@@ -109,7 +109,11 @@ def load_set(source: str, folder: Path, option: str = "--data") -> list[Prompt]:
     path = Path(source)
     if source in PRESETS and not path.exists():
         return load_preset(source, folder)
-    if not path.exists() and path.suffix not in FILES and source.count("/") != 1:
+    if (
+        not path.exists()
+        and path.suffix not in FILE_SUFFIXES
+        and source.count("/") != 1
+    ):
         raise InputError(
             f"{option} {source}: no such file, and no preset; those are "
             f"{', '.join(PRESETS)}"

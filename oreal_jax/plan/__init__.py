@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig
 from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
-from oreal_jax.model.published import PUBLISHED
 from oreal_jax.plan import estimate, programs, roofline
 from oreal_jax.plan.compiler import compile_program, devices_of, host_of, memory_of
 from oreal_jax.plan.decoding import DecodingEstimate, decoding, lengths_of

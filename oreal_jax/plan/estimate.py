@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import Shape, arrange, bucket
+from oreal_jax.data.packing import Shape, arrange
 from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.head import HEAD_CHUNK
 from oreal_jax.plan import roofline
 from oreal_jax.plan.findings import Compiled, Findings
 from oreal_jax.sampling.work import PAGE
+from oreal_jax.shapes import bucket
 from oreal_jax.train.programs import limits_of
 from oreal_jax.train.state import Optimizer
 

@@ -71,7 +71,7 @@ def phases(
     peak, count, micros = PEAKS[found.kind], found.devices, found.micros
     together = config.packing.rows * found.mesh["data"] * found.mesh["fsdp"]
     packed = micros * together * config.packing.row_length
-    work = efficiency.whole(learned)._replace(tokens=packed)
+    work = efficiency.full_pass(learned)._replace(tokens=packed)
     forward = efficiency.forward_flops(shape, work)
     models = 2 if config.token_reward else 1
     body = work._replace(predicted=0)

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from oreal_jax import sharding
-from oreal_jax.data.packing import bucket
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import SlotSampling
 from oreal_jax.sampling.completion import Completion, Request, Statistics
 from oreal_jax.sampling.programs import Decoding, Programs, Size, Starts, Stops
 from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swap
+from oreal_jax.shapes import bucket
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page

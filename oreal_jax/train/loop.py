@@ -35,7 +35,7 @@ from oreal_jax.data import (
     load_prompts,
     repeat_by_difficulty,
 )
-from oreal_jax.data.packing import Batch, Limits, pack
+from oreal_jax.data.packing import Batch, SizeLimits, pack
 from oreal_jax.distributed import uninterrupted
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.files import fingerprint, write_bytes, write_lines
@@ -230,7 +230,7 @@ def judge_of(
 def learn(
     session: Session,
     kept: Sequence[Trajectory],
-    limits: Limits,
+    limits: SizeLimits,
     reference: Params,
     add_reference: Callable[[Params, Batch], Batch],
     update: TrainStep,
