@@ -12,12 +12,12 @@ from judge_stub import says, serving
 from scripted import Script
 from tiny_runs import ONE_STEP
 
-from oreal_jax import metrics, rollout
+from oreal_jax import metrics
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.sampling import Engine
 from oreal_jax.sharding import MeshShape, make_mesh
-from oreal_jax.train import examination
+from oreal_jax.train import examination, loop
 
 pytestmark = pytest.mark.usefixtures("judges")
 
@@ -146,17 +146,17 @@ def test_what_was_drawn_stays_when_its_judging_is_interrupted(
     start, tmp_path, monkeypatch
 ):
     Skill(monkeypatch, start, 1, 1)
-    judged = rollout.judged
+    verify_completions = loop.verify_completions
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollout, "judged", interrupted)
+    monkeypatch.setattr(loop, "verify_completions", interrupted)
     settings = ["evaluation.data=()", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 130
     left = tmp_path / "run" / "interrupted" / "step_000000.jsonl"
     assert len(left.read_text().splitlines()) == 64
-    monkeypatch.setattr(rollout, "judged", judged)
+    monkeypatch.setattr(loop, "verify_completions", verify_completions)
     assert train(start, tmp_path / "run", *settings) == 0
     assert not left.exists()
 

@@ -171,7 +171,7 @@ def pass_rate(parsed: argparse.Namespace) -> None:
     """`oreal data pass-rate`."""
     from oreal_jax.data import cleaning, load_prompts
     from oreal_jax.data.builder import write_prompts
-    from oreal_jax.evaluation.attempts import with_pass_rates
+    from oreal_jax.evaluation.completions import with_pass_rates
 
     screen = _screen()
     _check_outputs(parsed, "completions")
@@ -231,7 +231,11 @@ def label(parsed: argparse.Namespace) -> None:
     from oreal_jax.data import load_prompts, skills
     from oreal_jax.data.builder import write_prompts
     from oreal_jax.data.cleaning import statistics
-    from oreal_jax.evaluation.attempts import draw, drawing, kept_beside
+    from oreal_jax.evaluation.generation import (
+        generate,
+        generation_settings,
+        resumable,
+    )
     from oreal_jax.sampling import Sampling
 
     screen = _screen()
@@ -242,12 +246,12 @@ def label(parsed: argparse.Namespace) -> None:
     sampling = Sampling(max_tokens=parsed.max_tokens, temperature=0.0)
     opened = Opened(parsed, sampling)
     options = drawing_options(parsed)
-    work = drawing(opened.source, opened.chat, requests, options)
+    work = generation_settings(opened.source, opened.chat, requests, options)
     with (
-        kept_beside(parsed.out, work, screen.say) as finished,
+        resumable(parsed.out, work, screen.say) as finished,
         screen.phase("gen", total=len(requests)) as advance,
     ):
-        drawn = draw(
+        drawn = generate(
             opened.engine,
             opened.engine.weights(opened.load()),
             sampling,
@@ -255,7 +259,7 @@ def label(parsed: argparse.Namespace) -> None:
             requests,
             1,
             seed=0,
-            finished=finished,
+            records=finished,
             on_progress=lambda tokens, finished: advance(finished, tokens),
         )
         said = [completion for (completion,) in drawn]
@@ -322,19 +326,24 @@ def _attempts(
     parsed: argparse.Namespace, prompts: Sequence, screen
 ) -> Iterator[list[list]]:
     """K judged completions of each prompt, kept while the block lasts."""
-    from oreal_jax.evaluation.attempts import draw, drawing, judge, kept_beside
+    from oreal_jax.evaluation.completions import verify
+    from oreal_jax.evaluation.generation import (
+        generate,
+        generation_settings,
+        resumable,
+    )
     from oreal_jax.verify import Pool
 
     at_least(1, "--k", parsed.k)
     opened = Opened(parsed, sampling_of(parsed, greedy=False))
     options = drawing_options(parsed)
-    work = drawing(opened.source, opened.chat, prompts, options)
+    work = generation_settings(opened.source, opened.chat, prompts, options)
     total = len(prompts) * parsed.k
-    with kept_beside(parsed.out, work, screen.say) as finished:
+    with resumable(parsed.out, work, screen.say) as finished:
         with screen.phase("load"):
             weights = opened.engine.weights(opened.load())
         with screen.phase("gen", total=total) as advance:
-            drawn = draw(
+            drawn = generate(
                 opened.engine,
                 weights,
                 opened.sampling,
@@ -342,12 +351,12 @@ def _attempts(
                 prompts,
                 parsed.k,
                 seed=parsed.seed,
-                finished=finished,
+                records=finished,
                 on_progress=lambda tokens, finished: advance(finished, tokens),
             )
         with (
             Pool(os.cpu_count() or 1) as pool,
             screen.phase("verify", total=total) as advance,
         ):
-            attempts = judge(pool, prompts, drawn, advance)
+            attempts = verify(pool, prompts, drawn, advance)
         yield attempts
