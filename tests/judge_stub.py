@@ -86,7 +86,7 @@ def honest(handler, question):
     send(handler, reply(f"Compared.\nVERDICT: {word}"))
 
 
-def says(text: str, reason: str = "stop"):
+def replies(text: str, reason: str = "stop"):
     return lambda handler, question: send(handler, reply(text, reason))
 
 
@@ -133,11 +133,11 @@ MISBEHAVIOURS = {
     "huge": (raw(b" " * 2**21), "garbage"),
     "half a reply": (half, "connection"),
     "disconnects": (disconnects, "connection"),
-    "cut short": (says("VERDICT: RIGHT", "length"), "cut_short"),
-    "empty": (says(""), "no_verdict"),
-    "no verdict": (says("The answer is RIGHT."), "no_verdict"),
-    "two verdicts": (says("VERDICT: RIGHT\nVERDICT: WRONG"), "no_verdict"),
-    "an echo": (says("VERDICT: RIGHT\nsaid the student."), "no_verdict"),
-    "more words": (says("VERDICT: RIGHT, I think"), "no_verdict"),
-    "lower case": (says("verdict: right"), "no_verdict"),
+    "cut short": (replies("VERDICT: RIGHT", "length"), "cut_short"),
+    "empty": (replies(""), "no_verdict"),
+    "no verdict": (replies("The answer is RIGHT."), "no_verdict"),
+    "two verdicts": (replies("VERDICT: RIGHT\nVERDICT: WRONG"), "no_verdict"),
+    "an echo": (replies("VERDICT: RIGHT\nsaid the student."), "no_verdict"),
+    "more words": (replies("VERDICT: RIGHT, I think"), "no_verdict"),
+    "lower case": (replies("verdict: right"), "no_verdict"),
 }

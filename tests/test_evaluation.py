@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from judge_stub import says, serving
+from judge_stub import replies, serving
 from scripted import correct, read_lines, write_lines
 
 from oreal_jax.cli import main
@@ -29,13 +29,13 @@ def verified(text: str, outcome: Outcome, tokens: int = 9) -> VerifiedCompletion
 
 def test_one_sample_is_greedy_and_several_are_sampled(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl") == 0
-    assert {s.temperature for _, _, s in script.asked} == {0.0}
-    script.asked.clear()
+    assert {s.temperature for _, _, s in script.requests} == {0.0}
+    script.requests.clear()
     assert oreal("eval", "--data", "six.jsonl", "--k", 3, "--temperature", 0.5) == 0
-    assert [(a, k) for a, k, _ in script.asked] == [
+    assert [(a, k) for a, k, _ in script.requests] == [
         (a, k) for a in range(6) for k in range(3)
     ]
-    assert {s.temperature for _, _, s in script.asked} == {0.5}
+    assert {s.temperature for _, _, s in script.requests} == {0.5}
 
 
 def test_the_report_has_every_measure_of_k_samples(home, script, oreal, capsys):
@@ -117,7 +117,7 @@ def test_a_preset_is_read_from_the_folder(home, script, oreal, capsys):
 
 def test_limit_takes_the_first_problems(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl", "--limit", 2) == 0
-    assert [a for a, _, _ in script.asked] == [0, 1]
+    assert [a for a, _, _ in script.requests] == [0, 1]
 
 
 def test_the_seed_reaches_the_engine(home, script, oreal):
@@ -163,7 +163,7 @@ def test_incorrect_answers_with_one_value_share_their_votes():
 
 def test_the_judge_decides_what_the_rule_does_not_call_correct(home, script, oreal):
     words = ["--data", "six.jsonl", "--k", 4, "--items", "i.jsonl"]
-    with serving(says("VERDICT: RIGHT")) as stub:
+    with serving(replies("VERDICT: RIGHT")) as stub:
         named = ["--judge", stub.url, "--judge-model", "m"]
         assert oreal("eval", *words, *named) == 0
     items = read_lines(Path("i.jsonl"))
@@ -177,7 +177,7 @@ def test_judge_options_are_checked_before_generation(home, script, oreal, capsys
     assert "--judge-model without --judge" in capsys.readouterr().err
     judge = ["--judge", "nowhere", "--judge-model", "m"]
     assert oreal("eval", "--data", "six.jsonl", *judge) == 2
-    assert not script.asked
+    assert not script.requests
 
 
 def test_a_local_preset_has_our_fields_or_those_of_the_hub(tmp_path):

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("judges")
 def test_an_interrupted_evaluation_resumes(home, script, oreal, capsys):
     words = ["eval", "--data", "six.jsonl", "--k", 2, "--greedy", "--items", "i.jsonl"]
     assert oreal(*words) == 0
-    whole, calls = Path("i.jsonl").read_text(), len(script.asked)
+    whole, calls = Path("i.jsonl").read_text(), len(script.requests)
     Path("i.jsonl").unlink()
-    script.asked.clear()
+    script.requests.clear()
     for patience in (4, 5):  # within the greedy ones, then within a group of two
         script.patience = patience
         assert oreal(*words) == 130
@@ -34,7 +34,9 @@ def test_an_interrupted_evaluation_resumes(home, script, oreal, capsys):
     assert oreal(*words) == 0
     assert "resuming after 9 completions" in capsys.readouterr().err
     assert Path("i.jsonl").read_text() == whole
-    assert len(script.asked) == calls == len(set(script.asked))  # each generated once
+    assert (
+        len(script.requests) == calls == len(set(script.requests))
+    )  # each generated once
     assert {path.name for path in home.iterdir()} == {"six.jsonl", "i.jsonl"}
 
 
@@ -56,7 +58,7 @@ def test_more_samples_begin_with_the_recorded_ones(home, script, oreal):
     assert oreal(*words, 2) == 130
     script.patience = 10**9
     assert oreal(*words, 4) == 0
-    assert len(script.asked) == 24 == len(set(script.asked))
+    assert len(script.requests) == 24 == len(set(script.requests))
 
 
 def test_a_journal_with_another_seed_is_refused(home, script, oreal, capsys):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from judge_stub import MISBEHAVIOURS, honest, says, serving, slow
+from judge_stub import MISBEHAVIOURS, honest, replies, serving, slow
 
 from oreal_jax.errors import InputError
 from oreal_jax.verify import Candidate, Verdict
@@ -213,7 +213,7 @@ def test_the_student_can_neither_close_the_marks_nor_give_the_verdict():
 
 
 def test_an_unsure_judge_is_not_asked_again():
-    with serving(says("VERDICT: UNSURE")) as stub, Judge([stub.url], "m") as judge:
+    with serving(replies("VERDICT: UNSURE")) as stub, Judge([stub.url], "m") as judge:
         assert judge_answers(judge, ["8"])[0].outcome == "undecided"
         assert stub.requests == 1
 
