@@ -34,9 +34,8 @@ def test_an_interrupted_evaluation_resumes(home, script, oreal, capsys):
     assert oreal(*words) == 0
     assert "resuming after 9 completions" in capsys.readouterr().err
     assert Path("i.jsonl").read_text() == whole
-    assert (
-        len(script.requests) == calls == len(set(script.requests))
-    )  # each generated once
+    # Each completion was generated once.
+    assert len(script.requests) == calls == len(set(script.requests))
     assert {path.name for path in home.iterdir()} == {"six.jsonl", "i.jsonl"}
 
 

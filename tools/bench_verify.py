@@ -194,9 +194,7 @@ BOMBS = (
 )
 
 
-def completions_with_solutions(
-    files: list[Path], solutions: Path
-) -> list[tuple[str, str]]:
+def with_solutions(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
     """Completions with the text of a real solution, half of them incorrect."""
     solved = read(solutions)
     pairs = []
@@ -238,9 +236,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("files", type=Path, nargs="+")
     options.add_argument(
-        "--solutions",
-        type=Path,
-        help="rows with `solution`: measure answers per second",
+        "--solutions", type=Path, help="rows with `solution`, for answers per second"
     )
     options.add_argument("--show", action="store_true", help="print missed answers")
     options.add_argument(
@@ -257,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure_rewritten(pool, file, options.show)
     if not options.solutions:
         return
-    pairs = completions_with_solutions(options.files, options.solutions)
+    pairs = with_solutions(options.files, options.solutions)
     seconds = timed(pairs, deadline=5.0)
     print(f"{len(pairs)} completions in {seconds:.1f} s: {len(pairs) / seconds:.0f}/s")
     bombs = [(boxed(BOMBS[n % len(BOMBS)]), str(n)) for n in range(len(pairs) // 20)]
