@@ -148,8 +148,8 @@ def at_points(gold: Any, answer: Any) -> list[tuple[Any, Any]]:
 
 def evaluate(constant: Any) -> Any:
     """A rational number as it is, any other number to `DIGITS` digits."""
-    done = constant.doit()
-    return done if done.is_Rational else sympy.N(constant, DIGITS)
+    value = constant.doit()
+    return value if value.is_Rational else sympy.N(constant, DIGITS)
 
 
 def apart(first: Any, second: Any, tolerance: str) -> bool:

@@ -66,8 +66,8 @@ def after_phrase(text: str) -> tuple[str | None, str]:
 def gold_answer(gold: str) -> str:
     """The answer in a gold text, which may be a whole solution."""
     if BOX.search(gold) or PHRASE.search(gold) or "####" in gold:
-        found = answer(gold)[0]
-        return found if found is not None else BOX.split(gold)[-1]
+        extracted = answer(gold)[0]
+        return BOX.split(gold)[-1] if extracted is None else extracted
     return gold
 
 

@@ -3,6 +3,7 @@
 The pool's deadline is for those that no pattern here knows.
 """
 
+import itertools
 import math
 import re
 
@@ -30,12 +31,8 @@ DANGERS = [
 
 def dangerous(text: str) -> str | None:
     """The reason that a formula is not read, or None."""
-    depth = max_depth = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        max_depth = max(max_depth, depth)
-    if max_depth > MAX_DEPTH:
-        return f"{max_depth} nested brackets"
+    if (depth := max(depths(text))) > MAX_DEPTH:
+        return f"{depth} nested brackets"
     powers = [int(power) for power in BRACKET_POWER.findall(text)]
     exponents = [int(power) for power in EXPONENT.findall(text) if len(power) < 5]
     if powers and (
@@ -46,6 +43,12 @@ def dangerous(text: str) -> str | None:
     if tower_height(text) > 2:
         return "a tower of powers"
     return next((what for pattern, what in DANGERS if pattern.search(text)), None)
+
+
+def depths(text: str) -> list[int]:
+    """The number of open brackets before each character and at the end."""
+    steps = ((character in "([{") - (character in ")]}") for character in text)
+    return list(itertools.accumulate(steps, initial=0))
 
 
 def tower_height(text: str) -> int:

@@ -91,10 +91,10 @@ class Pool:
         # repr because a text may hold half of a surrogate pair.
         key = hashlib.sha256(repr(pair).encode()).digest()
         with self._lock:
-            known = self._futures.get(key)
-            if known and not (known.done() and known.exception()):
+            existing = self._futures.get(key)
+            if existing and not (existing.done() and existing.exception()):
                 self._futures.move_to_end(key)
-                return known
+                return existing
             if self._failure:
                 raise RuntimeError(self._failure)
             future = self._futures[key] = Future()

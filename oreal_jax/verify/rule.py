@@ -7,12 +7,13 @@ answer that cannot be read, costs too much or is ambiguous is undecided.
 """
 
 import importlib
+import itertools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from oreal_jax.verify import extract
-from oreal_jax.verify.guard import SERIES, dangerous
+from oreal_jax.verify.guard import SERIES, dangerous, depths
 from oreal_jax.verify.numbers import conversion, number, same_number, split_unit
 from oreal_jax.verify.spelling import flat, normalised
 from oreal_jax.verify.verdict import Verdict
@@ -47,21 +48,12 @@ JOINTS = re.compile(
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 FAMILIAR = (  # judged at the start, because the reader learns its grammar then
-    r"\frac{x}{2}+\frac{y}{2}",
-    r"-\frac{3\sqrt{2}+1}{4}",
-    r"2^{n-1}\left(n+1\right)",
-    r"x=\frac{\pi}{4}+2\pi k",
-    r"\left(\frac{1}{2},\log_{10} 2\right)",
-    r"(-\infty,-1]\cup[2,\infty)",
-    r"\begin{pmatrix}1&-2\\0&x\end{pmatrix}",
-    r"\{1\pm\sqrt{5},-2\}",
-    r"f(x)=x^{3}-3x+\cos 2x",
-    r"-2\le x<\frac{7}{3}",
-    r"36\pi-18\sqrt{3}",
-    r"\binom{n}{k}\cdot k!",
-    r"(2,3),(3,2)",
-    r"e^{2\pi i/3}",
-)
+    r"\frac{x}{2}+\frac{y}{2}", r"-\frac{3\sqrt{2}+1}{4}", r"2^{n-1}\left(n+1\right)",
+    r"x=\frac{\pi}{4}+2\pi k", r"\left(\frac{1}{2},\log_{10} 2\right)",
+    r"(-\infty,-1]\cup[2,\infty)", r"\begin{pmatrix}1&-2\\0&x\end{pmatrix}",
+    r"\{1\pm\sqrt{5},-2\}", r"f(x)=x^{3}-3x+\cos 2x", r"-2\le x<\frac{7}{3}",
+    r"36\pi-18\sqrt{3}", r"\binom{n}{k}\cdot k!", r"(2,3),(3,2)", r"e^{2\pi i/3}",
+)  # fmt: skip
 
 
 class Undecided(ValueError):
@@ -152,14 +144,16 @@ def bare(text: str) -> str:
 
 def compare_bases(answer: str, gold: str) -> bool | None:
     """Numbers in a base; ten may be left out."""
-    ours, theirs = BASE.match(answer), BASE.match(gold)
-    if ours and theirs:
+    first, second = BASE.match(answer), BASE.match(gold)
+    if first and second:
         base = lambda match: str(BASES.get(match[2].lower(), match[2]))
-        digits, gold_digits = ours[1], theirs[1]
-        if re.search(r"\d", digits) or (len(digits) > 1 and base(ours) in LETTER_BASES):
+        digits, gold_digits = first[1], second[1]
+        if re.search(r"\d", digits) or (
+            len(digits) > 1 and base(first) in LETTER_BASES
+        ):
             digits, gold_digits = digits.upper(), gold_digits.upper()
-        return (digits, base(ours)) == (gold_digits, base(theirs))
-    match, other = (ours, gold) if ours else (theirs, answer)
+        return (digits, base(first)) == (gold_digits, base(second))
+    match, other = (first, gold) if first else (second, answer)
     if match and re.search(r"\d", match[1]) and match[2] in ("10", "ten"):
         return same_number(match[1], other)
     return None
@@ -182,13 +176,13 @@ def compare_numbers(answer: str, gold: str) -> bool | None:
 
 def compare_residues(answer: str, gold: str) -> bool | None:
     """Residues with their modulus; one side may give the least residue alone."""
-    ours, theirs = RESIDUE.match(flat(answer)), RESIDUE.match(flat(gold))
-    if ours and theirs:
-        modulus = int(theirs[2])
-        if int(ours[2]) != modulus or not modulus:
+    first, second = RESIDUE.match(flat(answer)), RESIDUE.match(flat(gold))
+    if first and second:
+        modulus = int(second[2])
+        if int(first[2]) != modulus or not modulus:
             return False
-        return (int(ours[1]) - int(theirs[1])) % modulus == 0
-    match, other = (ours, gold) if ours else (theirs, answer)
+        return (int(first[1]) - int(second[1])) % modulus == 0
+    match, other = (first, gold) if first else (second, answer)
     value = number(other)
     if value is None or not match or not 0 <= int(match[1]) < int(match[2]):
         return None
@@ -197,14 +191,14 @@ def compare_residues(answer: str, gold: str) -> bool | None:
 
 def compare_times(answer: str, gold: str) -> bool | None:
     """Times of day and ratios; 14:64 and 7:32 are equal only as ratios."""
-    ours, theirs = (CLOCK.match(flat(text).lower()) for text in (answer, gold))
-    if not ours or not theirs:
+    first, second = (CLOCK.match(flat(text).lower()) for text in (answer, gold))
+    if not first or not second:
         return None
-    terms, gold_terms = ([int(n) for n in m[1].split(":")] for m in (ours, theirs))
+    terms, gold_terms = ([int(n) for n in m[1].split(":")] for m in (first, second))
     if terms == gold_terms:
-        if ours[2] and theirs[2]:
-            return ours[2] == theirs[2]
-        return True if ours[2] == theirs[2] else None
+        if first[2] and second[2]:
+            return first[2] == second[2]
+        return True if first[2] == second[2] else None
     if len(terms) == len(gold_terms) and all(
         a * gold_terms[0] == b * terms[0]
         for a, b in zip(terms, gold_terms, strict=True)
@@ -217,9 +211,9 @@ def compare_words(answer: str, gold: str) -> bool | None:
     """Words, names and multiple choice, one or a list."""
     in_text = r"\text" in answer + gold
     answer, gold = flat(answer), flat(gold)
-    ours, theirs = CHOICE.match(answer), CHOICE.match(gold)
-    if ours and theirs and (len(answer) > 1 or len(gold) > 1):
-        return ours[1].upper() == theirs[1].upper()
+    first, second = CHOICE.match(answer), CHOICE.match(gold)
+    if first and second and (len(answer) > 1 or len(gold) > 1):
+        return first[1].upper() == second[1].upper()
     if not WORDS.match(gold) or not WORDS.match(answer):
         return None
     split = lambda text: sorted(
@@ -269,9 +263,10 @@ def compare_named(answer: str, gold: str) -> bool | None:
     if value != answer and gold_value != gold:
         # W(n) = 1 and W(x) = 1 are equal; with letters in the values they need not be.
         constant = r"^(\w+)\s*\(\s*[a-z]\s*\)\s*=\s*((?:\\[a-z]+|[^a-z])+)$"
-        ours, theirs = re.match(constant, answer), re.match(constant, gold)
-        alike = ours and theirs and ours[1] == theirs[1]
-        return same(ours[2], theirs[2]) if alike else None
+        first, second = re.match(constant, answer), re.match(constant, gold)
+        if not first or not second or first[1] != second[1]:
+            return None
+        return same(first[2], second[2])
     if not value or not gold_value or "=" in (value + gold_value):
         return None
     unnamed = answer if value == answer else gold
@@ -311,22 +306,22 @@ class Parts(NamedTuple):
 
 
 def compare_lists(answer: str, gold: str) -> bool | None:
-    """Sets and lists in any order, tuples in theirs; each part must have its equal."""
-    ours, theirs = parts(answer), parts(gold)
-    if ours is None or theirs is None:
-        several, single = (ours, gold) if ours else (theirs, answer)
+    """Sets and lists in any order, tuples in order; each part must have its equal."""
+    first, second = parts(answer), parts(gold)
+    if first is None or second is None:
+        several, single = (first, gold) if first else (second, answer)
         if several and all(number(text) is not None for text in several.texts):
             return None if number(single) is None else False
         return None
-    if len(ours.texts) != len(theirs.texts) or len(ours.texts) > MAX_PARTS:
+    if len(first.texts) != len(second.texts) or len(first.texts) > MAX_PARTS:
         return None
-    if ours.ordered or theirs.ordered:
-        if ours.brackets != theirs.brackets:
+    if first.ordered or second.ordered:
+        if first.brackets != second.brackets:
             return None
-        pairs = zip(ours.texts, theirs.texts, strict=True)
+        pairs = zip(first.texts, second.texts, strict=True)
         return True if all(same(a, b) for a, b in pairs) else None
-    remaining = list(ours.texts)
-    for expected in theirs.texts:
+    remaining = list(first.texts)
+    for expected in second.texts:
         match = next((text for text in remaining if same(text, expected)), None)
         if match is None:
             return None
@@ -336,8 +331,8 @@ def compare_lists(answer: str, gold: str) -> bool | None:
 
 def compare_brackets(answer: str, gold: str) -> bool | None:
     """A set is neither a point nor an interval, whatever its elements are."""
-    ours, theirs = parts(answer), parts(gold)
-    kinds = {ours.brackets, theirs.brackets} if ours and theirs else set()
+    first, second = parts(answer), parts(gold)
+    kinds = {first.brackets, second.brackets} if first and second else set()
     if len(kinds) == 2 and r"\{\}" in kinds and "" not in kinds:
         raise Undecided(f"{against(answer, gold)}: a set?")
     return None
@@ -353,13 +348,10 @@ def parts(text: str) -> Parts | None:
             text, brackets = inner, opening + closing
             break
     text = JOINTS.sub(",", text)
-    texts, depth, start = [], 0, 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character in ",;" and depth == 0:
-            texts.append(text[start:position].strip())
-            start = position + 1
-    texts = [part for part in (*texts, text[start:].strip()) if part]
+    levels = depths(text)
+    separators = [i for i, c in enumerate(text) if c in ",;" and levels[i] == 0]
+    bounds = itertools.pairwise([-1, *separators, len(text)])
+    texts = [part for start, end in bounds if (part := text[start + 1 : end].strip())]
     if len(texts) < 2 or number(text) is not None:
         return None
     return Parts(brackets, texts)
@@ -367,12 +359,8 @@ def parts(text: str) -> Parts | None:
 
 def is_balanced(text: str) -> bool:
     """Whether every bracket is closed, and none before it is opened."""
-    depth = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return False
-    return depth == 0
+    levels = depths(text)
+    return min(levels) == levels[-1] == 0
 
 
 def compare_regions(answer: str, gold: str) -> bool | None:
