@@ -7,7 +7,6 @@ else, so a recorded one need not be generated again: an interrupted command resu
 
 import contextlib
 import datetime
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation.completions import CompletionRecord
-from oreal_jax.files import write_text
+from oreal_jax.files import fingerprint, write_text
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
 
@@ -43,6 +42,7 @@ class Journal(dict[Key, CompletionRecord]):
         """
         super().__init__()
         self.path = path
+        # The key is that of existing files.
         self._header = {"drawing": json.loads(json.dumps(settings))}
         if path.exists():
             self._read()
@@ -64,14 +64,12 @@ class Journal(dict[Key, CompletionRecord]):
     def _read(self) -> None:
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            complete = [
-                line for line in lines if line.endswith("\n")
-            ]  # a kill cuts one
-            rows: list[Any] = list(map(json.loads, complete)) or [self._header]
-            self.update(
-                {(r[0], r[1], r[2]): CompletionRecord(*r[3:]) for r in rows[1:]}
-            )
-            old, new = rows[0]["drawing"], self._header["drawing"]
+            # A kill may have cut the last line.
+            complete = [line for line in lines if line.endswith("\n")]
+            header, *rows = list(map(json.loads, complete)) or [self._header]
+            for part, id, sample, *record in rows:
+                super().__setitem__((part, id, sample), CompletionRecord(*record))
+            old, new = header["drawing"], self._header["drawing"]
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             raise InputError(f"{self.path}: not a file of unfinished work") from None
         for name in old.keys() | new.keys():
@@ -127,12 +125,11 @@ def generation_settings(
     of_run = source.files != source.path
     weights = newest_policy(source.path) if of_run else source.path
     newest = max(p.stat().st_mtime for p in weights.rglob("*") if p.is_file())
-    questions = json.dumps([(prompt.id, prompt.question) for prompt in prompts])
     return dict(options) | {
         "model": str(weights),
         "model of": datetime.datetime.fromtimestamp(newest).isoformat(),
         "system_prompt": chat.system_prompt,
-        "questions": hashlib.sha256(questions.encode()).hexdigest()[:16],
+        "questions": fingerprint([(p.id, p.question) for p in prompts]),
     }
 
 
