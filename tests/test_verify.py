@@ -16,8 +16,10 @@ from bench_verify import read, rewritten
 from verify_judges import misbehaving, unimportable
 
 from oreal_jax.errors import InputError
-from oreal_jax.verify import Candidate, Pool, Verdict, judge, verify_completions
+from oreal_jax.verify import Candidate, Pool, Verdict, judge
+from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.extract import answer
+from oreal_jax.verify.llm_judge import Judge
 from oreal_jax.verify.verdict import read_outcome
 
 CASES = Path(__file__).parents[2] / "shared" / "verifier"
@@ -268,17 +270,20 @@ def test_answers_that_hang_time_out_in_parallel():
 
 
 def test_completions_are_verified_in_order_by_rule_then_by_the_judge():
-    class Judge:
+    class AcceptingJudge(Judge):
+        def __init__(self):
+            pass
+
         def verdicts(self, candidates, by_rule):
-            self.by_rule = list(by_rule)
+            self.by_rule = by_rule
             return [Verdict("correct", c.question, "judge") for c in candidates]
 
     endings = [("a", "stop"), ("hang", "length"), ("b", "stop")]
     candidates = [Candidate("q", "a", text, ending) for text, ending in endings]
-    judge, progress = Judge(), []
+    judge, progress = AcceptingJudge(), []
     with Pool(1, judge=misbehaving) as pool:
         by_rule = verify_completions(candidates, pool, None, progress.append)
-        by_judge = verify_completions(candidates, pool, judge)  # pyright: ignore
+        by_judge = verify_completions(candidates, pool, judge)
     assert [(v.outcome, v.by) for v in by_rule] == [
         ("correct", "rule"),
         ("incorrect", "truncated"),  # its text is not judged

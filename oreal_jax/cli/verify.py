@@ -41,7 +41,8 @@ def verify(args: argparse.Namespace) -> None:
     from oreal_jax.console import Screen
     from oreal_jax.data import read_judgements
     from oreal_jax.data.prompts import Prediction
-    from oreal_jax.verify import Candidate, Pool, verify_completions
+    from oreal_jax.verify import Candidate, Pool
+    from oreal_jax.verify.completions import verify_completions
 
     present = [x is not None for x in (args.gold, args.answer, args.file)]
     if present not in ([True, True, False], [False, False, True]):

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from oreal_jax.data import Prompt
-from oreal_jax.verify import Candidate, Pool, Verdict, verify_completions
+from oreal_jax.verify import Candidate, Pool, Verdict
+from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.llm_judge import Judge
 
 

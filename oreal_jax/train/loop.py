@@ -59,7 +59,8 @@ from oreal_jax.train.session import (
     source_of,
 )
 from oreal_jax.train.step import TrainStep, place, reference_scorer
-from oreal_jax.verify import Candidate, Pool, verify_completions
+from oreal_jax.verify import Candidate, Pool
+from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
 

@@ -1,19 +1,16 @@
 """Verification of many completions: by rule, then by an LLM judge if there is one."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from oreal_jax.verify.llm_judge import Judge
 from oreal_jax.verify.pool import Pool
 from oreal_jax.verify.verdict import Candidate, Verdict
-
-if TYPE_CHECKING:  # it loads an HTTP client, which worker processes do not need
-    from oreal_jax.verify.llm_judge import Judge
 
 
 def verify_completions(
     candidates: Sequence[Candidate],
     pool: Pool,
-    judge: "Judge | None" = None,
+    judge: Judge | None = None,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:
     """Return a verdict for each candidate, in order.

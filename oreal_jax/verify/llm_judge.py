@@ -169,8 +169,8 @@ class Judge:
         """Return and reset the counts since the last call; `hosts_up` is current."""
         with self._state:
             counts, self._counts = self._counts, collections.Counter()
-            up = sum(not host.out for host in self._hosts)
-        return {**counts, "hosts_up": up}
+            counts["hosts_up"] = sum(not host.out for host in self._hosts)
+        return {name: float(number) for name, number in counts.items()}
 
     def _serve(self) -> None:
         """Judge one candidate after another until the judge is closed."""
@@ -357,7 +357,7 @@ def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     total = dict.fromkeys(COUNTS, 0.0)
     for name in {name for each in counts for name in each}:
         combine = {"latency/max": max, "hosts_up": min}.get(name, sum)
-        total[name] = float(combine([each.get(name, 0.0) for each in counts]))
+        total[name] = combine([each.get(name, 0.0) for each in counts])
     seconds, replies = total.pop("latency/sum"), total.pop("latency/count")
     total["latency/mean"] = seconds / replies if replies else 0.0
     return {f"judge/{name}": number for name, number in total.items()}
