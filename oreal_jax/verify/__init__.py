@@ -1,7 +1,7 @@
 """Verification of completions: correct, incorrect or undecided. Imports no JAX.
 
-`completions.verify_completions` and `llm_judge` are not imported here: they load an HTTP
-client, which worker processes do not need.
+`completions.verify_completions` and `llm_judge` are not imported here: they load an
+HTTP client, which worker processes do not need.
 """
 
 from oreal_jax.verify.pool import Pool
