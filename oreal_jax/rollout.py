@@ -6,7 +6,7 @@ samples of a prompt, and only then is anything left out.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from oreal_jax.data.packing import Example
 from oreal_jax.data.prompts import Prompt
 from oreal_jax.sampling import Completion
-from oreal_jax.verify import Pool, Verdict
+from oreal_jax.verify import Verdict
 
 
 class TokenScores(NamedTuple):
@@ -124,36 +124,6 @@ def one_pair(group: Group, random: np.random.Generator) -> Group:
 def everything(group: Group, random: np.random.Generator) -> Group:
     """All completions, whatever their verdicts."""
     return group
-
-
-@runtime_checkable
-class Ended(Protocol):
-    """Whatever ended: "stop" at a stop token, "length" for want of one."""
-
-    @property
-    def finish_reason(self) -> str:
-        """How it ended."""
-        ...
-
-
-def judged(
-    pool: Pool,
-    completions: Sequence[Ended],
-    pairs: Sequence[tuple[str, str]],
-    on_done: Callable[[int], None] = lambda count: None,
-) -> list[Verdict]:
-    """A verdict for each (completion text, gold answer), in order.
-
-    A completion without its stop token is incorrect unseen. `on_done(n)` hears of n
-    more verdicts.
-    """
-    verdicts = [Verdict.truncated()] * len(completions)
-    ended = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
-    on_done(len(completions) - len(ended))
-    seen = pool.verdicts([pairs[i] for i in ended], on_done)
-    for i, verdict in zip(ended, seen, strict=True):
-        verdicts[i] = verdict
-    return verdicts
 
 
 def advantages(

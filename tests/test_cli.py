@@ -309,7 +309,7 @@ def test_verify_says_what_is_judged_when_it_is_interrupted(
             raise KeyboardInterrupt
         return judge(*arguments)
 
-    monkeypatch.setattr(verify, "TOGETHER", 2)
+    monkeypatch.setattr(verify, "BATCH", 2)
     monkeypatch.setattr(Pool, "verdicts", interrupted)
     assert main(["verify", "--file", str(file), "--workers", "1"]) == 130
     assert capsys.readouterr().out.count("incorrect: no answer found") == 4
@@ -335,4 +335,4 @@ def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):
         assert "Problem:\n3 + 4?\n" in stub.bodies[0]["messages"][-1]["content"]
         assert main([*answer, "--question", "3 + 4?"]) == 2
         assert main([*answer, "--judge", stub.url]) == 2
-    assert "which model is to be asked?" in capsys.readouterr().err
+    assert "no model is named" in capsys.readouterr().err

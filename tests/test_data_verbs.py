@@ -66,7 +66,7 @@ def test_an_interrupted_pass_rate_resumes(home, script, oreal, capsys):
     assert not Path("m.jsonl").exists()
     script.patience = 10**9
     assert oreal(*words) == 0
-    assert len(script.asked) == 24 == len(set(script.asked))
+    assert len(script.requests) == 24 == len(set(script.requests))
     assert [p.labels["level"] for p in load_prompts("m.jsonl")] == [0, 1] * 3
 
 
@@ -75,7 +75,7 @@ def test_skills_are_labelled_measured_and_the_weak_ones_found(
 ):
     Path("skills.txt").write_text("It is 0\nIt is 1\n")
     words = ["--skills", "skills.txt", "--out", "l.jsonl"]
-    # The scripted model's answer to a problem is what it says to any request about it.
+    # The scripted model's answer to a problem is its answer to any request about it.
     assert oreal("data", "label", "--data", "six.jsonl", *words) == 0
     assert "6 prompts, 5 without any of the 2 skills" in capsys.readouterr().out
     assert load_prompts("l.jsonl")[1].values("skills") == ["It is 1"]
@@ -102,13 +102,14 @@ def test_label_and_sampling_options_reach_the_engine(home, script, oreal):
     Path("skills.txt").write_text("a\n")
     words = ["--skills", "skills.txt", "--out", "l.jsonl", "--max-tokens", 9]
     assert oreal("data", "label", "--data", "six.jsonl", *words) == 0
-    assert {s for _, _, s in script.asked} == {Sampling(max_tokens=9, temperature=0.0)}
-    script.asked.clear()
+    greedy = Sampling(max_tokens=9, temperature=0.0)
+    assert {s for _, _, s in script.requests} == {greedy}
+    script.requests.clear()
     words = ["--temperature", 0.5, "--top-p", 0.8, "--top-k", 3, "--min-p", 0.1]
     words += ["--max-tokens", 11, "--k", 1, "--out", "m.jsonl", "--seed", 4]
     script.seeds.clear()
     assert oreal("data", "pass-rate", "--data", "six.jsonl", *words) == 0
-    assert {s for _, _, s in script.asked} == {
+    assert {s for _, _, s in script.requests} == {
         Sampling(max_tokens=11, temperature=0.5, top_p=0.8, top_k=3, min_p=0.1)
     }
     assert set(script.seeds) == {4}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_stub import says, serving
+from judge_stub import replies, serving
 from safetensors.numpy import load_file, save_file
 from tiny_runs import (
     ONE_STEP,
@@ -301,7 +301,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
 
 def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
     run = tiny / "undecided"
-    with serving(says("VERDICT: UNSURE")) as stub:
+    with serving(replies("VERDICT: UNSURE")) as stub:
         judge = [
             f"verification.judge_hosts=('{stub.url}',)",
             "verification.judge_model=m",

@@ -179,7 +179,7 @@ def pass_rate(parsed: argparse.Namespace) -> None:
     from oreal_jax.console import Screen
     from oreal_jax.data import cleaning, load_prompts
     from oreal_jax.data.builder import write_prompts
-    from oreal_jax.evaluation.attempts import with_pass_rates
+    from oreal_jax.evaluation.completions import with_pass_rates
 
     screen = Screen()
     _check_outputs(parsed, "completions")
@@ -310,15 +310,20 @@ def _completions(
     parsed: argparse.Namespace, prompts: Sequence, sampling, k: int, seed: int, screen
 ) -> Iterator[list[list]]:
     """Yield `k` completions of each prompt, which are saved until the block ends."""
-    from oreal_jax.evaluation.attempts import draw, drawing, kept_beside
+    from oreal_jax.evaluation.generation import (
+        generate,
+        generation_settings,
+        resumable,
+    )
 
     opened = Opened(parsed, sampling)
-    work = drawing(opened.source, opened.chat, prompts, drawing_options(parsed))
-    with kept_beside(parsed.out, work, screen.say) as finished:
+    options = drawing_options(parsed)
+    settings = generation_settings(opened.source, opened.chat, prompts, options)
+    with resumable(parsed.out, settings, screen.say) as records:
         with screen.phase("load"):
             weights = opened.engine.weights(opened.load())
         with screen.phase("gen", total=len(prompts) * k) as advance:
-            groups = draw(
+            groups = generate(
                 opened.engine,
                 weights,
                 sampling,
@@ -326,7 +331,7 @@ def _completions(
                 prompts,
                 k,
                 seed=seed,
-                finished=finished,
+                records=records,
                 on_progress=lambda tokens, finished: advance(finished, tokens),
             )
         yield groups
@@ -338,7 +343,7 @@ def _attempts(
 ) -> Iterator[list[list]]:
     """Yield verified completions of each prompt, which are saved until the block
     ends."""
-    from oreal_jax.evaluation.attempts import judge
+    from oreal_jax.evaluation.completions import verify
     from oreal_jax.verify import Pool
 
     at_least(1, "--k", parsed.k)
@@ -349,5 +354,5 @@ def _attempts(
             Pool(os.cpu_count() or 1) as pool,
             screen.phase("verify", total=total) as advance,
         ):
-            attempts = judge(pool, prompts, groups, advance)
+            attempts = verify(pool, prompts, groups, advance)
         yield attempts

@@ -149,7 +149,7 @@ def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
             raise InputError("--judge-model without --judge: where is it served?")
         yield None
         return
-    with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
+    with Judge(parsed.judge, parsed.judge_model, lost="rule", log=screen.say) as judge:
         yield judge
         metrics = judge_metrics([judge.take_counts()])
         told = {name: n for name, n in metrics.items() if n}
