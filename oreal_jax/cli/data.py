@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    Opened,
+    GenerationModel,
     Verb,
-    at_least,
+    check_min,
     check_seed,
-    drawing_defaults,
-    drawing_options,
     folder,
+    generation_defaults,
+    generation_options,
+    make_sampling,
     model_options,
-    sampling_of,
     sampling_options,
 )
 from oreal_jax.errors import InputError
@@ -151,7 +151,7 @@ def build(parsed: argparse.Namespace) -> None:
     from oreal_jax.evaluation import load_sets
 
     screen = _screen()
-    at_least(1, "--ngram", parsed.ngram)
+    check_min(1, "--ngram", parsed.ngram)
     _check_outputs(parsed, "removed")
     evaluations = load_sets(parsed.evaluation, parsed.folder, "--evaluation")
     rows = load_all(parsed.data, parsed.question, parsed.answer)
@@ -195,14 +195,14 @@ def rft(parsed: argparse.Namespace) -> None:
     from oreal_jax.data.rft import harvest, read_completions
 
     screen = _screen()
-    at_least(1, "--keep", parsed.keep)
+    check_min(1, "--keep", parsed.keep)
     check_seed(parsed.seed)
     given = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
     if given not in ([True, False, False], [False, True, True]):
         raise InputError("rft takes either --completions, or --model and --data")
     # What says how completions are drawn has no say where they are there already;
     # the seed also draws the solutions.
-    unused = drawing_defaults() | {"k": K, "rows": ROWS}
+    unused = generation_defaults() | {"k": K, "rows": ROWS}
     for name, default in unused.items():
         if parsed.completions and name != "seed" and getattr(parsed, name) != default:
             option = f"--{name.replace('_', '-')}"
@@ -240,8 +240,8 @@ def label(parsed: argparse.Namespace) -> None:
     asked = load_prompts(parsed.data)
     requests = [skills.request(prompt, names) for prompt in asked]
     sampling = Sampling(max_tokens=parsed.max_tokens, temperature=0.0)
-    opened = Opened(parsed, sampling)
-    options = drawing_options(parsed)
+    opened = GenerationModel(parsed, sampling)
+    options = generation_options(parsed)
     work = drawing(opened.source, opened.chat, requests, options)
     with (
         kept_beside(parsed.out, work, screen.say) as finished,
@@ -325,9 +325,9 @@ def _attempts(
     from oreal_jax.evaluation.attempts import draw, drawing, judge, kept_beside
     from oreal_jax.verify import Pool
 
-    at_least(1, "--k", parsed.k)
-    opened = Opened(parsed, sampling_of(parsed, greedy=False))
-    options = drawing_options(parsed)
+    check_min(1, "--k", parsed.k)
+    opened = GenerationModel(parsed, make_sampling(parsed, greedy=False))
+    options = generation_options(parsed)
     work = drawing(opened.source, opened.chat, prompts, options)
     total = len(prompts) * parsed.k
     with kept_beside(parsed.out, work, screen.say) as finished:

@@ -6,17 +6,17 @@ import os
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    Opened,
+    GenerationModel,
     Verb,
-    at_least,
+    check_min,
     check_seed,
-    drawing_defaults,
-    drawing_options,
     folder,
-    judge_of,
+    generation_defaults,
+    generation_options,
     judge_options,
+    make_sampling,
     model_options,
-    sampling_of,
+    open_judge,
     sampling_options,
 )
 from oreal_jax.errors import InputError
@@ -81,7 +81,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     from oreal_jax.verify import Pool
 
     screen = Screen.on_stderr()
-    at_least(1, "--k", parsed.k)
+    check_min(1, "--k", parsed.k)
     if parsed.greedy and parsed.k == 1:
         raise InputError("--greedy with --k 1: one sample is greedy already")
     check_apart({"--items": parsed.items, "--json": parsed.json})
@@ -90,25 +90,25 @@ def evaluate(parsed: argparse.Namespace) -> None:
     for path in (parsed.items, parsed.json):
         if path:
             check_writable(path)
-    if parsed.k == 1 and parsed.temperature != drawing_defaults()["temperature"]:
+    if parsed.k == 1 and parsed.temperature != generation_defaults()["temperature"]:
         raise InputError("--temperature with --k 1: one sample is greedy")
     sets = load_sets(parsed.data, parsed.folder)
     if parsed.limit is not None:
-        at_least(1, "--limit", parsed.limit)
+        check_min(1, "--limit", parsed.limit)
         sets = [each._replace(problems=each.problems[: parsed.limit]) for each in sets]
     run.check_fields(sets, parsed.by)
-    sampling = sampling_of(parsed, parsed.k == 1)
+    sampling = make_sampling(parsed, parsed.k == 1)
     plan = run.Plan(None, sampling, parsed.k)
     if parsed.k == 1:
         plan = run.Plan(sampling, None, 0)
     elif parsed.greedy:
-        plan = plan._replace(greedy=sampling_of(parsed, True))
-    opened = Opened(parsed, sampling)
+        plan = plan._replace(greedy=make_sampling(parsed, True))
+    opened = GenerationModel(parsed, sampling)
     problems = [problem for each in sets for problem in each.problems]
-    work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
+    work = drawing(opened.source, opened.chat, problems, generation_options(parsed))
     out = parsed.items or parsed.json
     with (
-        judge_of(parsed, screen) as second,
+        open_judge(parsed, screen) as second,
         kept_beside(out, work, screen.say) as finished,
     ):
         with screen.phase("load"):

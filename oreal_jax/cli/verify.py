@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, at_least, judge_of, judge_options
+from oreal_jax.cli.options import Verb, check_min, judge_options, open_judge
 from oreal_jax.errors import InputError
 
 TOGETHER = 256  # answers judged before their verdicts are said
@@ -47,7 +47,7 @@ def verify(parsed: argparse.Namespace) -> None:
         raise InputError("verify takes either --gold and --answer, or --file")
     if parsed.question and not (parsed.judge and parsed.answer is not None):
         raise InputError("--question goes with --answer and --judge")
-    at_least(1, "--workers", parsed.workers)
+    check_min(1, "--workers", parsed.workers)
     if not 0 < parsed.deadline < math.inf:
         raise InputError(f"--deadline {parsed.deadline}: must be above 0 and finite")
     asked = [Prediction(str(parsed.answer), str(parsed.gold), parsed.question)]
@@ -55,7 +55,7 @@ def verify(parsed: argparse.Namespace) -> None:
         asked = read_judgements(parsed.file)
     screen = Screen.on_stderr()
     with (
-        judge_of(parsed, screen) as judge,
+        open_judge(parsed, screen) as judge,
         Pool(min(parsed.workers, len(asked)), parsed.deadline) as pool,
         screen.phase("verify", total=len(asked)) as advance,
     ):
