@@ -138,9 +138,8 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
     start = run.learners.starter(mesh)
     yield Program("start", "load", start, (state.policy.params,), reference)
     yield from _sampling(config, run, training + reference)
-    score = reference_scorer(
-        shape, mesh, run_programs.compute_dtype(config.compute, mesh)
-    )
+    dtype = run_programs.compute_dtype(config.compute, mesh)
+    score = reference_scorer(shape, mesh, dtype)
     inputs = run.reference, batch
     yield Program("reference", "ref", score, inputs, training, run.micros)
     update = run_programs.update_of(config, run.learners, mesh).program
@@ -153,11 +152,8 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
 def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     """The engine's programs, on the devices of one process."""
     programs, mesh, size = run.engine.programs, run.engine.mesh, run.size
-    params, weights, state = (
-        run.state.policy.params,
-        run.weights,
-        programs.abstract(size),
-    )
+    params, weights = run.state.policy.params, run.weights
+    state = programs.abstract(size)
     engines, by_rows = sharding.row_ways(mesh), sharding.of_rows(mesh)
     beside_weights = held + device_bytes(weights)
 
