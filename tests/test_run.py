@@ -60,7 +60,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny, whole, blow):
     assert process.returncode != 0
     if blow != signal.SIGKILL:
         assert process.returncode == 130
-        assert "go on with the same command" in said
+        assert "resume with the same command" in said
         assert "Traceback" not in said + errors
     assert f"resuming {run} after step" in finish(train(tiny, run))
     for ours, expected in zip(arrays(run, 5), arrays(whole, 5), strict=True):

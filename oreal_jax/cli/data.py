@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    Opened,
+    GenerationModel,
     Verb,
-    at_least,
+    check_min,
     check_seed,
-    drawing_defaults,
-    drawing_options,
     folder,
+    generation_defaults,
+    generation_options,
+    make_sampling,
     model_options,
-    sampling_of,
     sampling_options,
 )
 from oreal_jax.errors import InputError
@@ -157,7 +157,7 @@ def build(parsed: argparse.Namespace) -> None:
     from oreal_jax.evaluation import load_sets
 
     screen = Screen()
-    at_least(1, "--ngram", parsed.ngram)
+    check_min(1, "--ngram", parsed.ngram)
     _check_outputs(parsed, "removed")
     evaluations = load_sets(parsed.evaluation, parsed.folder, "--evaluation")
     prompts = load_all(parsed.data, parsed.question, parsed.answer)
@@ -203,14 +203,14 @@ def rft(parsed: argparse.Namespace) -> None:
     from oreal_jax.data.rft import read_completions, select_solutions
 
     screen = Screen()
-    at_least(1, "--keep", parsed.keep)
+    check_min(1, "--keep", parsed.keep)
     check_seed(parsed.seed)
     inputs = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
     if inputs not in ([True, False, False], [False, True, True]):
         raise InputError("rft takes either --completions, or --model and --data")
     # Generation options have no effect on existing completions; the seed also selects
     # the solutions.
-    for name, default in {**drawing_defaults(), "k": K, "rows": ROWS}.items():
+    for name, default in {**generation_defaults(), "k": K, "rows": ROWS}.items():
         if parsed.completions and name != "seed" and getattr(parsed, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise InputError(
@@ -316,8 +316,8 @@ def _completions(
         resumable,
     )
 
-    opened = Opened(parsed, sampling)
-    options = drawing_options(parsed)
+    opened = GenerationModel(parsed, sampling)
+    options = generation_options(parsed)
     settings = generation_settings(opened.source, opened.chat, prompts, options)
     with resumable(parsed.out, settings, screen.say) as records:
         with screen.phase("load"):
@@ -346,8 +346,8 @@ def _attempts(
     from oreal_jax.evaluation.completions import verify
     from oreal_jax.verify import Pool
 
-    at_least(1, "--k", parsed.k)
-    sampling = sampling_of(parsed, greedy=False)
+    check_min(1, "--k", parsed.k)
+    sampling = make_sampling(parsed, greedy=False)
     seed, total = parsed.seed, len(prompts) * parsed.k
     with _completions(parsed, prompts, sampling, parsed.k, seed, screen) as groups:
         with (

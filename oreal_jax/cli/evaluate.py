@@ -6,17 +6,17 @@ import os
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    Opened,
+    GenerationModel,
     Verb,
-    at_least,
+    check_min,
     check_seed,
-    drawing_defaults,
-    drawing_options,
     folder,
-    judge_of,
+    generation_defaults,
+    generation_options,
     judge_options,
+    make_sampling,
     model_options,
-    sampling_of,
+    open_judge,
     sampling_options,
 )
 from oreal_jax.errors import InputError
@@ -87,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from oreal_jax.verify import Pool
 
     screen = Screen.on_stderr()
-    at_least(1, "--k", args.k)
+    check_min(1, "--k", args.k)
     if args.greedy and args.k == 1:
         raise InputError("--greedy with --k 1: one sample is greedy already")
     check_apart({"--items": args.items, "--json": args.json})
@@ -96,21 +96,21 @@ def evaluate(args: argparse.Namespace) -> None:
     for path in (args.items, args.json):
         if path:
             check_writable(path)
-    if args.k == 1 and args.temperature != drawing_defaults()["temperature"]:
+    if args.k == 1 and args.temperature != generation_defaults()["temperature"]:
         raise InputError("--temperature with --k 1: one sample is greedy")
     sets = load_sets(args.data, args.folder)
     if args.limit is not None:
-        at_least(1, "--limit", args.limit)
+        check_min(1, "--limit", args.limit)
         sets = [each._replace(problems=each.problems[: args.limit]) for each in sets]
     check_fields(sets, args.by)
-    sampling = sampling_of(args, args.k == 1)
-    greedy = sampling_of(args, True) if args.greedy or args.k == 1 else None
-    model = Opened(args, sampling)
+    sampling = make_sampling(args, args.k == 1)
+    greedy = make_sampling(args, True) if args.greedy or args.k == 1 else None
+    model = GenerationModel(args, sampling)
     problems = [problem for each in sets for problem in each.problems]
-    options = drawing_options(args)
+    options = generation_options(args)
     settings = generation_settings(model.source, model.chat, problems, options)
     with (
-        judge_of(args, screen) as judge,
+        open_judge(args, screen) as judge,
         resumable(args.items or args.json, settings, screen.say) as records,
     ):
         with screen.phase("load"):

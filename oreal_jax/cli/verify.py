@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, at_least, judge_of, judge_options
+from oreal_jax.cli.options import Verb, check_min, judge_options, open_judge
 from oreal_jax.errors import InputError
 
 BATCH = 256  # answers that are judged before their verdicts are printed
@@ -49,7 +49,7 @@ def verify(args: argparse.Namespace) -> None:
         raise InputError("verify takes either --gold and --answer, or --file")
     if args.question and not (args.judge and args.answer is not None):
         raise InputError("--question goes with --answer and --judge")
-    at_least(1, "--workers", args.workers)
+    check_min(1, "--workers", args.workers)
     if not 0 < args.deadline < math.inf:
         raise InputError(f"--deadline {args.deadline}: must be above 0 and finite")
     predictions = [Prediction(str(args.answer), str(args.gold), args.question)]
@@ -61,7 +61,7 @@ def verify(args: argparse.Namespace) -> None:
     ]
     screen = Screen.on_stderr()
     with (
-        judge_of(args, screen) as judge,
+        open_judge(args, screen) as judge,
         Pool(min(args.workers, len(candidates)), args.deadline) as pool,
         screen.phase("verify", total=len(candidates)) as advance,
     ):
