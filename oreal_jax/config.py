@@ -1,24 +1,15 @@
-"""What a run is: frozen dataclasses, made in a Python file, changed by dotted settings.
+"""The settings of a run, as frozen dataclasses.
 
-A config file defines `config`, a `TrainConfig` or an `SftConfig`. Variants are made
-with `dataclasses.replace`. The command line may set plain values (`--set a.b=v`);
-functions and losses are set in a config file.
+A config file is Python and defines `config`, a `TrainConfig` or an `SftConfig`; see
+`config_loading.py`.
 """
 
-import ast
 import dataclasses
 import functools
-import importlib.util
-import sys
-import traceback
-import types
-import typing
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from oreal_jax import losses, rollout
-from oreal_jax.data.difficulty import PUBLISHED_BANDS, Bands
+from oreal_jax.data.order import PUBLISHED_BANDS, Bands
 from oreal_jax.errors import InputError
 from oreal_jax.losses import PolicyLoss
 from oreal_jax.model import Remat
@@ -27,22 +18,26 @@ from oreal_jax.sharding import MeshShape
 from oreal_jax.train.state import Optimizer
 
 
-def _at_least(least: int, **fields: int) -> None:
-    for name, value in fields.items():
-        if value < least:
-            raise InputError(f"config: {name}={value} must be at least {least}")
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
 
 
-def _seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
-        raise InputError(f"config: seed={seed} must be from 0 to {2**31 - 1}")
+def _check_min(minimum: int, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value >= minimum, f"config: {name}={value} must be at least {minimum}")
 
 
-def _deterministic(sampling: Sampling) -> str | None:
-    """The field that leaves a sampler one token to choose, None without."""
-    alone = {"temperature": 0, "top_k": 1, "min_p": 1}
-    fields = (name for name, value in alone.items() if getattr(sampling, name) == value)
-    return next(fields, None)
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value > 0, f"config: {name}={value} must be above 0")
+
+
+def _check_seed(seed: int) -> None:
+    message = f"config: seed={seed} must be from 0 to {2**31 - 1}"
+    _check(0 <= seed < 2**31, message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,19 +48,19 @@ class Packing:
     row_length: int = 16_384
 
     def __post_init__(self):
-        _at_least(1, rows=self.rows, row_length=self.row_length)
+        _check_min(1, self, "rows", "row_length")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Processes that judge answers by rule, and the language model asked after it.
+    """Processes that verify answers by rule, and an optional language model as judge.
 
-    `workers` take `deadline` seconds an answer. `judge_hosts` are addresses of
-    OpenAI-compatible APIs (".../v1") that serve `judge_model`; none: the rule alone
-    judges. Each gets `judge_concurrency` requests at a time, of `judge_timeout` seconds
-    and `judge_tries` tries. Where all hosts are lost the run waits ("pause") or goes
-    on by rule ("rule"). Undecided completions count as incorrect or are dropped: out of
-    the advantages of their prompt and never learned from.
+    Each of `workers` processes has `deadline` seconds for an answer. `judge_hosts` are
+    OpenAI-compatible APIs (".../v1") that serve `judge_model`. Each host receives
+    `judge_concurrency` requests at once, with `judge_timeout` seconds and `judge_tries`
+    tries. When all hosts have failed, the run waits ("pause") or continues without
+    judge ("rule"). `undecided` completions count as incorrect or are dropped from the
+    advantages and from training.
     """
 
     workers: int = 8
@@ -79,36 +74,28 @@ class Verification:
     undecided: Literal["incorrect", "drop"] = "incorrect"
 
     def __post_init__(self):
-        _at_least(
-            1,
-            workers=self.workers,
-            judge_concurrency=self.judge_concurrency,
-            judge_tries=self.judge_tries,
-        )
-        for name in ("deadline", "judge_timeout"):
-            if getattr(self, name) <= 0:
-                raise InputError(
-                    f"verification: {name}={getattr(self, name)} must be above 0"
-                )
+        _check_min(1, self, "workers", "judge_concurrency", "judge_tries")
+        _check_positive(self, "deadline", "judge_timeout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Checkpoint every `every` steps and at the end; the newest `keep` stay."""
+    """A checkpoint every `every` steps and at the end; the newest `keep` are kept."""
 
     every: int = 10
     keep: int = 2
 
     def __post_init__(self):
-        _at_least(1, every=self.every, keep=self.keep)
+        _check_min(1, self, "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Measures the policy on the sets `data` (files, or presets in `folder`) before
-    training, every `every` steps and at the end, and keeps the best in RUN/best: that
-    of the highest mean over the sets. One sample a problem is drawn greedily, more of
-    `samples` as in training. No data: no evaluation.
+    """Evaluations of the policy before training, every `every` steps and at the end.
+
+    `data` are the sets (files, or presets in `folder`); none: no evaluation. The policy
+    with the highest mean over the sets is kept in RUN/best. One sample per problem is
+    greedy; with more `samples`, they are drawn as in training.
     """
 
     data: tuple[str, ...] = ()
@@ -117,34 +104,34 @@ class Evaluation:
     samples: int = 1
 
     def __post_init__(self):
-        _at_least(1, every=self.every, samples=self.samples)
+        _check_min(1, self, "every", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """An OREAL run. Defaults are the published 7B settings.
 
-    model: a Hugging Face directory or a run directory. prompts: a jsonl or parquet
-    file of `question, gold_answer, pass_rate` rows, or a Hugging Face data set name.
-    `system_prompt` and `chat_template` (a Jinja file) replace the checkpoint's own.
-    Each of `steps` steps draws `samples_per_prompt` completions of `prompts_per_step`
-    prompts; `loss.advantage` judges them within their prompt, `keep` chooses those to
-    learn from. `log_probs` "full" trains on the probabilities of the whole vocabulary,
-    as released; "sampled" on those of the policy that acted, tempered and renormalised
-    over the tokens that `sampling` keeps (a KL to the reference model compares full
-    ones in both cases).
-    `token_reward` None trains no token reward model. `stop_words` are added to the
-    model's own stop tokens, `stop_strings` end a completion wherever its text has one.
-    An engine is `decode_tensor` devices (0: as many as the mesh's tensor axis) with
-    room for `cache_tokens` tokens (0: for the longest in each row); together they
-    decode `decode_rows` completions at a time. `decode_weights` "int8" and
-    `decode_cache` "float8" halve what a token reads there.
-    A step whose mean difference between sampler's and trainer's token probabilities is
-    above `max_disagreement` ends the run. `remat` says what the backward pass computes
-    again instead of keeping it (model/execution.py). `compute` "auto" is bfloat16, on
-    CPU float32. `gradient_sums` "bfloat16" sums the gradients of the layers' matrices
-    over the devices with half the bytes, and less exactly (docs/pods.md); it needs
-    `compute` bfloat16.
+    model, prompts: a Hugging Face or run directory; a jsonl or parquet file of
+    `question, gold_answer, pass_rate` rows, or the name of a Hugging Face data set.
+    system_prompt, chat_template (a Jinja file): replace the checkpoint's own.
+    stop_words, stop_strings: further stop tokens; strings that end a completion.
+    prompts_per_step, samples_per_prompt: prompts of a step and completions of each.
+    `loss.advantage` compares those of one prompt, `keep` selects what to train on.
+    freeze_steps: first steps, which do not train the policy.
+    cache_tokens, decode_tensor, decode_rows: an engine is `decode_tensor` devices (0:
+    the mesh's tensor axis) with a cache of `cache_tokens` tokens (0: the maximum length
+    in every row); all engines together decode `decode_rows` completions at once.
+    decode_weights, decode_cache: "int8" and "float8" halve the bytes read per token.
+    max_disagreement: a larger mean difference of token probabilities between sampler
+    and trainer ends the run.
+    log_probs: "full" trains on the probabilities of the whole vocabulary, as released;
+    "sampled" on those of the sampler, after temperature and truncation by `sampling` (a
+    KL to the reference model compares full ones in both cases).
+    token_reward: None trains no token reward model.
+    remat: what the backward pass recomputes instead of storing (model/execution.py).
+    compute: "auto" is bfloat16, float32 on CPU.
+    gradient_sums: "bfloat16" halves the bytes of gradient sums over the devices, with
+    less precision (docs/pods.md); needs `compute` bfloat16.
     """
 
     model: str
@@ -185,68 +172,54 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        """Checks what no single field can know.
+        """Check ranges, and fields that depend on each other.
 
         Raises:
-            InputError: a number out of range, or two that do not go together.
+            InputError: names the fields and their values.
         """
-        _at_least(
-            1,
-            steps=self.steps,
-            prompts_per_step=self.prompts_per_step,
-            max_prompt_tokens=self.max_prompt_tokens,
-            decode_rows=self.decode_rows,
+        _check_min(
+            1, self, "steps", "prompts_per_step", "max_prompt_tokens", "decode_rows"
         )
-        _at_least(2, samples_per_prompt=self.samples_per_prompt)
-        _seed(self.seed)
-        _at_least(
-            0,
-            freeze_steps=self.freeze_steps,
-            cache_tokens=self.cache_tokens,
-            decode_tensor=self.decode_tensor,
+        _check_min(2, self, "samples_per_prompt")
+        _check_min(0, self, "freeze_steps", "cache_tokens", "decode_tensor")
+        _check_positive(self, "max_disagreement")
+        _check_seed(self.seed)
+        sampling, row_length = self.sampling, self.packing.row_length
+        _check(
+            self.max_prompt_tokens + sampling.max_tokens <= row_length,
+            f"max_prompt_tokens={self.max_prompt_tokens} + sampling.max_tokens="
+            f"{sampling.max_tokens} must not exceed packing.row_length={row_length}",
         )
-        longest = self.max_prompt_tokens + self.sampling.max_tokens
-        if longest > self.packing.row_length:
-            raise InputError(
-                f"max_prompt_tokens={self.max_prompt_tokens} + sampling.max_tokens="
-                f"{self.sampling.max_tokens} must not exceed packing.row_length="
-                f"{self.packing.row_length}"
+        for name, value in {"temperature": 0, "top_k": 1, "min_p": 1}.items():
+            _check(
+                getattr(sampling, name) != value,
+                f"sampling.{name}={getattr(sampling, name)}: all samples of a prompt "
+                "are the same, so their advantages are 0 and nothing is learned",
             )
-        if field := _deterministic(self.sampling):
-            raise InputError(
-                f"sampling.{field}={getattr(self.sampling, field)}: all samples of a "
-                "prompt are the same, so their advantages are 0 and nothing is learned"
-            )
-        if self.log_probs == "sampled" and self.sampling.penalises:
-            raise InputError(
-                "log_probs='sampled' with a penalty in sampling: the trainer does not "
-                "know what a penalised token would have been drawn from"
-            )
-        if self.max_disagreement <= 0:
-            raise InputError(
-                f"config: max_disagreement={self.max_disagreement} must be above 0"
-            )
-        if self.freeze_steps and not self.token_reward:
-            raise InputError(
-                f"freeze_steps={self.freeze_steps} without token_reward: nothing "
-                "would learn in those steps"
-            )
-        if self.freeze_steps >= self.steps:
-            raise InputError(
-                f"freeze_steps={self.freeze_steps} must be below steps={self.steps}: "
-                "the policy would never be trained"
-            )
+        _check(
+            self.log_probs == "full" or not sampling.penalises,
+            "log_probs='sampled' with a penalty in sampling: the trainer does not know "
+            "the distribution that a penalised token was sampled from",
+        )
+        _check(
+            not self.freeze_steps or bool(self.token_reward),
+            f"freeze_steps={self.freeze_steps} without token_reward: nothing would "
+            "learn in those steps",
+        )
+        _check(
+            self.freeze_steps < self.steps,
+            f"freeze_steps={self.freeze_steps} must be below steps={self.steps}: the "
+            "policy would never be trained",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Supervised fine-tuning, or RFT where the solutions are a model's own correct
-    ones.
+    """Supervised fine-tuning, or RFT on a model's own correct solutions.
 
-    examples: a jsonl or parquet file of `question, solution` rows. `system_prompt` and
-    `chat_template` (a Jinja file) replace the checkpoint's own. Each step takes
-    `examples_per_step` of them; `steps` 0 means `epochs` passes over the file. `remat`,
-    `compute` and `gradient_sums` as in `TrainConfig`.
+    examples: a jsonl or parquet file of `question, solution` rows. Each step takes
+    `examples_per_step`; `steps` 0 means `epochs` passes over the file. Other fields as
+    in `TrainConfig`.
     """
 
     model: str
@@ -268,192 +241,24 @@ class SftConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        """Raises InputError where a number is out of range."""
-        _at_least(1, epochs=self.epochs, examples_per_step=self.examples_per_step)
-        _at_least(0, steps=self.steps)
-        _seed(self.seed)
-
-
-def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
-    """The `config` of a config file, with `a.b=value` settings applied.
-
-    The file's folder is importable from it, so that configs can build on each other.
-
-    Raises:
-        InputError: no such file, no `config` of this kind in it, or a wrong setting.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such config file")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses in the file look their module up
-    try:
-        spec.loader.exec_module(module)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{_place(path, error)}: {type(error).__name__}: {error}"
-        ) from None
-    config = getattr(module, "config", None)
-    if not isinstance(config, kind):
-        found = type(config).__name__ if config is not None else "nothing"
-        raise InputError(f"{path}: `config` must be a {kind.__name__}, found {found}")
-    _check_types(config, str(path))
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: expected name=value")
-        _set(changes, config, key.split("."), text, key)
-    return _changed(config, changes)
-
-
-def _check_types(config: Any, where: str) -> None:
-    """Raises InputError where a plain field has a value of another type; `where` is the
-    file, and the field that `config` is the value of."""
-    try:
-        hints = typing.get_type_hints(type(config))
-    except NameError:  # of a class whose hints are for type checkers alone
-        hints = {}
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints.get(field.name)
-        if dataclasses.is_dataclass(value):
-            _check_types(value, f"{where}: {field.name}")
-        elif _is_checkable(hint) and not _fits(value, hint):
-            raise InputError(
-                f"{where}: {field.name}={value!r}, expected {_wanted(hint)}"
-            )
-
-
-def _is_checkable(hint: Any) -> bool:
-    """Whether `_fits` knows a type: plain ones, and other configs."""
-    inner = [part for part in typing.get_args(hint) if part is not ...]
-    if typing.get_origin(hint) is Literal:
-        return True
-    if typing.get_origin(hint) in (types.UnionType, typing.Union, tuple):
-        return all(map(_is_checkable, inner))
-    plain = hint in (int, float, str, bool, type(None))
-    return plain or dataclasses.is_dataclass(hint)
-
-
-def _wanted(hint: Any) -> str:
-    """A type for people."""
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    return getattr(hint, "__name__", None) or str(hint)
-
-
-def _place(path: Path, error: Exception) -> str:
-    """The line of a config file that an error comes from."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path)
-    ]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines.append(error.lineno)
-    return f"{path}, line {lines[-1]}" if lines else str(path)
-
-
-def _changed(config: Any, changes: dict[str, Any]) -> Any:
-    """`config` with all changes made at once: what must fit together is checked when
-    all of it is there."""
-    values = {
-        name: _changed(getattr(config, name), value)
-        if isinstance(value, dict)
-        else value
-        for name, value in changes.items()
-    }
-    return dataclasses.replace(config, **values)
-
-
-def _set(
-    changes: dict[str, Any], config: Any, names: list[str], text: str, key: str
-) -> None:
-    """Adds to `changes` that the field of `config` at the path `names` is to be what
-    `text` spells."""
-    name, *rest = names
-    known = {field.name for field in dataclasses.fields(config)}
-    if name not in known:
-        raise InputError(
-            f"--set {key}: {type(config).__name__} has no field {name!r}; "
-            f"it has {', '.join(sorted(known))}"
-        )
-    value = getattr(config, name)
-    if rest:
-        if not dataclasses.is_dataclass(value):
-            raise InputError(f"--set {key}: {name}={value!r} has no fields")
-        inner = changes.get(name)
-        changes[name] = inner = inner if isinstance(inner, dict) else {}
-        _set(inner, value, rest, text, key)
-        return
-    hint = typing.get_type_hints(type(config))[name]
-    try:
-        new = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        new = text
-    if _fits(text, hint) and not _fits(new, hint):
-        new = text  # a string that looks like a number
-    if not _fits(new, hint):
-        raise InputError(
-            f"--set {key}={text}: {name} must be {_wanted(hint)}"
-            + ("" if _settable(hint) else ", which only a config file can give")
-        )
-    changes[name] = float(new) if hint is float else new
-
-
-def _settable(hint: Any) -> bool:
-    examples = (None, True, 1, 1.0, "x", ())
-    written = any(_fits(example, hint) for example in examples)
-    return written or typing.get_origin(hint) is Literal
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of the type that a field declares."""
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin is tuple:
-        inner = typing.get_args(hint)
-        each = (
-            [inner[0]] * len(value)
-            if inner[-1] is ... and isinstance(value, tuple)
-            else list(inner)
-        )
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(each)
-            and all(_fits(v, h) for v, h in zip(value, each, strict=True))
-        )
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint in (str, bool, type(None)) and isinstance(value, hint)
+        _check_min(1, self, "epochs", "examples_per_step")
+        _check_min(0, self, "steps")
+        _check_seed(self.seed)
 
 
 def as_json(config: Any) -> Any:
-    """A config as plain JSON values; functions and classes by their dotted names."""
+    """Return a config as JSON values; functions and classes as dotted names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = {
-            f.name: as_json(getattr(config, f.name)) for f in dataclasses.fields(config)
-        }
-        return {"class": f"{type(config).__module__}.{type(config).__name__}"} | fields
-    if isinstance(config, tuple | list):
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        name = f"{type(config).__module__}.{type(config).__name__}"
+    elif isinstance(config, functools.partial):
+        values = {"of": config.func, **{str(i): x for i, x in enumerate(config.args)}}
+        values, name = values | config.keywords, "functools.partial"
+    elif isinstance(config, tuple | list):
         return [as_json(item) for item in config]
-    if isinstance(config, functools.partial):
-        given = {str(i): value for i, value in enumerate(config.args)} | config.keywords
-        values = {name: as_json(value) for name, value in given.items()}
-        return {"class": "functools.partial", "of": as_json(config.func)} | values
-    if callable(config):
-        named = config if hasattr(config, "__qualname__") else type(config)
-        return f"{named.__module__}.{named.__qualname__}"
-    return config
+    elif callable(config):
+        function = config if hasattr(config, "__qualname__") else type(config)
+        return f"{function.__module__}.{function.__qualname__}"
+    else:
+        return config
+    return {"class": name} | {key: as_json(value) for key, value in values.items()}

@@ -1,6 +1,6 @@
-"""What a person sees: a bar for the phase at work, and lines that stay.
+"""Console output: lines of text, and a progress bar for the current phase.
 
-On a terminal the bar is redrawn; in a file or a pipe only the lines appear.
+In a file or a pipe only the lines appear.
 """
 
 import contextlib
@@ -21,36 +21,36 @@ Advance = Callable[..., None]  # advance(done=1, tokens=0)
 
 
 class Screen:
-    """A console, and how long each phase took (`timing_s/<phase>`)."""
+    """A console that also records the seconds of each phase (`timing_s/<phase>`)."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
         self.timings: dict[str, float] = {}
-        # A phase's context by its name: a profiler may want to see it.
+        # Returns a context for a phase's name, e.g. a profiler's annotation.
         self.annotate: Callable[[str], contextlib.AbstractContextManager] = (
             contextlib.nullcontext
         )
 
     @classmethod
     def on_stderr(cls) -> "Screen":
-        """For verbs whose output is meant for a pipe."""
+        """Return a screen for commands whose standard output is data."""
         return cls(Console(stderr=True, highlight=False))
 
     @classmethod
     def silent(cls) -> "Screen":
-        """For processes that leave talking to process 0."""
+        """Return a screen for processes other than process 0."""
         return cls(Console(quiet=True))
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def phase(
         self, name: str, total: int | None = None, label: str = ""
     ) -> Iterator[Advance]:
-        """Shows the phase while it runs; yields `advance(done, tokens)`."""
-        start, tokens_seen = time.perf_counter(), 0
+        """Show the progress of a phase; yields `advance(done, tokens)`."""
+        start, total_tokens = time.perf_counter(), 0
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -71,10 +71,10 @@ class Screen:
             task = progress.add_task(f"{label}{name}", total=total, rate="")
 
             def advance(done: int = 1, tokens: int = 0) -> None:
-                nonlocal tokens_seen
-                tokens_seen += tokens
+                nonlocal total_tokens
+                total_tokens += tokens
                 seconds = max(1e-9, time.perf_counter() - start)
-                rate = f"{tokens_seen / seconds:,.0f} tokens/s" if tokens_seen else ""
+                rate = f"{total_tokens / seconds:,.0f} tokens/s" if total_tokens else ""
                 progress.update(task, advance=done, rate=rate)
 
             try:
@@ -84,7 +84,7 @@ class Screen:
                 self.timings[name] = self.timings.get(name, 0.0) + elapsed
 
     def take_timings(self) -> dict[str, float]:
-        """Seconds per phase since the last call, in the field's metric names."""
-        taken = {f"timing_s/{name}": value for name, value in self.timings.items()}
+        """Return the seconds per phase since the last call, by metric name."""
+        seconds = {f"timing_s/{name}": value for name, value in self.timings.items()}
         self.timings = {}
-        return taken
+        return seconds

@@ -1,10 +1,10 @@
-"""What the phases of a run compute by formula, and what a device could.
+"""FLOPs of the phases of a run by formula, and peak rates of devices.
 
 Two FLOPs for each multiply-add of a matrix product of the model; norms, softmax and
-optimizer are bound by memory and do not count. Useful work only: no padding, no score
-that is masked, no pass that is rematerialised. (PaLM, arXiv:2204.02311 appendix B, from
-which model FLOPs utilisation is, counts the whole square of attention; here a token
-sees its own past, half of that.)
+optimizer are bound by memory and do not count. Useful work only: no padding, masked
+scores or rematerialised passes. (PaLM, arXiv:2204.02311 appendix B, the source of model
+FLOPs utilisation, counts the full square of attention; here causal attention counts
+half of that.)
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,8 @@ from oreal_jax.model.config import ModelConfig
 
 
 class Peak(NamedTuple):
-    """What one JAX device can do at most: FLOP/s in bfloat16, bytes/s from its HBM, and
-    bytes/s to its neighbours over all of its links."""
+    """The peak of one JAX device: FLOP/s in bfloat16, bytes/s from its HBM, and bytes/s
+    to its neighbours over all of its links."""
 
     flops: float
     bandwidth: float
@@ -23,9 +23,9 @@ class Peak(NamedTuple):
 
 
 # By `jax.Device.device_kind`. TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
-# tpu7x}; of a TPU7x chip (2307 TFLOP/s, 7380 GB/s, 1200 GB/s) each of the two cores is
-# a device. GPUs: NVIDIA's data sheets of A100, H100 and H200, dense (they print twice
-# as much, with sparsity), NVLink in one direction.
+# tpu7x}; each of the two cores of a TPU7x chip (2307 TFLOP/s, 7380 GB/s, 1200 GB/s) is
+# a device. GPUs: NVIDIA's data sheets of A100, H100 and H200, dense (they print the
+# double, with sparsity), NVLink in one direction.
 PEAKS = {
     "TPU v4": Peak(275e12, 1200e9, 300e9),
     "TPU v5 lite": Peak(197e12, 819e9, 200e9),
@@ -41,10 +41,10 @@ PEAKS = {
 
 
 class Work(NamedTuple):
-    """What a forward pass goes over, summed over sequences.
+    """The size of a forward pass, summed over sequences.
 
-    tokens: those that pass the layers; pairs: of a token and one that it sees, itself
-    included; predicted: tokens that the head predicts.
+    tokens: inputs of the layers; pairs: of a token and one that it attends to, itself
+    included; predicted: outputs of the head.
     """
 
     tokens: int
@@ -52,8 +52,8 @@ class Work(NamedTuple):
     predicted: int
 
 
-def whole(sequences: Iterable[tuple[int, int]]) -> Work:
-    """Sequences of (prompt, completion) tokens in one pass, as in training."""
+def full_pass(sequences: Iterable[tuple[int, int]]) -> Work:
+    """Return the work of sequences of (prompt, completion) tokens, as in training."""
     lengths = [(prompt + completion, completion) for prompt, completion in sequences]
     return Work(
         tokens=sum(size for size, _ in lengths),
@@ -63,34 +63,34 @@ def whole(sequences: Iterable[tuple[int, int]]) -> Work:
 
 
 def prefill(prompts: Iterable[int]) -> Work:
-    """Prompts of these lengths before anything is drawn: all tokens but their last."""
-    return whole((prompt - 1, 0) for prompt in prompts)
+    """Return the work of prompts of these lengths: all tokens but their last."""
+    return full_pass((prompt - 1, 0) for prompt in prompts)
 
 
 def decode(sequences: Iterable[tuple[int, int]]) -> Work:
-    """Completions of (prompt, completion) tokens drawn one by one from a cache."""
+    """Return the work of decoding sequences of (prompt, completion) tokens."""
     sequences = list(sequences)
-    drawn = sum(completion for _, completion in sequences)
-    seen = sum(
+    tokens = sum(completion for _, completion in sequences)
+    pairs = sum(
         completion * prompt + completion * (completion - 1) // 2
         for prompt, completion in sequences
     )
-    return Work(tokens=drawn, pairs=seen, predicted=drawn)
+    return Work(tokens=tokens, pairs=pairs, predicted=tokens)
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Numbers in the matrices of all layers: each token is multiplied with each."""
+    """Return the number of weights in the matrices of all layers."""
     heads = 2 * config.heads + 2 * config.kv_heads  # query, output; key, value
     return config.layers * config.embed * (heads * config.head_dim + 3 * config.mlp)
 
 
 def head_weights(config: ModelConfig) -> int:
-    """Numbers in the head: of the vocabulary, or of the token score."""
+    """Return the number of weights in the head: vocabulary or token score."""
     return config.embed * (config.vocab if config.head == "vocabulary" else 1)
 
 
 def forward_flops(config: ModelConfig, work: Work) -> float:
-    """FLOPs of a forward pass: of the weights, the scores and the sums over values."""
+    """Return the FLOPs of a forward pass: weights, scores and sums over values."""
     weights = layer_weights(config) * work.tokens
     head = head_weights(config) * work.predicted
     attention = 2 * config.layers * config.heads * config.head_dim * work.pairs
@@ -98,7 +98,7 @@ def forward_flops(config: ModelConfig, work: Work) -> float:
 
 
 def training_flops(config: ModelConfig, work: Work) -> float:
-    """FLOPs of forward and backward pass; each product has two in its gradient."""
+    """Return the FLOPs of forward and backward pass, which has two per product."""
     return 3 * forward_flops(config, work)
 
 
@@ -109,37 +109,39 @@ def decode_bytes(
     weight_bytes: int = 2,
     cache_bytes: int = 2,
 ) -> float:
-    """Bytes that one decoding step reads for rows that see so many tokens each: all
-    weights once, and the keys and values of every row. `weight_bytes` and
-    `cache_bytes` are those of a number."""
+    """Return the bytes that a decoding step reads: all weights once, and the keys and
+    values of every context length. `weight_bytes` and `cache_bytes` are per number."""
     weights = layer_weights(config) + head_weights(config)
     cache = 2 * config.layers * config.kv_heads * config.head_dim * sum(contexts)
     return float(weights * weight_bytes + cache * cache_bytes)
 
 
-class Done(NamedTuple):
-    """What a phase has done, on all devices."""
+class PhaseTotals(NamedTuple):
+    """The tokens and FLOPs of a phase, on all devices."""
 
     tokens: int
     flops: float
 
 
 def metrics(
-    done: Mapping[str, Done],
+    totals: Mapping[str, PhaseTotals],
     seconds: Mapping[str, float],
     *,
     devices: int,
     peak: Peak | None,
 ) -> dict[str, float]:
-    """Of each phase that took `seconds`: `perf/<phase>_throughput` in tokens/s of all
-    devices, `perf/tflops/<phase>` in TFLOP/s of one, and, where its peak is known,
-    the share of it as `perf/mfu/<phase>`; the phase "update_actor" is "actor"."""
-    found: dict[str, float] = {}
-    for name, (tokens, flops) in done.items():
+    """Return the rates of each phase from its totals and seconds.
+
+    `perf/<phase>_throughput` is in tokens/s of all devices, `perf/tflops/<phase>` in
+    TFLOP/s per device, `perf/mfu/<phase>` its share of the peak, where that is known.
+    The phase "update_actor" is called "actor".
+    """
+    rates: dict[str, float] = {}
+    for name, (tokens, flops) in totals.items():
         phase = name.removeprefix("update_")
         rate = flops / seconds[name] / devices
-        found[f"perf/{phase}_throughput"] = tokens / seconds[name]
-        found[f"perf/tflops/{phase}"] = rate / 1e12
+        rates[f"perf/{phase}_throughput"] = tokens / seconds[name]
+        rates[f"perf/tflops/{phase}"] = rate / 1e12
         if peak:
-            found[f"perf/mfu/{phase}"] = rate / peak.flops
-    return found
+            rates[f"perf/mfu/{phase}"] = rate / peak.flops
+    return rates

@@ -1,15 +1,19 @@
-"""What stops a verb with one clear message instead of a trace."""
+"""Errors that end a command with one clear message instead of a traceback."""
 
 
 class InputError(ValueError):
-    """The input is wrong and a person can mend it: a message that names the file, the
-    field and the value (exit code 2)."""
+    """Invalid input: names the file, the field and the value (exit code 2)."""
 
 
 class Failure(RuntimeError):
-    """The input is good, the work cannot go on: what was seen and what bounds it (exit
-    code 1)."""
+    """Valid input, but the work cannot continue: what was observed and the limit that
+    it violates (exit code 1)."""
 
 
 class Diverged(Failure):
     """The models are no longer usable: their state must not be saved."""
+
+
+def summarize(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,22 +1,133 @@
-"""Files that are written whole or not at all."""
+"""Reading files with clear errors, and writing them completely or not at all."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from oreal_jax.errors import InputError
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        InputError: the file does not exist or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        InputError: the file does not exist or contains something else.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a jsonl or parquet file, each with "file:line" for messages.
+
+    Raises:
+        InputError: no such file, no rows, an unknown suffix, or invalid JSON.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a directory, expected a .jsonl or .parquet file")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a parquet file: {error}") from None
+        named = ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
+    elif path.suffix in (".jsonl", ".json"):
+        named = _json_lines(path)
+    else:
+        raise InputError(f"{path}: expected .jsonl or .parquet, not {path.suffix!r}")
+    empty = True
+    for name, row in named:
+        empty = False
+        yield name, row
+    if empty:
+        raise InputError(f"{path}: the file has no rows")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Binary mode, so that the line number of invalid UTF-8 is known.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                # The parser's own message counts lines from this one.
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{path}:{number}: not JSON: {reason}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: not a JSON object")
+            yield f"{path}:{number}", row
+
+
+def text_field(name: str, row: Mapping[str, Any], field: str) -> str:
+    """Return a field that must contain text; finite numbers are converted.
+
+    Raises:
+        InputError: not text, empty, or lone surrogates, which tokenizers reject.
+    """
+    value = row.get(field)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # Python's JSON parser accepts NaN and Infinity, which are not answers.
+        value = str(value) if abs(value) < math.inf else value
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{name}: field {field!r} is {value!r}, expected text")
+    if not is_text(value):
+        raise InputError(f"{name}: field {field!r} is {value!r}, not valid Unicode")
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a string that can be encoded: no lone surrogates."""
+    surrogate = lambda letter: "\ud800" <= letter <= "\udfff"
+    return isinstance(value, str) and not any(map(surrogate, value))
+
+
+def fingerprint(value: Any) -> str:
+    """Return 16 hexadecimal digits that identify a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def check_writable(path: Path) -> None:
-    """Raises InputError where a file or directory could not be made: before hours of
-    work, not after."""
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{path}: cannot be written: {above} is no folder to write in")
+    """Check that a file or directory can be created, before hours of work.
+
+    Raises:
+        InputError: it cannot.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written: {parent} is no writable folder")
     if path.is_dir():
         raise InputError(f"{path}: a directory, expected a file to write")
     if path.exists() and not path.is_file():
@@ -24,37 +135,62 @@ def check_writable(path: Path) -> None:
 
 
 def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> None:
-    """Raises InputError where an output is another or an input: both would be lost.
-    Mappings of an option to its path, paths or None."""
-    seen: dict[Path, str] = {}
-    for option, given in [*inputs.items(), *outputs.items()]:
-        for path in given if isinstance(given, list) else [given]:
+    """Check that no output is another output or an input, which would be overwritten.
+
+    Both map an option to its path, paths or None.
+
+    Raises:
+        InputError: two are the same.
+    """
+    options: dict[Path, str] = {}
+    for option, value in [*inputs.items(), *outputs.items()]:
+        for path in value if isinstance(value, list) else [value]:
             if path is None:
                 continue
-            place = Path(path).resolve()
-            if option in outputs and place in seen:
-                raise InputError(f"{seen[place]} and {option} are the same: {path}")
-            seen[place] = option
+            resolved = Path(path).resolve()
+            if option in outputs and resolved in options:
+                raise InputError(
+                    f"{options[resolved]} and {option} are the same: {path}"
+                )
+            options[resolved] = option
 
 
-def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that tell one JSON value from another."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a scratch directory that becomes `path` when the block has succeeded.
+
+    Raises:
+        InputError: `path` is not an empty or new directory, or cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty directory")
+    target = path.absolute()
+    scratch = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        yield scratch
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as JSON lines; like `write_text`."""
+    """Write rows as JSON lines; like `write_bytes`."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(path, "".join(lines))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text in UTF-8; like `write_bytes`."""
+    """Write text in UTF-8; like `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; folders on the way are made, links followed.
+    """Write a file atomically, creating its parent folders and following links.
 
     Raises:
         InputError: the file cannot be written.
@@ -70,10 +206,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 class BackgroundWriter:
-    """Runs writes in one thread, in order, each after the one before has ended.
+    """Runs writes in one thread, in order.
 
-    At most one write is pending, so that memory is bounded. What a write raises is
-    raised by the next `submit` or by `close`.
+    At most one write is pending, which bounds memory. Errors of a write are raised by
+    the next `submit` or by `close`.
     """
 
     def __init__(self):
@@ -81,19 +217,19 @@ class BackgroundWriter:
         self._pending: concurrent.futures.Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Waits for the write before, then starts this one and returns."""
+        """Wait for the previous write, then start this one and return."""
         self.wait()
-        before, self._pending = self._pending, self._executor.submit(write)
-        if before:
-            before.result()
+        previous, self._pending = self._pending, self._executor.submit(write)
+        if previous:
+            previous.result()
 
     def wait(self) -> None:
-        """Returns when all that was submitted is written or has failed."""
+        """Wait until everything submitted is written or has failed."""
         if self._pending:
             concurrent.futures.wait([self._pending])
 
     def close(self) -> None:
-        """Waits, and ends the thread."""
+        """Wait, and end the thread."""
         self._executor.shutdown()
         if self._pending:
             self._pending.result()

@@ -1,8 +1,8 @@
-"""What this machine has to compute on, found out before JAX is imported.
+"""Detection of this machine's devices, before JAX is imported.
 
-JAX loads what is installed for every kind of device, and where there is no such device
-that complains, or waits for it. So what is for a device that is not there is left out.
-In doubt a device is there: then JAX decides, and so it does where JAX_PLATFORMS is set.
+JAX loads every installed device plugin; without such a device, a plugin complains or
+waits for it. So plugins of absent devices are hidden. When in doubt a device counts as
+present and JAX decides, as it does where JAX_PLATFORMS is set.
 """
 
 import os
@@ -15,16 +15,17 @@ from pathlib import Path
 CUDA_PACKAGES = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 GOOGLE = "0x1ae0"
-NOT_TPUS = ("0x001f", "0x0042")  # its disks and network cards, on machines of all kinds
+NOT_TPUS = ("0x001f", "0x0042")  # Google's disks and network cards
+TPU_VARIABLES = ("JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH", "TPU_NAME", "TPU_WORKER_ID")
 
 
-def leave_out_absent(root: Path = Path("/")) -> None:
-    """Has JAX not look for devices that are not under `root`.
+def hide_absent_devices(root: Path = Path("/")) -> None:
+    """Keep JAX from looking for devices that do not exist under `root`.
 
     Without effect once JAX is imported.
     """
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    if "jax" in sys.modules or {"cuda", "gpu"} & set(asked.split(",")):
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if "jax" in sys.modules or {"cuda", "gpu"} & set(platforms.split(",")):
         return
     gpu = has_gpu(root)
     if not gpu:
@@ -33,20 +34,19 @@ def leave_out_absent(root: Path = Path("/")) -> None:
         for name in CUDA_PLUGINS:
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__dict__["initialize"] = lambda: None
-    if not asked and not gpu and not has_tpu(root) and not other_plugins():
+    if not platforms and not gpu and not has_tpu(root) and not other_plugins():
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def has_gpu(root: Path) -> bool:
-    """Whether there is a GPU of NVIDIA's: the files that JAX itself looks for."""
+    """Return whether there is an NVIDIA GPU, by the files that JAX checks."""
     return any((root / "dev" / x).exists() for x in ("nvidia0", "nvidiactl", "dxg"))
 
 
 def has_tpu(root: Path) -> bool:
-    """Whether there may be a TPU: a file to open it by, a PCI device of Google's that
-    is not known as another, or somebody who says so."""
-    said = ("JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH", "TPU_NAME", "TPU_WORKER_ID")
-    if any(name in os.environ for name in said):
+    """Return whether there may be a TPU: an environment variable, a device file, or a
+    PCI device of Google that is not known to be another."""
+    if any(name in os.environ for name in TPU_VARIABLES):
         return True
     if any([*root.glob("dev/accel*"), *root.glob("dev/vfio/*")]):
         return True
@@ -58,10 +58,10 @@ def has_tpu(root: Path) -> bool:
 
 
 def other_plugins() -> set[str]:
-    """JAX plugins for devices that this file does not know."""
-    found = {point.value for point in metadata.entry_points(group="jax_plugins")}
-    space = util.find_spec("jax_plugins")
-    if space and space.submodule_search_locations:
-        paths = list(space.submodule_search_locations)
-        found |= {m.name for m in pkgutil.iter_modules(paths, "jax_plugins.")}
-    return found - set(CUDA_PLUGINS)
+    """Return the installed JAX plugins besides those for NVIDIA GPUs."""
+    plugins = {point.value for point in metadata.entry_points(group="jax_plugins")}
+    spec = util.find_spec("jax_plugins")
+    if spec and spec.submodule_search_locations:
+        paths = list(spec.submodule_search_locations)
+        plugins |= {m.name for m in pkgutil.iter_modules(paths, "jax_plugins.")}
+    return plugins - set(CUDA_PLUGINS)

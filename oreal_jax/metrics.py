@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a step, TensorBoard files if asked for."""
+"""Metrics of a run: one JSON object per step, and optional TensorBoard files."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from oreal_jax.files import write_text
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`; steps that are run again replace their old lines."""
+    """Appends to `metrics.jsonl`; repeated steps replace their old lines."""
 
     def __init__(self, run: Path, start: int, *, tensorboard: bool = False):
-        """Opens the record of `run` at step `start`, dropping lines from there on."""
+        """Opens the file of `run` and removes its lines from step `start` on."""
         self._path = run / "metrics.jsonl"
         if self._path.exists():
-            kept = [row for row in read(self._path) if row["step"] < start]
-            write_text(self._path, "".join(_line(row) for row in kept))
+            rows = [row for row in read(self._path) if row["step"] < start]
+            write_text(self._path, "".join(map(_line, rows)))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
@@ -27,7 +27,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records a step; on disk when this returns."""
+        """Write the metrics of a step to disk."""
         self._file.write(_line({"step": step} | dict(metrics)))
         self._file.flush()
         if self._board:
@@ -35,15 +35,15 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._file.close()
         if self._board:
             self._board.close()
 
 
 class Compilations:
-    """Counts compiled programs and the seconds spent on tracing, lowering, and
-    compiling or loading them."""
+    """Counts compiled programs, and seconds of tracing, lowering, compiling and
+    loading."""
 
     TRACED = "/jax/core/compile/jaxpr_trace_duration"
     LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -70,7 +70,7 @@ class Compilations:
         self._count -= event == self.LOADED
 
     def take(self) -> dict[str, float]:
-        """Metrics since the last call."""
+        """Return the metrics since the last call."""
         metrics = {
             "perf/compilations": float(self._count),
             "perf/compile_seconds": self._seconds,
@@ -83,7 +83,7 @@ compilations = Compilations()  # JAX's listeners are global, so is the count
 
 
 def read(path: Path) -> list[dict]:
-    """The steps recorded so far; a last line cut short by a kill is left out."""
+    """Return the metrics of all steps, without a last line that a kill has cut."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -94,6 +94,6 @@ def read(path: Path) -> list[dict]:
 
 
 def _line(row: Mapping[str, int | float]) -> str:
-    # JSON has no NaN: what is not a number is null.
+    # JSON has no NaN and no infinity; both become null.
     finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
     return json.dumps({name: finite(value) for name, value in row.items()}) + "\n"

@@ -43,7 +43,7 @@ _jax_file_cache = compilation_cache.get_file_cache
 
 
 def enable() -> None:
-    """Enables the cache; settings that the user made take precedence.
+    """Enable the cache; the user's settings take precedence.
 
     Call it once the devices of all processes are known.
     """
@@ -62,7 +62,7 @@ def enable() -> None:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Neither reads nor writes the cache inside the block."""
+    """Neither read nor write the cache inside the block."""
     before = jax.config.values["jax_enable_compilation_cache"]
     _set_enabled(False)
     try:
@@ -72,7 +72,7 @@ def disabled() -> Iterator[None]:
 
 
 def default_directory() -> str | None:
-    """The directory unless the user chose one; None: nothing is cached.
+    """Return the default directory; None: nothing is cached.
 
     Only process 0 writes (JAX's rule). A process without access to that directory
     compiles what process 0 loads, and on GPUs it would wait forever: there processes
@@ -101,7 +101,7 @@ class Entries(CacheInterface):
         self._bytes: int | None = None  # counted at the first write
 
     def get(self, key: str) -> bytes | None:  # pyright: ignore  # JAX's says None
-        """The entry, or None if missing."""
+        """Return the entry, None if it is missing."""
         path = self._path / (key + SUFFIX)
         try:
             entry = path.read_bytes()
@@ -112,7 +112,7 @@ class Entries(CacheInterface):
         return entry
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes an entry atomically; skips one larger than the limit."""
+        """Write an entry atomically; skip one larger than the limit."""
         if len(value) > self._max_bytes:
             return
         unfinished = None
@@ -153,7 +153,7 @@ class Entries(CacheInterface):
 
 
 def _file_cache(path: str) -> tuple[CacheInterface, str] | None:
-    """The cache of a directory; JAX's own for remote storage."""
+    """Return the cache of a directory; JAX's own for remote storage."""
     if "://" in path or jax.config.values["jax_compilation_cache_check_contents"]:
         return _jax_file_cache(path)
     max_bytes = jax.config.values["jax_compilation_cache_max_size"]

@@ -179,12 +179,12 @@ def home(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def script(start, monkeypatch):
-    """The model that says what `scripted.says` does, in place of every engine."""
-    from scripted import Script, says
+    """The model that answers as `scripted.answer`, in place of every engine."""
+    from scripted import Script, answer
 
     from oreal_jax.sampling import Engine
 
-    script = Script(start / "hf", says)
+    script = Script(start / "hf", answer)
     sample = lambda engine, *given, **named: script.sample(engine, *given, **named)
     monkeypatch.setattr(Engine, "sample", sample)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # judging processes

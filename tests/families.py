@@ -1,4 +1,4 @@
-"""Small random models of every family, made by transformers, and what it says."""
+"""Small random models of every family, made by transformers, and their logits."""
 
 from pathlib import Path
 
@@ -51,18 +51,18 @@ def make(name: str, seed: int = 0):
     kind, extra = FAMILIES[name]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
-    made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return model
 
 
 def write(name: str, directory: Path, **options):
     """Makes a model and saves it as a Hugging Face directory."""
-    made = make(name)
-    made.save_pretrained(directory, **options)
-    return made
+    model = make(name)
+    model.save_pretrained(directory, **options)
+    return model
 
 
 LENGTHS = (23, 9, 14)

@@ -1,4 +1,4 @@
-"""A judge's host that misbehaves on demand."""
+"""A host of the LLM judge that misbehaves on demand."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ def reply(text: str, reason: str = "stop") -> bytes:
 
 
 class Stub:
-    """`behave(handler, question)` answers a request; `healthy` answers checks."""
+    """`behave(handler, question)` replies to requests, `healthy` to health checks."""
 
     def __init__(self, behave: Callable):
         self.behave, self.healthy = behave, True
-        self.requests = self.busy = self.busiest = 0
+        self.requests = self.busy = self.max_busy = 0
         self.bodies: list[dict] = []
         self.lock = threading.Lock()
         self.url = ""
@@ -34,7 +34,7 @@ def serving(behave: Callable) -> Iterator[Stub]:
         def log_message(self, format, *args):
             pass
 
-        open = False  # whether a question is not answered yet
+        open = False  # whether a reply is due
 
         def done(self):
             with stub.lock:
@@ -49,7 +49,7 @@ def serving(behave: Callable) -> Iterator[Stub]:
             with stub.lock:
                 stub.requests += 1
                 stub.busy += 1
-                stub.busiest = max(stub.busiest, stub.busy)
+                stub.max_busy = max(stub.max_busy, stub.busy)
                 stub.bodies.append(body)
                 self.open = True
             try:
@@ -72,7 +72,7 @@ def serving(behave: Callable) -> Iterator[Stub]:
 
 
 def send(handler, content: bytes, status: int = 200, length: int | None = None):
-    handler.done()  # who has the answer may ask again at once
+    handler.done()  # before the reply, after which the next request may come
     handler.send_response(status)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", str(length or len(content)))
@@ -81,12 +81,12 @@ def send(handler, content: bytes, status: int = 200, length: int | None = None):
 
 
 def honest(handler, question):
-    """Right where the student's text holds the words `is correct`."""
+    """RIGHT if the student's text contains the words `is correct`."""
     word = "RIGHT" if "is correct" in question else "WRONG"
     send(handler, reply(f"Compared.\nVERDICT: {word}"))
 
 
-def says(text: str, reason: str = "stop"):
+def replies(text: str, reason: str = "stop"):
     return lambda handler, question: send(handler, reply(text, reason))
 
 
@@ -133,11 +133,11 @@ MISBEHAVIOURS = {
     "huge": (raw(b" " * 2**21), "garbage"),
     "half a reply": (half, "connection"),
     "disconnects": (disconnects, "connection"),
-    "cut short": (says("VERDICT: RIGHT", "length"), "cut_short"),
-    "empty": (says(""), "no_verdict"),
-    "no verdict": (says("The answer is RIGHT."), "no_verdict"),
-    "two verdicts": (says("VERDICT: RIGHT\nVERDICT: WRONG"), "no_verdict"),
-    "an echo": (says("VERDICT: RIGHT\nsaid the student."), "no_verdict"),
-    "more words": (says("VERDICT: RIGHT, I think"), "no_verdict"),
-    "lower case": (says("verdict: right"), "no_verdict"),
+    "cut short": (replies("VERDICT: RIGHT", "length"), "cut_short"),
+    "empty": (replies(""), "no_verdict"),
+    "no verdict": (replies("The answer is RIGHT."), "no_verdict"),
+    "two verdicts": (replies("VERDICT: RIGHT\nVERDICT: WRONG"), "no_verdict"),
+    "an echo": (replies("VERDICT: RIGHT\nsaid the student."), "no_verdict"),
+    "more words": (replies("VERDICT: RIGHT, I think"), "no_verdict"),
+    "lower case": (replies("verdict: right"), "no_verdict"),
 }

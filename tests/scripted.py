@@ -1,4 +1,4 @@
-"""A model that says what a test wants, instead of drawing completions."""
+"""A model whose completions are given by a test."""
 
 import json
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from oreal_jax.sampling import Completion
 
 
 class Script:
-    """Stands for `Engine.sample`: notes what it is asked, may be interrupted.
+    """Replaces `Engine.sample`: records requests, can be interrupted.
 
-    `says(a, sample)` is the answer to the tiny model's problem "max A B?".
+    `answer(a, sample)` is the completion of the tiny model's problem "max A B?".
     """
 
-    def __init__(self, model: Path, says: Callable[[int, int], str]):
-        self.tokenizer, self.says = load_tokenizer(model), says
-        self.asked, self.seeds = [], []
+    def __init__(self, model: Path, answer: Callable[[int, int], str]):
+        self.tokenizer, self.answer = load_tokenizer(model), answer
+        self.requests, self.seeds = [], []
         self.slots, self.prompts = set(), []
         self.patience = 10**9  # completions before an interruption
 
@@ -35,32 +35,33 @@ class Script:
         on_finished=lambda *_: None,
     ) -> list[list[Completion]]:
         """As `Engine.sample`."""
-        drawn = []
-        for place, request in enumerate(requests):
+        groups = []
+        for index, request in enumerate(requests):
             question = self.tokenizer.decode(request.prompt)
             self.slots.add(engine.slots)
             self.prompts.append(question)
             a = int(question.split("max ")[1].split()[0])
-            drawn.append([])
+            groups.append([])
             for sample in range(samples):
                 if self.patience == 0:
                     raise KeyboardInterrupt
                 self.patience -= 1
                 number = request.first_sample + sample
-                self.asked.append((a, number, request.sampling))
+                self.requests.append((a, number, request.sampling))
                 self.seeds.append(request.seed)
-                text = self.says(a, number)
-                drawn[-1].append(self.completion(request.sampling.max_tokens, text))
-                on_finished(place, sample, drawn[-1][-1])
+                text = self.answer(a, number)
+                completion = self.completion(request.sampling.max_tokens, text)
+                groups[-1].append(completion)
+                on_finished(index, sample, completion)
                 on_progress(1, 1)
-        return drawn
+        return groups
 
     def completion(self, limit: int, text: str) -> Completion:
-        """The text, with a stop token if there is room for it."""
+        """The text, with a stop token if it is within the limit."""
         tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
         reason = "stop" if len(tokens) <= limit else "length"
-        kept = tokens[:limit]
-        return Completion(kept, np.zeros(len(kept)), None, reason)
+        tokens = tokens[:limit]
+        return Completion(tokens, np.zeros(len(tokens)), None, reason)
 
 
 def write_lines(path: Path, rows: list[dict]) -> Path:
@@ -72,10 +73,10 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def says(a: int, sample: int) -> str:
-    """What the scripted model says to "max A 7?"."""
+def answer(a: int, sample: int) -> str:
+    """The scripted model's answer to "max A 7?"."""
     return "It is 7" if (a + sample) % 4 == 0 else f"It is {a}"
 
 
 def correct(a: int, samples: int) -> list[bool]:
-    return ["7" in says(a, k) for k in range(samples)]
+    return ["7" in answer(a, k) for k in range(samples)]

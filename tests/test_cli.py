@@ -1,4 +1,4 @@
-"""The verbs as a person meets them: what they print, and what they refuse."""
+"""The command line: output, exit codes, and messages for invalid input."""
 
 import json
 import signal
@@ -27,8 +27,8 @@ def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_pa
     assert len(rows) == 2 and rows[0]["question"] == "max 3 4?"
     data = str(tiny / "start" / "prompts.jsonl")
     report = tmp_path / "report.json"
-    done = main(["eval", *question, "--data", data, "--k", "2", "--json", str(report)])
-    assert done == 0
+    code = main(["eval", *question, "--data", data, "--k", "2", "--json", str(report)])
+    assert code == 0
     assert "avg@2" in capsys.readouterr().out
     measured = json.loads(report.read_text())
     assert len(measured["items"]) == 200
@@ -40,30 +40,31 @@ def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_pa
     assert main(["sample", "--model", exported, *question[2:], "--prompt", "max"]) == 0
 
 
-def test_what_is_finished_is_said_when_sampling_is_interrupted(
+def test_finished_completions_are_printed_when_sampling_is_interrupted(
     tiny, capsys, monkeypatch
 ):
-    draw = Engine.sample
+    generate = Engine.sample
 
-    def broken_off(*arguments, on_finished, **options):
-        draw(*arguments, on_finished=on_finished, **options)
+    def interrupted(*arguments, on_finished, **options):
+        generate(*arguments, on_finished=on_finished, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "sample", broken_off)
-    asked = ["--model", str(tiny / "sft"), "--prompt", "max 3 4?", "--max-tokens", "6"]
-    assert main(["sample", *asked, "--n", "2", "--json", "--rows", "8"]) == 130
-    said = capsys.readouterr()
-    assert len([json.loads(line) for line in said.out.splitlines()]) == 2
-    assert said.err.endswith("oreal: interrupted\n")
+    monkeypatch.setattr(Engine, "sample", interrupted)
+    options = ["--model", str(tiny / "sft"), "--prompt", "max 3 4?"]
+    options += ["--max-tokens", "6", "--n", "2", "--json", "--rows", "8"]
+    assert main(["sample", *options]) == 130
+    output = capsys.readouterr()
+    assert len([json.loads(line) for line in output.out.splitlines()]) == 2
+    assert output.err.endswith("oreal: interrupted\n")
 
 
-def test_ctrl_c_is_heeded_also_where_python_drops_it(capsys, monkeypatch):
-    class Leaving:  # exceptions of a destructor reach nobody
+def test_ctrl_c_in_a_destructor_interrupts_the_verb(capsys, monkeypatch):
+    class Dropped:  # Python ignores exceptions of destructors
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
     def work(_):
-        Leaving()
+        Dropped()
         time.sleep(20)
 
     monkeypatch.setattr(verify, "verify", work)
@@ -72,15 +73,15 @@ def test_ctrl_c_is_heeded_also_where_python_drops_it(capsys, monkeypatch):
 
 
 def test_options_of_sampling_reach_the_sampler(tiny, capsys):
-    asked = ["--model", str(tiny / "sft"), "--prompt", "max 3 4?", "--max-tokens", "6"]
-    asked += ["--greedy", "--rows", "8", "--json"]
+    shared = ["--model", str(tiny / "sft"), "--prompt", "max 3 4?"]
+    shared += ["--max-tokens", "6", "--greedy", "--rows", "8", "--json"]
 
-    def said(*options: str) -> dict:
-        assert main(["sample", *asked, *options]) == 0
+    def sample(*options: str) -> dict:
+        assert main(["sample", *shared, *options]) == 0
         return json.loads(capsys.readouterr().out)
 
-    letter = 65  # of the tiny tokenizer's bytes
-    always = said("--logit-bias", f"{letter}=1e4")
+    letter = 65  # a byte of the tiny tokenizer
+    always = sample("--logit-bias", f"{letter}=1e4")
     text = always["completion"]
     assert text == text[0] * 6 and always["finish_reason"] == "length"
     bias = ("--logit-bias", f"{letter}=30")
@@ -89,22 +90,22 @@ def test_options_of_sampling_reach_the_sampler(tiny, capsys):
         ("--presence-penalty", "1000"),
         ("--frequency-penalty", "1000"),
     ):
-        assert said(*bias, *penalty)["completion"].count(text[0]) == 1
-    stopped = said("--logit-bias", f"{letter}=1e4", "--stop", text[0] * 2)
+        assert sample(*bias, *penalty)["completion"].count(text[0]) == 1
+    stopped = sample("--logit-bias", f"{letter}=1e4", "--stop", text[0] * 2)
     assert stopped == always | {
         "completion": "",
         "tokens": 2,
         "finish_reason": "stop",
         "log_prob": stopped["log_prob"],
     }
-    special = said("--stop", "<|im_end|>")
-    assert special == said()
+    special = sample("--stop", "<|im_end|>")
+    assert special == sample()
     with pytest.raises(SystemExit):
-        main(["sample", *asked, "--logit-bias", "x=1"])
+        main(["sample", *shared, "--logit-bias", "x=1"])
     assert "'x=1': expected e.g. 1234=-5" in capsys.readouterr().err
 
 
-def wrong_rows(tmp_path: Path, *lines: str) -> str:
+def invalid_prompts(tmp_path: Path, *lines: str) -> str:
     path = tmp_path / "invalid.jsonl"
     path.write_text("\n".join(lines))
     return f"prompts={path}"
@@ -114,7 +115,7 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (lambda d: ["polcy.learning_rate=1"], "has no field 'polcy'; it has"),
         (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
@@ -142,12 +143,12 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["sampling.top_p=2.0"], "top_p=2.0 must be above 0"),
         (lambda d: ["packing.row_length=10"], "sampling.max_tokens=8 must not exceed"),
         (lambda d: ["token_reward=None"], "freeze_steps=1 without token_reward"),
-        (lambda d: [wrong_rows(d)], "invalid.jsonl: the file has no rows"),
+        (lambda d: [invalid_prompts(d)], "invalid.jsonl: the file has no rows"),
         (
-            lambda d: [wrong_rows(d, GOOD, '{"question": "b"}')],
+            lambda d: [invalid_prompts(d, GOOD, '{"question": "b"}')],
             "invalid.jsonl:2: field 'gold_",
         ),
-        (lambda d: [wrong_rows(d, "no json")], "invalid.jsonl:1: not JSON"),
+        (lambda d: [invalid_prompts(d, "no json")], "invalid.jsonl:1: not JSON"),
         (lambda d: [f"prompts={d / 'gone.jsonl'}"], "gone.jsonl: no such file"),
         (lambda d: [f"model={d / 'gone'}"], "gone: no such model directory"),
         (lambda d: ["mesh.fsdp=3"], "3 devices, there are 8"),
@@ -167,21 +168,21 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["max_prompt_tokens=3"], "longer than max_prompt_tokens=3"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_leaves_nothing(
-    tiny, tmp_path, capsys, settings, said
+def test_invalid_input_is_reported_in_one_line_and_leaves_nothing(
+    tiny, tmp_path, capsys, settings, message
 ):
     run = tmp_path / "run"
-    given = [f"model={tiny / 'sft'}", f"prompts={tiny / 'start' / 'prompts.jsonl'}"]
-    given += settings(tmp_path)
-    flags = [word for setting in given for word in ("--set", setting)]
+    data = tiny / "start" / "prompts.jsonl"
+    changes = [f"model={tiny / 'sft'}", f"prompts={data}", *settings(tmp_path)]
+    flags = [word for change in changes for word in ("--set", change)]
     config = str(ROOT / "configs/tiny.py")
     assert main(["train", config, *flags, "--run", str(run)]) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
     assert not run.exists()
 
 
-def test_a_missing_tensor_stops_a_run_before_it_begins(tiny, tmp_path, capsys):
+def test_a_missing_tensor_is_rejected_before_a_run_starts(tiny, tmp_path, capsys):
     from safetensors.numpy import load_file, save_file
 
     start = tmp_path / "hf"
@@ -199,7 +200,7 @@ def test_a_missing_tensor_stops_a_run_before_it_begins(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("verb", "data"), [("train", "prompts"), ("sft", "examples")])
-def test_a_tokenizer_of_a_larger_model_stops_a_run_before_it_begins(
+def test_a_tokenizer_of_a_larger_model_is_rejected_before_a_run_starts(
     tmp_path, capsys, verb, data
 ):
     make_tiny.write(tmp_path)
@@ -213,20 +214,20 @@ def test_a_tokenizer_of_a_larger_model_stops_a_run_before_it_begins(
     flags = ["--set", f"model={tmp_path / 'hf'}", "--set", f"{data}={file}"]
     run = tmp_path / "run"
     assert main([verb, str(config), *flags, "--run", str(run)]) == 2
-    complained = capsys.readouterr().err
-    assert f"{file}: no token 267, the model has 264" in complained
+    errors = capsys.readouterr().err
+    assert f"{file}: no token 267, the model has 264" in errors
     assert not run.exists()
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(tiny, tmp_path, capsys):
+def test_an_unwritable_run_directory_is_named(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     flags = ["--set", f"model={tiny / 'sft'}"]
     flags += ["--set", f"prompts={tiny / 'start' / 'prompts.jsonl'}"]
     run = tmp_path / "file" / "run"
     config = str(ROOT / "configs/tiny.py")
     assert main(["train", config, *flags, "--run", str(run)]) == 2
-    complained = capsys.readouterr().err
-    assert str(run) in complained and complained.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert str(run) in errors and errors.count("\n") == 1
 
 
 VERIFY = ["verify", "--gold", "1", "--answer", "1"]
@@ -235,7 +236,7 @@ EVAL = ["eval", "--model", "gone", "--data", "gone.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["train", "gone.py"], "gone.py: no such config file"),
         (
@@ -275,16 +276,16 @@ EVAL = ["eval", "--model", "gone", "--data", "gone.jsonl"]
         ),
     ],
 )
-def test_every_verb_refuses_what_is_not_there(
-    arguments, said, capsys, tmp_path, monkeypatch
+def test_every_verb_rejects_invalid_options_and_missing_files(
+    arguments, message, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
+def test_verify_prints_one_verdict_per_line(tmp_path, capsys):
     file = tmp_path / "answers.jsonl"
     rows = [("7", "it is \\boxed{7}"), ("7", "it is \\boxed{8}"), ("7", "no idea")]
     text = [json.dumps({"gold": g, "prediction": p}) + "\n" for g, p in rows]
@@ -295,7 +296,7 @@ def test_verify_prints_a_verdict_a_line(tmp_path, capsys):
     assert set(verdicts[0]) == {"verdict", "reason", "by"}
 
 
-def test_verify_says_what_is_judged_when_it_is_interrupted(
+def test_finished_verdicts_are_printed_when_verify_is_interrupted(
     tmp_path, capsys, monkeypatch
 ):
     file = tmp_path / "answers.jsonl"
@@ -309,13 +310,13 @@ def test_verify_says_what_is_judged_when_it_is_interrupted(
             raise KeyboardInterrupt
         return judge(*arguments)
 
-    monkeypatch.setattr(verify, "TOGETHER", 2)
+    monkeypatch.setattr(verify, "BATCH", 2)
     monkeypatch.setattr(Pool, "verdicts", interrupted)
     assert main(["verify", "--file", str(file), "--workers", "1"]) == 130
     assert capsys.readouterr().out.count("incorrect: no answer found") == 4
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+def test_a_closed_pipe_is_not_an_error(tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"gold": "7", "prediction": "8"}\n' * 3)
     program = "from oreal_jax.cli import command; command()"
@@ -326,7 +327,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert shell.stderr == ""
 
 
-def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):
+def test_answers_not_correct_by_rule_are_judged_by_the_model(capsys):
     answer = ["verify", "--gold", "7", "--answer", "it is correct: \\boxed{VII}"]
     with serving(honest) as stub:
         judge = ["--judge", stub.url, "--judge-model", "m"]
@@ -335,4 +336,4 @@ def test_verify_asks_a_judge_where_the_rule_does_not_say_right(capsys):
         assert "Problem:\n3 + 4?\n" in stub.bodies[0]["messages"][-1]["content"]
         assert main([*answer, "--question", "3 + 4?"]) == 2
         assert main([*answer, "--judge", stub.url]) == 2
-    assert "which model is to be asked?" in capsys.readouterr().err
+    assert "no model is named" in capsys.readouterr().err

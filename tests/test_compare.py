@@ -12,18 +12,18 @@ from oreal_jax.errors import InputError
 from oreal_jax.evaluation import compare
 
 
-def items(path: Path, correct_of: dict[str, list[bool]], **change) -> Path:
+def items(path: Path, correct: dict[str, list[bool]], **change) -> Path:
     rows = [
         {
             "set": "six",
             "greedy": False,
             "id": id,
             "question": f"question {id}",
-            "verdict": "correct" if each else "incorrect",
+            "verdict": "correct" if is_correct else "incorrect",
         }
         | change
-        for id, of in correct_of.items()
-        for each in of
+        for id, samples in correct.items()
+        for is_correct in samples
     ]
     return write_lines(path, rows)
 
@@ -36,23 +36,28 @@ def test_two_evaluations_are_compared_problem_by_problem(home, script, oreal, ca
         row["verdict"] = "correct"
     write_lines(home / "b.jsonl", rows[:5])
     assert main(["compare", "a.jsonl", "b.jsonl", "--json", "c.json"]) == 0
-    (found,) = json.loads(Path("c.json").read_text())
-    assert (found["set"], found["measure"], found["problems"]) == ("six", "pass@1", 5)
-    assert (found["better"], found["worse"], found["left_out"]) == (3, 0, 1)
-    assert found["p_value"] == pytest.approx(2 * 0.5**3)
-    assert found["difference"]["value"] == pytest.approx(3 / 5)
-    said = capsys.readouterr().out
-    assert "+60.0" in said and "0.25" in said and "1 problems" in said
+    (result,) = json.loads(Path("c.json").read_text())
+    assert (result["set"], result["measure"], result["problems"]) == (
+        "six",
+        "pass@1",
+        5,
+    )
+    assert (result["better"], result["worse"], result["left_out"]) == (3, 0, 1)
+    assert result["p_value"] == pytest.approx(2 * 0.5**3)
+    assert result["difference"]["value"] == pytest.approx(3 / 5)
+    printed = capsys.readouterr().out
+    assert "+60.0" in printed and "0.25" in printed and "1 problems" in printed
 
 
-def test_the_order_of_files_and_the_seed_matter(home, capsys):
+def test_the_order_of_files_sets_the_sign_and_the_seed_the_interval(home, capsys):
     random = np.random.default_rng(0)
     for name, rate in [("a.jsonl", 0.3), ("b.jsonl", 0.6)]:
         correct = {str(i): (random.random(7) < rate).tolist() for i in range(50)}
         items(home / name, correct)
-    one = compare(home / "a.jsonl", home / "b.jsonl")
-    back = compare(home / "b.jsonl", home / "a.jsonl")
-    assert one[0].paired.difference.value == -back[0].paired.difference.value > 0
+    forward = compare(home / "a.jsonl", home / "b.jsonl")
+    backward = compare(home / "b.jsonl", home / "a.jsonl")
+    gains = [c[0].paired.difference.value for c in (forward, backward)]
+    assert gains[0] == -gains[1] > 0
     intervals = []
     for seed in ("1", "2"):
         words = ["compare", "a.jsonl", "b.jsonl", "--seed", seed, "--json", "c.json"]
@@ -61,14 +66,14 @@ def test_the_order_of_files_and_the_seed_matter(home, capsys):
     assert intervals[0] != intervals[1]
 
 
-def test_a_report_is_compared_as_well_as_its_items(home, script, oreal):
+def test_a_report_is_compared_like_its_items(home, script, oreal):
     words = ["--items", "i.jsonl", "--json", "r.json"]
     assert oreal("eval", "--data", "six.jsonl", *words) == 0
     assert compare(Path("i.jsonl"), Path("r.json"))[0].paired.problems == 6
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"greedy": True}, "nothing in common: six (sampled) against six (greedy)"),
         ({"set": "other"}, "nothing in common: six (sampled) against other (sampled)"),
@@ -78,12 +83,12 @@ def test_a_report_is_compared_as_well_as_its_items(home, script, oreal):
         ({"verdict": None}, "b.jsonl:1: field 'verdict' is None, expected an item"),
     ],
 )
-def test_what_cannot_be_compared_is_named(home, capsys, change, said):
+def test_incomparable_files_are_refused(home, capsys, change, message):
     items(home / "a.jsonl", {"x": [True, False]})
     items(home / "b.jsonl", {"x": [True, False]}, **change)
     assert main(["compare", "a.jsonl", "b.jsonl", "--json", "c.json"]) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
     assert not Path("c.json").exists()
 
 
@@ -94,14 +99,14 @@ def test_problems_with_unequal_numbers_of_samples_are_refused(home):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["compare", "six.jsonl", "gone.jsonl"], "six.jsonl:1: field 'set' is None"),
         (["compare", "gone.jsonl", "six.jsonl"], "gone.jsonl: no such file"),
     ],
 )
-def test_bad_input_to_files_is_one_line_and_leaves_nothing(home, words, said, capsys):
+def test_invalid_input_is_one_line_and_writes_nothing(home, words, message, capsys):
     assert main(words) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
     assert [path.name for path in home.iterdir()] == ["six.jsonl"]

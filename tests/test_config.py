@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from oreal_jax import config as configuration
-from oreal_jax import distributed, losses, rollout
+from oreal_jax import config_loading, distributed, losses, rollout
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
-from oreal_jax.data.difficulty import PUBLISHED_BANDS
+from oreal_jax.data.order import PUBLISHED_BANDS
 from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal, ThresholdWeights
 from oreal_jax.train import loop
@@ -24,13 +24,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def loaded(name: str, *settings: str) -> TrainConfig:
-    return configuration.load(CONFIGS / f"{name}.py", TrainConfig, settings)
+    return config_loading.load(CONFIGS / f"{name}.py", TrainConfig, settings)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_is_recorded_as_json(path):
     kind = SftConfig if "sft" in path.stem else TrainConfig
-    config = configuration.load(path, kind)
+    config = config_loading.load(path, kind)
     recorded = json.loads(json.dumps(configuration.as_json(config)))
     assert recorded["seed"] == config.seed
     home = "my_loss" if path.stem == "my_loss" else "oreal_jax.losses"
@@ -72,7 +72,7 @@ def test_the_7b_recipe_is_the_published_one():
     assert config.difficulty == PUBLISHED_BANDS
 
 
-def test_without_token_rewards_filtering_and_freezing_are_off_too():
+def test_without_token_rewards_nothing_is_filtered_or_frozen():
     config = loaded("oreal_7b_without_token_rewards")
     assert config.token_reward is None
     assert config.keep is rollout.everything
@@ -110,7 +110,7 @@ def test_a_setting_reaches_its_field(setting, read):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("steps=7.5", "steps must be int"),
         ("steps=True", "steps must be int"),
@@ -132,13 +132,13 @@ def test_a_setting_reaches_its_field(setting, read):
         ("policy.beta2=1", "beta2=1.0 must be at least 0 and below 1"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_reported(setting, message):
+    with pytest.raises(InputError, match=message):
         loaded("oreal_7b", setting)
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("verification.judge_tries=0", "judge_tries=0 must be at least 1"),
         ("verification.judge_timeout=0", "judge_timeout=0.0 must be above 0"),
@@ -146,29 +146,29 @@ def test_a_wrong_setting_is_named(setting, said):
         ("verification.undecided=correct", "undecided must be"),
     ],
 )
-def test_a_judge_that_cannot_be_asked_is_refused(setting, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_judge_settings_are_rejected(setting, message):
+    with pytest.raises(InputError, match=message):
         loaded("oreal_7b", setting)
 
 
 def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
-    given = {}
+    arguments = {}
 
     def judge(*hosts_and_model, **settings):
-        given.update(settings, a=hosts_and_model)
+        arguments.update(settings, a=hosts_and_model)
         return contextlib.nullcontext()
 
     monkeypatch.setattr(loop, "Judge", judge)
-    asked = ("judge_hosts=('http://a/v1',)", "judge_concurrency=3", "judge_tries=5")
-    asked += ("judge_timeout=2.5", "judge_lost=rule")
-    named = [f"verification.{a}" for a in ("judge_model=m", *asked)]
+    fields = ("judge_hosts=('http://a/v1',)", "judge_concurrency=3", "judge_tries=5")
+    fields += ("judge_timeout=2.5", "judge_lost=rule")
+    settings = [f"verification.{a}" for a in ("judge_model=m", *fields)]
     assert loop.judge_of(loaded("oreal_7b"), Screen()).__enter__() is None
-    loop.judge_of(loaded("oreal_7b", *named), Screen())
+    loop.judge_of(loaded("oreal_7b", *settings), Screen())
     monkeypatch.setattr(distributed, "is_first", lambda: False)
-    loop.judge_of(loaded("oreal_7b", *named), Screen.silent())
-    given.pop("say")("lost")  # a process without a screen is heard, too
+    loop.judge_of(loaded("oreal_7b", *settings), Screen.silent())
+    arguments.pop("say")("lost")  # also from processes without a screen
     assert re.search("process 0 of 1 on .*: lost", capsys.readouterr().err)
-    assert given == {
+    assert arguments == {
         "a": (("http://a/v1",), "m"),
         "concurrency": 3,
         "tries": 5,
@@ -177,7 +177,7 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
     }
 
 
-def test_advantages_of_decided_completions_know_no_others():
+def test_undecided_completions_do_not_affect_advantages():
     correct, incorrect, unsure = (
         Verdict(o, "") for o in ("correct", "incorrect", "undecided")
     )
@@ -185,10 +185,11 @@ def test_advantages_of_decided_completions_know_no_others():
         [correct, unsure, incorrect, incorrect],
         [unsure, unsure, unsure, correct],
     ]
-    found = rollout.advantages_of_decided(groups, losses.rloo)
+    advantages = rollout.advantages_of_decided(groups, losses.rloo)
     alone = losses.rloo(np.array([[1.0, -1.0, -1.0]]))[0]
-    np.testing.assert_array_equal(found[0], [alone[0], 0, alone[1], alone[2]])
-    np.testing.assert_array_equal(found[1], np.zeros(4))  # one alone tells nothing
+    np.testing.assert_array_equal(advantages[0], [alone[0], 0, alone[1], alone[2]])
+    # One decided completion alone has no baseline.
+    np.testing.assert_array_equal(advantages[1], np.zeros(4))
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -198,13 +199,13 @@ def test_settings_are_checked_together(order):
     short += ["sampling.max_tokens=256", "sampling.top_k=3", "sampling.max_tokens=512"]
     config = loaded("oreal_7b", *token_reward[::order])
     assert config.token_reward is None and not config.freeze_steps
-    found = loaded("oreal_7b", *short[::order])
-    assert found.sampling.max_tokens == (512 if order == 1 else 256)  # the last
-    assert found.sampling.top_k == 3 and found.packing.row_length == 1024
+    config = loaded("oreal_7b", *short[::order])
+    assert config.sampling.max_tokens == (512 if order == 1 else 256)  # the last
+    assert config.sampling.top_k == 3 and config.packing.row_length == 1024
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "value", "said"),
+    ("part", "name", "value", "message"),
     [
         ("", "steps", 1.5, "steps=1.5, expected int"),
         ("", "log_probs", "full ", "log_probs='full ', expected one of full, sampled"),
@@ -219,14 +220,14 @@ def test_settings_are_checked_together(order):
         ),
     ],
 )
-def test_a_config_file_is_checked_as_settings_are(tmp_path, part, name, value, said):
+def test_types_in_a_config_file_are_checked(tmp_path, part, name, value, message):
     path = tmp_path / "invalid.py"
     path.write_text(  # the tests' own type checks would stop an ordinary call
         "import copy\nfrom oreal_7b import config\nconfig = copy.deepcopy(config)\n"
         f"object.__setattr__(config{part}, {name!r}, {value!r})\n"
     )
-    with pytest.raises(InputError, match=f"invalid.py: {said}"):
-        configuration.load(path, TrainConfig)
+    with pytest.raises(InputError, match=f"invalid.py: {message}"):
+        config_loading.load(path, TrainConfig)
 
 
 def first(group, random, count=1):
@@ -249,22 +250,22 @@ def test_functions_with_arguments_are_recorded_with_them():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("\n\nx = 1 / 0\n", "line 4: ZeroDivisionError"),
         ("x = (1\n", "line 2: SyntaxError"),
         ("import nothing_like_it\n", "line 2: ModuleNotFoundError"),
     ],
 )
-def test_an_error_in_a_config_file_is_said_with_its_line(tmp_path, text, said):
+def test_errors_in_a_config_file_are_reported_with_their_line(tmp_path, text, message):
     path = tmp_path / "invalid.py"
     path.write_text("from oreal_jax.config import TrainConfig\n" + text)
-    with pytest.raises(InputError, match=rf"invalid\.py, {said}"):
-        configuration.load(path, TrainConfig)
+    with pytest.raises(InputError, match=rf"invalid\.py, {message}"):
+        config_loading.load(path, TrainConfig)
 
 
-def test_a_config_file_without_a_config_is_refused(tmp_path):
+def test_a_config_file_without_a_config_is_rejected(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="must be a TrainConfig, found nothing"):
-        configuration.load(path, TrainConfig)
+        config_loading.load(path, TrainConfig)

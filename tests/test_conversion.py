@@ -38,11 +38,11 @@ def tensors_of(directory: Path) -> dict[str, np.ndarray]:
     }
 
 
-def assert_same_bytes(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype, name
-        assert value.tobytes() == other[name].tobytes(), name
+def assert_same_bytes(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert value.tobytes() == second[name].tobytes(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,20 +89,20 @@ def written(directory: Path, name: str = "qwen2.5-untied") -> Path:
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_weights_go_straight_into_their_sharding(shape, tmp_path):
+def test_weights_are_loaded_into_their_sharding(shape, tmp_path):
     directory = written(tmp_path)
     config = hf.read_config(directory)
     mesh = sharding.make_mesh(shape, config)
-    wanted = sharding.of_params(config, mesh)
-    sharded = hf.load(directory, jnp.float32, wanted)
-    whole = hf.load(directory)
+    shardings = sharding.of_params(config, mesh)
+    sharded = hf.load(directory, jnp.float32, shardings)
+    unsharded = hf.load(directory)
     same = lambda a, b, s: a.sharding == s and bool((np.asarray(a) == b).all())
-    assert jax.tree.all(jax.tree.map(same, sharded, whole, wanted))
+    assert jax.tree.all(jax.tree.map(same, sharded, unsharded, shardings))
 
 
-def test_at_most_one_tensor_is_read_ahead_of_what_is_placed(tmp_path, monkeypatch):
+def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch):
     directory = written(tmp_path)
-    alive, most = [], []
+    alive, peaks = [], []
     real = hf.safe_open
 
     class Counted:
@@ -118,7 +118,7 @@ def test_at_most_one_tensor_is_read_ahead_of_what_is_placed(tmp_path, monkeypatc
         def get_tensor(self, name):
             value = self.file.get_tensor(name)
             alive.append(value.nbytes)
-            most.append(sum(alive))
+            peaks.append(sum(alive))
             return value
 
         def __getattr__(self, name):
@@ -127,7 +127,7 @@ def test_at_most_one_tensor_is_read_ahead_of_what_is_placed(tmp_path, monkeypatc
     monkeypatch.setattr(hf, "safe_open", Counted)
     hf.load(directory, on_tensor=lambda name: alive.clear())
     largest = max(value.nbytes for value in tensors_of(directory).values())
-    assert max(most) == largest
+    assert max(peaks) == largest
 
 
 def spoil_missing(directory: Path) -> None:
@@ -161,7 +161,7 @@ def spoil_index(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (
             spoil_missing,
@@ -175,10 +175,10 @@ def spoil_index(directory: Path) -> None:
         (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
     ],
 )
-def test_weights_that_do_not_fit_are_listed(spoil, said, tmp_path):
+def test_mismatched_weights_are_listed(spoil, message, tmp_path):
     directory = written(tmp_path)
     spoil(directory)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         hf.load(directory)
 
 
@@ -214,7 +214,7 @@ def test_hugging_face_to_run_directory_and_back_changes_no_byte(tmp_path):
     params = opened.load(mesh(opened.config))
     hf.save(params, opened.config, end, source=opened.files)
     assert_same_bytes(tensors_of(start), tensors_of(end))
-    assert set(hf.companions(start)) == set(hf.companions(end))
+    assert set(hf.auxiliary_files(start)) == set(hf.auxiliary_files(end))
 
 
 def interleaved(value: np.ndarray, heads: int) -> np.ndarray:
@@ -290,7 +290,7 @@ def write_gguf(theirs, family: str, path: Path) -> None:
     ("name", "family"),
     [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3")],
 )
-def test_a_gguf_file_becomes_the_model_it_was_made_from(name, family, tmp_path):
+def test_a_gguf_file_converts_to_its_original_model(name, family, tmp_path):
     theirs = families.make(name)
     write_gguf(theirs, family, tmp_path / "model.gguf")
     to_hugging_face_directory(tmp_path / "model.gguf", tmp_path / "hf", jnp.float32)
@@ -302,7 +302,7 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(name, family, tmp_path):
     assert read.eos_token == "<|im_end|>" and read.chat_template
 
 
-def test_a_gguf_file_of_another_family_is_refused(tmp_path):
+def test_a_gguf_file_of_another_family_is_rejected(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma")
     writer.add_block_count(1)
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""Prompts: read, checked, kept as a TFDS data set, ordered, balanced, encoded."""
+"""Prompts: reading, TFDS data sets, order, difficulty, chat templates."""
 
 import json
 import subprocess
@@ -58,14 +58,14 @@ def test_parquet_equals_jsonl(jsonl, tmp_path):
     assert read_prompts(path) == read_prompts(jsonl)
 
 
-def test_a_row_without_an_id_is_named_after_its_place(tmp_path):
+def test_rows_without_id_are_numbered(tmp_path):
     rows = [{"question": "a", "gold_answer": 1}, {"question": "b", "gold_answer": 2}]
     prompts = read_prompts(lines(tmp_path / "prompts.jsonl", rows))
     assert [(p.id, p.gold_answer) for p in prompts] == [("0", "1"), ("1", "2")]
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ('{"question": "a"}', "invalid.jsonl:2: field 'gold_answer' is None"),
         (
@@ -86,16 +86,16 @@ def test_a_row_without_an_id_is_named_after_its_place(tmp_path):
         ("[1]", "invalid.jsonl:2: not a JSON object"),
     ],
 )
-def test_a_wrong_row_is_named_by_file_line_and_field(tmp_path, row, said):
+def test_invalid_rows_are_reported_with_file_line_and_field(tmp_path, row, message):
     path = tmp_path / "invalid.jsonl"
     path.write_text('{"question": "good", "gold_answer": "1"}\n' + row + "\n")
     with pytest.raises(InputError) as caught:
         read_prompts(path)
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("gone.jsonl", None, "no such file"),
         ("empty.jsonl", "", "the file has no rows"),
@@ -104,22 +104,22 @@ def test_a_wrong_row_is_named_by_file_line_and_field(tmp_path, row, said):
         ("prompts.parquet", "no parquet", "not a parquet file"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path, name, content, said):
+def test_unreadable_files_are_reported(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_prompts(str(path))
 
 
-def test_a_solution_is_needed_for_supervised_tuning(jsonl, tmp_path):
+def test_sft_examples_need_a_solution(jsonl, tmp_path):
     with pytest.raises(InputError, match="field 'solution' is None"):
         read_examples(jsonl)
     solved = lines(tmp_path / "s.jsonl", [{"question": "a", "solution": "b"}])
     assert read_examples(solved)[0].solution == "b"
 
 
-def test_a_data_set_gives_back_what_it_was_built_from(jsonl, tmp_path):
+def test_a_data_set_contains_the_prompts_it_was_built_from(jsonl, tmp_path):
     prompts = read_prompts(jsonl)
     build(prompts, tmp_path / "data")
     assert load_prompts(str(tmp_path / "data")) == prompts
@@ -150,13 +150,13 @@ def test_every_epoch_is_another_permutation():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_order_is_a_function_of_the_seed_and_what_was_taken():
+def test_order_depends_on_seed_and_start_only():
     items = [Prompt(str(i), "q", "a") for i in range(7)]
-    one, other = (PromptOrder(items, batch=3, seed=5) for _ in range(2))
+    first, second = (PromptOrder(items, batch=3, seed=5) for _ in range(2))
     for start in (27, 6, 16):  # in any order, from a fresh start
-        assert one.batch(start) == other.batch(start)
+        assert first.batch(start) == second.batch(start)
     another = PromptOrder(items, batch=3, seed=6)
-    assert any(one.batch(start) != another.batch(start) for start in range(5))
+    assert any(first.batch(start) != another.batch(start) for start in range(5))
 
 
 def test_copies_of_a_prompt_in_a_batch_are_numbered():
@@ -165,12 +165,12 @@ def test_copies_of_a_prompt_in_a_batch_are_numbered():
     assert [copy for _, copy in order.batch(0)] == [0, 1, 2, 3]
 
 
-def test_a_batch_larger_than_the_data_is_refused_with_both_numbers():
+def test_a_batch_larger_than_the_data_set_is_rejected():
     with pytest.raises(InputError, match="takes 4 prompts, the data set has 3"):
         PromptOrder([1, 2, 3], batch=4, seed=0)
 
 
-def test_difficulty_is_balanced_as_published():
+def test_prompts_are_repeated_by_the_published_difficulty_bands():
     rates = [0.0, 0.1, 0.2, 0.39, 0.4, 0.5, 0.6, 0.79, 0.8, 1.0, None]
     prompts = [Prompt(str(i), "q", "a", rate) for i, rate in enumerate(rates)]
     times = Counter(p.id for p in repeat_by_difficulty(prompts, PUBLISHED_BANDS))
@@ -178,7 +178,7 @@ def test_difficulty_is_balanced_as_published():
     assert [times[str(i)] for i in range(len(rates))] == expected
 
 
-def test_prompts_that_are_all_too_easy_are_refused():
+def test_prompts_outside_all_difficulty_bands_are_rejected():
     with pytest.raises(InputError, match="all 2 prompts have a pass_rate outside"):
         repeat_by_difficulty([Prompt("a", "q", "a", 0.9)] * 2, PUBLISHED_BANDS)
 
@@ -207,7 +207,7 @@ def test_a_completion_decodes_without_its_stop_token(chat):
     assert chat.decode(completion) == "It is 2 – ü."
 
 
-def test_a_completion_is_read_up_to_its_first_stop_string(chat):
+def test_completions_end_before_the_first_stop_string(chat):
     tokens = chat.tokenizer.encode("one, two; three", add_special_tokens=False)
     assert chat.decode(tokens) == "one, two; three"
     stopping = Chat(chat.tokenizer, stop_strings=["; ", " two", "four"])
@@ -229,7 +229,7 @@ def test_pieces_are_the_texts_of_single_tokens(chat):
         assert chat.pieces(tokens) == alone
 
 
-def test_token_bytes_know_sentencepieces_spelling():
+def test_token_bytes_decode_sentencepiece_spelling():
     vocabulary = {"<unk>": 0, "\u2581a": 1, "<0x0A>": 2, "b": 3}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     core.decoder = decoders.Sequence(
@@ -247,7 +247,7 @@ def test_stop_words_are_single_tokens(chat):
         chat.stop_tokens(("stop",))
 
 
-def test_a_tokenizer_without_a_template_or_without_files_is_refused(tmp_path):
+def test_a_tokenizer_without_template_or_files_is_rejected(tmp_path):
     plain = make_tiny.tokenizer()
     plain.chat_template = None
     plain.save_pretrained(str(tmp_path))

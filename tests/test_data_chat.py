@@ -19,7 +19,7 @@ NO_SYSTEM = (
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
-    """What a checkpoint holds beside its weights."""
+    """The tokenizer files of a checkpoint."""
     path = tmp_path_factory.mktemp("model")
     make_tiny.tokenizer().save_pretrained(str(path))
     return path
@@ -31,22 +31,22 @@ def chat(directory) -> Chat:
 
 
 def words(**marks) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words."""
+    """A word-level tokenizer."""
     core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, **marks)
 
 
-def test_an_empty_system_prompt_is_not_the_templates_own(chat):
+def test_an_empty_system_prompt_differs_from_none(chat):
     raw = lambda tokens: chat.tokenizer.decode(tokens, skip_special_tokens=False)
-    asked = "<|im_start|>u\n1 < 2?<|im_end|>\n<|im_start|>a\n"
-    assert raw(chat.encode("1 < 2?")) == asked
+    text = "<|im_start|>u\n1 < 2?<|im_end|>\n<|im_start|>a\n"
+    assert raw(chat.encode("1 < 2?")) == text
     with_empty_system = Chat(chat.tokenizer, "")
     system = "<|im_start|>s\n<|im_end|>\n"
-    assert raw(with_empty_system.encode("1 < 2?")) == system + asked
+    assert raw(with_empty_system.encode("1 < 2?")) == system + text
 
 
-def test_the_tokens_are_those_that_transformers_would_make(chat):
+def test_prompt_tokens_equal_those_of_transformers(chat):
     expected = chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": "数 √2?"}], add_generation_prompt=True
     )
@@ -54,12 +54,12 @@ def test_the_tokens_are_those_that_transformers_would_make(chat):
 
 
 @pytest.mark.parametrize("text", ["x = 5 .", "don 't , we", "\n\n é 数 𝔸\t", ""])
-def test_a_completion_is_decoded_to_the_letter_without_its_stop_token(chat, text):
+def test_completions_decode_exactly_without_the_stop_token(chat, text):
     tokens = chat.tokenizer.encode(text, add_special_tokens=False)
     assert chat.decode([*tokens, chat.tokenizer.eos_token_id]) == text
 
 
-def test_stop_tokens_are_the_models_own_and_those_asked_for(tmp_path):
+def test_stop_tokens_are_those_of_model_and_stop_words(tmp_path):
     make_tiny.tokenizer().save_pretrained(str(tmp_path))
     end, start = 256, 257
     assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (end,)
@@ -69,7 +69,9 @@ def test_stop_tokens_are_the_models_own_and_those_asked_for(tmp_path):
         settings.write_text(json.dumps({"eos_token_id": own}))
         assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (3, end)
     settings.write_text("{")
-    with pytest.raises(InputError, match="generation_config.json: not JSON"):
+    with pytest.raises(
+        InputError, match="generation_config.json: not readable as JSON"
+    ):
         Chat(load_tokenizer(tmp_path)).stop_tokens()
 
 
@@ -84,7 +86,7 @@ def test_a_stop_word_must_be_one_known_token(chat):
         of_words.example("a", "b")
 
 
-def test_a_template_that_refuses_a_system_prompt_is_told_before_the_run():
+def test_a_template_that_rejects_a_system_prompt_is_reported_at_once():
     tokenizer = make_tiny.tokenizer()
     tokenizer.chat_template = NO_SYSTEM + make_tiny.TEMPLATE
     assert Chat(tokenizer).encode("?")
@@ -97,7 +99,7 @@ def test_a_template_that_refuses_a_system_prompt_is_told_before_the_run():
         Chat(tokenizer)
 
 
-def test_another_template_replaces_the_tokenizers_own(directory, tmp_path):
+def test_a_template_file_replaces_the_tokenizers_template(directory, tmp_path):
     file = tmp_path / "plain.jinja"
     file.write_text(
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
@@ -119,7 +121,7 @@ def test_another_template_replaces_the_tokenizers_own(directory, tmp_path):
         {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
     ],
 )
-def test_a_directory_without_a_usable_tokenizer_is_named(tmp_path, files):
+def test_a_directory_without_a_usable_tokenizer_is_reported(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What is fit to train on: answers, duplicates, overlaps, solutions, skills."""
+"""Cleaning: answers, duplicates, overlaps, solutions, skills."""
 
 import json
 
@@ -14,14 +14,20 @@ from oreal_jax.data.builder import (
 )
 from oreal_jax.data.cleaning import (
     clean,
-    normalised_answer,
+    normalise_answer,
+    remove_duplicates,
+    remove_overlaps,
     statistics,
-    without_duplicates,
-    without_overlaps,
     words,
 )
-from oreal_jax.data.rft import harvest, read_completions
-from oreal_jax.data.skills import by_skill, labelled, needing, read_skills, request
+from oreal_jax.data.rft import read_completions, select_solutions
+from oreal_jax.data.skills import (
+    add_skills,
+    make_request,
+    rank_skills,
+    read_skills,
+    select_prompts,
+)
 from oreal_jax.errors import InputError
 
 # Answers
@@ -46,9 +52,9 @@ from oreal_jax.errors import InputError
         (".", "."),
     ],
 )
-def test_an_answer_is_bared_of_what_is_around_it(text, answer):
-    assert normalised_answer(text) == answer
-    assert normalised_answer(answer) == answer
+def test_answers_are_normalised(text, answer):
+    assert normalise_answer(text) == answer
+    assert normalise_answer(answer) == answer
 
 
 # Duplicates and overlaps
@@ -59,7 +65,7 @@ def prompts(*rows: tuple[str, str]) -> list[Prompt]:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("first", "second", "same"),
     [
         ("What is $2 + 3$?", "what is 2+3", True),
         ("What is 2 + 3?", "What is 2 * 3?", False),
@@ -73,44 +79,42 @@ def prompts(*rows: tuple[str, str]) -> list[Prompt]:
         ("It's 'two'", "it’s two", True),
     ],
 )
-def test_spelling_does_not_make_another_question_but_signs_do(one, other, same):
-    assert (words(one) == words(other)) == same
+def test_questions_are_compared_by_words_and_signs(first, second, same):
+    assert (words(first) == words(second)) == same
 
 
-def test_of_equal_questions_the_first_stays():
-    kept, removed = without_duplicates(
-        prompts(("a b", "1"), ("c", "2"), ("A  b?", "1"))
-    )
+def test_the_first_of_equal_questions_is_kept():
+    kept, removed = remove_duplicates(prompts(("a b", "1"), ("c", "2"), ("A  b?", "1")))
     assert [p.id for p in kept] == ["0", "1"]
     assert [(r.prompt.id, r.reason, r.like) for r in removed] == [
         ("2", "duplicate", "0")
     ]
 
 
-def test_of_equal_questions_with_different_answers_none_stays():
-    kept, removed = without_duplicates(prompts(("a", "1"), ("b", "2"), ("a", "3")))
+def test_equal_questions_with_different_answers_are_removed():
+    kept, removed = remove_duplicates(prompts(("a", "1"), ("b", "2"), ("a", "3")))
     assert [p.id for p in kept] == ["1"]
     assert [r.prompt.id for r in removed] == ["0", "2"]
     assert {r.reason for r in removed} == {"contradictory answers"}
 
 
 def overlaps(train: str, test: str, ngram: int) -> bool:
-    """By comparing every stretch of one with every stretch of the other."""
-    one, other = words(train), words(test)
-    if min(len(one), len(other)) < ngram:
-        return one == other
-    stretches = lambda of: [of[i : i + ngram] for i in range(len(of) - ngram + 1)]
-    return any(a == b for a in stretches(one) for b in stretches(other))
+    """Compare every n-gram of one question with every n-gram of the other."""
+    first, second = words(train), words(test)
+    if min(len(first), len(second)) < ngram:
+        return first == second
+    ngrams = lambda w: [w[i : i + ngram] for i in range(len(w) - ngram + 1)]
+    return any(a == b for a in ngrams(first) for b in ngrams(second))
 
 
-def test_overlaps_are_those_of_an_exhaustive_comparison():
+def test_overlaps_equal_those_of_an_exhaustive_comparison():
     random = np.random.default_rng(0)
     text = lambda: " ".join(random.choice(list("ab"), size=random.integers(1, 9)))
     train = [Prompt(str(i), text(), "1") for i in range(60)]
     test = [Prompt(str(i), text(), "1") for i in range(3)]
     counts = set()
     for ngram in (2, 4, 6):
-        kept, removed = without_overlaps(train, {"test": test}, ngram)
+        kept, removed = remove_overlaps(train, {"test": test}, ngram)
         expected = [
             p
             for p in train
@@ -122,15 +126,15 @@ def test_overlaps_are_those_of_an_exhaustive_comparison():
     assert len(counts) == 3  # the length matters
 
 
-def test_what_was_removed_names_what_it_is_like():
+def test_removals_name_the_question_they_overlap_with():
     test = {"exam": [Prompt("seven", "is this the same?", "1")]}
-    _, removed = without_overlaps(prompts(("Is this the same", "1")), test, 13)
+    _, removed = remove_overlaps(prompts(("Is this the same", "1")), test, 13)
     row = removed[0].as_json()
     assert row["reason"] == "overlap with exam" and row["like"] == "exam: seven"
     assert row["question"] == "Is this the same"
 
 
-def test_statistics_count_what_was_read_removed_and_left():
+def test_statistics_count_prompts_removals_and_labels():
     rows = [
         Prompt("a", "one", "$1$", 0.25, {"level": 1, "topics": ["x", "y"]}),
         Prompt("b", "seven", "2", 0.75, {"level": 2, "topics": ["x"]}),
@@ -158,16 +162,16 @@ def test_statistics_count_what_was_read_removed_and_left():
 # Labels, sources, writing
 
 
-def test_labels_come_back_from_lines_and_from_a_data_set(tmp_path):
+def test_labels_survive_a_file_and_a_data_set(tmp_path):
     labels = {"level": 2, "subject": "Ålgebra", "topics": ["x"], "hard": True}
-    given = [Prompt("a", "q", "1", 0.5, labels), Prompt("b", "r", "2")]
+    prompts_with_labels = [Prompt("a", "q", "1", 0.5, labels), Prompt("b", "r", "2")]
     for name in ("p.jsonl", "set"):
-        write_prompts(given, tmp_path / name, {"read": 3})
-        assert load_prompts(str(tmp_path / name)) == given
+        write_prompts(prompts_with_labels, tmp_path / name, {"read": 3})
+        assert load_prompts(str(tmp_path / name)) == prompts_with_labels
     assert json.loads((tmp_path / "set" / "metadata.json").read_text()) == {"read": 3}
 
 
-def test_a_field_that_is_no_label_is_left_out(tmp_path):
+def test_fields_of_other_types_are_not_labels(tmp_path):
     path = tmp_path / "p.jsonl"
     row = '{"question": "q", "gold_answer": "1", "level": 1, '
     row += '"nothing": null, "nested": {"a": 1}, "half": "\\ud800", "nan": NaN}'
@@ -185,7 +189,7 @@ def test_the_fields_of_question_and_answer_can_be_named(tmp_path):
         read_prompts(path, "problem", "Answer")
 
 
-def test_prompts_of_several_sources_keep_their_ids_apart(tmp_path):
+def test_ids_of_several_sources_have_prefixes(tmp_path):
     for name in ("one", "two"):
         write_prompts(prompts((name, "1")), tmp_path / f"{name}.jsonl")
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
@@ -195,18 +199,18 @@ def test_prompts_of_several_sources_keep_their_ids_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("file/out.jsonl", "cannot be written"),
-        ("set", "exists; a data set is never written over"),
+        ("set", "exists; a data set is never overwritten"),
         ("folder.jsonl", "a directory, expected a file"),
     ],
 )
-def test_what_cannot_be_written_is_known_before_the_work(tmp_path, name, said):
+def test_unwritable_outputs_are_rejected_before_the_work(tmp_path, name, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "set").mkdir()
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         check_prompts_writable(tmp_path / name)
     check_prompts_writable(tmp_path / "new" / "folder" / "out.jsonl")
     check_prompts_writable(tmp_path / "new" / "set")
@@ -236,25 +240,24 @@ ROWS = [
 ]
 
 
-def test_an_rft_set_is_of_different_right_completions():
-    found = harvest(ROWS, keep=9)
-    assert [s.solution for s in found.solutions] == ["It is 2.", "2", "So: 2", "5"]
-    counts = (found.completions, found.correct, found.different)
-    assert counts + (found.questions, found.solved) == (7, 5, 4, 3, 2)
+def test_an_rft_set_has_different_correct_completions():
+    rft_set = select_solutions(ROWS, limit=9)
+    assert [s.solution for s in rft_set.solutions] == ["It is 2.", "2", "So: 2", "5"]
+    counts = (rft_set.completions, rft_set.correct, rft_set.different)
+    assert counts + (rft_set.questions, rft_set.solved) == (7, 5, 4, 3, 2)
 
 
-def test_keep_limits_the_solutions_of_a_question_and_the_seed_draws_them():
+def test_the_limit_bounds_solutions_and_the_seed_selects_them():
     draws = set()
     for seed in range(40):
-        taken = [s for s in harvest(ROWS, keep=2, seed=seed).solutions if s.id == "a"]
-        assert len(taken) == 2
-        draws.add(tuple(s.solution for s in taken))
+        selected = select_solutions(ROWS, limit=2, seed=seed).solutions
+        draws.add(tuple(s.solution for s in selected if s.id == "a"))
     assert len(draws) == 3  # every pair of three
-    assert harvest(ROWS, keep=2, seed=1) == harvest(ROWS, keep=2, seed=1)
+    assert all(len(draw) == 2 for draw in draws)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"verdict": "yes"},
@@ -264,30 +267,30 @@ def test_keep_limits_the_solutions_of_a_question_and_the_seed_draws_them():
         ({"question": None}, "field 'question' is None, expected text"),
     ],
 )
-def test_a_row_that_is_no_judged_completion_is_named(tmp_path, change, said):
+def test_rows_that_are_not_verified_completions_are_reported(tmp_path, change, message):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
     with pytest.raises(InputError) as caught:
         read_completions([path])
-    assert f"c.jsonl:2: {said}" in str(caught.value)
+    assert f"c.jsonl:2: {message}" in str(caught.value)
 
 
 # Skills
 
 
-def test_a_model_is_shown_the_skills_and_labels_by_naming_them():
+def test_completions_label_prompts_with_the_skills_they_name():
     skills = ["Carrying", "Times tables"]
-    asked = request(Prompt("a", "What is 8 + 5?", "13"), skills)
-    assert asked.id == "a"
-    assert all(part in asked.question for part in [*skills, "What is 8 + 5?"])
+    labelling = make_request(Prompt("a", "What is 8 + 5?", "13"), skills)
+    assert labelling.id == "a"
+    assert all(part in labelling.question for part in [*skills, "What is 8 + 5?"])
     prompt = Prompt("a", "q", "13", labels={"level": 1})
-    found = labelled(prompt, "It needs carrying.", skills)
-    assert found.labels == {"level": 1, "skills": ["Carrying"]}
-    assert labelled(prompt, "?", skills).values("skills") == []
+    labelled = add_skills(prompt, "It needs carrying.", skills)
+    assert labelled.labels == {"level": 1, "skills": ["Carrying"]}
+    assert add_skills(prompt, "?", skills).values("skills") == []
     names = ["geometry", "analytic geometry"]
-    assert labelled(prompt, "Analytic geometry.", names).values("skills") == names[1:]
-    both = labelled(prompt, "geometry, analytic geometry", names)
-    assert both.values("skills") == names
+    assert add_skills(prompt, "Analytic geometry.", names).values("skills") == names[1:]
+    labelled = add_skills(prompt, "geometry, analytic geometry", names)
+    assert labelled.values("skills") == names
 
 
 def test_the_weakest_skill_comes_first():
@@ -296,25 +299,26 @@ def test_the_weakest_skill_comes_first():
         Prompt("b", "q", "1", 0.6, {"skills": ["y"]}),
         Prompt("c", "q", "1", None, {"skills": ["x"]}),
     ]
-    found = by_skill("f", rows, "skills")
-    assert [(s.name, s.prompts, s.pass_rate) for s in found] == [
+    ranked = rank_skills("f", rows, "skills")
+    assert [(s.name, s.prompts, s.pass_rate) for s in ranked] == [
         ("x", 1, 0.2),
         ("y", 2, 0.4),
     ]
-    assert [p.id for p in needing(rows, "skills", {"x"})] == ["a", "c"]
+    assert [p.id for p in select_prompts(rows, "skills", {"x"})] == ["a", "c"]
     with pytest.raises(
         InputError, match="f: no row has both a pass_rate and a field 'z'"
     ):
-        by_skill("f", rows, "z")
+        rank_skills("f", rows, "z")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("\n", "no skill in it"), ("a\nA\n", "skill 'A' is there twice")]
+    ("text", "message"),
+    [("\n", "no skill in it"), ("a\nA\n", "skill 'A' is listed twice")],
 )
-def test_a_wrong_list_of_skills_is_named(tmp_path, text, said):
+def test_invalid_lists_of_skills_are_reported(tmp_path, text, message):
     path = tmp_path / "skills.txt"
     path.write_text(text)
-    with pytest.raises(InputError, match=f"skills.txt: {said}"):
+    with pytest.raises(InputError, match=f"skills.txt: {message}"):
         read_skills(path)
 
 

@@ -1,4 +1,4 @@
-"""Prompts from files as people have them, from the hub, and through TFDS."""
+"""Prompts from files, the hub and TFDS data sets."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def test_blank_lines_windows_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
     assert read_prompts(path) == PROMPTS
 
 
-def test_a_key_is_a_fixed_number_of_32_bits_that_tells_prompts_apart():
+def test_keys_are_distinct_32_bit_checksums_of_ids():
     keys = [Prompt(str(i), "q", "1").key for i in range(1000)]
     assert len(set(keys)) == 1000 and min(keys) >= 0 and max(keys) < 2**32
     # The check value that the definition of CRC-32 publishes.
@@ -69,7 +69,7 @@ def test_a_key_is_a_fixed_number_of_32_bits_that_tells_prompts_apart():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (GOOD + "\n\n[1]", "p.jsonl:3: not a JSON object"),
         (b'{"question": "\xe9"}', "p.jsonl:1: not JSON: 'utf-8' codec can't decode"),
@@ -87,15 +87,17 @@ def test_a_key_is_a_fixed_number_of_32_bits_that_tells_prompts_apart():
         (GOOD[:-1] + ', "pass_rate": true}', "'pass_rate' is True, expected 0 to 1"),
     ],
 )
-def test_a_wrong_row_is_named_by_file_line_field_and_value(tmp_path, text, said):
+def test_invalid_rows_are_reported_with_file_line_field_and_value(
+    tmp_path, text, message
+):
     path = tmp_path / "p.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError) as caught:
         read_prompts(path)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_wrong_parquet_row_is_named_by_its_number(tmp_path):
+def test_invalid_parquet_rows_are_reported_with_their_number(tmp_path):
     rows = [ROWS[0], {"id": "five", "question": "q", "gold_answer": None}]
     path = write_parquet(tmp_path / "p.parquet", *rows)
     with pytest.raises(
@@ -105,21 +107,21 @@ def test_a_wrong_parquet_row_is_named_by_its_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("folder", "folder: a directory, expected a .jsonl or .parquet file"),
         ("text.parquet", "text.parquet: not a parquet file"),
     ],
 )
-def test_an_unusable_file_is_named(tmp_path, name, said):
+def test_unusable_files_are_reported(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.parquet").write_text(GOOD)
     with pytest.raises(InputError) as caught:
         load_prompts(str(tmp_path / name))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_solutions_questions_and_judgements_are_read_the_same_way(tmp_path):
+def test_solutions_questions_and_judgements_are_read_from_rows(tmp_path):
     path = write_lines(
         tmp_path / "rows.jsonl",
         {"question": "q", "solution": "s", "prediction": "p", "gold": 1},
@@ -132,8 +134,8 @@ def test_solutions_questions_and_judgements_are_read_the_same_way(tmp_path):
 # TFDS
 
 
-def test_pass_rates_come_back_to_the_last_bit(tmp_path):
-    """Else a resumed run, which reads its own copy, could balance otherwise."""
+def test_pass_rates_are_stored_exactly(tmp_path):
+    """A resumed run reads its own copy and must find the same difficulty bands."""
     prompts = [Prompt(str(i), "q", "1", i / 10) for i in range(11)]
     build(prompts, tmp_path / "data")
     back = load_prompts(str(tmp_path / "data"))
@@ -142,23 +144,23 @@ def test_pass_rates_come_back_to_the_last_bit(tmp_path):
     assert repeat_by_difficulty(back, bands) == repeat_by_difficulty(prompts, bands)
 
 
-def test_what_a_killed_build_left_is_not_taken_for_the_new_one(built, tmp_path):
-    left = tmp_path / ".data.incomplete" / "prompts"
-    shutil.copytree(built, left / "1.0.0")
+def test_the_remains_of_a_killed_build_are_removed(built, tmp_path):
+    remains = tmp_path / ".data.incomplete" / "prompts"
+    shutil.copytree(built, remains / "1.0.0")
     build(PROMPTS[:1], tmp_path / "data")
     assert load_prompts(str(tmp_path / "data")) == PROMPTS[:1]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_built_data_set_is_never_written_over(built):
-    with pytest.raises(InputError, match="data: cannot be written"):
+def test_a_data_set_is_never_overwritten(built):
+    with pytest.raises(InputError, match="data: exists and is not an empty directory"):
         build(PROMPTS[:1], built)
     assert load_prompts(str(built)) == PROMPTS
     assert [path.name for path in built.parent.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "array_record"])
-def test_a_damaged_data_set_is_named(built, tmp_path, name):
+def test_a_damaged_data_set_is_reported(built, tmp_path, name):
     copy = tmp_path / "copy"
     shutil.copytree(built, copy)
     (file,) = (path for path in copy.iterdir() if name in path.name)
@@ -168,7 +170,7 @@ def test_a_damaged_data_set_is_named(built, tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_neither_tensorflow_nor_a_word_on_the_screen(tmp_path):
+def test_data_sets_need_no_tensorflow_and_print_nothing(tmp_path):
     program = f"""
 import sys
 import oreal_jax.data
@@ -189,29 +191,27 @@ assert not {{"tensorflow", "torch"}} & sys.modules.keys()
 # The hub, without a network
 
 
-def test_files_of_one_name_in_a_hub_data_set_keep_their_prompts_apart(
-    tmp_path, monkeypatch
-):
+def test_ids_of_hub_files_with_the_same_name_have_prefixes(tmp_path, monkeypatch):
     for subset in ("algebra", "geometry"):
         (tmp_path / subset).mkdir()
         row = {"question": subset, "gold_answer": "1", "pass_rate": 0.5}
         write_parquet(tmp_path / subset / "train.parquet", row)
     write_lines(tmp_path / "more.jsonl", {"question": "more", "gold_answer": "2"})
-    asked = []
+    downloads = []
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
-        lambda name, **_: asked.append(name) or str(tmp_path),
+        lambda name, **_: downloads.append(name) or str(tmp_path),
     )
     assert load_prompts("someone/maths-v1.5") == [
         Prompt("algebra/train/0", "algebra", "1", 0.5),
         Prompt("geometry/train/0", "geometry", "1", 0.5),
         Prompt("more/0", "more", "2"),
     ]
-    assert asked == ["someone/maths-v1.5"]
+    assert downloads == ["someone/maths-v1.5"]
 
 
-def test_a_hub_data_set_out_of_reach_or_without_files_is_named(tmp_path, monkeypatch):
+def test_an_unreachable_or_empty_hub_data_set_is_reported(tmp_path, monkeypatch):
     def unreachable(name, **_):
         raise ConnectionError("no network")
 

@@ -13,7 +13,7 @@ from oreal_jax.sampling import Sampling
 pytestmark = pytest.mark.usefixtures("judges")
 
 
-def test_the_whole_way_from_raw_rows_to_an_rft_set(home, script, oreal, capsys):
+def test_raw_rows_become_an_rft_set(home, script, oreal, capsys):
     raw = [{"problem": f"max {a} 7?", "answer": "\\boxed{7}"} for a in range(6)]
     write_lines(home / "raw.jsonl", [*raw, raw[0]])
     exam = [{"question": "max 5 7", "gold_answer": "7"}]
@@ -50,7 +50,7 @@ def test_several_sources_make_one_set(home):
     assert [p.id for p in load_prompts("o.jsonl")][-2:] == ["six/5", "more/0"]
 
 
-def test_the_number_of_words_of_an_overlap_is_heeded(home):
+def test_ngram_sets_the_words_of_an_overlap(home):
     write_lines(home / "exam.jsonl", [{"question": "a b c d", "gold_answer": "1"}])
     write_lines(home / "p.jsonl", [{"question": "a b c e", "gold_answer": "1"}])
     words = ["data", "build", "--data", "p.jsonl", "--evaluation", "exam.jsonl"]
@@ -59,14 +59,14 @@ def test_the_number_of_words_of_an_overlap_is_heeded(home):
     assert len(load_prompts("o.jsonl")) == 1
 
 
-def test_an_interrupted_pass_rate_goes_on(home, script, oreal, capsys):
+def test_an_interrupted_pass_rate_resumes(home, script, oreal, capsys):
     words = ["data", "pass-rate", "--data", "six.jsonl", "--k", 4, "--out", "m.jsonl"]
     script.patience = 9
     assert oreal(*words) == 130
     assert not Path("m.jsonl").exists()
     script.patience = 10**9
     assert oreal(*words) == 0
-    assert len(script.asked) == 24 == len(set(script.asked))
+    assert len(script.requests) == 24 == len(set(script.requests))
     assert [p.labels["level"] for p in load_prompts("m.jsonl")] == [0, 1] * 3
 
 
@@ -75,7 +75,7 @@ def test_skills_are_labelled_measured_and_the_weak_ones_found(
 ):
     Path("skills.txt").write_text("It is 0\nIt is 1\n")
     words = ["--skills", "skills.txt", "--out", "l.jsonl"]
-    # The scripted model's answer to a problem is what it says to any request about it.
+    # The scripted model's answer to a problem is its answer to any request about it.
     assert oreal("data", "label", "--data", "six.jsonl", *words) == 0
     assert "6 prompts, 5 without any of the 2 skills" in capsys.readouterr().out
     assert load_prompts("l.jsonl")[1].values("skills") == ["It is 1"]
@@ -102,13 +102,14 @@ def test_label_and_sampling_options_reach_the_engine(home, script, oreal):
     Path("skills.txt").write_text("a\n")
     words = ["--skills", "skills.txt", "--out", "l.jsonl", "--max-tokens", 9]
     assert oreal("data", "label", "--data", "six.jsonl", *words) == 0
-    assert {s for _, _, s in script.asked} == {Sampling(max_tokens=9, temperature=0.0)}
-    script.asked.clear()
+    greedy = Sampling(max_tokens=9, temperature=0.0)
+    assert {s for _, _, s in script.requests} == {greedy}
+    script.requests.clear()
     words = ["--temperature", 0.5, "--top-p", 0.8, "--top-k", 3, "--min-p", 0.1]
     words += ["--max-tokens", 11, "--k", 1, "--out", "m.jsonl", "--seed", 4]
     script.seeds.clear()
     assert oreal("data", "pass-rate", "--data", "six.jsonl", *words) == 0
-    assert {s for _, _, s in script.asked} == {
+    assert {s for _, _, s in script.requests} == {
         Sampling(max_tokens=11, temperature=0.5, top_p=0.8, top_k=3, min_p=0.1)
     }
     assert set(script.seeds) == {4}
@@ -136,7 +137,7 @@ RFT = ["data", "rft", "--out", "new.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*RATE, "--k", "0"], "--k 0: must be at least 1"),
         ([*RATE, "--completions", "six.jsonl/c.jsonl"], "cannot be written"),
@@ -147,12 +148,12 @@ RFT = ["data", "rft", "--out", "new.jsonl"]
          "gone.txt: no such file"),
     ],
 )  # fmt: skip
-def test_bad_input_to_a_model_is_one_line_and_leaves_nothing(
-    home, start, words, said, capsys
+def test_invalid_generation_input_is_one_line_and_writes_nothing(
+    home, start, words, message, capsys
 ):
     assert main([*words, "--model", str(start / "hf")]) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in home.iterdir()] == ["six.jsonl"]
 
 
@@ -163,7 +164,7 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["data", "build", "--data", "gone.jsonl", "--out", "new"], "no such file"),
         ([*BUILD, "--evaluation", "gone.jsonl"], "gone.jsonl: no such file"),
@@ -172,7 +173,7 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*BUILD, "--ngram", "0"], "--ngram 0: must be at least 1"),
         ([*BUILD, "--question", "text"], "six.jsonl:1: field 'text' is None, expected"),
         ([*BUILD, "--answer", "text"], "six.jsonl:1: field 'text' is None, expected"),
-        ([*BUILD[:-1], "."], ".: exists; a data set is never written over"),
+        ([*BUILD[:-1], "."], ".: exists; a data set is never overwritten"),
         ([*BUILD, "--removed", "six.jsonl/r.jsonl"], "r.jsonl: cannot be written"),
         ([*BUILD, "--removed", "new"], "--out and --removed are the same: new"),
         ([*BUILD[:-1], "six.jsonl"], "--data and --out are the same: six.jsonl"),
@@ -193,8 +194,8 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*WEAK, "--below", "0"], "--below 0.0: must be above 0"),
     ],
 )
-def test_bad_input_to_files_is_one_line_and_leaves_nothing(home, words, said, capsys):
+def test_invalid_files_are_one_line_and_write_nothing(home, words, message, capsys):
     assert main(words) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert [path.name for path in home.iterdir()] == ["six.jsonl"]

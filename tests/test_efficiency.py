@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from oreal_jax import efficiency, model
-from oreal_jax.efficiency import Done, Work
+from oreal_jax.checkpoints.published import PUBLISHED
+from oreal_jax.efficiency import PhaseTotals, Work
 from oreal_jax.model import ModelConfig
-from oreal_jax.model.published import PUBLISHED
 
-# Wide for its length: what is not a matrix product is then small.
+# Wide for its length, so that matrix products dominate.
 WIDE = ModelConfig(
     vocab=512, embed=256, layers=1, heads=8, kv_heads=2, head_dim=32, mlp=768
 )
@@ -33,17 +33,17 @@ def counted_by_xla(function) -> float:
     return costs["flops"]
 
 
-def test_forward_flops_are_those_that_xla_counts():
+def test_forward_flops_equal_xlas_count():
     # XLA's attention computes the scores that are masked too.
     square = Work(tokens=B * S, pairs=B * S * S, predicted=B * S)
     ours = efficiency.forward_flops(WIDE, square)
     assert counted_by_xla(log_probs) == pytest.approx(ours, rel=0.03)
 
 
-def test_training_flops_are_those_that_xla_counts_beside_the_pass_done_again():
+def test_training_flops_plus_rematerialisation_equal_xlas_count():
     square = Work(tokens=B * S, pairs=B * S * S, predicted=B * S)
     ours = efficiency.training_flops(WIDE, square)
-    # The backward pass needs all of the forward pass again but a layer's last product.
+    # The backward pass repeats the forward pass except a layer's last product.
     last = 2 * B * S * WIDE.mlp * WIDE.embed
     again = efficiency.forward_flops(WIDE, square) - last
     counted = counted_by_xla(jax.value_and_grad(log_probs))
@@ -51,11 +51,11 @@ def test_training_flops_are_those_that_xla_counts_beside_the_pass_done_again():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_large_model_learns_at_six_flops_a_token_and_parameter(tied):
+def test_training_takes_six_flops_per_token_and_parameter(tied):
     config = dataclasses.replace(QWEN_7B, tied=tied)
     table = config.vocab * config.embed
     used = model.parameter_count(config) - (0 if tied else table)  # looked up only
-    work = efficiency.whole([(0, 1)] * 1000)
+    work = efficiency.full_pass([(0, 1)] * 1000)
     ours = efficiency.training_flops(config, work)
     assert ours == pytest.approx(6 * used * 1000, rel=1e-3)
 
@@ -66,44 +66,44 @@ def test_the_score_head_is_one_column():
     assert efficiency.forward_flops(scoring, work) == 2 * 7 * WIDE.embed
 
 
-def test_pairs_are_those_that_a_causal_mask_lets_see():
+def test_pairs_are_those_of_a_causal_mask():
     lengths = [(3, 4), (5, 0), (1, 6)]
     see = lambda size, first: sum(range(first + 1, size + 1))
-    assert efficiency.whole(lengths) == Work(
+    assert efficiency.full_pass(lengths) == Work(
         tokens=19, pairs=sum(see(p + c, 0) for p, c in lengths), predicted=10
     )
 
 
-def test_prefill_and_decoding_see_what_one_pass_over_the_sequence_sees():
+def test_prefill_and_decoding_equal_one_full_pass():
     lengths = [(3, 4), (5, 1), (1, 6)]
     before = efficiency.prefill(prompt for prompt, _ in lengths)
-    drawn = efficiency.decode(lengths)
-    # The last token of a completion is drawn, but never goes through the layers.
-    at_once = efficiency.whole(
+    decoded = efficiency.decode(lengths)
+    # The last token of a completion is sampled, but never goes through the layers.
+    at_once = efficiency.full_pass(
         (prompt, completion - 1) for prompt, completion in lengths
     )
-    assert before.tokens + drawn.tokens == at_once.tokens
-    assert before.pairs + drawn.pairs == at_once.pairs
-    assert drawn.predicted == 11
+    assert before.tokens + decoded.tokens == at_once.tokens
+    assert before.pairs + decoded.pairs == at_once.pairs
+    assert decoded.predicted == 11
 
 
-def test_a_decoding_step_reads_the_weights_once_and_every_cache():
+def test_a_decoding_step_reads_all_weights_and_caches_once():
     config = dataclasses.replace(QWEN_7B, qkv_bias=False)
     gains = (2 * config.layers + 1) * config.embed
     weights = model.parameter_count(config) - config.vocab * config.embed - gains
-    a_token = 2 * 28 * 4 * 128
+    per_token = 2 * 28 * 4 * 128
     ours = efficiency.decode_bytes(config, [100, 250], weight_bytes=1)
-    assert ours == weights + 350 * a_token * 2
+    assert ours == weights + 350 * per_token * 2
 
 
-def test_rates_are_of_all_devices_tflops_and_mfu_of_one():
+def test_throughput_is_of_all_devices_and_tflops_per_device():
     peak = efficiency.PEAKS["TPU v5 lite"]
-    done = {"actor": Done(tokens=1000, flops=197e12 * 4)}
-    found = efficiency.metrics(done, {"actor": 2.0}, devices=8, peak=peak)
-    assert found == {
+    totals = {"actor": PhaseTotals(tokens=1000, flops=197e12 * 4)}
+    rates = efficiency.metrics(totals, {"actor": 2.0}, devices=8, peak=peak)
+    assert rates == {
         "perf/actor_throughput": 500.0,
         "perf/tflops/actor": 49.25,
         "perf/mfu/actor": 0.25,
     }
-    found = efficiency.metrics(done, {"actor": 2.0}, devices=8, peak=None)
-    assert "perf/mfu/actor" not in found
+    rates = efficiency.metrics(totals, {"actor": 2.0}, devices=8, peak=None)
+    assert "perf/mfu/actor" not in rates

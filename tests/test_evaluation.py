@@ -6,47 +6,51 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from judge_stub import says, serving
+from judge_stub import replies, serving
 from scripted import correct, read_lines, write_lines
 
 from oreal_jax.cli import main
 from oreal_jax.data import Prompt
 from oreal_jax.errors import InputError
-from oreal_jax.evaluation import PRESETS, load_sets
-from oreal_jax.evaluation.attempts import Attempt, Drawn
-from oreal_jax.evaluation.published import PASS_AT_1, SETS, published
-from oreal_jax.evaluation.report import report
-from oreal_jax.evaluation.tables import beside_the_paper
+from oreal_jax.evaluation import PRESETS, VerifiedCompletion, load_sets, report
+from oreal_jax.evaluation.completions import CompletionRecord
+from oreal_jax.evaluation.published import PASS_AT_1, SETS
+from oreal_jax.evaluation.tables import published_table
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.verdict import Outcome
 
 pytestmark = pytest.mark.usefixtures("judges")
 
 
-def test_one_sample_is_greedy_and_several_are_not(home, script, oreal):
+def verified(text: str, outcome: Outcome, tokens: int = 9) -> VerifiedCompletion:
+    record = CompletionRecord(text, tokens, "stop")
+    return VerifiedCompletion(Prompt("a", "q", "7"), 0, record, Verdict(outcome, ""))
+
+
+def test_one_sample_is_greedy_and_several_are_sampled(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl") == 0
-    assert {s.temperature for _, _, s in script.asked} == {0.0}
-    script.asked.clear()
+    assert {s.temperature for _, _, s in script.requests} == {0.0}
+    script.requests.clear()
     assert oreal("eval", "--data", "six.jsonl", "--k", 3, "--temperature", 0.5) == 0
-    assert [(a, k) for a, k, _ in script.asked] == [
+    assert [(a, k) for a, k, _ in script.requests] == [
         (a, k) for a in range(6) for k in range(3)
     ]
-    assert {s.temperature for _, _, s in script.asked} == {0.5}
+    assert {s.temperature for _, _, s in script.requests} == {0.5}
 
 
-def test_every_measure_of_k_samples_is_in_the_report(home, script, oreal, capsys):
+def test_the_report_has_every_measure_of_k_samples(home, script, oreal, capsys):
     assert oreal("eval", "--data", "six.jsonl", "--k", 4, "--json", "r.json") == 0
     written = json.loads(Path("r.json").read_text())
-    found = {name: m["value"] for name, m in written["measures"].items()}
-    # One of four samples is correct whatever the problem; the other three say `a`.
-    assert found == {"avg@4": 0.25, "pass@2": 0.5, "pass@4": 1.0, "maj@4": 0.0}
+    measures = {name: m["value"] for name, m in written["measures"].items()}
+    # One of four samples of every problem is correct; the other three are `a`.
+    assert measures == {"avg@4": 0.25, "pass@2": 0.5, "pass@4": 1.0, "maj@4": 0.0}
     assert written["accuracy"] == 0.25 and written["problems"] == 6
     assert len(written["items"]) == 24 and written["samples"] == 4
-    said = capsys.readouterr().out
-    assert all(name in said for name in found)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in measures)
 
 
-def test_greedy_beside_k_adds_pass_at_1_and_comes_first(home, script, oreal):
+def test_greedy_adds_pass_at_1_as_the_main_measure(home, script, oreal):
     words = ["--data", "six.jsonl", "--k", 2, "--items", "i.jsonl", "--json", "r.json"]
     assert oreal("eval", *words, "--greedy") == 0
     written = json.loads(Path("r.json").read_text())
@@ -56,7 +60,7 @@ def test_greedy_beside_k_adds_pass_at_1_and_comes_first(home, script, oreal):
     assert [item["greedy"] for item in items] == [True] * 6 + [False] * 12
 
 
-def test_items_are_json_lines_that_say_all(home, script, oreal):
+def test_items_are_json_lines_with_all_fields(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl", "--items", "i.jsonl") == 0
     items = read_lines(Path("i.jsonl"))
     assert [item["verdict"] for item in items] == [
@@ -78,7 +82,7 @@ def test_items_are_json_lines_that_say_all(home, script, oreal):
     }
 
 
-def test_a_field_breaks_the_main_measure_down(home, script, oreal, capsys):
+def test_the_main_measure_is_broken_down_by_a_field(home, script, oreal, capsys):
     words = ["--data", "six.jsonl", "--k", 2, "--by", "level", "--json", "r.json"]
     assert oreal("eval", *words) == 0
     by_level = json.loads(Path("r.json").read_text())["breakdown"]["level"]
@@ -89,7 +93,7 @@ def test_a_field_breaks_the_main_measure_down(home, script, oreal, capsys):
     assert "six: avg@2 by level" in capsys.readouterr().out
 
 
-def test_any_number_of_sets_in_one_go(home, script, oreal, capsys):
+def test_several_sets_are_evaluated_in_one_command(home, script, oreal, capsys):
     other = [{"question": "max 4 7?", "gold_answer": "7"}]
     write_lines(home / "other.jsonl", other)
     words = ["--data", "six.jsonl", "--data", "other.jsonl", "--json", "r.json"]
@@ -98,11 +102,11 @@ def test_any_number_of_sets_in_one_go(home, script, oreal, capsys):
     assert set(written["sets"]) == {"six", "other"}
     assert written["sets"]["other"]["accuracy"] == 1.0 and "accuracy" not in written
     assert [item["set"] for item in written["items"]] == ["six"] * 6 + ["other"]
-    said = capsys.readouterr().out
-    assert "six: pass@1" in said and "other: pass@1 100.0%" in said
+    printed = capsys.readouterr().out
+    assert "six: pass@1" in printed and "other: pass@1 100.0%" in printed
 
 
-def test_a_preset_by_name_comes_from_the_folder(home, script, oreal, capsys):
+def test_a_preset_is_read_from_the_folder(home, script, oreal, capsys):
     (home / "amc23.jsonl").write_text((home / "six.jsonl").read_text())
     assert oreal("eval", "--data", "amc23", "--folder", home) == 0
     assert "amc23: pass@1" in capsys.readouterr().out
@@ -113,15 +117,15 @@ def test_a_preset_by_name_comes_from_the_folder(home, script, oreal, capsys):
 
 def test_limit_takes_the_first_problems(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl", "--limit", 2) == 0
-    assert [a for a, _, _ in script.asked] == [0, 1]
+    assert [a for a, _, _ in script.requests] == [0, 1]
 
 
-def test_a_seed_is_passed_on(home, script, oreal):
+def test_the_seed_reaches_the_engine(home, script, oreal):
     assert oreal("eval", "--data", "six.jsonl", "--seed", 5) == 0
     assert set(script.seeds) == {5}
 
 
-def test_a_completion_without_stop_token_is_wrong_and_counted(home, script, oreal):
+def test_completions_without_stop_token_are_incorrect_and_counted(home, script, oreal):
     words = ["--data", "six.jsonl", "--max-tokens", 7, "--json", "r.json"]
     assert oreal("eval", *words) == 0
     written = json.loads(Path("r.json").read_text())
@@ -129,7 +133,7 @@ def test_a_completion_without_stop_token_is_wrong_and_counted(home, script, orea
     assert written["tokens_correct"] is None and written["tokens_incorrect"] == 7
 
 
-def test_folders_of_results_are_made(home, script, oreal):
+def test_folders_of_output_files_are_created(home, script, oreal):
     words = ["--items", "a/b/i.jsonl", "--json", "c/d/r.json"]
     assert oreal("eval", "--data", "six.jsonl", *words) == 0
     words = ["compare", "a/b/i.jsonl", "c/d/r.json", "--json", "e/f/c.json"]
@@ -137,35 +141,29 @@ def test_folders_of_results_are_made(home, script, oreal):
     assert Path("e/f/c.json").is_file()
 
 
-def test_lengths_are_told_apart_by_verdict():
-    attempt = lambda tokens, outcome: Attempt(
-        Prompt("a", "q", "1"), 0, Drawn("1", tokens, "stop"), Verdict(outcome, "")
-    )
-    group = [attempt(10, "correct"), attempt(20, "correct"), attempt(50, "undecided")]
-    found = report([], [group])
-    assert (found.tokens_correct, found.tokens_incorrect, found.undecided) == (
-        15,
-        50,
-        1,
-    )
-
-
-def test_wrong_answers_that_are_one_number_vote_as_one():
-    said: list[tuple[str, Outcome]] = [
-        ("\\boxed{0.5}", "incorrect"),
-        ("\\boxed{\\frac12}", "incorrect"),
-        ("7", "correct"),
-    ]
+def test_lengths_are_averaged_by_verdict():
     group = [
-        Attempt(Prompt("a", "q", "7"), k, Drawn(text, 9, "stop"), Verdict(outcome, ""))
-        for k, (text, outcome) in enumerate(said)
+        verified("1", "correct", tokens=10),
+        verified("1", "correct", tokens=20),
+        verified("1", "undecided", tokens=50),
+    ]
+    result = report([], [group])
+    assert (result.tokens_correct, result.tokens_incorrect) == (15, 50)
+    assert result.undecided == 1
+
+
+def test_incorrect_answers_with_one_value_share_their_votes():
+    group = [
+        verified("\\boxed{0.5}", "incorrect"),
+        verified("\\boxed{\\frac12}", "incorrect"),
+        verified("7", "correct"),
     ]
     assert report([], [group]).measures["maj@3"].value == 0
 
 
-def test_a_judge_is_asked_where_the_rule_does_not_say_right(home, script, oreal):
+def test_the_judge_decides_what_the_rule_does_not_call_correct(home, script, oreal):
     words = ["--data", "six.jsonl", "--k", 4, "--items", "i.jsonl"]
-    with serving(says("VERDICT: RIGHT")) as stub:
+    with serving(replies("VERDICT: RIGHT")) as stub:
         named = ["--judge", stub.url, "--judge-model", "m"]
         assert oreal("eval", *words, *named) == 0
     items = read_lines(Path("i.jsonl"))
@@ -174,15 +172,15 @@ def test_a_judge_is_asked_where_the_rule_does_not_say_right(home, script, oreal)
     assert items[0]["question"] in stub.bodies[0]["messages"][-1]["content"]
 
 
-def test_a_judge_is_checked_before_anything_is_drawn(home, script, oreal, capsys):
+def test_judge_options_are_checked_before_generation(home, script, oreal, capsys):
     assert oreal("eval", "--data", "six.jsonl", "--judge-model", "m") == 2
     assert "--judge-model without --judge" in capsys.readouterr().err
     judge = ["--judge", "nowhere", "--judge-model", "m"]
     assert oreal("eval", "--data", "six.jsonl", *judge) == 2
-    assert not script.asked
+    assert not script.requests
 
 
-def test_a_preset_is_read_from_a_local_file_of_our_fields_or_the_hubs(tmp_path):
+def test_a_local_preset_has_our_fields_or_those_of_the_hub(tmp_path):
     ours = {"question": "q", "gold_answer": "1", "level": 3}
     write_lines(tmp_path / "math500.jsonl", [ours])
     write_lines(tmp_path / "amc23.jsonl", [{"question": "q", "answer": 27.0}])
@@ -198,8 +196,8 @@ def test_a_preset_is_read_from_a_local_file_of_our_fields_or_the_hubs(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_downloaded_where_there_is_no_file(name, tmp_path, monkeypatch):
-    preset, asked = PRESETS[name], []
+def test_presets_without_local_file_are_downloaded(name, tmp_path, monkeypatch):
+    preset, requests = PRESETS[name], []
     answer = ["7"] if name == "olympiadbench" else "7"
     row = {preset.question: "q", preset.gold_answer: answer}
     inside = {
@@ -214,18 +212,18 @@ def test_every_preset_is_downloaded_where_there_is_no_file(name, tmp_path, monke
         write_lines(file, [row])
 
     def download(source, **options):
-        asked.append((source, options["allow_patterns"]))
+        requests.append((source, options["allow_patterns"]))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    ((found, problems),) = load_sets([name], tmp_path / "data")
-    assert found == name and problems[0].gold_answer == "7"
+    ((set_name, problems),) = load_sets([name], tmp_path / "data")
+    assert set_name == name and problems[0].gold_answer == "7"
     assert len(problems) == (2 if preset.files == "*" else 1)
     patterns = [preset.files + ".parquet", preset.files + ".jsonl"]
-    assert asked == [(preset.hub, patterns)]
+    assert requests == [(preset.hub, patterns)]
 
 
-def test_a_preset_that_is_nowhere_is_named(tmp_path, monkeypatch):
+def test_an_unavailable_preset_is_named(tmp_path, monkeypatch):
     def unreachable(name, **_):
         raise ConnectionError("no network")
 
@@ -236,28 +234,21 @@ def test_a_preset_that_is_nowhere_is_named(tmp_path, monkeypatch):
         load_sets(["gsm8k"], tmp_path)
 
 
-def test_the_papers_table_stands_beside_ours():
+def test_the_table_has_the_published_results_and_ours():
     assert all(len(row) == len(SETS) for row in PASS_AT_1.values())
     assert set(SETS) <= set(PRESETS)
-    assert published("OREAL-7B", "math500") == 91.0
-    assert published("OREAL-7B", "gsm8k") is None
-    attempt = Attempt(
-        Prompt("a", "q", "1"), 0, Drawn("1", 1, "stop"), Verdict("correct", "")
-    )
-    found = report([[attempt]], [])
-    table = beside_the_paper("runs/ours", {"math500": found, "mine": found})
-    assert table is not None
+    result = report([[verified("7", "correct")]], [])
+    table = published_table("runs/ours", {"math500": result, "mine": result})
     columns = [list(column.cells) for column in table.columns]
     assert len(columns) == 2 and columns[0][-1] == "runs/ours (pass@1)"
     assert columns[1][1] == "91.0" and columns[1][-1] == "100.0"
-    assert beside_the_paper("runs/ours", {"mine": found}) is None
 
 
 EVAL = ["eval", "--data", "six.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*EVAL, "--k", "0"], "--k 0: must be at least 1"),
         ([*EVAL, "--limit", "0"], "--limit 0: must be at least 1"),
@@ -273,10 +264,10 @@ EVAL = ["eval", "--data", "six.jsonl"]
         (["eval", "--data", "gone.jsonl"], "gone.jsonl: no such file"),
     ],
 )
-def test_bad_input_to_a_model_is_one_line_and_leaves_nothing(
-    home, start, words, said, capsys
+def test_invalid_input_is_one_line_and_writes_nothing(
+    home, start, words, message, capsys
 ):
     assert main([*words, "--model", str(start / "hf")]) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
     assert [path.name for path in home.iterdir()] == ["six.jsonl"]

@@ -1,4 +1,4 @@
-"""Estimators against enumeration, intervals by coverage, the test against scipy."""
+"""Estimators against enumeration, intervals by coverage, p-values against scipy."""
 
 import itertools
 
@@ -21,7 +21,7 @@ from oreal_jax.evaluation.statistics import (
 
 
 @pytest.mark.parametrize("samples", range(1, 7))
-def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one(samples):
+def test_pass_at_k_is_the_share_of_choices_of_k_with_a_correct_one(samples):
     for count, k in itertools.product(range(samples + 1), range(1, samples + 1)):
         outcomes = np.arange(samples) < count
         choices = itertools.combinations(outcomes, k)
@@ -30,7 +30,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_one(sample
 
 
 def test_pass_at_k_is_unbiased():
-    """Averaged over all outcomes of 5 samples it is the chance itself."""
+    """Its mean over all outcomes of 5 samples is the chance itself."""
     rate, samples = 0.3, 5
     for k in (1, 2, 4):
         expected = sum(
@@ -56,7 +56,7 @@ def test_pass_at_k_needs_k_samples(k):
 
 
 @given(st.lists(st.sampled_from(["correct", "a", "b", None]), min_size=1, max_size=7))
-def test_the_majority_is_a_count_with_ties_drawn_at_random(votes):
+def test_the_majority_is_counted_with_ties_broken_at_random(votes):
     counts = {vote: votes.count(vote) for vote in votes if vote is not None}
     winners = [v for v in counts if counts[v] == max(counts.values())]
     expected = np.mean([w == "correct" for w in winners]) if winners else 0.0
@@ -64,7 +64,7 @@ def test_the_majority_is_a_count_with_ties_drawn_at_random(votes):
     assert majority(votes, is_correct) == pytest.approx(expected)
 
 
-def test_right_answers_vote_alike_however_they_are_written():
+def test_correct_answers_share_their_votes():
     votes = ["1/2", "0.5", "2", "2"]
     assert majority(votes, [True, True, False, False]) == 0.5
     assert majority(["1/2", "0.5", "2"], [True, True, False]) == 1.0
@@ -85,7 +85,7 @@ def test_the_bootstrap_covers_the_truth_in_19_of_20_experiments():
     assert 0.91 <= np.mean(covered) <= 0.98
 
 
-def test_the_bootstrap_is_as_wide_as_the_central_limit_says():
+def test_the_bootstrap_is_as_wide_as_the_normal_interval():
     per_problem = np.random.default_rng(1).binomial(1, 0.3, size=400).astype(float)
     low, high = bootstrap(per_problem, seed=0)
     expected = 2 * 1.96 * per_problem.std() / 20
@@ -93,14 +93,14 @@ def test_the_bootstrap_is_as_wide_as_the_central_limit_says():
 
 
 @pytest.mark.parametrize(("count", "value"), [(30, 0.0), (30, 1.0), (5, 1.0)])
-def test_problems_that_are_all_alike_have_the_exact_binomial_interval(count, value):
+def test_equal_problems_have_the_exact_binomial_interval(count, value):
     measure = mean(np.full(count, value))
     test = stats.binomtest(int(value * count), count)
     expected = test.proportion_ci(0.95, method="exact")
     assert (measure.low, measure.high) == pytest.approx(tuple(expected))
 
 
-def test_the_seed_of_the_bootstrap_is_heeded():
+def test_the_bootstrap_depends_on_its_seed():
     per_problem = np.random.default_rng(1).random(20)
     assert bootstrap(per_problem, 1) == bootstrap(per_problem, 1)
     assert bootstrap(per_problem, 1) != bootstrap(per_problem, 2)
@@ -110,7 +110,7 @@ def test_the_seed_of_the_bootstrap_is_heeded():
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
-def test_with_one_sample_a_problem_it_is_mcnemars_exact_test(better, worse):
+def test_one_sample_per_problem_gives_mcnemars_exact_test(better, worse):
     differences = np.array([1] * better + [-1] * worse + [0] * 5)
     expected = 1.0
     if better + worse:
@@ -129,17 +129,17 @@ def test_the_p_value_counts_all_sign_patterns(differences):
 def test_the_p_value_agrees_with_scipys_permutation_test():
     random = np.random.default_rng(3)
     first, second = random.binomial(4, [[0.4], [0.6]], size=(2, 12))
-    scipys = stats.permutation_test(
+    expected = stats.permutation_test(
         (second, first),
         lambda a, b: (a - b).sum(),
         permutation_type="samples",
         n_resamples=2**12,  # all of them
     )
-    ours = paired(first, second, (4, 4))
-    assert ours.p_value == pytest.approx(scipys.pvalue)
+    result = paired(first, second, (4, 4))
+    assert result.p_value == pytest.approx(expected.pvalue)
 
 
-def test_a_false_alarm_is_no_more_frequent_than_it_says():
+def test_false_alarms_are_no_more_frequent_than_the_level():
     sizes = np.array([1, 1, 2, 3, 3, 4, 4, 4])
     patterns = itertools.product([-1, 1], repeat=len(sizes))
     p_values = np.array([sign_flip_p_value(sizes * signs) for signs in patterns])
@@ -147,18 +147,19 @@ def test_a_false_alarm_is_no_more_frequent_than_it_says():
         assert np.mean(p_values <= level) <= level
 
 
-def test_samples_of_different_numbers_are_compared_as_shares():
+def test_different_numbers_of_samples_are_compared_as_shares():
     first, second = np.array([1, 0, 2]), np.array([4, 2, 3])
     pair = paired(first, second, (2, 4))
     assert pair.first == pytest.approx(np.mean([0.5, 0, 1]))
     assert pair.second == pytest.approx(np.mean([1, 0.5, 0.75]))
     assert pair.difference.value == pytest.approx(pair.second - pair.first)
     assert (pair.better, pair.worse, pair.problems) == (2, 1, 3)
-    back = paired(second, first, (4, 2))
-    assert back.p_value == pair.p_value and (back.better, back.worse) == (1, 2)
+    swapped = paired(second, first, (4, 2))
+    assert swapped.p_value == pair.p_value
+    assert (swapped.better, swapped.worse) == (1, 2)
 
 
-def test_equal_models_do_not_differ():
+def test_equal_models_have_no_difference():
     correct = np.array([1, 0, 1])
     pair = paired(correct, correct, (1, 1))
     assert pair.p_value == 1.0 and tuple(pair.difference) == (0, 0, 0)

@@ -8,16 +8,16 @@ import jax
 import make_tiny
 import numpy as np
 import pytest
-from judge_stub import says, serving
+from judge_stub import replies, serving
 from scripted import Script
 from tiny_runs import ONE_STEP
 
-from oreal_jax import metrics, rollout
+from oreal_jax import metrics
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.sampling import Engine
 from oreal_jax.sharding import MeshShape, make_mesh
-from oreal_jax.train import examination
+from oreal_jax.train import examination, loop
 
 pytestmark = pytest.mark.usefixtures("judges")
 
@@ -45,25 +45,25 @@ class Skill:
 
     def __init__(self, monkeypatch, start: Path, *solved: int):
         self.solved, self.evaluations = list(solved), 0
-        self.script = Script(start / "hf", self.says)
+        self.script = Script(start / "hf", self.answer)
         take = examination.Examination.take
         sample = self.script.sample
 
         def counted(examining, session, pool, judge):
-            before = len(self.script.asked)
+            before = len(self.script.requests)
             take(examining, session, pool, judge)
-            self.evaluations += len(self.script.asked) > before
+            self.evaluations += len(self.script.requests) > before
 
         monkeypatch.setattr(examination.Examination, "take", counted)
         monkeypatch.setattr(Engine, "sample", lambda *a, **named: sample(*a, **named))
 
-    def says(self, a: int, sample: int) -> str:
+    def answer(self, a: int, sample: int) -> str:
         """Correct about all that is trained on."""
         return "99" if a in TRAINED_ON or a < self.solved[self.evaluations] else "0"
 
     def examined(self) -> list:
         """(problem, sample, sampling) of every attempt at an exam."""
-        return [asked for asked in self.script.asked if asked[0] not in TRAINED_ON]
+        return [asked for asked in self.script.requests if asked[0] not in TRAINED_ON]
 
 
 def train(start: Path, run: Path, *settings: str) -> int:
@@ -129,7 +129,7 @@ def test_several_samples_are_drawn_as_in_training(start, tmp_path, monkeypatch):
 
 def test_answers_are_judged_as_in_training(start, tmp_path, monkeypatch):
     skill = Skill(monkeypatch, start, 1, 1)
-    with serving(says("VERDICT: RIGHT")) as stub:
+    with serving(replies("VERDICT: RIGHT")) as stub:
         judge = [
             f"verification.judge_hosts=('{stub.url}',)",
             "verification.judge_model=m",
@@ -146,17 +146,17 @@ def test_what_was_drawn_stays_when_its_judging_is_interrupted(
     start, tmp_path, monkeypatch
 ):
     Skill(monkeypatch, start, 1, 1)
-    judged = rollout.judged
+    verify_completions = loop.verify_completions
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollout, "judged", interrupted)
+    monkeypatch.setattr(loop, "verify_completions", interrupted)
     settings = ["evaluation.data=()", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 130
     left = tmp_path / "run" / "interrupted" / "step_000000.jsonl"
     assert len(left.read_text().splitlines()) == 64
-    monkeypatch.setattr(rollout, "judged", judged)
+    monkeypatch.setattr(loop, "verify_completions", verify_completions)
     assert train(start, tmp_path / "run", *settings) == 0
     assert not left.exists()
 

@@ -13,7 +13,8 @@ import pytest
 from gradient_error import Step, make_batch, relative_errors
 
 from oreal_jax import sharding
-from oreal_jax.config import TrainConfig, load
+from oreal_jax.config import TrainConfig
+from oreal_jax.config_loading import load
 from oreal_jax.errors import InputError
 from oreal_jax.model import decoder
 from oreal_jax.train.programs import mesh_of

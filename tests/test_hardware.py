@@ -1,4 +1,4 @@
-"""Devices that are there are never hidden; what is for others keeps still."""
+"""Present devices are never hidden, plugins of absent ones are."""
 
 import os
 import subprocess
@@ -33,8 +33,8 @@ def card(machine: Path, vendor: str, device: str) -> None:
     write(folder / "device", device + "\n")
 
 
-def test_without_devices_jax_is_told_to_use_the_cpu(machine):
-    hardware.leave_out_absent(machine)
+def test_without_devices_jax_uses_the_cpu(machine):
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     assert sys.modules["jax_cuda12_plugin"] is None
 
@@ -42,7 +42,7 @@ def test_without_devices_jax_is_told_to_use_the_cpu(machine):
 @pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "dxg"])
 def test_a_gpu_is_not_hidden(machine, name):
     write(machine / "dev" / name)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
     assert "jax_cuda12_plugin" not in sys.modules
 
@@ -50,45 +50,45 @@ def test_a_gpu_is_not_hidden(machine, name):
 @pytest.mark.parametrize("name", ["accel0", "vfio/0"])
 def test_a_tpu_is_not_hidden(machine, name):
     write(machine / "dev" / name)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
-def test_a_tpu_is_known_by_its_pci_card(machine):
+def test_a_tpu_is_detected_by_its_pci_card(machine):
     card(machine, "0x1ae0", "0x0063")
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
 @pytest.mark.parametrize("numbers", [("0x1ae0", "0x0042"), ("0x1af4", "0x0063")])
-def test_other_cards_are_no_tpus(machine, numbers):
+def test_other_cards_are_not_tpus(machine, numbers):
     card(machine, *numbers)
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
-def test_a_tpu_that_somebody_speaks_of_is_not_hidden(machine, monkeypatch):
+def test_a_tpu_in_environment_variables_is_not_hidden(machine, monkeypatch):
     monkeypatch.setenv("TPU_NAME", "pod")
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
 def test_a_plugin_for_another_device_is_not_hidden(machine, monkeypatch):
     write(machine / "site/jax_plugins/another/__init__.py")
     monkeypatch.syspath_prepend(machine / "site")
-    hardware.leave_out_absent(machine)
+    hardware.hide_absent_devices(machine)
     assert os.environ["JAX_PLATFORMS"] == ""
 
 
-@pytest.mark.parametrize("asked", ["cuda", "gpu,cpu", "tpu"])
-def test_what_the_user_asks_for_is_left_alone(machine, monkeypatch, asked):
-    monkeypatch.setenv("JAX_PLATFORMS", asked)
-    hardware.leave_out_absent(machine)
-    assert os.environ["JAX_PLATFORMS"] == asked
-    assert ("jax_cuda12_plugin" in sys.modules) == (asked == "tpu")
+@pytest.mark.parametrize("platforms", ["cuda", "gpu,cpu", "tpu"])
+def test_platforms_set_by_the_user_are_kept(machine, monkeypatch, platforms):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    hardware.hide_absent_devices(machine)
+    assert os.environ["JAX_PLATFORMS"] == platforms
+    assert ("jax_cuda12_plugin" in sys.modules) == (platforms == "tpu")
 
 
-def test_a_verb_on_a_machine_without_gpu_does_not_load_what_is_for_it(tmp_path):
+def test_without_gpu_its_plugins_are_not_loaded(tmp_path):
     if hardware.has_gpu(Path("/")):
         pytest.skip("this machine has a GPU")
     noise = "import sys; print('no driver!', file=sys.stderr)\n"
@@ -103,8 +103,8 @@ def test_a_verb_on_a_machine_without_gpu_does_not_load_what_is_for_it(tmp_path):
     assert "no driver!" in run("import jax; jax.devices()").stderr  # alone, it does
     tried = run(
         "import sys, oreal_jax.cli as cli;"
-        "said = cli.main(['sample', '--prompt', '', '--model', 'nowhere']);"
-        "import jax; jax.devices(); sys.exit(said)"
+        "code = cli.main(['sample', '--prompt', '', '--model', 'nowhere']);"
+        "import jax; jax.devices(); sys.exit(code)"
     )
     assert tried.returncode == 2
     assert tried.stderr.startswith("oreal: nowhere") and tried.stderr.count("\n") == 1

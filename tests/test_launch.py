@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from oreal_jax import sharding
-from oreal_jax.config import TrainConfig, load
-from oreal_jax.model.published import PUBLISHED
+from oreal_jax.checkpoints.published import PUBLISHED
+from oreal_jax.config import TrainConfig
+from oreal_jax.config_loading import load
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["--name", "run", "--zone", "here", "--nfs", "server:/share"]

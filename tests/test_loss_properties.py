@@ -266,10 +266,10 @@ def test_packing_changes_nothing(loss, sampled, prompts, height, row_length):
             """Move the tokens of completions to the columns that predict them."""
             columns = np.full(packed.predicts[index].shape, fill)
             for b, slot in enumerate(slots):
-                if slot.micro == index:
-                    first = packed.first[index, slot.place]
+                if slot.micro_batch == index:
+                    first = packed.first[index, slot.completion]
                     there = slice(first, first + lengths[b])
-                    columns[packed.row[index, slot.place], there] = values[b][
+                    columns[packed.row[index, slot.completion], there] = values[b][
                         : lengths[b]
                     ]
             return columns

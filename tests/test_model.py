@@ -12,11 +12,11 @@ from families import close, padded, sequences, their_logits
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oreal_jax import model
+from oreal_jax.checkpoints.families import from_hugging_face, to_hugging_face
+from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, attention, head
 from oreal_jax.model.decoder import angles, rms_norm
-from oreal_jax.model.families import from_hugging_face, to_hugging_face
-from oreal_jax.model.published import PUBLISHED
 
 TINY = ModelConfig(
     vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True

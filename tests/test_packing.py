@@ -9,7 +9,7 @@ import smollm2_arithmetic
 import tiny as tiny_config
 
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import Example, Limits, Shape, arrange, fill_rows, pack
+from oreal_jax.data.packing import Example, Shape, SizeLimits, arrange, fill_rows, pack
 from oreal_jax.sampling.simulation import heavy_tailed
 from oreal_jax.train.programs import limits_of
 
@@ -95,7 +95,7 @@ def test_small_configs_compile_their_step_once(config, prompts, completions):
 
 def test_limits_change_the_shape_and_nothing_else():
     examples = [Example([1] * 9, [2] * size) for size in (3, 8, 5)]
-    limits = Limits(16, 40, 20, 4)
+    limits = SizeLimits(16, 40, 20, 4)
     batch, slots = pack(examples, rows=1, row_length=40, limits=limits)
     alone, same_slots = pack(examples, rows=1, row_length=40)
     assert slots == same_slots
@@ -108,13 +108,13 @@ def test_limits_change_the_shape_and_nothing_else():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_batches_within_the_limits_fit_their_shape(seed):
+def test_batches_within_the_limits_fit_the_shape(seed):
     random = np.random.default_rng(seed)
     row_length, rows = int(random.integers(40, 400)), int(random.integers(1, 5))
     prompts = random.integers(1, 20, size=(30,))
     answers = random.integers(1, 20, size=(30,))
     lengths = list(zip(prompts.tolist(), answers.tolist(), strict=True))
-    limits = Limits(30, 40, 20, int(prompts.min()))
+    limits = SizeLimits(30, 40, 20, int(prompts.min()))
     groups, shape = arrange(lengths, rows=rows, row_length=row_length, limits=limits)
     assert len(groups) <= shape.micros
     for group in groups:

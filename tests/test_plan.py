@@ -1,4 +1,4 @@
-"""What a plan says, against programs whose answer is known; and one small plan by the
+"""Plans against programs of known size and measured times; and one small plan by the
 TPU's own compiler."""
 
 import dataclasses
@@ -11,18 +11,25 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from oreal_jax import efficiency, rollout, sharding
+from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.cli import main
 from oreal_jax.data.packing import fill_rows
 from oreal_jax.losses import Grpo
-from oreal_jax.model.published import PUBLISHED
-from oreal_jax.plan import Plan, compiler, plan, roofline
-from oreal_jax.plan.collectives import moved
-from oreal_jax.plan.decoding import decoding, lengths_of
-from oreal_jax.plan.estimate import FRACTIONS, estimated
+from oreal_jax.plan import Plan, compiler, load_shape, make_plan
+from oreal_jax.plan.bounds import (
+    Phase,
+    completion_lengths,
+    decoding_bound,
+    estimate_decoding,
+    phases,
+)
+from oreal_jax.plan.collectives import collective_bytes
 from oreal_jax.plan.findings import Compiled
-from oreal_jax.plan.programs import layout, learned, on_device, programs
-from oreal_jax.plan.show import why
-from oreal_jax.sampling.simulation import simulate
+from oreal_jax.plan.gpus import SHARE_VARIABLES, gpu_memory
+from oreal_jax.plan.planner import investigate
+from oreal_jax.plan.programs import device_bytes, layout, programs, selected_lengths
+from oreal_jax.plan.show import conclusion
+from oreal_jax.sampling.simulation import Round, simulate
 
 WAYS = 4
 
@@ -35,34 +42,32 @@ def compiled_text(work, *specs, shape=(64, 64)) -> str:
         )
         for spec in specs
     ]
-    whole = NamedSharding(mesh, PartitionSpec())
-    return (
-        jax.jit(work, out_shardings=whole).lower(*arguments).compile().as_text() or ""
-    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(work, out_shardings=replicated).lower(*arguments).compile()
+    return program.as_text() or ""
 
 
-def test_a_gathered_array_counts_with_its_whole_size():
+def test_an_all_gather_counts_with_the_size_of_its_result():
     text = compiled_text(lambda x: x + 1, ("x",))
-    assert moved(text) == {"all-gather": 64 * 64 * 4}
+    assert collective_bytes(text) == {"all-gather": 64 * 64 * 4}
 
 
-def test_a_reduced_array_counts_with_its_size():
+def test_an_all_reduce_counts_with_the_size_of_its_result():
     text = compiled_text(lambda x: jnp.sum(x, axis=0), ("x",))
-    assert moved(text) == {"all-reduce": 64 * 4}
+    assert collective_bytes(text) == {"all-reduce": 64 * 4}
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_collectives_in_a_loop_count_once_per_iteration():
     def work(x, count):
         step = lambda i, total: total + jnp.sum(x * (i + total[0]), axis=0)
         return jax.lax.fori_loop(0, count, step, jnp.zeros(64))
 
     once = 64 * 4
     text = compiled_text(lambda x: work(x, 5), ("x",))
-    assert moved(text) == {"all-reduce": 5 * once}
+    assert collective_bytes(text) == {"all-reduce": 5 * once}
     text = compiled_text(lambda x: work(x, jnp.int32(x[0, 0])), ("x",))
-    found = moved(text, repeats=7)
-    assert found["all-reduce"] >= 7 * once  # the limit itself is reduced too, once
-    assert found["all-reduce"] < 8 * once
+    total = collective_bytes(text, repeats=7)["all-reduce"]
+    assert 7 * once <= total < 8 * once  # the limit itself is reduced too, once
 
 
 UNROLLED = """
@@ -92,8 +97,8 @@ ENTRY %main (start: (f32[8], u32[])) -> (f32[8], u32[]) {
 """
 
 
-def test_an_unrolled_loop_counts_in_its_larger_steps():
-    assert moved(UNROLLED, repeats=99) == {"collective-permute": 16 * 8 * 4}
+def test_an_unrolled_loop_has_fewer_iterations():
+    assert collective_bytes(UNROLLED, repeats=99) == {"collective-permute": 16 * 8 * 4}
 
 
 ASYNCHRONOUS = """
@@ -102,7 +107,7 @@ ASYNCHRONOUS = """
   ROOT %gathered = f32[64]{0} all-gather(%x), channel_id=7, dimensions={0}
 }
 
-%go_on (x.1: f32[8], y: f32[8,8], z: f32[8,8]) -> f32[8,8] {
+%overlap (x.1: f32[8], y: f32[8,8], z: f32[8,8]) -> f32[8,8] {
   %x.1 = f32[8]{0} parameter(0)
   %y = f32[8,8]{1,0} parameter(1)
   %z = f32[8,8]{1,0} parameter(2)
@@ -114,14 +119,14 @@ ENTRY %main (start: f32[8], a: f32[8,8]) -> f32[8,8] {
   %start = f32[8]{0} parameter(0)
   %a = f32[8,8]{1,0} parameter(1)
   %begun = f32[64]{0} fusion(%start), kind=kCustom, calls=%begin
-  %b = f32[8,8]{1,0} fusion(%start, %a, %a), kind=kOutput, calls=%go_on
+  %b = f32[8,8]{1,0} fusion(%start, %a, %a), kind=kOutput, calls=%overlap
   ROOT %other = f32[64]{0} all-gather(%start), channel_id=8, dimensions={0}
 }
 """
 
 
-def test_a_collective_behind_other_work_counts_once():
-    assert moved(ASYNCHRONOUS) == {"all-gather": 2 * 64 * 4}
+def test_an_asynchronous_collective_counts_once():
+    assert collective_bytes(ASYNCHRONOUS) == {"all-gather": 2 * 64 * 4}
 
 
 def config(**changes):
@@ -147,26 +152,27 @@ SHAPE = efficiency.ModelConfig(
 )
 
 
-PAIR = [(128, 128)] * 8  # what a step of `config` learns from
+PAIRS = [(128, 128)] * 8  # (prompt, completion) tokens that a step of `config` selects
 
 
-def test_a_layout_is_made_of_what_the_run_would_hold():
-    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], PAIR)
-    numbers = efficiency.layer_weights(SHAPE) + 2 * efficiency.head_weights(SHAPE)
-    held = run.bytes
-    policy, reward = numbers, numbers - efficiency.head_weights(SHAPE)
-    assert held["parameters"] == pytest.approx((policy + reward) * 4 / 4, rel=0.02)
+def test_a_layout_holds_both_models_and_their_optimizers():
+    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], PAIRS)
+    weights = efficiency.layer_weights(SHAPE) + 2 * efficiency.head_weights(SHAPE)
+    token_reward = weights - efficiency.head_weights(SHAPE)
+    held = run.held
+    expected = (weights + token_reward) * 4 / 4
+    assert held["parameters"] == pytest.approx(expected, rel=0.02)
     assert held["optimizer"] == pytest.approx(2 * held["parameters"], rel=0.001)
-    assert on_device(run.reference) == held["reference"]
+    assert device_bytes(run.reference) == held["reference"]
 
 
 @pytest.mark.parametrize("cache_tokens", [0, 512])
 def test_every_program_of_a_run_is_planned_and_lowers(cache_tokens):
     small = dataclasses.replace(config(), cache_tokens=cache_tokens)
-    run = layout(small, SHAPE, jax.devices()[:4], jax.devices()[:4], PAIR)
+    run = layout(small, SHAPE, jax.devices()[:4], jax.devices()[:4], PAIRS)
     names = []
     for program in programs(small, SHAPE, run):
-        program.lower()
+        program.function.lower(*program.arguments)
         names.append(program.name)
     assert names[0] == "start" and names[-2:] == [
         "train step",
@@ -184,14 +190,14 @@ def test_every_program_of_a_run_is_planned_and_lowers(cache_tokens):
 
 
 def test_a_phase_takes_as_long_as_its_slowest_part():
-    phase = roofline.Phase.of(flops=1e12, products=2.0, memory=3.0, links=1.0)
+    phase = Phase.overlapping(flops=1e12, products=2.0, memory=3.0, links=1.0)
     assert (phase.seconds, phase.limit) == (3.0, "memory")
 
 
 @pytest.fixture
 def model_file(tmp_path):
     """A directory with the config.json of a small model."""
-    from oreal_jax.model.families import to_hugging_face
+    from oreal_jax.checkpoints.families import to_hugging_face
 
     (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(SHAPE, "float32")))
     return tmp_path
@@ -218,14 +224,14 @@ def tpu_compiler():
 
 
 @pytest.mark.usefixtures("tpu_compiler")
-def test_a_small_plan_fits_and_a_large_one_names_its_culprit(config_file, capsys):
+def test_a_small_plan_fits_and_a_large_one_names_its_largest_array(config_file, capsys):
     arguments = ["plan", str(config_file), "--topology", "v5e:2x2", "--json"]
     assert main(arguments) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["fits"] and said["kind"] == "TPU v5 lite" and said["devices"] == 4
-    assert said["memory"] == pytest.approx(15.75 * 2**30)
-    step = next(p for p in said["programs"] if p["name"] == "train step")
-    state = said["held"]["parameters"] + said["held"]["optimizer"]
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["kind"] == "TPU v5 lite" and plan["devices"] == 4
+    assert plan["memory"] == pytest.approx(15.75 * 2**30)
+    step = next(p for p in plan["programs"] if p["name"] == "train step")
+    state = plan["held"]["parameters"] + plan["held"]["optimizer"]
     assert step["arguments"] == pytest.approx(state, rel=0.2)
     assert sum(step["moved"].values()) > 0
     for setting in (
@@ -236,13 +242,13 @@ def test_a_small_plan_fits_and_a_large_one_names_its_culprit(config_file, capsys
         arguments += ["--set", setting]
     assert main(arguments) == 1
     captured = capsys.readouterr()
-    said = json.loads(captured.out)
-    assert not said["fits"] and said["seconds"] is None and not said["phases"]
+    plan = json.loads(captured.out)
+    assert not plan["fits"] and plan["seconds"] is None and not plan["phases"]
     assert "cache" in captured.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--topology", "v5x:2x2"], "--topology v5x:2x2"),
         (["--topology", "v5e:2x2", "--set", "mesh.tensor=3"], "tensor=3"),
@@ -250,9 +256,9 @@ def test_a_small_plan_fits_and_a_large_one_names_its_culprit(config_file, capsys
     ],
 )
 @pytest.mark.usefixtures("tpu_compiler")
-def test_a_plan_that_cannot_be_made_says_why(config_file, arguments, said, capsys):
+def test_an_invalid_topology_is_rejected(config_file, arguments, message, capsys):
     assert main(["plan", str(config_file), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_mean_of_zero_tokens_is_rejected(config_file, capsys):
@@ -261,34 +267,45 @@ def test_a_mean_of_zero_tokens_is_rejected(config_file, capsys):
     assert "--mean-tokens 0" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_here_is_planned_as_published(capsys):
-    from oreal_jax.plan import shape_of
-
-    assert shape_of(config()).embed == 3584
+def test_a_model_that_is_not_on_disk_is_planned_as_published():
+    assert load_shape(config()).embed == 3584
     unknown = dataclasses.replace(config(), model="nobody/knows")
     with pytest.raises(sharding.InputError, match="nobody/knows"):
-        shape_of(unknown)
+        load_shape(unknown)
 
 
-def test_a_plan_for_gpus_counts_the_state_that_a_layout_has(config_file, capsys):
+def test_a_plan_for_gpus_counts_the_arrays_of_the_run(config_file, capsys):
     arguments = ["plan", str(config_file), "--topology", "h100:4", "--json"]
     assert main(arguments) == 0
-    said = json.loads(capsys.readouterr().out)
-    run = layout(config(), SHAPE, jax.devices()[:4], jax.devices()[:4], PAIR)
-    for name in ("parameters", "optimizer"):
-        assert said["held"][name] == pytest.approx(run.bytes[name], rel=0.01)
-    cache = run.engine.programs.abstract(run.size).cache
-    # bfloat16 there, float32 here; some pages are kept in reserve
-    assert said["sampling"]["cache"] == pytest.approx(on_device(cache) / 2, rel=0.3)
+    plan = json.loads(capsys.readouterr().out)
+    bfloat16 = config(compute="bfloat16")
+    run = layout(bfloat16, SHAPE, jax.devices()[:4], jax.devices()[:4], PAIRS)
+    assert plan["held"] == run.held and plan["sampling"] == run.sampling
+    assert plan["fits"] is None  # temporary memory is not known
+    assert {program["temporary"] for program in plan["programs"]} == {None}
+    step = next(p for p in plan["programs"] if p["name"] == "train step")
+    assert step["peak"] > run.held["parameters"] + run.held["optimizer"]
     offloaded = ["--set", "policy.offload=True", "--set", "token_reward.offload=True"]
-    main([*arguments, *offloaded])
-    assert json.loads(capsys.readouterr().out)["held"]["optimizer"] == 0
+    assert main([*arguments, *offloaded]) == 0
+    optimizer = json.loads(capsys.readouterr().out)["held"]["optimizer"]
+    assert optimizer < 100  # step counts; moments are in host memory
+    assert main(arguments[:-1]) == 0
+    assert "whether the run fits is open" in capsys.readouterr().out
+
+
+def test_a_run_whose_arrays_exceed_gpus_does_not_fit(config_file, capsys):
+    arguments = ["plan", str(config_file), "--topology", "h100:4"]
+    for setting in ("prompts_per_step=1024", "decode_rows=1048576"):
+        arguments += ["--set", setting]
+    arguments += ["--set", "samples_per_prompt=1024"]
+    assert main(arguments) == 1
+    assert "does not fit with 10% to spare" in capsys.readouterr().err
 
 
 def test_the_larger_cache_that_a_plan_proposes_lets_all_slots_run(config_file, capsys):
     def planned(cache_tokens: int) -> dict:
-        asked = ["plan", str(config_file), "--topology", "h100:1", "--json"]
-        assert main([*asked, "--set", f"cache_tokens={cache_tokens}"]) == 0
+        arguments = ["plan", str(config_file), "--topology", "h100:1", "--json"]
+        assert main([*arguments, "--set", f"cache_tokens={cache_tokens}"]) == 0
         return json.loads(capsys.readouterr().out)
 
     small = planned(512)
@@ -298,41 +315,40 @@ def test_the_larger_cache_that_a_plan_proposes_lets_all_slots_run(config_file, c
     assert larger["seconds"] < small["phases"]["decode"]["seconds"]
     assert larger["cache_tokens"] > 512
     again = planned(larger["cache_tokens"])
-    assert again["larger_cache"] is None and again["fits"]
+    assert again["larger_cache"] is None and again["fits"] is None
     assert again["decoding"]["rows"] == larger["rows"]
     assert again["phases"]["decode"]["seconds"] == larger["seconds"]
 
 
 def seven_billion(**changes):
-    """The published recipe on eight H100s, and what its steps learn from."""
+    """The published recipe on eight H100s, and the sequences that its steps select."""
     import oreal_7b
 
     config = dataclasses.replace(oreal_7b.config, **changes)
-    sequences = learned(config, lengths_of(config, 7000))
+    selected = selected_lengths(config, completion_lengths(config, 7000))
     return (
-        config,
-        sequences,
-        estimated(config, PUBLISHED[config.model], "h100:8", sequences),
+        selected,
+        investigate(config, PUBLISHED[config.model], "h100:8", selected),
     )
 
 
-def test_all_completions_that_a_step_may_keep_are_counted():
+def test_all_completions_that_a_step_may_select_are_counted():
     """1,024 completions of 7,000 tokens with their prompts fill 57 micro-batches of
     eight rows; a pair of each prompt an eighth of that."""
-    _, sequences, everything = seven_billion(keep=rollout.everything)
-    assert len(sequences) == 1024
-    rows = fill_rows([sum(pair) for pair in sequences], 16_384)
+    selected, everything = seven_billion(keep=rollout.everything)
+    assert len(selected) == 1024
+    rows = fill_rows([sum(lengths) for lengths in selected], 16_384)
     assert everything.micros == -(-len(rows) // 8) >= 57
-    _, pairs, one_pair = seven_billion()
+    pairs, one_pair = seven_billion()
     assert len(pairs) == 128 and 8 <= one_pair.micros <= 9
-    peak = lambda found: found.programs[-1].peak
-    assert peak(everything) > peak(one_pair)  # the batch itself
+    step = lambda findings: findings.programs[-1].arguments
+    assert step(everything) > step(one_pair)  # the batch itself
     small = config(keep=rollout.everything)
-    found = learned(small, lengths_of(small, 64))
+    selected = selected_lengths(small, completion_lengths(small, 64))
     devices = jax.devices()[:4]
-    run = layout(small, SHAPE, devices, devices, found)
-    rows = fill_rows([sum(pair) for pair in found], 256)
-    assert len(found) == 16 and run.micros == -(-len(rows) // 4)
+    run = layout(small, SHAPE, devices, devices, selected)
+    rows = fill_rows([sum(lengths) for lengths in selected], 256)
+    assert len(selected) == 16 and run.micros == -(-len(rows) // 4)
 
 
 @pytest.mark.parametrize(
@@ -341,51 +357,42 @@ def test_all_completions_that_a_step_may_keep_are_counted():
         ({}, 0.75),
         ({"XLA_CLIENT_MEM_FRACTION": ".9"}, 0.9),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, 0.5),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, 0.75),
-        ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, 1.0),
     ],
 )
-def test_a_plan_for_gpus_has_the_memory_that_jax_allocates(
-    variables, share, monkeypatch
-):
-    for name in FRACTIONS:
+def test_a_gpu_has_the_memory_that_jax_allocates(variables, share, monkeypatch):
+    for name in SHARE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = estimated(config(), SHAPE, "h100:4", PAIR)
-    assert found.memory == pytest.approx(share * 80e9)
+    assert gpu_memory("h100:4") == pytest.approx(share * 80e9)
 
 
 @pytest.mark.parametrize("value", ["most", "0", "-1", "1.5", "nan"])
-def test_a_share_of_memory_that_is_none_is_rejected(
+def test_an_invalid_share_of_memory_is_rejected(
     value, config_file, monkeypatch, capsys
 ):
-    monkeypatch.setenv(FRACTIONS[0], value)
-    asked = ["plan", str(config_file), "--topology", "h100:4"]
-    assert main(asked) == 2
-    assert f"{FRACTIONS[0]}={value}" in capsys.readouterr().err
-    monkeypatch.setenv(FRACTIONS[1], ".5")
-    assert main(asked) == 2
-    assert f"{FRACTIONS[0]} and {FRACTIONS[1]}" in capsys.readouterr().err
+    monkeypatch.setenv(SHARE_VARIABLES[0], value)
+    assert main(["plan", str(config_file), "--topology", "h100:4"]) == 2
+    assert f"{SHARE_VARIABLES[0]}={value}" in capsys.readouterr().err
 
 
-def test_a_cache_that_a_plan_proposes_fits_beside_the_7b_state():
+def test_a_proposed_cache_fits_with_the_7b_state():
     import oreal_7b
 
     small = dict(prompts_per_step=16, cache_tokens=65_536)
     recipe = dataclasses.replace(oreal_7b.config, **small)
-    proposed = plan(recipe, "h100:8", 7000).larger_cache
+    proposed = make_plan(recipe, "h100:8", 7000).larger_cache
     assert proposed
     larger = dataclasses.replace(recipe, cache_tokens=proposed.cache_tokens)
-    found = estimated(larger, PUBLISHED[recipe.model], "h100:8", PAIR)
-    assert found.programs[0].peak == pytest.approx(0.9 * 0.75 * 80e9, rel=1e-3)
-    assert found.programs[0].peak <= 0.9 * 0.75 * 80e9
+    findings = investigate(larger, PUBLISHED[recipe.model], "h100:8", PAIRS)
+    peak = max(p.peak for p in findings.programs if p.phase != "update_actor")
+    assert 0.9 * 0.75 * 80e9 * (1 - 1e-3) <= peak <= 0.9 * 0.75 * 80e9
 
 
 def test_decoding_reads_all_weights_in_every_step_of_the_longest_completion():
     """Restated step by step: an engine of 8 slots, which are never fewer."""
     small = dataclasses.replace(config(), decode_rows=8)
-    found = estimated(small, SHAPE, "h100:1", PAIR)
+    findings = investigate(small, SHAPE, "h100:1", PAIRS)
     lengths = np.array([[3, 100], [128, 65], [1, 7], [64, 90]])
     cache = 2 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim
     weights = efficiency.layer_weights(SHAPE) + efficiency.head_weights(SHAPE)
@@ -393,10 +400,11 @@ def test_decoding_reads_all_weights_in_every_step_of_the_longest_completion():
     for step in range(lengths.max()):
         live = np.sum(lengths > step)
         seconds += 2 * (weights + cache * live * (128 + step)) / 3350e9
-    found = decoding(small, SHAPE, found, lengths, 100_000)
-    assert found.steps == 128 and found.swapped == 0
-    assert found.rows == pytest.approx(lengths.sum() / 128)
-    assert found.phase.seconds == found.phase.memory == pytest.approx(seconds)
+    estimate = estimate_decoding(small, SHAPE, findings, lengths, 100_000)
+    assert estimate.steps == 128 and estimate.swapped == 0
+    assert estimate.rows == pytest.approx(lengths.sum() / 128)
+    assert estimate.phase.seconds == pytest.approx(seconds)
+    assert estimate.phase.seconds == estimate.phase.memory
 
 
 def test_rounds_add_up_to_the_work_of_decoding():
@@ -413,7 +421,7 @@ def test_rounds_add_up_to_the_work_of_decoding():
     assert all((r.rows <= r.slots).all() for r in rounds)
 
 
-def test_the_bound_of_a_plan_lies_above_a_measured_step():
+def test_the_bound_of_a_plan_exceeds_a_measured_throughput():
     """NeMo-RL 0.4 (docs/about/performance-summary.md there): GRPO of Llama 3.1 8B on
     16 H100, 64 prompts x 32 samples of 1,060 tokens on average and 4,096 at most, no
     tensor parallelism in generation, activation checkpointing: 1,562 tokens/s a GPU,
@@ -436,79 +444,106 @@ def test_the_bound_of_a_plan_lies_above_a_measured_step():
         token_reward=None,
         freeze_steps=0,
     )
-    planned = plan(config, "h100:16", 1060)
-    assert planned.fits
-    assert planned.tokens == pytest.approx(measured * 97.7 * 16, rel=0.01)
-    assert measured < planned.tokens_per_second < 4 * measured
+    plan = make_plan(config, "h100:16", 1060)
+    assert plan.fits is not False
+    assert plan.tokens == pytest.approx(measured * 97.7 * 16, rel=0.01)
+    assert measured < plan.tokens_per_second < 4 * measured
 
 
-def test_what_is_kept_for_the_backward_pass_trades_memory_for_products():
-    def cost(remat):
-        changed = config(remat=remat)
-        found = estimated(changed, SHAPE, "h100:4", PAIR)
-        none = roofline.Phase.of(0.0, 0.0, 0.0, 0.0)
-        phases = roofline.phases(changed, SHAPE, found, PAIR, none)
-        return phases["update_actor"].flops, found.programs[-1].temporary
-
-    costs = map(cost, ("everything", "but_attention", "elementwise"))
-    flops, memory = zip(*costs, strict=True)
-    assert flops[0] > flops[1] > flops[2]
-    assert memory[0] < memory[1] < memory[2]
+QWEN_7B = PUBLISHED["Qwen/Qwen2.5-7B"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("rows", "context", "milliseconds"),
+    [(64, 1984 + 64, 7.94), (1, 1984 + 64, 4.62), (256, 500 + 64, 11.69)],
+)
+def test_a_decoding_step_on_an_h200_takes_up_to_three_bounds(
+    rows, context, milliseconds
+):
+    """Measured with commit ba428a3 and jax 0.11.2: Qwen2.5-7B's shape in bfloat16, 128
+    tokens for prompts of 1,984 (256 rows: 500)."""
+    findings = investigate(config(), SHAPE, "h200:1", PAIRS)._replace(slots=rows)
+    cached = np.array([rows * context])
+    step = Round(steps=1, slots=rows, rows=np.array([rows]), cached=cached)
+    bound = decoding_bound(config(), QWEN_7B, findings, [step])
+    assert bound.limit == "memory"
+    assert 1.5 < milliseconds / 1000 / bound.seconds < 3
+
+
+def test_a_train_step_on_an_h200_takes_up_to_three_bounds():
+    """Measured with commit ba428a3 and jax 0.11.2: 0.935 s for eight layers of
+    Qwen2.5-7B, without a token reward model, on one sequence of 1,024 + 15,360 tokens;
+    the backward pass computes everything again."""
+    shape = dataclasses.replace(QWEN_7B, layers=8)
+    recipe = config(token_reward=None, freeze_steps=0)
+    packing = dataclasses.replace(recipe.packing, row_length=16_384)
+    recipe = dataclasses.replace(recipe, packing=packing, loss=Grpo())
+    selected = [(1024, 15_360)]
+    findings = investigate(recipe, shape, "h200:1", selected)
+    none = Phase.overlapping(0.0, 0.0, 0.0, 0.0)
+    bound = phases(recipe, shape, findings, selected, none)["update_actor"]
+    assert findings.micros == 1 and bound.limit == "products"
+    assert 2 < 0.935 / bound.seconds < 3
+
+
+def test_keeping_activations_saves_flops_of_the_backward_pass():
+    def flops(remat):
+        changed = config(remat=remat)
+        findings = investigate(changed, SHAPE, "h100:4", PAIRS)
+        none = Phase.overlapping(0.0, 0.0, 0.0, 0.0)
+        return phases(changed, SHAPE, findings, PAIRS, none)["update_actor"].flops
+
+    everything, but_attention, elementwise = map(
+        flops, ("everything", "but_attention", "elementwise")
+    )
+    assert everything > but_attention > elementwise
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
     [
         (["--mean-tokens", "129"], "--mean-tokens 129 exceeds sampling.max_tokens=128"),
-        (["--set", "cache_tokens=300"], "cache_tokens=300 has no room for"),
-        (["--set", "decode_tensor=3"], "engine of 3 devices (decode_tensor=3)"),
+        (["--set", "cache_tokens=300"], "does not fit cache_tokens=300"),
+        (["--set", "decode_tensor=3"], "an engine of 3 devices"),
     ],
 )
-def test_a_plan_for_gpus_that_cannot_be_made_says_why(
-    config_file, arguments, said, capsys
-):
+def test_an_invalid_plan_for_gpus_is_rejected(config_file, arguments, message, capsys):
     assert main(["plan", str(config_file), "--topology", "h100:4", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("topology", ["h100", "h100:0", "h100:x", "h100:12"])
-def test_gpus_without_a_number_are_refused(config_file, topology, capsys):
+def test_an_invalid_number_of_gpus_is_rejected(config_file, topology, capsys):
     assert main(["plan", str(config_file), "--topology", topology]) == 2
     assert "h100:8" in capsys.readouterr().err
 
 
-def test_links_of_gpus_carry_every_micro_batch():
-    few = [(128, 128)] * 4
-    once = estimated(config(), SHAPE, "h100:4", few)
-    thrice = estimated(config(), SHAPE, "h100:4", few * 3)
-    assert (once.micros, thrice.micros) == (1, 3)
-    for phase in ("ref", "update_actor"):
-        assert thrice.moved[phase] == 3 * once.moved[phase] > 0
-
-
 @pytest.mark.parametrize(
-    ("phase", "temporary", "culprit"),
+    ("phase", "temporary", "largest"),
     [
         ("update_actor", 90, "activations and other temporaries"),
         ("update_actor", 20, "optimizer"),
         ("decode", 20, "cache"),
     ],
 )
-def test_what_does_not_fit_is_put_down_to_its_largest_part(phase, temporary, culprit):
-    found = estimated(config(), SHAPE, "h100:4", [(128, 128)])._replace(
+def test_the_largest_array_of_a_run_that_does_not_fit_is_named(
+    phase, temporary, largest
+):
+    program = Compiled(
+        "one", phase, 0, 0, temporary, 40, 200, {}, seconds=0.0, error="too big"
+    )
+    findings = investigate(config(), SHAPE, "h100:4", PAIRS)._replace(
         memory=100,
         held={"parameters": 10, "optimizer": 30},
         sampling={"weights": 5, "cache": 50},
-        programs=[Compiled("one", phase, 0, 0, temporary, 40, 200, {}, 0.0, "too big")],
+        programs=[program],
     )
-    made = Plan(topology="h100:4", mean_tokens=1, tokens=1, found=found)
-    assert not made.fits and made.largest.name == "one"
-    assert f"largest: {culprit}," in why(made)
+    plan = Plan(topology="h100:4", mean_tokens=1, tokens=1, findings=findings)
+    assert plan.fits is False and plan.largest.name == "one"
+    assert f"largest: {largest}," in conclusion(plan)
 
 
-def test_a_plan_without_the_compiler_says_what_to_install(
-    config_file, monkeypatch, capsys
-):
+def test_a_missing_compiler_is_named_with_its_package(config_file, monkeypatch, capsys):
     monkeypatch.setattr(compiler.util, "find_spec", lambda name: None)
     assert main(["plan", str(config_file), "--topology", "v5e:2x2"]) == 2
     assert "pip install 'oreal-jax[plan]'" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from scripted import read_lines, write_lines
 from test_loss_lab import two_groups
 
 from oreal_jax import config as configuration
+from oreal_jax import config_loading
 from oreal_jax.cli import main, parser
 from oreal_jax.errors import Failure, InputError
 
@@ -247,7 +248,7 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.data import load_prompts, read_examples
     from oreal_jax.evaluation import load_sets
-    from oreal_jax.plan import compiler, estimate
+    from oreal_jax.plan import compiler, gpus
 
     def read_model(config) -> None:
         if not REMOTE.match(config.model):
@@ -264,13 +265,13 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
         read_examples(Path(config.examples))
 
     def make_plan(config, topology, mean_tokens, on_program):
-        plan.shape_of(config)
-        if topology.split(":")[0] in estimate.GPUS:
-            estimate.gpus_of(topology)
+        plan.load_shape(config)
+        if topology.split(":")[0] in gpus.GPUS:
+            gpus.gpu_devices(topology)
         elif not re.fullmatch(r"v(4|5p|5e|6e):\d+x\d+(x\d+)?", topology):
             raise InputError(f"--topology {topology}: no such topology")
         elif util.find_spec("libtpu"):
-            compiler.devices_of(topology)
+            compiler.tpu_devices(topology)
         return types.SimpleNamespace(fits=True)
 
     for module, name, work in [
@@ -278,8 +279,8 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
         ("oreal_jax.train.sft", "sft", sft),
     ]:
         patch.setattr(importlib.import_module(module), name, work)
-    real = plan.plan
-    patch.setattr(plan, "plan", functools.wraps(real)(make_plan))
+    real = plan.make_plan
+    patch.setattr(plan, "make_plan", functools.wraps(real)(make_plan))
     patch.setattr("oreal_jax.plan.show.show", lambda *_: None)
     patch.setattr(distributed, "initialized", lambda *_: contextlib.nullcontext())
 
@@ -534,7 +535,7 @@ def check_setting(setting: str) -> None:
         kinds = (configuration.TrainConfig, configuration.SftConfig)
         for kind in kinds:
             try:
-                return configuration.load(path, kind, [setting])
+                return config_loading.load(path, kind, [setting])
             except InputError as error:
                 errors.append(str(error))
     pytest.fail(errors[0])

@@ -13,7 +13,8 @@ from scripted import Script, read_lines, write_lines
 from tiny_runs import ROOT, Result, arrays, oreal_in_process
 
 from oreal_jax.checkpoints import run as checkpoints
-from oreal_jax.config import SftConfig, TrainConfig, load
+from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.config_loading import load
 from oreal_jax.console import Screen
 from oreal_jax.data import PromptOrder, load_prompts
 from oreal_jax.errors import Diverged
@@ -32,11 +33,11 @@ class Policy:
     there is something to learn; `error` is raised when step `fails_at` is sampled."""
 
     def __init__(self, model: Path):
-        self.script = Script(model, self.says)
+        self.script = Script(model, self.answer)
         self.learns, self.score = False, 1
         self.fails_at, self.error = -1, RuntimeError("a bug")
 
-    def says(self, a: int, sample: int) -> str:
+    def answer(self, a: int, sample: int) -> str:
         correct = a - EXAM[0] < self.score if a in EXAM else self.learns and sample % 2
         return RIGHT if correct else str(a)
 
@@ -47,8 +48,8 @@ class Policy:
 
     def take_prompts(self) -> list[int]:
         """The prompts sampled since the last call, in order."""
-        asked = self.script.asked
-        self.script.asked = []
+        asked = self.script.requests
+        self.script.requests = []
         return [a for a, sample, _ in asked if sample == 0 and a not in EXAM]
 
 

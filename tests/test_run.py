@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_stub import says, serving
+from judge_stub import replies, serving
 from safetensors.numpy import load_file, save_file
 from tiny_runs import (
     ONE_STEP,
@@ -24,7 +24,8 @@ from tiny_runs import (
 from oreal_jax import loss_lab, losses, metrics
 from oreal_jax.checkpoints.run import Checkpoints
 from oreal_jax.checkpoints.source import open_model
-from oreal_jax.config import TrainConfig, load
+from oreal_jax.config import TrainConfig
+from oreal_jax.config_loading import load
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
 from oreal_jax.loss_lab.load import PER_TOKEN
@@ -59,7 +60,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny, whole, blow):
     assert process.returncode != 0
     if blow != signal.SIGKILL:
         assert process.returncode == 130
-        assert "go on with the same command" in said
+        assert "resume with the same command" in said
         assert "Traceback" not in said + errors
     assert f"resuming {run} after step" in finish(train(tiny, run))
     for ours, expected in zip(arrays(run, 5), arrays(whole, 5), strict=True):
@@ -300,7 +301,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
 
 def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
     run = tiny / "undecided"
-    with serving(says("VERDICT: UNSURE")) as stub:
+    with serving(replies("VERDICT: UNSURE")) as stub:
         judge = [
             f"verification.judge_hosts=('{stub.url}',)",
             "verification.judge_model=m",

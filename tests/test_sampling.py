@@ -16,7 +16,7 @@ from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import Diverged, Failure, InputError
 from oreal_jax.model import ModelConfig
-from oreal_jax.plan.collectives import moved
+from oreal_jax.plan.collectives import collective_bytes
 from oreal_jax.sampling import (
     Engine,
     Request,
@@ -173,7 +173,7 @@ def test_logits_are_exchanged_by_slot_and_never_gathered():
     )
     text = programs.decode.lower(*arguments, 1, 0, engine.stops).compile().as_text()
     assert text
-    of_a_token = moved(text)
+    of_a_token = collective_bytes(text)
     assert of_a_token["all-to-all"] == slots * CONFIG.vocab * 4 / 4  # a quarter each
     assert of_a_token.get("all-gather", 0) < slots * 16 * 4
 

@@ -1,4 +1,4 @@
-"""The verifier: correct, incorrect, undecided; nothing hangs or runs in it."""
+"""The rule and its pool of processes: verdicts, time limits, nothing is evaluated."""
 
 import asyncio
 import gc
@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import verify_cases
 from bench_verify import read, rewritten
-from verify_judges import absent, troubled
+from verify_judges import misbehaving, unimportable
 
 from oreal_jax.errors import InputError
-from oreal_jax.verify import Pool, Verdict, judge
+from oreal_jax.verify import Candidate, Pool, Verdict, judge
+from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.extract import answer
+from oreal_jax.verify.llm_judge import Judge
 from oreal_jax.verify.verdict import read_outcome
 
 CASES = Path(__file__).parents[2] / "shared" / "verifier"
@@ -47,7 +49,7 @@ def pool():
         (r"\boxed{0.0833333333333333}", r"\frac{1}{12}"),  # as a calculator prints it
     ],
 )
-def test_right(completion, gold):
+def test_equal_answers_are_correct(completion, gold):
     assert judge(completion, gold).outcome == "correct"
 
 
@@ -72,26 +74,26 @@ def test_right(completion, gold):
         ("", "7"),
     ],
 )
-def test_wrong(completion, gold):
+def test_other_answers_are_incorrect(completion, gold):
     assert judge(completion, gold).outcome == "incorrect"
 
 
 @pytest.mark.parametrize(("given", "gold"), verify_cases.RIGHT)
-def test_the_same_in_other_words(given, gold):
+def test_other_spellings_are_correct(given, gold):
     assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "correct"
 
 
 @pytest.mark.parametrize(("given", "gold"), verify_cases.WRONG)
-def test_a_known_difference(given, gold):
+def test_known_differences_are_incorrect(given, gold):
     assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome == "incorrect"
 
 
 @pytest.mark.parametrize(("given", "gold"), verify_cases.NOT_RIGHT)
-def test_never_right_by_accident(given, gold):
+def test_similar_answers_are_not_correct(given, gold):
     assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome != "correct"
 
 
-def test_a_final_statement_after_the_box_is_what_is_meant():
+def test_a_final_statement_after_the_box_replaces_the_box():
     text = (
         "half is \\boxed{255}. Final Answer: The final answer is $10,455$. I hope so."
     )
@@ -100,7 +102,7 @@ def test_a_final_statement_after_the_box_is_what_is_meant():
     assert judge("\\boxed{10} of 12. That is 83 percent.", "10").outcome == "correct"
 
 
-def test_reasons_are_for_people():
+def test_verdicts_have_readable_reasons():
     assert judge(r"\boxed{7}", "7") == Verdict("correct", "equal: 7", "rule")
     assert judge(r"\boxed{3}", "7").reason == "3 is not 7"
     assert judge("no idea", "7").reason == "no answer found"
@@ -118,10 +120,10 @@ def test_outcomes_are_read_from_files_of_this_and_older_versions(word, outcome):
 
 @pytest.mark.parametrize("value", ["Right", "", None, 1, ["right"]])
 def test_other_outcomes_in_files_are_refused(value):
-    said = re.escape(
+    message = re.escape(
         f"f.jsonl:1: field 'verdict' is {value!r}, expected one of correct"
     )
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_outcome("f.jsonl:1", {"verdict": value})
 
 
@@ -147,7 +149,7 @@ def test_costly_formulas_are_undecided_unread(bomb):
     assert time.process_time() - start < 0.5
 
 
-def test_what_has_no_value_is_not_simplified():
+def test_formulas_without_value_are_not_simplified():
     """Found by fuzzing: its logarithm was combined to 10 to the power of the gold."""
     start = time.process_time()
     assert judge(r"\boxed{\log1la:0}", "7654321").outcome == "undecided"
@@ -169,7 +171,7 @@ def test_what_has_no_value_is_not_simplified():
     ids=["letters", "open", "boxes", "nested", "think", "phrases", "unit"],
 )
 def test_time_is_linear_in_the_length(text):
-    gc.freeze()  # what other tests have left is not collected in this one's time
+    gc.freeze()  # objects of other tests are not collected in the time of this one
     start = time.process_time()
     assert answer(text) is not None and judge(text, "7").outcome != "correct"
     took = time.process_time() - start
@@ -200,14 +202,14 @@ def hook(event, arguments):
     if event in ("os.system", "subprocess.Popen"):
         compiled.append(event)
 sys.addaudithook(hook)
-rule.dangerous = lambda text: None  # the reader alone must be safe
+rule.dangerous = lambda text: None  # the reader itself must be safe
 for attack in json.loads(sys.argv[1]):
     for gold in ("7", "x^2", "x>3", r"\\{1,2\\}", r"\\text{a}=3"):
         assert judge(f"\\\\boxed{{{attack}}}", gold).outcome != "correct"
 assert judge(r"\\boxed{x^2 + 40404}", "x^2").outcome == "incorrect"
 known = r"from sympy import \\*|(Integer|Float) \\(['0-9. ]+\\)|def monomial_.*"
-odd = [text for text in compiled if not re.fullmatch(known, text, re.DOTALL)]
-assert not odd, odd
+unknown = [text for text in compiled if not re.fullmatch(known, text, re.DOTALL)]
+assert not unknown, unknown
 assert any("40404" in text for text in compiled), "the hook sees what is evaluated"
 """
 
@@ -219,7 +221,7 @@ def test_text_of_a_model_is_never_evaluated(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_room_imports_no_jax(tmp_path):
+def test_the_package_imports_no_jax(tmp_path):
     code = "import sys, oreal_jax.verify.worker, oreal_jax.verify; "
     code += "assert not {'jax', 'flax', 'torch', 'numpy'} & set(sys.modules)"
     run([sys.executable, "-c", code], tmp_path)
@@ -238,11 +240,11 @@ def run(command: list[str], directory: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_stuck_a_dead_and_a_failing_judge_cost_one_answer_each():
+def test_a_judge_that_hangs_dies_or_raises_loses_only_that_answer():
     pairs = [(word, "a") for word in ("a", "hang", "b", "die", "raise", "c", "a")]
-    heard = []
-    with Pool(2, deadline=0.5, judge=troubled) as pool:
-        verdicts = pool.verdicts(pairs, heard.append)
+    progress = []
+    with Pool(2, deadline=0.5, judge=misbehaving) as pool:
+        verdicts = pool.verdicts(pairs, progress.append)
     assert [(v.outcome, v.by) for v in verdicts] == [
         ("correct", "rule"),
         ("undecided", "timeout"),
@@ -253,46 +255,70 @@ def test_a_stuck_a_dead_and_a_failing_judge_cost_one_answer_each():
         ("correct", "rule"),
     ]
     assert verdicts[1].reason == "deadline of 0.5 s passed"
-    assert sum(heard) == len(pairs)
+    assert sum(progress) == len(pairs)
 
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_stuck_answers_wait_side_by_side():
-    with Pool(2, deadline=1.0, judge=troubled) as pool:
+def test_answers_that_hang_time_out_in_parallel():
+    with Pool(2, deadline=1.0, judge=misbehaving) as pool:
         pool.verdicts([("a", "a"), ("b", "b")])  # ready
         start = time.monotonic()
         pool.verdicts([("hang", str(n)) for n in range(4)])
-        # 4 x 1 s / 2 workers, and a fifth more: a worker's next child is there at once
+        # 4 x 1 s / 2 workers, and a fifth more: a worker's next child starts at once
         assert time.monotonic() - start < 2 * 1.2
 
 
-def test_pairs_are_taken_one_at_a_time():
-    with Pool(2, deadline=0.5, judge=troubled) as pool:
+def test_completions_are_verified_in_order_by_rule_then_by_the_judge():
+    class AcceptingJudge(Judge):
+        def __init__(self):
+            pass
+
+        def verdicts(self, candidates, by_rule):
+            self.by_rule = by_rule
+            return [Verdict("correct", c.question, "judge") for c in candidates]
+
+    endings = [("a", "stop"), ("hang", "length"), ("b", "stop")]
+    candidates = [Candidate("q", "a", text, ending) for text, ending in endings]
+    judge, progress = AcceptingJudge(), []
+    with Pool(1, judge=misbehaving) as pool:
+        by_rule = verify_completions(candidates, pool, None, progress.append)
+        by_judge = verify_completions(candidates, pool, judge)
+    assert [(v.outcome, v.by) for v in by_rule] == [
+        ("correct", "rule"),
+        ("incorrect", "truncated"),  # its text is not judged
+        ("incorrect", "rule"),
+    ]
+    assert judge.by_rule == by_rule and {v.by for v in by_judge} == {"judge"}
+    assert sum(progress) == 3
+
+
+def test_pairs_can_be_submitted_one_by_one():
+    with Pool(2, deadline=0.5, judge=misbehaving) as pool:
         futures = [pool.submit(word, "a") for word in ("hang", "a", "die", "b")]
         assert futures[1].result().outcome == "correct"  # while another hangs
         assert [f.result().by for f in futures] == ["timeout", "rule", "crash", "rule"]
 
 
 def test_verdicts_can_be_awaited():
-    async def judged():
+    async def submit():
         answers = [pool.submit(word, "a") for word in ("a", "b", "a")]
         return await asyncio.gather(*map(asyncio.wrap_future, answers))
 
-    with Pool(2, judge=troubled) as pool:
-        verdicts = asyncio.run(judged())
+    with Pool(2, judge=misbehaving) as pool:
+        verdicts = asyncio.run(submit())
     assert [v.outcome for v in verdicts] == ["correct", "incorrect", "correct"]
 
 
-def test_a_greedy_answer_meets_the_memory_limit():
-    with Pool(1, judge=troubled, memory_bytes=2**30) as pool:
-        greedy, next_one = pool.verdicts([("eat", "a"), ("a", "a")])
-    assert (greedy.outcome, greedy.by) == ("undecided", "crash")
-    assert next_one.outcome == "correct"
+def test_an_answer_over_the_memory_limit_is_undecided():
+    with Pool(1, judge=misbehaving, memory_bytes=2**30) as pool:
+        large, following = pool.verdicts([("eat", "a"), ("a", "a")])
+    assert (large.outcome, large.by) == ("undecided", "crash")
+    assert following.outcome == "correct"
 
 
-def test_a_closed_pool_leaves_nobody_waiting():
-    pool = Pool(1, deadline=60.0, judge=troubled)
+def test_closing_a_pool_fails_pending_verdicts():
+    pool = Pool(1, deadline=60.0, judge=misbehaving)
     futures = [pool.submit("hang", "a"), pool.submit("b", "a")]
     pool.close()
     for future in futures:
@@ -302,48 +328,48 @@ def test_a_closed_pool_leaves_nobody_waiting():
         pool.submit("a", "a")
 
 
-def test_a_judge_that_cannot_be_loaded_is_said():
+def test_a_judge_that_cannot_be_imported_raises():
     with (
-        Pool(1, judge=absent) as pool,
+        Pool(1, judge=unimportable) as pool,
         pytest.raises(RuntimeError, match="never ready"),
     ):
         pool.verdicts([("a", "a")])
 
 
 def test_workers_see_no_accelerator():
-    with Pool(1, judge=troubled) as pool:
+    with Pool(1, judge=misbehaving) as pool:
         assert pool.verdicts([("devices", "a")])[0].reason == "'' cpu"
 
 
 def test_a_pair_is_judged_once():
-    with Pool(1, judge=troubled) as pool:
+    with Pool(1, judge=misbehaving) as pool:
         first = pool.verdicts([("count", "a"), ("count", "a")])
         assert len({*first, *pool.verdicts([("count", "a")])}) == 1
 
 
-def test_a_broken_off_batch_leaves_nothing_behind():
+def test_a_pool_is_usable_after_an_interrupted_batch():
     def interrupt(count):
         if count:
             raise KeyboardInterrupt
 
-    with Pool(2, deadline=1.0, judge=troubled) as pool:
+    with Pool(2, deadline=1.0, judge=misbehaving) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.verdicts([("a", "a"), ("hang", "b"), ("hang", "c")], interrupt)
         assert pool.verdicts([("d", "d")])[0].outcome == "correct"
 
 
 def test_a_pool_works_from_any_thread(pool):
-    found = []
-    task = lambda: found.extend(pool.verdicts([(r"\boxed{x+1}", "1+x")]))
+    verdicts = []
+    task = lambda: verdicts.extend(pool.verdicts([(r"\boxed{x+1}", "1+x")]))
     threads = [threading.Thread(target=task) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [verdict.outcome for verdict in found] == ["correct"] * 3
+    assert [verdict.outcome for verdict in verdicts] == ["correct"] * 3
 
 
-def test_a_pool_without_workers_says_so():
+def test_a_pool_without_workers_raises():
     with Pool(0) as pool:
         assert pool.verdicts([]) == []
         with pytest.raises(RuntimeError, match="no workers"):
@@ -351,16 +377,16 @@ def test_a_pool_without_workers_says_so():
 
 
 @pytest.mark.parametrize(
-    "name, prediction, gold, least",
+    "name, prediction, gold, share",
     [
         ("triples", "prediction_boxed", "gold_bare", 0.98),
         ("adversarial", "prediction", "gold", 0.98),
     ],
 )
-def test_shared_cases(pool, name, prediction, gold, least):
+def test_shared_cases_are_judged_as_people_do(pool, name, prediction, gold, share):
     """The cases on which careful people agree; `contested` ones are left out."""
     if not CASES.exists():
-        pytest.skip("the shared cases are not here")
+        pytest.skip("the shared cases are not available")
     lines = (CASES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row["contested"]]
     verdicts = pool.verdicts([(row[prediction], row[gold]) for row in rows])
@@ -368,16 +394,16 @@ def test_shared_cases(pool, name, prediction, gold, least):
     expected = [row["expected"] for row in rows]
     false_correct = sum(r and not e for r, e in zip(correct, expected, strict=True))
     agreed = sum(r == e for r, e in zip(correct, expected, strict=True))
-    assert agreed / len(rows) >= least
+    assert agreed / len(rows) >= share
     assert false_correct == 0
     assert not [verdict for verdict in verdicts if verdict.by == "timeout"]
 
 
 @pytest.mark.parametrize("name", ["math500", "olympiadbench"])
-def test_a_gold_answer_written_anew_is_right(pool, name):
+def test_rewritten_gold_answers_are_correct(pool, name):
     file = CASES.parent / "data" / f"{name}.jsonl"
     if not file.exists():
-        pytest.skip("the shared problems are not here")
+        pytest.skip("the shared problems are not available")
     cases = rewritten(row["gold_answer"] for row in read(file))
     verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
     correct = sum(verdict.outcome == "correct" for verdict in verdicts)

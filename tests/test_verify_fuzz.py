@@ -1,4 +1,4 @@
-"""Any text at all: the verifier says something, in time, and does nothing else."""
+"""Any text at all gets a verdict in time, without side effects."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -37,8 +37,8 @@ def pool(tmp_path_factory):
     assert not list(folder.iterdir())
 
 
-def any_text(examples: int):
-    """A test over `examples` batches of completions."""
+def check_texts(examples: int):
+    """A test of `examples` batches of completions."""
 
     @settings(
         max_examples=examples,
@@ -59,10 +59,10 @@ def any_text(examples: int):
     return check
 
 
-def test_five_hundred_texts(pool):
-    any_text(10)(pool)
+def test_500_texts_get_a_verdict(pool):
+    check_texts(10)(pool)
 
 
 @pytest.mark.slow
-def test_fifty_thousand_texts(pool):
-    any_text(1000)(pool)
+def test_50000_texts_get_a_verdict(pool):
+    check_texts(1000)(pool)

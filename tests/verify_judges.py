@@ -6,7 +6,7 @@ import time
 from oreal_jax.verify import Verdict
 
 
-def troubled(completion: str, gold: str) -> Verdict:
+def misbehaving(completion: str, gold: str) -> Verdict:
     """Hangs, dies or raises when the completion says so; else compares text."""
     if completion == "hang":
         time.sleep(600)
@@ -24,9 +24,9 @@ def troubled(completion: str, gold: str) -> Verdict:
     return Verdict("correct" if completion == gold else "incorrect", completion)
 
 
-def absent(completion: str, gold: str) -> Verdict:
-    """A judge that no worker can load."""
+def unimportable(completion: str, gold: str) -> Verdict:
+    """A judge that no worker can import."""
     raise AssertionError
 
 
-absent.__module__ = "no_such_module"
+unimportable.__module__ = "no_such_module"

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import jax
 import make_tiny
@@ -41,7 +41,7 @@ from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verificati
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import InputError
-from oreal_jax.evaluation import evaluate
+from oreal_jax.evaluation import Evaluator, ProblemSet
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.interrupts import INTERRUPTED, exit_process
 from oreal_jax.sampling import Engine, Sampling
@@ -183,9 +183,12 @@ def measure(run: Path, prompts: Path, size: Size, pool: Pool) -> float:
     chat = Chat(load_tokenizer(source.files))
     engine = Engine(source.config, mesh, chat.stop_tokens(), rows=size.slots)
     rows = read_prompts(prompts)
-    params, sampling = source.load(mesh), Sampling(max_tokens=8)
-    report = evaluate(engine, params, sampling, chat, rows, pool, samples=size.samples)
-    return report.accuracy
+    weights, sampling = engine.weights(source.load(mesh)), Sampling(max_tokens=8)
+    evaluator = Evaluator(
+        engine=engine, weights=weights, chat=chat, pool=pool, screen=Screen.silent()
+    )
+    sets = [ProblemSet("heldout", rows)]
+    return evaluator.reports(sets, None, sampling, size.samples)["heldout"].accuracy
 
 
 def run_all(

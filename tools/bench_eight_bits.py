@@ -12,7 +12,7 @@ from pathlib import Path
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import jax
 import jax.numpy as jnp

@@ -23,7 +23,7 @@ from typing import Any
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import jax
 import jax.numpy as jnp

@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import jax
 import numpy as np
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program_cache.enable()
     params = source.load(one_device(config))
     examples = trajectories(config, parsed.completions, parsed.mean, longest)
-    work = efficiency.whole((len(e.prompt), len(e.completion)) for e in examples)
+    work = efficiency.full_pass((len(e.prompt), len(e.completion)) for e in examples)
     flops = efficiency.training_flops(config, work)
     alone = products(config, work, parsed.row_length)
     of = lambda loss, rewarder: Ours(

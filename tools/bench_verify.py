@@ -1,10 +1,10 @@
-"""How correct and how fast the verifier is, on real problems and on bombs.
+"""Accuracy and speed of the verifier, on real problems and on costly formulas.
 
     python tools/bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl
 
-Every file has `gold_answer` rows. Each gold answer is written anew in every way of
-`WAYS` that changes it, and judged against itself; then come answers a second over
-completions with working, and a batch of which a twentieth are bombs.
+Every file has `gold_answer` rows. Each gold answer is rewritten in every way of `WAYS`
+that changes it, and judged against itself; then answers per second are measured over
+completions with a solution, and over a batch of which a twentieth are costly formulas.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SYMBOLS = {
 
 
 def boxed(text: str) -> str:
-    """A sentence that ends in the box."""
+    """A sentence that ends with the box."""
     return f"Adding both sides, we find that the answer is $\\boxed{{{text}}}$."
 
 
@@ -47,7 +47,7 @@ def unicode(text: str) -> str:
 
 
 def decimal(text: str) -> str:
-    """0.5 for 1/2, where the decimal ends and the answer is that fraction alone."""
+    """0.5 for 1/2, if the decimal ends and the answer is that fraction alone."""
     match = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", text)
     if not match or not int(match[3]) or 10**6 % int(match[3]):
         return text
@@ -89,20 +89,20 @@ def unbraced(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    """The other way round."""
+    """The inverse of `unbraced`."""
     text = re.sub(r"([\^_])(\w)", r"\1{\2}", text)
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
     return re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
 
 
 def slashed(text: str) -> str:
-    """a/b for a fraction of whole numbers that stands alone."""
+    """a/b for an answer that is a fraction of whole numbers."""
     match = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}", text)
     return f"{match[1]}{match[2]}/{match[3]}" if match else text
 
 
 def wordy(text: str) -> str:
-    """Words bare or in another font."""
+    """Words in another font."""
     return re.sub(r"\\(?:text|mbox)\{([^{}]*)\}", r"\\textbf{\1}", text)
 
 
@@ -112,8 +112,8 @@ def turned(text: str) -> str:
     return ",".join(reversed(parts)) if not re.search(r"[()\[\]{}\\]", text) else text
 
 
-def stuck(completion: str, gold: str) -> Verdict:
-    """A judge that hangs where it is told to."""
+def hanging(completion: str, gold: str) -> Verdict:
+    """A judge that hangs on completions that begin with "hang"."""
     time.sleep(60 if completion.startswith("hang") else 0)
     return Verdict("incorrect", "")
 
@@ -165,7 +165,7 @@ WAYS: dict[str, Callable[[str], str]] = {
 
 
 def rewritten(golds: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(way, completion, gold) where the way changes what is judged."""
+    """(way, completion, gold) for each way that changes the gold answer."""
     cases = []
     for gold in golds:
         bare = gold.strip().strip("$")
@@ -194,8 +194,8 @@ BOMBS = (
 )
 
 
-def with_working(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
-    """Completions with a real solution's text as working, half of them incorrect."""
+def with_solutions(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
+    """Completions with the text of a real solution, half of them incorrect."""
     solved = read(solutions)
     pairs = []
     for n, row in enumerate(solved):
@@ -216,8 +216,8 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.open(encoding="utf-8")]
 
 
-def reformatted(pool: Pool, file: Path, show: bool) -> None:
-    """Gold answers against themselves, written anew."""
+def measure_rewritten(pool: Pool, file: Path, show: bool) -> None:
+    """Print the share of rewritten gold answers that are correct."""
     cases = rewritten(row["gold_answer"] for row in read(file))
     verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
     judged = list(zip(cases, verdicts, strict=True))
@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("files", type=Path, nargs="+")
     options.add_argument(
-        "--solutions", type=Path, help="rows with `solution`: measure answers a second"
+        "--solutions", type=Path, help="rows with `solution`, for answers per second"
     )
     options.add_argument("--show", action="store_true", help="print missed answers")
     options.add_argument(
@@ -246,28 +246,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     options = parser().parse_args(arguments)
     for file in options.files:
         with Pool(2) as pool:
-            reformatted(pool, file, options.show)
+            measure_rewritten(pool, file, options.show)
     if not options.solutions:
         return
-    pairs = with_working(options.files, options.solutions)
+    pairs = with_solutions(options.files, options.solutions)
     seconds = timed(pairs, deadline=5.0)
     print(f"{len(pairs)} completions in {seconds:.1f} s: {len(pairs) / seconds:.0f}/s")
     bombs = [(boxed(BOMBS[n % len(BOMBS)]), str(n)) for n in range(len(pairs) // 20)]
     seconds = timed(pairs + bombs, deadline=1.0)
     print(f"with {len(bombs)} bombs: {seconds:.1f} s; deadline 1 s, 2 workers")
-    from bench_verify import stuck  # by the name under which workers find it
+    from bench_verify import hanging  # by the name under which workers find it
 
     hangs = [(f"hang {n}", "") for n in range(2 if options.smoke else 20)]
-    seconds = timed(hangs, deadline=1.0, judge=stuck)
+    seconds = timed(hangs, deadline=1.0, judge=hanging)
     print(f"{len(hangs)} answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
 
 
 def timed(pairs: list[tuple[str, str]], **how) -> float:
-    """Seconds that a pool of two, which is ready, takes for pairs it never saw."""
+    """Seconds that a pool of two, once ready, takes for pairs that are new to it."""
     with Pool(2, **how) as pool:
         pool.verdicts([("1", "1"), ("2", "2")])
         start = time.perf_counter()

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import make_tiny
 from plot_run import plot
 from rich.table import Table
 
 from oreal_jax import config as configuration
-from oreal_jax import evaluation, program_cache, sharding
+from oreal_jax import config_loading, evaluation, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
@@ -78,7 +78,7 @@ def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> 
         for solution in (row["gold_answer"], "none")
     ]
     write_lines(home / "tiny" / "solutions.jsonl", solutions)
-    config = configuration.load(
+    config = config_loading.load(
         CONFIG.with_name("tiny_sft.py"),
         configuration.SftConfig,
         [
@@ -103,19 +103,14 @@ def measure(
     chat = Chat(load_tokenizer(source.files))
     rows = read_prompts(prompts)
     engine = Engine(source.config, mesh, chat.stop_tokens(), rows=len(rows))
-    with (
-        Pool(1) as pool,
-        screen.phase(f"pass@1 {label}", total=len(rows)) as advance,
-    ):
-        return evaluation.evaluate(
-            engine,
-            source.load(mesh),
-            Sampling(max_tokens=24, temperature=0.0),
-            chat,
-            rows,
-            pool,
-            on_progress=lambda tokens, finished: advance(finished, tokens),
+    weights = engine.weights(source.load(mesh))
+    with Pool(1) as pool:
+        evaluator = evaluation.Evaluator(
+            engine=engine, weights=weights, chat=chat, pool=pool, screen=screen
         )
+        sets = [evaluation.ProblemSet(label, rows)]
+        greedy = Sampling(max_tokens=24, temperature=0.0)
+        return evaluator.reports(sets, greedy, None, 0)[label]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "float32",
                     lambda name: advance(),
                 )
-        config = configuration.load(
+        config = config_loading.load(
             CONFIG,
             configuration.TrainConfig,
             [f"model={start}", f"prompts={home / 'train.jsonl'}", *settings],
@@ -196,7 +191,7 @@ def summary(
         ("before", before, home / "start"),
         ("after", after, home / "run"),
     ]:
-        span = f"{report.low:.1%} to {report.high:.1%}"
+        span = f"{report.main.low:.1%} to {report.main.high:.1%}"
         table.add_row(name, f"{report.accuracy:.1%}", span, str(files))
     gain = 100 * (after.accuracy - before.accuracy)
     table.add_row("gain", f"{gain:+.1f} points", "", str(home / "progress.png"))

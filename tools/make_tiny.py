@@ -11,7 +11,7 @@ from pathlib import Path
 
 from oreal_jax import hardware
 
-hardware.leave_out_absent()  # before what follows imports JAX
+hardware.hide_absent_devices()  # before what follows imports JAX
 
 import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

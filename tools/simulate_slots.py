@@ -1,5 +1,5 @@
-"""What a cache that has not room for all rows costs an engine that draws 256 rows of
-about 6,000 tokens, at most 14,000: the scheduler without a model.
+"""The cost of a cache without room for all rows: the scheduler, run without a model, on
+256 completions of 6,000 tokens on average and 14,000 at most.
 """
 
 import argparse
@@ -11,17 +11,17 @@ from oreal_jax.sampling.simulation import heavy_tailed, simulate
 
 
 def published_lengths() -> np.ndarray:
-    """Like the 7B recipe's: 64 prompts x 16, mean 6,000, at most 14,000."""
+    """Lengths like the 7B recipe's: 64 prompts x 16, mean 6,000, at most 14,000."""
     return heavy_tailed(1024, 6000, 14_000).reshape(64, 16)
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
         "--slots", type=int, default=256, help="slots of the engine (256)"
     )
-    options.add_argument(
+    parser.add_argument(
         "--cache-tokens",
         type=int,
         nargs="+",
@@ -29,27 +29,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sizes of the cache (131072 262144 524288 4194304)",
     )
-    return options
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a line for each size of the cache."""
-    options = parser().parse_args(arguments)
+    """Print a line for each size of the cache."""
+    args = parser().parse_args(arguments)
     lengths = heavy_tailed(256, 6000, 14_000).reshape(16, 16)
     page = 64
-    for cache_tokens in options.cache_tokens:
-        found = simulate(
+    for cache_tokens in args.cache_tokens:
+        simulated = simulate(
             lengths,
-            slots=options.slots,
+            slots=args.slots,
             pages=cache_tokens // page + 1,
             size=page,
             prompt=200,
             longest=14_000,
         )
         print(
-            f"cache_tokens={cache_tokens}: {found.steps} steps for "
-            f"{found.tokens / lengths.sum():.2f} x the tokens, {found.swapped} rows "
-            f"swapped out, at most {found.most_outside} tokens outside"
+            f"cache_tokens={cache_tokens}: {simulated.steps} steps for "
+            f"{simulated.tokens / lengths.sum():.2f} x the tokens, "
+            f"{simulated.swapped} rows swapped out, at most "
+            f"{simulated.most_outside} tokens outside"
         )
 
 

@@ -1,18 +1,17 @@
-"""Checkpoints of a run: everything that is needed to resume it, bit for bit.
-
-A checkpoint has three items. `policy` holds the policy's weights alone, so that
-sampling, evaluation and export read nothing else; `trainer` holds the optimizers, the
-token reward model and the step; `progress` says how far in its data the run is. Random
-numbers are functions of (seed, step). The reference model is saved once: a run does not
-depend on the directory it started from.
+"""Checkpoints of a run: everything needed to resume it, bit for bit.
 
     RUN/model/                    config.json, tokenizer, chat template
     RUN/checkpoints/<step>/       policy, trainer, progress
     RUN/reference/                weights of the initial policy
 
-A killed save leaves a temporary directory, an interrupted copy a checkpoint without all
-of its files. A run resumes from the newest complete checkpoint and removes the others,
-but not the policies of earlier steps: their `trainer` may be deleted to save space.
+`policy` contains only the policy's weights, for sampling, evaluation and export;
+`trainer` the optimizers, the token reward model and the step; `progress` the position
+in the data. Random numbers are functions of (seed, step). The reference model is saved
+once: a run does not depend on the directory that it started from.
+
+A killed save leaves a temporary directory, an interrupted copy a checkpoint without
+some files. A run resumes from the newest complete checkpoint and removes incomplete
+ones, but keeps policies of earlier steps, whose `trainer` may be deleted.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from oreal_jax.errors import InputError
+from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import write_text
 from oreal_jax.model import Params
 from oreal_jax.train.state import ModelState, TrainState
@@ -34,13 +33,22 @@ from oreal_jax.train.state import ModelState, TrainState
 logging.getLogger("absl").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="orbax")
 
+PROGRESS_FILE = "metadata"  # in Orbax's JSON items
+# The minimal files of each item: an interrupted copy may have only the first.
+FILES = {
+    "policy": ("_METADATA", "manifest.ocdbt"),
+    "trainer": ("_METADATA", "manifest.ocdbt"),
+    "progress": (PROGRESS_FILE,),
+}
+ITEMS = tuple(FILES)  # what a run needs to resume
+
 
 class Progress(NamedTuple):
-    """How far in its data a run is: `taken` prompts or examples were consumed.
+    """The position in the data: `taken` prompts or examples were used.
 
-    `data` and `order` are fingerprints of the rows of the data and of the list that
-    steps take from, `rates` the learning rates of the next step by the name of their
-    metric; older checkpoints do not record these.
+    `data` and `order` are fingerprints of the data's rows and of the list that steps
+    draw from, `rates` the learning rates of the next step by metric name; older
+    checkpoints do not record these.
     """
 
     taken: int = 0
@@ -50,21 +58,21 @@ class Progress(NamedTuple):
 
 
 class Checkpoints:
-    """The numbered checkpoints of a run directory; saving goes on in the background."""
+    """The numbered checkpoints of a run directory, saved in the background."""
 
     def __init__(self, run: Path, *, keep: int | None = None):
-        """Opens `run/checkpoints` for writing, without what killed saves left there;
-        the newest `keep` stay (default: all)."""
+        """Opens `run/checkpoints` for writing and removes remains of killed saves; the
+        newest `keep` checkpoints are kept (default: all)."""
         self._manager = ocp.CheckpointManager(
             (run / "checkpoints").resolve(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True
             ),
-            item_names=("policy", "trainer", "progress"),
+            item_names=ITEMS,
         )
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves the state under its step, unless that step is there already."""
+        """Save the state under its step, unless that step is already saved."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -78,17 +86,17 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits for pending saves."""
+        """Wait for pending saves."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for pending saves and closes the manager."""
+        """Wait for pending saves and close the manager."""
         self.wait()
         self._manager.close()
 
 
 def restore(run: Path, step: int, abstract: TrainState) -> TrainState:
-    """The state of a checkpoint, laid out as `abstract` says.
+    """Return the state of a checkpoint in the types and shardings of `abstract`.
 
     Raises:
         InputError: it cannot be read.
@@ -100,17 +108,24 @@ def restore(run: Path, step: int, abstract: TrainState) -> TrainState:
         trainer=ocp.args.StandardRestore(_trainer(abstract)),
     )
     trainer = items["trainer"]
+    token_reward = trainer.get("token_reward")
     return TrainState(
         step=trainer["step"],
         policy=ModelState(items["policy"], trainer["policy_optimizer"]),
-        token_reward=ModelState(*trainer["token_reward"])
-        if "token_reward" in trainer
-        else None,
+        token_reward=ModelState(*token_reward) if token_reward else None,
     )
 
 
+def _trainer(state: TrainState) -> dict[str, Any]:
+    """Return the state without the policy's weights, and without empty entries."""
+    trainer = {"step": state.step, "policy_optimizer": state.policy.optimizer}
+    if state.token_reward:
+        trainer["token_reward"] = tuple(state.token_reward)
+    return trainer
+
+
 def read_progress(run: Path, step: int) -> Progress | None:
-    """The progress that a checkpoint records; None in one of before there were any.
+    """Return the progress of a checkpoint; None in old ones, which do not record it.
 
     Raises:
         InputError: it cannot be read.
@@ -122,12 +137,12 @@ def read_progress(run: Path, step: int) -> Progress | None:
 
 
 def has_progress(run: Path, step: int) -> bool:
-    """Whether a checkpoint records its progress."""
+    """Return whether a checkpoint records its progress."""
     return _progress_file(run, step).is_file()
 
 
 def add_progress(run: Path, step: int, progress: Progress) -> None:
-    """Records the progress of a checkpoint of before there were any."""
+    """Record the progress of an old checkpoint."""
     directory = _progress_file(run, step).parent
     scratch = directory.with_name("progress.incomplete")
     write_text(scratch / PROGRESS_FILE, json.dumps(progress._asdict()))
@@ -141,7 +156,7 @@ def _progress_file(run: Path, step: int) -> Path:
 def _restore(run: Path, step: int, **items: ocp.args.CheckpointArgs) -> Any:
     directory = run / "checkpoints"
     with (
-        _readable(directory / str(step), "if a part of it is missing, remove it"),
+        _readable(directory / str(step), "; if a part of it is missing, remove it"),
         ocp.CheckpointManager(
             directory.resolve(),
             options=ocp.CheckpointManagerOptions(read_only=True),
@@ -153,35 +168,16 @@ def _restore(run: Path, step: int, **items: ocp.args.CheckpointArgs) -> Any:
 
 @contextlib.contextmanager
 def _readable(directory: Path, advice: str = "") -> Iterator[None]:
-    """Names the checkpoint that cannot be read; Orbax raises all kinds of errors."""
+    """Name the checkpoint in errors, which Orbax raises in many kinds."""
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        message = f"{directory}: cannot be read: {reason}"
-        raise InputError("; ".join(filter(None, [message, advice]))) from None
-
-
-def _trainer(state: TrainState) -> dict[str, Any]:
-    """All of the state but the policy's weights, as a dict without empty entries."""
-    trainer = {"step": state.step, "policy_optimizer": state.policy.optimizer}
-    if state.token_reward:
-        trainer["token_reward"] = tuple(state.token_reward)
-    return trainer
-
-
-PROGRESS_FILE = "metadata"  # in Orbax's JSON items
-# The files that an item has at least: a copy may have come to the first alone.
-FILES = {
-    "policy": ("_METADATA", "manifest.ocdbt"),
-    "trainer": ("_METADATA", "manifest.ocdbt"),
-    "progress": (PROGRESS_FILE,),
-}
-ITEMS = tuple(FILES)  # what a run needs to resume
+        reason = summarize(error)
+        raise InputError(f"{directory}: cannot be read: {reason}{advice}") from None
 
 
 def steps(run: Path, items: Sequence[str] = ("policy",)) -> list[int]:
-    """The steps of the checkpoints of a run that have all of these items, in order."""
+    """Return the steps of the checkpoints that have all of these items, in order."""
     return [
         step
         for step, directory in _directories(run)
@@ -190,17 +186,29 @@ def steps(run: Path, items: Sequence[str] = ("policy",)) -> list[int]:
 
 
 def newest_step(run: Path, items: Sequence[str] = ("policy",)) -> int | None:
-    """The last of `steps`, None without."""
+    """Return the last of `steps`, None if there is none."""
     return next(reversed(steps(run, items)), None)
 
 
+def newest_policy(run: Path) -> Path:
+    """Return the directory of a run's newest policy weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    step = newest_step(run)
+    if step is None:
+        raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}")
+    return run / "checkpoints" / str(step) / "policy"
+
+
 def missing_items(directory: Path, items: Sequence[str]) -> list[str]:
-    """The items that a checkpoint lacks, or has no whole copy of."""
+    """Return the items that a checkpoint lacks, or has only in part."""
     return [
         name
         for name in items
         if not all(_has_content(directory / name / file) for file in FILES[name])
-        and not (name == "progress" and _is_without_progress(directory))
+        and not (name == "progress" and _predates_progress(directory))
     ]
 
 
@@ -208,19 +216,21 @@ def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _is_without_progress(directory: Path) -> bool:
-    """Whether a checkpoint was saved before progress was recorded."""
-    saved = directory / "_CHECKPOINT_METADATA"  # names the items
-    if (directory / "progress").exists() or not _has_content(saved):
+def _predates_progress(directory: Path) -> bool:
+    """Return whether a checkpoint was saved before progress was recorded."""
+    metadata = directory / "_CHECKPOINT_METADATA"  # names the items
+    if (directory / "progress").exists() or not _has_content(metadata):
         return False
-    return '"progress"' not in saved.read_text()
+    return '"progress"' not in metadata.read_text()
 
 
 def remove_unfinished(run: Path, step: int) -> list[tuple[Path, list[str]]]:
-    """Removes what killed saves and interrupted copies have left in a run that resumes
-    after `step`; returns the removed checkpoints, with the items that they lacked.
+    """Remove remains of killed saves and interrupted copies when resuming from `step`.
 
-    Orbax would take these for checkpoints. Policies of earlier steps are kept.
+    Orbax would read them as checkpoints. Policies of earlier steps are kept.
+
+    Returns:
+        The removed checkpoints, each with the items that it lacked.
     """
     for directory in run.glob("reference.orbax-checkpoint-tmp*"):
         shutil.rmtree(directory)
@@ -234,31 +244,18 @@ def remove_unfinished(run: Path, step: int) -> list[tuple[Path, list[str]]]:
 
 
 def _directories(run: Path) -> list[tuple[int, Path]]:
-    """Every directory with a step's name."""
     directories = (run / "checkpoints").glob("*")
     return sorted((int(d.name), d) for d in directories if d.name.isdigit())
 
 
-def newest_policy(run: Path) -> Path:
-    """The directory of the newest policy weights of a run.
-
-    Raises:
-        InputError: there is none.
-    """
-    step = newest_step(run)
-    if step is None:
-        raise InputError(f"{run}: no checkpoint in {run / 'checkpoints'}")
-    return run / "checkpoints" / str(step) / "policy"
-
-
 def save_params(directory: Path, params: Params) -> None:
-    """Saves a parameter tree alone."""
+    """Save a parameter tree alone."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory.resolve(), params)
 
 
 def load_params(directory: Path, abstract: Params) -> Params:
-    """Loads a parameter tree in the types and shardings of `abstract`.
+    """Load a parameter tree in the types and shardings of `abstract`.
 
     Raises:
         InputError: it cannot be read.

@@ -7,8 +7,8 @@ from oreal_jax.cli.options import Verb
 
 
 def add(verb: Verb) -> None:
-    """Adds both directions to `oreal convert`."""
-    for name, call, what in [
+    """Add both directions to `oreal convert`."""
+    for name, call, help in [
         (
             "from-hf",
             from_hf,
@@ -16,16 +16,17 @@ def add(verb: Verb) -> None:
         ),
         ("to-hf", to_hf, "a model or run directory to a Hugging Face directory"),
     ]:
-        made = verb(name, call, what, f"oreal convert {name} SRC DST")
-        made.add_argument("source", type=Path)
-        made.add_argument("destination", type=Path)
-        made.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+        command = verb(name, call, help, f"oreal convert {name} SRC DST")
+        command.add_argument("source", type=Path)
+        command.add_argument("destination", type=Path)
+        dtypes = ["bfloat16", "float32"]
+        command.add_argument("--dtype", choices=dtypes, default="float32")
         if name == "to-hf":
-            made.add_argument("--max-shard-size", type=size, default="5GB")
+            command.add_argument("--max-shard-size", type=size, default="5GB")
 
 
 def size(text: str) -> int:
-    """Bytes from "5GB", "200MB" or a plain number."""
+    """Parse "5GB", "200MB" or a plain number as bytes."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].isalpha() else (text, "")
     try:

@@ -6,17 +6,17 @@ import os
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    Opened,
+    GenerationModel,
     Verb,
-    at_least,
+    check_min,
     check_seed,
-    drawing_defaults,
-    drawing_options,
     folder,
-    judge_of,
+    generation_defaults,
+    generation_options,
     judge_options,
+    make_sampling,
     model_options,
-    sampling_of,
+    open_judge,
     sampling_options,
 )
 from oreal_jax.errors import InputError
@@ -24,15 +24,15 @@ from oreal_jax.files import check_apart, check_writable, write_lines, write_text
 
 
 def add(verb: Verb) -> None:
-    """Adds both verbs."""
-    made = verb(
+    """Add both verbs."""
+    parser = verb(
         "eval",
         evaluate,
         "measure pass@1, avg@k, pass@k and maj@k on questions with gold answers",
         "oreal eval --model runs/demo/run --data heldout.jsonl --data math500 --k 8",
     )
-    model_options(made)
-    made.add_argument(
+    model_options(parser)
+    parser.add_argument(
         "--data",
         action="append",
         required=True,
@@ -40,116 +40,116 @@ def add(verb: Verb) -> None:
         help="a jsonl or parquet file, a data set, or a preset (another word lists "
         "them); may be repeated",
     )
-    folder(made)
-    made.add_argument(
-        "--k", type=int, default=1, help="samples a problem; 1 is greedy, more average"
+    folder(parser)
+    parser.add_argument(
+        "--k",
+        type=int,
+        default=1,
+        help="samples per problem; 1 is greedy",
     )
-    sampling_options(made, greedy=False)
-    made.add_argument(
-        "--greedy", action="store_true", help="measure greedy pass@1 too, beside k > 1"
+    sampling_options(parser, greedy=False)
+    parser.add_argument(
+        "--greedy", action="store_true", help="measure greedy pass@1, too, with k > 1"
     )
-    made.add_argument(
+    parser.add_argument(
         "--by",
         action="append",
         default=[],
         metavar="FIELD",
         help="break down by a field of the rows, as subject or level; may be repeated",
     )
-    judge_options(made)
-    made.add_argument("--limit", type=int, help="only the first problems of each set")
-    made.add_argument("--items", type=Path, help="write every item here (.jsonl)")
-    made.add_argument("--json", type=Path, help="write the report and every item here")
+    judge_options(parser)
+    parser.add_argument("--limit", type=int, help="only the first problems of each set")
+    parser.add_argument("--items", type=Path, help="write all items here (.jsonl)")
+    parser.add_argument("--json", type=Path, help="write the report and all items here")
 
-    made = verb(
+    parser = verb(
         "compare",
         compare,
         "compare two evaluations of the same problems with a paired test",
         "oreal compare before.jsonl after.jsonl",
     )
     for name in ("first", "second"):
-        made.add_argument(name, type=Path, help="what `oreal eval --items` wrote")
-    made.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    made.add_argument("--json", type=Path, help="write all numbers here")
+        parser.add_argument(name, type=Path, help="a file of `oreal eval --items`")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
 
 
-def evaluate(parsed: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> None:
     """`oreal eval`."""
     from oreal_jax.console import Screen
-    from oreal_jax.evaluation import kept_beside, load_sets, run
-    from oreal_jax.evaluation.attempts import drawing
+    from oreal_jax.evaluation import Evaluator, load_sets
+    from oreal_jax.evaluation.evaluator import check_fields
+    from oreal_jax.evaluation.generation import generation_settings, resumable
+    from oreal_jax.evaluation.report import as_json, items
+    from oreal_jax.evaluation.tables import show_reports
     from oreal_jax.metrics import compilations
     from oreal_jax.verify import Pool
 
     screen = Screen.on_stderr()
-    at_least(1, "--k", parsed.k)
-    if parsed.greedy and parsed.k == 1:
+    check_min(1, "--k", args.k)
+    if args.greedy and args.k == 1:
         raise InputError("--greedy with --k 1: one sample is greedy already")
-    check_apart({"--items": parsed.items, "--json": parsed.json})
-    if parsed.items and parsed.items.suffix not in (".jsonl", ".json"):
-        raise InputError(f"--items {parsed.items}: expected a .jsonl file")
-    for path in (parsed.items, parsed.json):
+    check_apart({"--items": args.items, "--json": args.json})
+    if args.items and args.items.suffix not in (".jsonl", ".json"):
+        raise InputError(f"--items {args.items}: expected a .jsonl file")
+    for path in (args.items, args.json):
         if path:
             check_writable(path)
-    if parsed.k == 1 and parsed.temperature != drawing_defaults()["temperature"]:
+    if args.k == 1 and args.temperature != generation_defaults()["temperature"]:
         raise InputError("--temperature with --k 1: one sample is greedy")
-    sets = load_sets(parsed.data, parsed.folder)
-    if parsed.limit is not None:
-        at_least(1, "--limit", parsed.limit)
-        sets = [each._replace(problems=each.problems[: parsed.limit]) for each in sets]
-    run.check_fields(sets, parsed.by)
-    sampling = sampling_of(parsed, parsed.k == 1)
-    plan = run.Plan(None, sampling, parsed.k)
-    if parsed.k == 1:
-        plan = run.Plan(sampling, None, 0)
-    elif parsed.greedy:
-        plan = plan._replace(greedy=sampling_of(parsed, True))
-    opened = Opened(parsed, sampling)
+    sets = load_sets(args.data, args.folder)
+    if args.limit is not None:
+        check_min(1, "--limit", args.limit)
+        sets = [each._replace(problems=each.problems[: args.limit]) for each in sets]
+    check_fields(sets, args.by)
+    sampling = make_sampling(args, args.k == 1)
+    greedy = make_sampling(args, True) if args.greedy or args.k == 1 else None
+    model = GenerationModel(args, sampling)
     problems = [problem for each in sets for problem in each.problems]
-    work = drawing(opened.source, opened.chat, problems, drawing_options(parsed))
-    out = parsed.items or parsed.json
+    options = generation_options(args)
+    settings = generation_settings(model.source, model.chat, problems, options)
     with (
-        judge_of(parsed, screen) as second,
-        kept_beside(out, work, screen.say) as finished,
+        open_judge(args, screen) as judge,
+        resumable(args.items or args.json, settings, screen.say) as records,
     ):
         with screen.phase("load"):
-            params = opened.load()
+            params = model.load()
         with Pool(os.cpu_count() or 1) as pool:
-            reports = run.measure(
-                plan,
-                opened.engine,
-                params,
-                opened.chat,
-                pool,
-                sets,
-                by=parsed.by,
-                seed=parsed.seed,
-                finished=finished,
-                second=second,
+            evaluator = Evaluator(
+                engine=model.engine,
+                weights=model.engine.weights(params),
+                chat=model.chat,
+                pool=pool,
+                judge=judge,
                 screen=screen,
+                seed=args.seed,
+                records=records,
             )
+            sampled = sampling if args.k > 1 else None
+            reports = evaluator.reports(sets, greedy, sampled, args.k, args.by)
         performance = compilations.take()
-        if parsed.items:
-            write_lines(parsed.items, run.items(reports))
-        if parsed.json:
-            document = run.as_json(parsed.model, reports) | performance
+        if args.items:
+            write_lines(args.items, items(reports))
+        if args.json:
+            document = as_json(args.model, reports) | performance
             text = json.dumps(document, ensure_ascii=False, indent=1)
-            write_text(parsed.json, text + "\n")
-    run.show(parsed.model, reports)
+            write_text(args.json, text + "\n")
+    show_reports(args.model, reports)
     screen.say("  ".join(f"{name} {value:.3g}" for name, value in performance.items()))
 
 
-def compare(parsed: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> None:
     """`oreal compare`."""
     from oreal_jax.evaluation import compare, tables
 
-    check_seed(parsed.seed)
-    if parsed.json:
-        check_apart(
-            {"--json": parsed.json}, {"an input": [parsed.first, parsed.second]}
-        )
-        check_writable(parsed.json)
-    found = compare(parsed.first, parsed.second, parsed.seed)
-    if parsed.json:
-        text = json.dumps([one.as_json() for one in found], indent=1)
-        write_text(parsed.json, text + "\n")
-    tables.say(tables.compared(str(parsed.first), str(parsed.second), found))
+    check_seed(args.seed)
+    if args.json:
+        check_apart({"--json": args.json}, {"an input": [args.first, args.second]})
+        check_writable(args.json)
+    comparisons = compare(args.first, args.second, args.seed)
+    if args.json:
+        text = json.dumps([each.as_json() for each in comparisons], indent=1)
+        write_text(args.json, text + "\n")
+    table = tables.comparison_table(str(args.first), str(args.second), comparisons)
+    tables.show(table)

@@ -1,4 +1,8 @@
-"""What several verbs share: options that say how to draw, and the model they open."""
+"""Options that several verbs share, and the model that they open.
+
+Options are not read from the dataclass `Sampling`: building a parser must not import
+JAX, and the command line has defaults of its own.
+"""
 
 import argparse
 import contextlib
@@ -13,79 +17,54 @@ from oreal_jax.errors import InputError
 T = TypeVar("T")
 Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
 
+# Fields of `Sampling` that are options: default and help.
+SAMPLING = {
+    "temperature": (1.0, "0: always the likeliest"),
+    "top_p": (0.9, "likeliest tokens of this mass; 1: off"),
+    "top_k": (0, "likeliest tokens; 0: off"),
+    "min_p": (0.0, "share of the likeliest; 0: off"),
+    "repetition_penalty": (
+        1.0,
+        "divides the logits of tokens that prompt or completion have; 1: off",
+    ),
+    "presence_penalty": (
+        0.0,
+        "subtracted from the logits of tokens that the completion has",
+    ),
+    "frequency_penalty": (
+        0.0,
+        "subtracted from a token's logit each time the completion has it",
+    ),
+    "max_tokens": (512, "maximum tokens of a completion"),
+}
 
-def drawing_defaults() -> dict[str, Any]:
-    """The options that completions depend on, with their defaults."""
-    made = argparse.ArgumentParser()
-    model_options(made, required=False)
-    sampling_options(made, greedy=False)
-    found = vars(made.parse_args([]))
-    return {k: v for k, v in found.items() if k not in ("model", "rows")}
 
-
-def drawing_options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Those of them that a verb has, as they were given."""
-    given = vars(parsed)
-    return {name: given[name] for name in drawing_defaults() if name in given}
-
-
-def model_options(made: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds the model, its system prompt, and how it decodes."""
-    made.add_argument(
+def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the model, its system prompt, and how it decodes."""
+    parser.add_argument(
         "--model", required=required, help="a Hugging Face directory or a run directory"
     )
-    made.add_argument(
+    parser.add_argument(
         "--system-prompt",
         help="system message (default: the run's, else the chat template's own)",
     )
-    made.add_argument(
-        "--rows", type=int, default=64, help="completions drawn at a time"
+    parser.add_argument(
+        "--rows", type=int, default=64, help="completions decoded at the same time"
     )
-    made.add_argument(
-        "--weights",
-        choices=["full", "int8"],
-        default="full",
-        help="int8: weights in eight bits while decoding",
-    )
-    made.add_argument(
-        "--cache",
-        choices=["full", "float8"],
-        default="full",
-        help="float8: keys and values in eight bits",
-    )
+    for option, choice, what in [
+        ("--weights", "int8", "int8: weights in eight bits while decoding"),
+        ("--cache", "float8", "float8: keys and values in eight bits"),
+    ]:
+        choices = ["full", choice]
+        parser.add_argument(option, choices=choices, default="full", help=what)
 
 
-def sampling_options(made: argparse.ArgumentParser, *, greedy: bool = True) -> None:
-    """Adds how tokens are chosen; `greedy` adds the flag of that name."""
-    made.add_argument(
-        "--temperature", type=float, default=1.0, help="0: always the likeliest"
-    )
-    made.add_argument(
-        "--top-p", type=float, default=0.9, help="likeliest tokens of this mass; 1: off"
-    )
-    made.add_argument("--top-k", type=int, default=0, help="likeliest tokens; 0: off")
-    made.add_argument(
-        "--min-p", type=float, default=0.0, help="share of the likeliest; 0: off"
-    )
-    made.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="divides the logits of tokens that prompt or completion have; 1: off",
-    )
-    made.add_argument(
-        "--presence-penalty",
-        type=float,
-        default=0.0,
-        help="taken from the logits of tokens that the completion has",
-    )
-    made.add_argument(
-        "--frequency-penalty",
-        type=float,
-        default=0.0,
-        help="taken from a token's logit each time the completion has it",
-    )
-    made.add_argument(
+def sampling_options(parser: argparse.ArgumentParser, *, greedy: bool = True) -> None:
+    """Add how tokens are sampled; `greedy` adds the flag of that name."""
+    for name, (default, what) in SAMPLING.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(default), default=default, help=what)
+    parser.add_argument(
         "--logit-bias",
         type=bias,
         action="append",
@@ -93,18 +72,32 @@ def sampling_options(made: argparse.ArgumentParser, *, greedy: bool = True) -> N
         metavar="TOKEN=VALUE",
         help="added to the logit of a token, given by its number; may be repeated",
     )
-    made.add_argument(
-        "--max-tokens", type=int, default=512, help="tokens of a completion at most"
-    )
-    made.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     if greedy:
-        made.add_argument("--greedy", action="store_true", help="always the likeliest")
+        parser.add_argument(
+            "--greedy", action="store_true", help="always the likeliest"
+        )
 
 
-def config_options(made: argparse.ArgumentParser) -> None:
-    """Adds the config file and what is changed in it."""
-    made.add_argument("config", type=Path, help="a Python file defining `config`")
-    made.add_argument(
+def generation_defaults() -> dict[str, Any]:
+    """The options that determine completions, with their defaults."""
+    parser = argparse.ArgumentParser()
+    model_options(parser, required=False)
+    sampling_options(parser, greedy=False)
+    defaults = vars(parser.parse_args([]))
+    return {k: v for k, v in defaults.items() if k not in ("model", "rows")}
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of `generation_defaults` that a verb has, with their values."""
+    defaults = generation_defaults()
+    return {k: v for k, v in vars(args).items() if k in defaults}
+
+
+def config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the config file and changes to it."""
+    parser.add_argument("config", type=Path, help="a Python file defining `config`")
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -113,63 +106,62 @@ def config_options(made: argparse.ArgumentParser) -> None:
     )
 
 
-def folder(made: argparse.ArgumentParser) -> None:
-    """Adds where presets are looked for."""
-    made.add_argument(
+def folder(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of presets."""
+    parser.add_argument(
         "--folder",
         type=Path,
         default=Path("data"),
-        help="where a preset NAME is read from NAME.jsonl, before the hub is asked",
+        help="a preset NAME is read from NAME.jsonl here, else downloaded from the hub",
     )
 
 
-def judge_options(made: argparse.ArgumentParser) -> None:
-    """Adds the hosts and the model of the judge."""
-    made.add_argument(
+def judge_options(parser: argparse.ArgumentParser) -> None:
+    """Add the hosts and the model of the judge."""
+    parser.add_argument(
         "--judge",
         action="append",
         default=[],
         metavar="URL",
-        help="an OpenAI-compatible API (.../v1), asked where the rule does not say "
-        "correct; may be repeated",
+        help="an OpenAI-compatible API (.../v1) that judges answers which the rule "
+        "does not find correct; may be repeated",
     )
-    made.add_argument("--judge-model", default="", help="the model to ask there")
+    parser.add_argument("--judge-model", default="", help="the model to request there")
 
 
 @contextlib.contextmanager
-def judge_of(parsed: argparse.Namespace, screen) -> Iterator[Any]:
-    """The judge of these options, None without; says in the end what it did.
+def open_judge(args: argparse.Namespace, screen) -> Iterator[Any]:
+    """The judge of these options, None without hosts; logs its metrics at the end.
 
-    Where its hosts are lost the rule goes on alone, which is said, too.
+    If all hosts are lost, the rule judges alone, which is logged.
     """
     from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
-    if not parsed.judge:
-        if parsed.judge_model:
+    if not args.judge:
+        if args.judge_model:
             raise InputError("--judge-model without --judge: where is it served?")
         yield None
         return
-    with Judge(parsed.judge, parsed.judge_model, lost="rule", say=screen.say) as judge:
+    with Judge(args.judge, args.judge_model, lost="rule", log=screen.say) as judge:
         yield judge
         metrics = judge_metrics([judge.take_counts()])
-        told = {name: n for name, n in metrics.items() if n}
-        screen.say("  ".join(f"{name} {n:g}" for name, n in told.items()))
+        screen.say("  ".join(f"{name} {n:g}" for name, n in metrics.items() if n))
 
 
-def at_least(least: int, option: str, value: int) -> None:
-    """Raises InputError where the value of an option is too small."""
-    if value < least:
-        raise InputError(f"{option} {value}: must be at least {least}")
+def check_min(minimum: int, option: str, value: int) -> None:
+    """Raise InputError if the value of an option is below `minimum`."""
+    if value < minimum:
+        raise InputError(f"{option} {value}: must be at least {minimum}")
 
 
 def check_seed(seed: int) -> None:
-    """Raises InputError where a seed is no number that random numbers begin with."""
+    """Raise InputError if a seed is negative or has more than 31 bits."""
     if not 0 <= seed < 2**31:
         raise InputError(f"--seed {seed}: must be from 0 to {2**31 - 1}")
 
 
 def bias(text: str) -> tuple[int, float]:
-    """A token and what is added to its logit, from "1234=-5"."""
+    """Parse a token and the bias of its logit, such as "1234=-5"."""
     token, _, value = text.partition("=")
     try:
         return int(token), float(value)
@@ -177,24 +169,27 @@ def bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 1234=-5") from None
 
 
-class Opened:
-    """A model ready to complete prompts with `sampling`; `stops` are stop strings."""
+class GenerationModel:
+    """A model ready to complete prompts with `sampling`; `stops` are stop strings.
 
-    def __init__(self, parsed: argparse.Namespace, sampling, stops=()):
+    `load` waits for its weights.
+    """
+
+    def __init__(self, args: argparse.Namespace, sampling, stops=()):
         from oreal_jax import program_cache, sharding
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
         from oreal_jax.sampling import Engine, token_table
         from oreal_jax.train.programs import compute_dtype
 
-        at_least(1, "--rows", parsed.rows)
-        source = self.source = open_model(parsed.model)
+        check_min(1, "--rows", args.rows)
+        source = self.source = open_model(args.model)
         mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
         program_cache.enable()
         dtype = compute_dtype("auto", mesh)
-        # While the tokenizer's library is imported, which takes about as long.
+        # Importing the tokenizer's library takes about as long.
         self.load = in_background(lambda: source.load(mesh, dtype))
-        system_prompt = parsed.system_prompt
+        system_prompt = args.system_prompt
         if system_prompt is None:
             system_prompt = source.system_prompt
         tokenizer = load_tokenizer(source.files)
@@ -206,18 +201,18 @@ class Opened:
             mesh,
             self.chat.stop_tokens(words),
             stop_table=token_table(strings, self.chat.token_bytes, source.config.vocab),
-            rows=parsed.rows,
+            rows=args.rows,
             dtype=dtype,
-            weights=parsed.weights,
-            cache=parsed.cache,
+            weights=args.weights,
+            cache=args.cache,
         )
         self.engine.check_sampling(sampling)
         self.sampling = sampling
 
 
 def in_background(work: Callable[[], T]) -> Callable[[], T]:
-    """Starts `work` in a thread that the end of the process does not wait for; returns
-    a function that waits for its result or raises its error."""
+    """Start `work` in a thread that does not keep the process alive; returns a function
+    that waits for its result or raises its error."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -230,19 +225,12 @@ def in_background(work: Callable[[], T]) -> Callable[[], T]:
     return future.result
 
 
-def sampling_of(parsed: argparse.Namespace, greedy: bool):
-    """The sampling that these options ask for."""
+def make_sampling(args: argparse.Namespace, greedy: bool):
+    """The `Sampling` of these options."""
     from oreal_jax.sampling import Sampling
 
-    check_seed(parsed.seed)
-    return Sampling(
-        max_tokens=parsed.max_tokens,
-        temperature=0.0 if greedy else parsed.temperature,
-        top_p=parsed.top_p,
-        top_k=parsed.top_k,
-        min_p=parsed.min_p,
-        repetition_penalty=parsed.repetition_penalty,
-        presence_penalty=parsed.presence_penalty,
-        frequency_penalty=parsed.frequency_penalty,
-        logit_bias=tuple(parsed.logit_bias),
-    )
+    check_seed(args.seed)
+    values = {name: getattr(args, name) for name in SAMPLING}
+    if greedy:
+        values["temperature"] = 0.0
+    return Sampling(**values, logit_bias=tuple(args.logit_bias))

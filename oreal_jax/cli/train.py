@@ -4,17 +4,17 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, at_least, config_options
+from oreal_jax.cli.options import Verb, check_min, config_options
 
 
 def add(verb: Verb) -> None:
-    """Adds both verbs."""
+    """Add both verbs."""
     for name, call, config, what in [
         (
             "train",
             train,
             "smollm2_arithmetic",
-            "train with OREAL; an existing run directory is continued",
+            "train with OREAL; an existing run directory is resumed",
         ),
         (
             "sft",
@@ -24,44 +24,44 @@ def add(verb: Verb) -> None:
         ),
     ]:
         example = f"oreal {name} configs/{config}.py --set steps=20"
-        made = verb(name, call, what, example)
-        config_options(made)
-        made.add_argument(
+        parser = verb(name, call, what, example)
+        config_options(parser)
+        parser.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"
         )
-        made.add_argument(
+        parser.add_argument(
             "--profile",
             type=int,
             default=0,
             metavar="N",
-            help="trace N steps behind the first for xprof, into RUN/profile",
+            help="trace N steps after the first for xprof, into RUN/profile",
         )
-        process_options(made)
+        process_options(parser)
 
 
-def process_options(made: argparse.ArgumentParser) -> None:
-    """Adds what tells a process its place among several."""
-    several = made.add_argument_group(
+def process_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run with several processes."""
+    group = parser.add_argument_group(
         "several processes",
         "One on each host (or device), all with the same command but for --process. "
-        "Without these options the variables in brackets are looked up; a SLURM step "
-        "of several tasks needs neither.",
+        "Without these options the variables in brackets are read; a SLURM step of "
+        "several tasks needs neither.",
     )
-    several.add_argument(
+    group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="where process 0 runs, a free port there (OREAL_COORDINATOR)",
+        help="host of process 0, and a free port there (OREAL_COORDINATOR)",
     )
-    several.add_argument(
+    group.add_argument(
         "--processes",
         metavar="N",
-        help="how many there are; auto: as TPU pods, SLURM, Open MPI and Kubernetes "
-        "say (OREAL_PROCESSES)",
+        help="number of processes; auto: as TPU pods, SLURM, Open MPI and Kubernetes "
+        "report it (OREAL_PROCESSES)",
     )
-    several.add_argument(
+    group.add_argument(
         "--process", metavar="I", help="number of this one, from 0 (OREAL_PROCESS)"
     )
-    several.add_argument(
+    group.add_argument(
         "--wait",
         type=float,
         default=300.0,
@@ -70,39 +70,37 @@ def process_options(made: argparse.ArgumentParser) -> None:
     )
 
 
-def train(parsed: argparse.Namespace) -> None:
-    """`oreal train`."""
+def train(args: argparse.Namespace) -> None:
+    """Run `oreal train`."""
     from oreal_jax.config import TrainConfig
     from oreal_jax.train.loop import train
 
-    _run(parsed, TrainConfig, train)
+    _run(args, TrainConfig, train)
 
 
-def sft(parsed: argparse.Namespace) -> None:
-    """`oreal sft`."""
+def sft(args: argparse.Namespace) -> None:
+    """Run `oreal sft`."""
     from oreal_jax.config import SftConfig
     from oreal_jax.train.sft import sft
 
-    _run(parsed, SftConfig, sft)
+    _run(args, SftConfig, sft)
 
 
-def _run(parsed: argparse.Namespace, kind: type, work: Callable) -> None:
-    from oreal_jax import config, distributed
+def _run(args: argparse.Namespace, kind: type, work: Callable) -> None:
+    from oreal_jax import config_loading, distributed
     from oreal_jax.cluster import initialize_arguments
     from oreal_jax.console import Screen
     from oreal_jax.interrupts import sigterm_as_interrupt
 
-    at_least(0, "--profile", parsed.profile)
-    run = parsed.run or Path("runs") / parsed.config.stem
-    arguments = initialize_arguments(
-        parsed.coordinator, parsed.processes, parsed.process
-    )
-    with sigterm_as_interrupt(), distributed.initialized(arguments, parsed.wait):
+    check_min(0, "--profile", args.profile)
+    run = args.run or Path("runs") / args.config.stem
+    arguments = initialize_arguments(args.coordinator, args.processes, args.process)
+    with sigterm_as_interrupt(), distributed.initialized(arguments, args.wait):
         screen = Screen() if distributed.is_first() else Screen.silent()
         try:
-            loaded = config.load(parsed.config, kind, parsed.set)
-            work(loaded, run, screen, parsed.profile)
+            config = config_loading.load(args.config, kind, args.set)
+            work(config, run, screen, args.profile)
         except KeyboardInterrupt:
-            screen.say(f"go on with the same command; the run is in {run}")
+            screen.say(f"resume with the same command; the run is in {run}")
             raise
         screen.say(f"done: {run}")

@@ -6,71 +6,70 @@ import math
 import os
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, at_least, judge_of, judge_options
+from oreal_jax.cli.options import Verb, check_min, judge_options, open_judge
 from oreal_jax.errors import InputError
 
-TOGETHER = 256  # answers judged before their verdicts are said
+BATCH = 256  # answers that are judged before their verdicts are printed
 
 
 def add(verb: Verb) -> None:
-    """Adds the verb."""
-    made = verb(
+    """Add the verb."""
+    parser = verb(
         "verify",
         verify,
         "judge answers by rule: correct, incorrect or undecided",
         "oreal verify --gold '\\frac{1}{2}' --answer 'so it is \\boxed{0.5}'",
     )
-    made.add_argument("--gold", help="the gold answer")
-    made.add_argument("--answer", help="the completion to judge")
-    made.add_argument(
+    parser.add_argument("--gold", help="the gold answer")
+    parser.add_argument("--answer", help="the completion to judge")
+    parser.add_argument(
         "--file",
         type=Path,
         help="JSON lines with `gold`, `prediction` and, for the judge, `question`",
     )
-    made.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    made.add_argument("--deadline", type=float, default=5.0, help="seconds an answer")
-    judge_options(made)
-    made.add_argument("--question", help="of --answer, for the judge to see")
-    made.add_argument("--json", action="store_true", help="JSON lines")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--deadline", type=float, default=5.0, help="seconds per answer"
+    )
+    judge_options(parser)
+    parser.add_argument("--question", help="of --answer, for the judge")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
 
 
-def verify(parsed: argparse.Namespace) -> None:
+def verify(args: argparse.Namespace) -> None:
     """`oreal verify`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import read_judgements
     from oreal_jax.data.prompts import Prediction
-    from oreal_jax.verify import Pool
-    from oreal_jax.verify.llm_judge import Case
+    from oreal_jax.verify import Candidate, Pool
+    from oreal_jax.verify.completions import verify_completions
 
-    given = [x is not None for x in (parsed.gold, parsed.answer, parsed.file)]
-    if given not in ([True, True, False], [False, False, True]):
+    present = [x is not None for x in (args.gold, args.answer, args.file)]
+    if present not in ([True, True, False], [False, False, True]):
         raise InputError("verify takes either --gold and --answer, or --file")
-    if parsed.question and not (parsed.judge and parsed.answer is not None):
+    if args.question and not (args.judge and args.answer is not None):
         raise InputError("--question goes with --answer and --judge")
-    at_least(1, "--workers", parsed.workers)
-    if not 0 < parsed.deadline < math.inf:
-        raise InputError(f"--deadline {parsed.deadline}: must be above 0 and finite")
-    asked = [Prediction(str(parsed.answer), str(parsed.gold), parsed.question)]
-    if parsed.file:
-        asked = read_judgements(parsed.file)
+    check_min(1, "--workers", args.workers)
+    if not 0 < args.deadline < math.inf:
+        raise InputError(f"--deadline {args.deadline}: must be above 0 and finite")
+    predictions = [Prediction(str(args.answer), str(args.gold), args.question)]
+    if args.file:
+        predictions = read_judgements(args.file)
+    candidates = [
+        Candidate(p.question or "(not given)", p.gold, p.prediction)
+        for p in predictions
+    ]
     screen = Screen.on_stderr()
     with (
-        judge_of(parsed, screen) as judge,
-        Pool(min(parsed.workers, len(asked)), parsed.deadline) as pool,
-        screen.phase("verify", total=len(asked)) as advance,
+        open_judge(args, screen) as judge,
+        Pool(min(args.workers, len(candidates)), args.deadline) as pool,
+        screen.phase("verify", total=len(candidates)) as advance,
     ):
-        for first in range(0, len(asked), TOGETHER):
-            some = asked[first : first + TOGETHER]
-            verdicts = pool.verdicts([(a.prediction, a.gold) for a in some], advance)
-            if judge:
-                verdicts = judge.verdicts(
-                    [
-                        Case(a.question or "(not given)", a.gold, a.prediction, verdict)
-                        for a, verdict in zip(some, verdicts, strict=True)
-                    ]
-                )
-            for verdict in verdicts:
-                row = {"verdict": verdict.outcome, "reason": verdict.reason}
-                text = f"{verdict.outcome}: {verdict.reason} (by {verdict.by})"
-                whole = json.dumps(row | {"by": verdict.by}, ensure_ascii=False)
-                print(whole if parsed.json else text, flush=True)
+        for start in range(0, len(candidates), BATCH):
+            batch = candidates[start : start + BATCH]
+            for verdict in verify_completions(batch, pool, judge, advance):
+                outcome, reason, by = verdict.outcome, verdict.reason, verdict.by
+                row = {"verdict": outcome, "reason": reason, "by": by}
+                text = f"{outcome}: {reason} (by {by})"
+                line = json.dumps(row, ensure_ascii=False) if args.json else text
+                print(line, flush=True)

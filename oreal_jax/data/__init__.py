@@ -1,12 +1,11 @@
-"""The data room: prompts with gold answers, their order, chat templates, packing."""
+"""Prompts with gold answers: sources, cleaning, order, chat templates, packing."""
 
 from oreal_jax.data.builder import build, load_prompts
 from oreal_jax.data.chat import Chat, load_tokenizer
-from oreal_jax.data.difficulty import PUBLISHED_BANDS, repeat_by_difficulty
-from oreal_jax.data.order import PromptOrder
+from oreal_jax.data.order import PUBLISHED_BANDS, PromptOrder, repeat_by_difficulty
 from oreal_jax.data.prompts import (
     Prompt,
-    Solved,
+    SolvedQuestion,
     read_examples,
     read_judgements,
     read_prompts,
@@ -18,7 +17,7 @@ __all__ = [
     "Chat",
     "Prompt",
     "PromptOrder",
-    "Solved",
+    "SolvedQuestion",
     "build",
     "load_prompts",
     "load_tokenizer",

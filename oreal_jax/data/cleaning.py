@@ -1,9 +1,7 @@
-"""Prompts fit to train on: plain answers, each question once, none of a test set.
+"""Cleaning of prompts: bare answers, no duplicates, no evaluation questions.
 
-    normalise answers -> drop duplicates -> drop overlaps with evaluation sets
-
-Questions are compared as lists of words, in which case, spacing and the punctuation of
-prose do not count, but signs and numbers do: "2 + 3" is not "2 * 3".
+Questions are compared as lists of words. Case, spacing and the punctuation of prose do
+not count, but signs and numbers do: "2 + 3" is not "2 * 3".
 """
 
 import collections
@@ -17,36 +15,36 @@ import numpy as np
 from oreal_jax.data.prompts import Prompt
 from oreal_jax.verify.extract import boxed
 
-NGRAM = 13  # words in a row that two questions of independent origin do not share
-MOST_VALUES = 50  # a label of more values is text, not a kind
+NGRAM = 13  # consecutive words that questions of independent origin do not share
+MAX_VALUES = 50  # labels with more values are text, not categories
 WORD = re.compile(
     r"(?<![\w.])[.,]\d+|\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’]+(?=\s*[(^]))?"  # f'(x)
     r"|[^\s\w$.,;:?\"'’]|_"
 )
-WHOLE = re.compile(r"[-+]?\d+\.0+")
+WHOLE_NUMBER = re.compile(r"[-+]?\d+\.0+")
 
 
 class Removal(NamedTuple):
-    """A prompt that was left out, and why; `like` names what it is like."""
+    """A removed prompt, the reason, and the name of the prompt that it is like."""
 
     prompt: Prompt
     reason: str
     like: str
 
     def as_json(self) -> dict[str, Any]:
-        """One JSON line."""
+        """Return one JSON line."""
         return {"reason": self.reason, "like": self.like} | self.prompt.as_json()
 
 
 class Cleaned(NamedTuple):
-    """What is left, what is not, and how many answers were rewritten."""
+    """Remaining prompts, removed ones, and the number of rewritten answers."""
 
     prompts: list[Prompt]
     removed: list[Removal]
     answers_changed: int
 
     def statistics(self) -> dict[str, Any]:
-        """Plain JSON values about the prompts and how they came to be."""
+        """Return JSON values about the prompts and their cleaning."""
         reasons = collections.Counter(removal.reason for removal in self.removed)
         return {
             "read": len(self.prompts) + len(self.removed),
@@ -60,25 +58,29 @@ def clean(
     evaluations: Mapping[str, Sequence[Prompt]],
     ngram: int = NGRAM,
 ) -> Cleaned:
-    """The prompts after all three passes; `evaluations` are test sets by name."""
-    normal = [
-        dataclasses.replace(p, gold_answer=normalised_answer(p.gold_answer))
-        for p in prompts
-    ]
+    """Normalise answers, then remove duplicates and overlaps with evaluation sets.
+
+    `evaluations` are the prompts of each set, by its name.
+    """
+    answers = [normalise_answer(prompt.gold_answer) for prompt in prompts]
     changed = sum(
-        new.gold_answer != old.gold_answer
-        for new, old in zip(normal, prompts, strict=True)
+        answer != prompt.gold_answer
+        for answer, prompt in zip(answers, prompts, strict=True)
     )
-    single, removed = without_duplicates(normal)
-    kept, more = without_overlaps(single, evaluations, ngram)
-    return Cleaned(kept, removed + more, changed)
+    normalised = [
+        dataclasses.replace(prompt, gold_answer=answer)
+        for answer, prompt in zip(answers, prompts, strict=True)
+    ]
+    unique, duplicates = remove_duplicates(normalised)
+    remaining, overlaps = remove_overlaps(unique, evaluations, ngram)
+    return Cleaned(remaining, duplicates + overlaps, changed)
 
 
-def normalised_answer(text: str) -> str:
-    r"""The answer itself: of a solution what follows "####" or is boxed last, without
-    dollar signs around it or a full stop behind it, 27.0 as 27.
+def normalise_answer(text: str) -> str:
+    r"""Return the bare answer: of a solution what follows "####" or is boxed last,
+    without surrounding dollar signs or a final full stop, and 27.0 as 27.
 
-    Text that would lose everything stays as it is.
+    Text of which nothing would remain is returned unchanged.
     """
     answer = text
     if "####" in answer:
@@ -86,82 +88,81 @@ def normalised_answer(text: str) -> str:
     elif boxes := boxed(answer):
         answer = boxes[-1].strip()
     answer = " ".join(answer.split()).removesuffix(".").strip()
-    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        inner = answer[len(left) : -len(right)]
-        if answer.startswith(left) and answer.endswith(right) and left not in inner:
+    for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        inner = answer[len(start) : -len(end)]
+        if answer.startswith(start) and answer.endswith(end) and start not in inner:
             answer = inner.strip()
-    if WHOLE.fullmatch(answer):
+    if WHOLE_NUMBER.fullmatch(answer):
         answer = answer.partition(".")[0]
     return answer or text
 
 
 def words(question: str) -> tuple[str, ...]:
-    """What two spellings of one question have in common."""
+    """Return what different spellings of a question have in common."""
     return tuple(WORD.findall(question.casefold()))
 
 
-def without_duplicates(
-    prompts: Sequence[Prompt],
-) -> tuple[list[Prompt], list[Removal]]:
-    """The first of each question; none where copies disagree about the answer, since
-    nobody knows which is right."""
+def remove_duplicates(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Removal]]:
+    """Keep the first of equal questions, and none where their answers differ."""
     copies: dict[tuple[str, ...], list[Prompt]] = {}
     for prompt in prompts:
         copies.setdefault(words(prompt.question), []).append(prompt)
-    kept, removed = [], []
-    for first, *others in copies.values():
-        if any(other.gold_answer != first.gold_answer for other in others):
-            same = [first, *others]
-            removed += [Removal(p, "contradictory answers", first.id) for p in same]
+    remaining, removed = [], []
+    for equal in copies.values():
+        first = equal[0]
+        if len({prompt.gold_answer for prompt in equal}) > 1:
+            removed += [Removal(p, "contradictory answers", first.id) for p in equal]
         else:
-            kept.append(first)
-            removed += [Removal(p, "duplicate", first.id) for p in others]
-    return kept, removed
+            remaining.append(first)
+            removed += [Removal(p, "duplicate", first.id) for p in equal[1:]]
+    return remaining, removed
 
 
-def without_overlaps(
+def remove_overlaps(
     prompts: Sequence[Prompt],
     evaluations: Mapping[str, Sequence[Prompt]],
     ngram: int,
 ) -> tuple[list[Prompt], list[Removal]]:
-    """The prompts that share no `ngram` words in a row with a question of a test set;
-    with one of fewer words only an equal question overlaps."""
-    seen: dict[tuple[str, ...], str] = {}
-    for name, questions in evaluations.items():
+    """Remove prompts that share `ngram` consecutive words with an evaluation question.
+
+    A question of fewer words overlaps only with an equal one.
+    """
+    names: dict[tuple[str, ...], str] = {}
+    for evaluation, questions in evaluations.items():
         for question in questions:
-            for gram in _grams(words(question.question), ngram):
-                seen.setdefault(gram, f"{name}: {question.id}")
-    kept, removed = [], []
+            for gram in _ngrams(question, ngram):
+                names.setdefault(gram, f"{evaluation}: {question.id}")
+    remaining, removed = [], []
     for prompt in prompts:
-        grams = _grams(words(prompt.question), ngram)
-        like = next((seen[gram] for gram in grams if gram in seen), None)
+        like = next((names[g] for g in _ngrams(prompt, ngram) if g in names), None)
         if like is None:
-            kept.append(prompt)
+            remaining.append(prompt)
         else:
             removed.append(Removal(prompt, f"overlap with {like.split(':')[0]}", like))
-    return kept, removed
+    return remaining, removed
 
 
-def _grams(of: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
-    """All runs of `size` words, or all words where there are fewer."""
-    return [of[i : i + size] for i in range(max(1, len(of) - size + 1))]
+def _ngrams(prompt: Prompt, size: int) -> list[tuple[str, ...]]:
+    """Return all runs of `size` words of a question, or all words of a shorter one."""
+    all_words = words(prompt.question)
+    count = max(1, len(all_words) - size + 1)
+    return [all_words[i : i + size] for i in range(count)]
 
 
 def statistics(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What prompts look like: lengths, pass rates by tenths, labels of few values."""
+    """Return question lengths, pass rates by tenths, and counts of label values."""
     lengths = [len(prompt.question) for prompt in prompts]
     rates = [p.pass_rate for p in prompts if p.pass_rate is not None]
-    found: dict[str, Any] = {"prompts": len(prompts)}
+    report: dict[str, Any] = {"prompts": len(prompts)}
     if lengths:
-        low, middle, high = np.quantile(lengths, [0.0, 0.5, 1.0])
-        found["question_characters"] = {
-            "least": int(low),
-            "median": float(middle),
-            "most": int(high),
+        report["question_characters"] = {
+            "least": min(lengths),
+            "median": float(np.median(lengths)),
+            "most": max(lengths),
         }
     if rates:
         counts, _ = np.histogram(rates, bins=10, range=(0, 1))
-        found["pass_rate"] = {
+        report["pass_rate"] = {
             "measured": len(rates),
             "mean": float(np.mean(rates)),
             "by_tenths": counts.tolist(),
@@ -170,9 +171,9 @@ def statistics(prompts: Sequence[Prompt]) -> dict[str, Any]:
     for prompt in prompts:
         for field in prompt.labels:
             labels.setdefault(field, collections.Counter()).update(prompt.values(field))
-    found["labels"] = {
+    report["labels"] = {
         field: dict(counter.most_common())
         for field, counter in sorted(labels.items())
-        if len(counter) <= MOST_VALUES
+        if len(counter) <= MAX_VALUES
     }
-    return found
+    return report

@@ -1,35 +1,72 @@
-"""The order of prompts: a function of the seed and of how many were taken before, so a
-run may resume with another number of prompts per step."""
+"""How often prompts are used (by difficulty) and in which order (by seed)."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from oreal_jax.data.prompts import Prompt
 from oreal_jax.errors import InputError
+
+# (low, high, repeats): used `repeats` times where low <= pass rate < high.
+Bands = tuple[tuple[float, float, int], ...]
+
+PUBLISHED_BANDS: Bands = (
+    (0.0, 0.2, 6),
+    (0.2, 0.4, 4),
+    (0.4, 0.6, 4),
+    (0.6, 0.8, 2),
+)
+
+
+def repeat_by_difficulty(prompts: Sequence[Prompt], bands: Bands) -> list[Prompt]:
+    """Repeat each prompt as its band says, and drop those outside all bands.
+
+    Prompts without a pass rate are used once.
+
+    Raises:
+        InputError: no prompt remains.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(_repeats(prompt, bands))]
+    if not repeated:
+        raise InputError(
+            f"all {len(prompts)} prompts have a pass_rate outside every difficulty "
+            f"band {bands}"
+        )
+    return repeated
+
+
+def _repeats(prompt: Prompt, bands: Bands) -> int:
+    if prompt.pass_rate is None:
+        return 1
+    matches = (n for low, high, n in bands if low <= prompt.pass_rate < high)
+    return next(matches, 0)
 
 
 class PromptOrder:
-    """Shuffled batches without end; each epoch is a permutation of its own."""
+    """Endless shuffled batches; each epoch is another permutation.
+
+    A function of the seed and the number of prompts used before, so that a run may
+    resume with another number of prompts per step.
+    """
 
     def __init__(self, items: Sequence[Any], *, batch: int, seed: int):
-        """Raises InputError where a batch is larger than the data set, or the seed than
-        grain takes."""
+        """Raises InputError where `batch` is larger than the data set, or the seed
+        larger than grain accepts."""
         if batch > len(items):
             raise InputError(
                 f"a step takes {batch} prompts, the data set has {len(items)}"
             )
         if seed >= 2**32:
             raise InputError(f"seed={seed} must be below {2**32}")
-        import grain  # half a second, which `oreal --help` need not wait for
+        import grain  # takes half a second, which `oreal --help` need not wait for
 
         self.batch_size = batch
         self._items = grain.MapDataset.source(items).shuffle(seed=seed).repeat()
 
     def batch(self, start: int) -> list[tuple[Any, int]]:
-        """The items of a step before which `start` were taken; each with how often it
-        came before in this batch.
+        """Return the next items after `start`, each with its copy number in the batch.
 
-        Copies of a prompt have the same random key, so their samples are numbered on
-        from this.
+        Copies of a prompt have the same random key; the number tells their samples
+        apart.
         """
         batch = [self._items[i] for i in range(start, start + self.batch_size)]
-        return [(item, batch[:place].count(item)) for place, item in enumerate(batch)]
+        return [(item, batch[:index].count(item)) for index, item in enumerate(batch)]

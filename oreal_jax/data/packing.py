@@ -1,11 +1,11 @@
-"""Trajectories to fixed shapes: short sequences share a row, told apart by segment.
+"""Packing of trajectories into fixed shapes: short sequences share a row as segments.
 
 Only completion tokens are predicted, so each row lists the columns that predict one
-(`predicts`) and the vocabulary head visits nothing else. A completion then is a stretch
-of that list, and losses see one row per completion, however it was packed.
+(`predicts`), and the vocabulary head computes no others. A completion is a range of
+that list, and losses see one row per completion, however it was packed.
 
-Letters: M micro-batches, R rows each, S tokens a row, C predicting columns a row,
-N completions a micro-batch, T tokens a completion.
+Letters: M micro-batches of R rows of S tokens, C predicting columns per row, N
+completions per micro-batch, T tokens per completion.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from oreal_jax.errors import InputError
+from oreal_jax.shapes import bucket
 
 
 class Example(NamedTuple):
-    """A prompt, a completion, and what the verdict made of it.
+    """A prompt, a completion, its verdict and advantage.
 
-    `old_log_probs` are those of the policy that drew the completion, one a token; None
-    where nobody drew it (they then count as 0).
+    `old_log_probs` are those of the policy that generated the completion, one per
+    token; None (for solutions from a file) counts as 0.
     """
 
     prompt: Sequence[int]
@@ -33,10 +34,10 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """M micro-batches, of which the first `filled` are real.
+    """M micro-batches, of which the first `filled` are not padding.
 
-    `row`, `first` and `length` place a completion: its tokens are entries
-    first .. first + length - 1 of its row's predicting columns. Length 0 is padding.
+    The tokens of a completion are entries first .. first + length - 1 of the predicting
+    columns of its `row`. Length 0 is padding.
     """
 
     filled: Int[Any, ""]
@@ -54,13 +55,20 @@ class Batch(NamedTuple):
     reference_log_probs: Float[Any, "M N T"]
 
     def completion(self) -> Bool[Array, "M N T"]:
-        """True at the tokens that exist."""
+        """Return the mask of completion tokens."""
         T = self.reference_log_probs.shape[-1]
         return jnp.arange(T)[None, None] < self.length[..., None]
 
 
+class BatchIndex(NamedTuple):
+    """The position of an example in a batch: indices along M and N."""
+
+    micro_batch: int
+    completion: int
+
+
 class Shape(NamedTuple):
-    """The sizes of a batch beyond those of its rows: M, C, N, T."""
+    """The sizes of a batch besides those of its rows: M, C, N, T."""
 
     micros: int
     columns: int
@@ -68,7 +76,7 @@ class Shape(NamedTuple):
     tokens: int
 
 
-class Limits(NamedTuple):
+class SizeLimits(NamedTuple):
     """Upper bounds for every step of a run: completions, tokens of a prompt with its
     completion, tokens of a completion; and the tokens of the shortest prompt."""
 
@@ -78,19 +86,18 @@ class Limits(NamedTuple):
     shortest_prompt: int = 0
 
     @classmethod
-    def of(cls, examples: Sequence[Example], completions: int) -> "Limits":
-        """The limits of batches of `completions` examples out of these."""
+    def from_examples(
+        cls, examples: Sequence[Example], completions: int
+    ) -> "SizeLimits":
+        """Return the limits of batches of `completions` of these examples."""
         longest = max(len(e.completion) for e in examples)
-        return cls(
-            completions,
-            max(len(e.prompt) + len(e.completion) for e in examples),
-            longest,
-            # In proportion to the longest completion: the largest share of a row.
-            int(longest * min(len(e.prompt) / len(e.completion) for e in examples)),
-        )
+        # In proportion to the longest completion: the largest share of a row.
+        prompt_share = min(len(e.prompt) / len(e.completion) for e in examples)
+        sequence = max(len(e.prompt) + len(e.completion) for e in examples)
+        return cls(completions, sequence, longest, int(longest * prompt_share))
 
     def shape(self, rows: int, row_length: int) -> Shape:
-        """A shape that fits nearly every batch, so that few shapes are compiled.
+        """Return a shape that fits nearly every batch, so that few are compiled.
 
         It does not depend on earlier batches: a resumed run uses the same.
         """
@@ -110,41 +117,8 @@ class Limits(NamedTuple):
         )
 
 
-class Slot(NamedTuple):
-    """Where an example went: micro-batch and place in it."""
-
-    micro: int
-    place: int
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """The next power of two: few distinct shapes, so few compilations."""
-    return max(smallest, 1 << max(0, size - 1).bit_length())
-
-
-def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Assigns sequences to rows, longest first, each to the first row with room.
-
-    Raises:
-        InputError: a sequence is longer than a row.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        need = lengths[index]
-        if need > row_length:
-            raise InputError(f"a sequence of {need} tokens, row_length={row_length}")
-        place = next((i for i, left in enumerate(room) if left >= need), len(rows))
-        if place == len(rows):
-            rows.append([])
-            room.append(row_length)
-        rows[place].append(index)
-        room[place] -= need
-    return rows
-
-
 def _columns(predicted: int, row_length: int) -> int:
-    """Eighths of a row, not powers of two: the vocabulary head pays for each."""
+    """Round up to eighths of a row: the vocabulary head computes every column."""
     eighth = max(16, bucket(row_length) // 8)
     return eighth * max(1, -(-predicted // eighth))
 
@@ -153,14 +127,35 @@ def _tokens(longest: int) -> int:
     return bucket(longest, 16) if longest <= 128 else 128 * -(-longest // 128)
 
 
+def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Assign sequences to rows, longest first, each to the first row with space.
+
+    Raises:
+        InputError: a sequence is longer than a row.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        size = lengths[index]
+        if size > row_length:
+            raise InputError(f"a sequence of {size} tokens, row_length={row_length}")
+        row = next((i for i, space in enumerate(free) if space >= size), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(row_length)
+        rows[row].append(index)
+        free[row] -= size
+    return rows
+
+
 def arrange(
     lengths: Sequence[tuple[int, int]],
     *,
     rows: int,
     row_length: int,
-    limits: Limits | None = None,
+    limits: SizeLimits | None = None,
 ) -> tuple[list[list[list[int]]], Shape]:
-    """Assigns sequences of (prompt, completion) lengths to the rows of micro-batches.
+    """Assign sequences of (prompt, completion) lengths to the rows of micro-batches.
 
     Returns the sequences of each row of each micro-batch, and the shape of the batch.
     """
@@ -183,58 +178,57 @@ def pack(
     *,
     rows: int,
     row_length: int,
-    limits: Limits | None = None,
-) -> tuple[Batch, list[Slot]]:
-    """Packs examples into micro-batches of `rows` rows of `row_length` tokens. Without
-    `limits`, the shape depends on these examples alone.
+    limits: SizeLimits | None = None,
+) -> tuple[Batch, list[BatchIndex]]:
+    """Pack examples into micro-batches of `rows` rows of `row_length` tokens.
 
-    Returns the batch (reference log-probabilities zero, to be filled in) and the slot
-    of each example.
+    Returns the batch, with reference log-probabilities 0, and the position of each
+    example. Without `limits`, the shape depends on these examples alone.
     """
-    pairs = [(len(e.prompt), len(e.completion)) for e in examples]
+    sizes = [(len(e.prompt), len(e.completion)) for e in examples]
     groups, (M, C, N, T) = arrange(
-        pairs, rows=rows, row_length=row_length, limits=limits
+        sizes, rows=rows, row_length=row_length, limits=limits
     )
-
-    whole = lambda *shape: np.zeros(shape, np.int32)
+    zeros = lambda *shape, dtype=np.int32: np.zeros((M, *shape), dtype)
     batch = Batch(
         filled=np.asarray(len(groups), np.int32),
-        tokens=whole(M, rows, row_length),
-        positions=whole(M, rows, row_length),
-        segments=whole(M, rows, row_length),
-        predicts=whole(M, rows, C),
-        targets=whole(M, rows, C),
-        row=whole(M, N),
-        first=whole(M, N),
-        length=whole(M, N),
-        correct=np.zeros((M, N), bool),
-        advantage=np.zeros((M, N), np.float32),
-        old_log_probs=np.zeros((M, N, T), np.float32),
-        reference_log_probs=np.zeros((M, N, T), np.float32),
+        tokens=zeros(rows, row_length),
+        positions=zeros(rows, row_length),
+        segments=zeros(rows, row_length),
+        predicts=zeros(rows, C),
+        targets=zeros(rows, C),
+        row=zeros(N),
+        first=zeros(N),
+        length=zeros(N),
+        correct=zeros(N, dtype=bool),
+        advantage=zeros(N, dtype=np.float32),
+        old_log_probs=zeros(N, T, dtype=np.float32),
+        reference_log_probs=zeros(N, T, dtype=np.float32),
     )
-    slots = [Slot(0, 0)] * len(examples)
-    for micro, group in enumerate(groups):
-        place = 0
-        for row, indices in enumerate(group):
-            column = listed = 0
-            for segment, index in enumerate(indices, start=1):
-                example = examples[index]
-                size, answer = sum(pairs[index]), pairs[index][1]
-                here = (micro, row, slice(column, column + size))
-                batch.tokens[here] = [*example.prompt, *example.completion]
-                batch.positions[here] = np.arange(size)
-                batch.segments[here] = segment
-                there = (micro, row, slice(listed, listed + answer))
+    indices = [BatchIndex(0, 0)] * len(examples)
+    for micro_batch, group in enumerate(groups):
+        count = 0  # completions of this micro-batch so far
+        for row, members in enumerate(group):
+            column = first = 0
+            for segment, member in enumerate(members, start=1):
+                example, (prompt, answer) = examples[member], sizes[member]
+                end = column + prompt + answer
+                tokens = (micro_batch, row, slice(column, end))
+                batch.tokens[tokens] = [*example.prompt, *example.completion]
+                batch.positions[tokens] = np.arange(prompt + answer)
+                batch.segments[tokens] = segment
+                predicted = (micro_batch, row, slice(first, first + answer))
                 # The state of token t - 1 predicts token t.
-                batch.predicts[there] = np.arange(answer) + column + size - answer - 1
-                batch.targets[there] = example.completion
-                batch.row[micro, place] = row
-                batch.first[micro, place] = listed
-                batch.length[micro, place] = answer
-                batch.correct[micro, place] = example.correct
-                batch.advantage[micro, place] = example.advantage
+                batch.predicts[predicted] = np.arange(end - answer - 1, end - 1)
+                batch.targets[predicted] = example.completion
+                index = BatchIndex(micro_batch, count)
+                batch.row[index] = row
+                batch.first[index] = first
+                batch.length[index] = answer
+                batch.correct[index] = example.correct
+                batch.advantage[index] = example.advantage
                 if example.old_log_probs is not None:
-                    batch.old_log_probs[micro, place, :answer] = example.old_log_probs
-                slots[index] = Slot(micro, place)
-                column, listed, place = column + size, listed + answer, place + 1
-    return batch, slots
+                    batch.old_log_probs[index][:answer] = example.old_log_probs
+                indices[member] = index
+                column, first, count = end, first + answer, count + 1
+    return batch, indices

@@ -1,7 +1,7 @@
 """The set for rejection-sampling fine-tuning: a model's own correct completions.
 
-Of each question at most so many different ones, drawn at random: by lemma 2.1 of the
-paper any correct completion is a sample of the best-of-N policy.
+Solutions are chosen at random: by lemma 2.1 of the paper any correct completion is a
+sample of the best-of-N policy.
 """
 
 import zlib
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data.cleaning import words
-from oreal_jax.data.prompts import read_rows, text_field
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows, text_field
 from oreal_jax.verify.verdict import read_outcome
 
 
@@ -25,8 +25,8 @@ class Solution(NamedTuple):
     solution: str
 
 
-class Harvest(NamedTuple):
-    """The solutions taken, of how many correct completions to how many questions."""
+class RftSet(NamedTuple):
+    """The selected solutions, and counts of what they were selected from."""
 
     solutions: list[Solution]
     completions: int
@@ -43,45 +43,48 @@ class Harvest(NamedTuple):
         )
 
 
-def harvest(rows: Iterable[Mapping[str, Any]], keep: int, seed: int = 0) -> Harvest:
-    """At most `keep` different correct completions of each question.
+def select_solutions(
+    rows: Iterable[Mapping[str, Any]], limit: int, seed: int = 0
+) -> RftSet:
+    """Select at most `limit` different correct completions of each question.
 
-    `rows` have `id, question, completion, verdict`. Completions that differ in spacing
-    or case alone are the same. The draw depends on (seed, question) only.
+    `rows` have `id, question, completion, verdict`. Completions that differ only in
+    spacing or case are the same. The choice depends on (seed, question) alone.
     """
     correct: dict[str, list[Solution]] = {}
     completions = 0
     for row in rows:
         completions += 1
-        of_question = correct.setdefault(row["question"], [])
+        solutions = correct.setdefault(row["question"], [])
         if row["verdict"] == "correct":
-            solution = Solution(row["id"], row["question"], row["completion"])
-            of_question.append(solution)
-    taken, different = [], 0
+            solutions.append(Solution(row["id"], row["question"], row["completion"]))
+    selected, different = [], 0
     for question, solutions in correct.items():
-        unlike = {words(each.solution): each for each in reversed(solutions)}
-        unlike = list(unlike.values())[::-1]
-        different += len(unlike)
+        # The first of equal ones, in the order of the last.
+        first = {words(s.solution): s for s in reversed(solutions)}
+        candidates = list(reversed(first.values()))
+        different += len(candidates)
         random = np.random.default_rng((seed, zlib.crc32(question.encode())))
-        drawn = random.permutation(len(unlike))[:keep]
-        taken += [unlike[place] for place in sorted(drawn)]
-    return Harvest(
-        taken,
+        chosen = random.permutation(len(candidates))[:limit]
+        selected += [candidates[index] for index in sorted(chosen)]
+    counts = [len(solutions) for solutions in correct.values()]
+    return RftSet(
+        selected,
         completions,
-        sum(map(len, correct.values())),
+        sum(counts),
         different,
-        len(correct),
-        sum(bool(solutions) for solutions in correct.values()),
+        len(counts),
+        sum(map(bool, counts)),
     )
 
 
 def read_completions(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Judged completions of files that `oreal data pass-rate` or `oreal eval` wrote.
+    """Read verified completions that `oreal data pass-rate` or `oreal eval` wrote.
 
     Raises:
-        InputError: naming file, line, field and value.
+        InputError: names file, line, field and value.
     """
-    found = []
+    completions = []
     for path in paths:
         for name, row in read_rows(path):
             texts = {
@@ -92,5 +95,5 @@ def read_completions(paths: Sequence[Path]) -> list[dict[str, Any]]:
                     f"{name}: field 'completion' is {row.get('completion')!r}, "
                     "expected text"
                 )
-            found.append(row | texts | {"verdict": read_outcome(name, row)})
-    return found
+            completions.append(row | texts | {"verdict": read_outcome(name, row)})
+    return completions

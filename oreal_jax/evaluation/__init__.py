@@ -1,20 +1,18 @@
-"""The evaluation room: attempts at problems, what they say, and how sure that is."""
+"""Evaluation: completions of problems, their measures, and comparisons of models."""
 
-from oreal_jax.evaluation.attempts import Attempt, Journal, draw, judge, kept_beside
 from oreal_jax.evaluation.compare import compare
-from oreal_jax.evaluation.report import Report, evaluate, report
-from oreal_jax.evaluation.sets import PRESETS, load_set, load_sets
+from oreal_jax.evaluation.completions import VerifiedCompletion
+from oreal_jax.evaluation.evaluator import Evaluator
+from oreal_jax.evaluation.report import Report, report
+from oreal_jax.evaluation.sets import PRESETS, ProblemSet, load_set, load_sets
 
 __all__ = [
     "PRESETS",
-    "Attempt",
-    "Journal",
+    "Evaluator",
+    "ProblemSet",
     "Report",
+    "VerifiedCompletion",
     "compare",
-    "draw",
-    "evaluate",
-    "judge",
-    "kept_beside",
     "load_set",
     "load_sets",
     "report",

@@ -1,22 +1,22 @@
-"""Two evaluations of the same problems: is the second better, or is it chance?"""
+"""Comparison of two evaluations of the same problems: a real gain, or chance?"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation.statistics import Paired, paired
+from oreal_jax.files import read_rows
 from oreal_jax.verify.verdict import read_outcome
 
 Kind = tuple[str, bool]  # (set, greedy)
 
 
 class Item(NamedTuple):
-    """A problem and which of its samples are correct."""
+    """A problem, and whether each of its samples is correct."""
 
     question: str
     correct: list[bool]
@@ -26,7 +26,7 @@ Items = dict[str, Item]  # by id
 
 
 class Comparison(NamedTuple):
-    """The same attempts of both models at one set, problem by problem.
+    """Both models on one set, problem by problem.
 
     `left_out` counts problems that only one of the two files has.
     """
@@ -48,59 +48,59 @@ class Comparison(NamedTuple):
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
-    """Compares the items of two evaluations, set by set; `seed` is the bootstrap's.
+    """Compare the items of two evaluations, set by set; `seed` is the bootstrap's.
 
     Raises:
-        InputError: a file is not of items, the two share none, or the same id has
-            different questions.
+        InputError: a file does not hold items, the two have none in common, or
+            different questions under one id.
     """
-    one, other = read_items(first), read_items(second)
-    shared = [kind for kind in one if kind in other]
-    if not shared:
-        called = lambda kind: f"{kind[0]} ({'greedy' if kind[1] else 'sampled'})"
-        found = lambda kinds: ", ".join(map(called, kinds))
+    old, new = read_items(first), read_items(second)
+    common = [kind for kind in old if kind in new]
+    if not common:
+        name = lambda kind: f"{kind[0]} ({'greedy' if kind[1] else 'sampled'})"
         raise InputError(
-            f"{first} and {second} have nothing in common: {found(one)} against "
-            f"{found(other)}"
+            f"{first} and {second} have nothing in common: "
+            f"{', '.join(map(name, old))} against {', '.join(map(name, new))}"
         )
     return [
-        compare_kind(kind, (first, second), (one[kind], other[kind]), seed)
-        for kind in shared
+        compare_kind(kind, (first, second), (old[kind], new[kind]), seed)
+        for kind in common
     ]
 
 
 def compare_kind(
     kind: Kind, paths: tuple[Path, Path], items: tuple[Items, Items], seed: int
 ) -> Comparison:
-    """Compares the problems that both have of one kind; `paths` are for messages.
+    """Compare the problems of one kind that both have; `paths` are for messages.
 
     Raises:
-        InputError: there is none, or the two cannot be compared.
+        InputError: there are none, or they cannot be compared.
     """
     name, greedy = kind
-    both = f"{paths[0]} and {paths[1]}"
-    common = [id for id in items[0] if id in items[1]]
+    first, second = items
+    files = f"{paths[0]} and {paths[1]}"
+    common = [id for id in first if id in second]
     if not common:
-        raise InputError(f"{both}: no id of set {name!r} in common")
+        raise InputError(f"{files}: no id of set {name!r} in common")
     for id in common:
-        if items[0][id].question != items[1][id].question:
-            raise InputError(f"{both}: id {id!r} of set {name!r} has two questions")
-    one, other = (
-        samples_of(path, [of[id] for id in common])
-        for path, of in zip(paths, items, strict=True)
+        if first[id].question != second[id].question:
+            raise InputError(f"{files}: id {id!r} of set {name!r} has two questions")
+    samples = (
+        count_samples(paths[0], (first[id] for id in common)),
+        count_samples(paths[1], (second[id] for id in common)),
     )
-    correct = lambda of: np.array([sum(of[id].correct) for id in common])
-    names = dict.fromkeys("pass@1" if greedy else f"avg@{k}" for k in (one, other))
+    correct = lambda items: np.array([sum(items[id].correct) for id in common])
+    measures = dict.fromkeys("pass@1" if greedy else f"avg@{k}" for k in samples)
     return Comparison(
         name,
-        " against ".join(names),
-        paired(correct(items[0]), correct(items[1]), (one, other), seed),
-        len(items[0].keys() ^ items[1].keys()),
+        " against ".join(measures),
+        paired(correct(first), correct(second), samples, seed),
+        len(first.keys() ^ second.keys()),
     )
 
 
-def samples_of(path: Path, items: Sequence[Item]) -> int:
-    """How many samples each problem has; InputError where they have not as many."""
+def count_samples(path: Path, items: Iterable[Item]) -> int:
+    """The number of samples of each problem; InputError if it is not the same."""
     sizes = sorted({len(item.correct) for item in items})
     if len(sizes) > 1:
         raise InputError(
@@ -110,33 +110,29 @@ def samples_of(path: Path, items: Sequence[Item]) -> int:
 
 
 def read_items(path: Path) -> dict[Kind, Items]:
-    """The problems of each kind, from `oreal eval --items` or `--json`.
+    """Read the problems of each kind from `oreal eval --items` or `--json`.
 
     Raises:
         InputError: naming file, line, field and value.
     """
     kinds: dict[Kind, Items] = {}
-    for name, row in _rows(path):
-        for field, type_ in [
-            ("set", str),
-            ("id", str),
-            ("greedy", bool),
-            ("question", str),
-        ]:
+    types = {"set": str, "id": str, "greedy": bool, "question": str}
+    for where, row in _read_rows(path):
+        for field, type_ in types.items():
             if not isinstance(row.get(field), type_):
                 raise InputError(
-                    f"{name}: field {field!r} is {row.get(field)!r}, expected an item "
+                    f"{where}: field {field!r} is {row.get(field)!r}, expected an item "
                     "of `oreal eval`"
                 )
         items = kinds.setdefault((row["set"], row["greedy"]), {})
         item = items.setdefault(row["id"], Item(row["question"], []))
-        item.correct.append(read_outcome(name, row) == "correct")
+        item.correct.append(read_outcome(where, row) == "correct")
     return kinds
 
 
-def _rows(path: Path):
+def _read_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     if path.suffix != ".json" or not path.is_file():
-        return list(read_rows(path))
+        return read_rows(path)
     try:
         items = json.loads(path.read_text(encoding="utf-8"))["items"]
         return [(f"{path}: item {i}", dict(item)) for i, item in enumerate(items)]

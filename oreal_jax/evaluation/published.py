@@ -1,4 +1,4 @@
-"""What the paper reports (arXiv:2502.06781), to stand beside ours.
+"""The paper's results (arXiv:2502.06781), to compare with ours.
 
 Greedy pass@1 in percent, zero-shot, measured with OpenCompass; by preset name.
 """
@@ -12,8 +12,3 @@ PASS_AT_1: dict[str, tuple[float, float, float, float, float]] = {
     "OREAL-DSR1-Distill-Qwen-7B": (94.0, 50.0, 40.0, 65.6, 66.1),
     "OREAL-32B": (95.0, 60.0, 46.7, 74.8, 72.4),
 }
-
-
-def published(model: str, preset: str) -> float | None:
-    """A published number, None where there is none."""
-    return PASS_AT_1[model][SETS.index(preset)] if preset in SETS else None

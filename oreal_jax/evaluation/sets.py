@@ -1,7 +1,7 @@
-"""The sets that the paper measures on, by name, from a local file or from the hub.
+"""Sets of problems: files, data sets, and the paper's benchmarks by name.
 
-A preset NAME is read from FOLDER/NAME.jsonl (or .parquet) where that file exists, and
-else downloaded. A local file may have our fields or the hub's.
+A preset NAME is read from FOLDER/NAME.jsonl (or .parquet) if that file exists, else
+downloaded. A local file may have our fields or the hub's.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,36 +9,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oreal_jax.data import Prompt, load_prompts, read_prompts
-from oreal_jax.data.builder import FILES, download, read_files
-from oreal_jax.data.cleaning import normalised_answer
-from oreal_jax.data.prompts import read_rows
+from oreal_jax.data.builder import FILE_SUFFIXES, download, read_files
+from oreal_jax.data.cleaning import normalise_answer
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows
 
 
-def as_it_is(value: Any) -> Any:
-    """The answer is what the field holds."""
-    return value
-
-
-def of_solution(value: Any) -> Any:
-    """The answer stands at the end of a solution."""
-    return normalised_answer(value) if isinstance(value, str) else value
-
-
-def of_list(value: Any) -> Any:
-    """All answers of a list, as one."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def whole(value: Any) -> Any:
-    """27.0 is 27."""
+def plain(value: Any) -> Any:
+    """All answers of a list as one, and 27.0 as 27."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Preset(NamedTuple):
-    """A set by name: how it is titled, and where its rows are on the hub.
+def last_answer(value: Any) -> Any:
+    """The answer at the end of a solution."""
+    return normalise_answer(value) if isinstance(value, str) else value
 
-    `files` is a pattern of file names there, without their endings.
+
+class Preset(NamedTuple):
+    """A set by name: its title, and its rows on the hub.
+
+    `files` is a pattern of file names there, without their endings; `read_answer` turns
+    the value of the field `gold_answer` into the answer.
     """
 
     title: str
@@ -46,7 +39,7 @@ class Preset(NamedTuple):
     files: str
     question: str
     gold_answer: str
-    answer_of: Callable[[Any], Any] = as_it_is
+    read_answer: Callable[[Any], Any] = plain
 
 
 PRESETS = {
@@ -56,17 +49,13 @@ PRESETS = {
         "AIME2025-I", "opencompass/AIME2025", "*aime2025-I", "question", "answer"
     ),
     "aime2025": Preset("AIME2025", "opencompass/AIME2025", "*", "question", "answer"),
-    "amc23": Preset("AMC23", "math-ai/amc23", "*", "question", "answer", whole),
+    "amc23": Preset("AMC23", "math-ai/amc23", "*", "question", "answer"),
     "olympiadbench": Preset(
-        "Olympiad",
-        "Hothan/OlympiadBench",
-        "*OE_TO_maths_en_COMP*",
-        "question",
-        "final_answer",
-        of_list,
+        *("Olympiad", "Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*"),
+        *("question", "final_answer"),
     ),
     "gsm8k": Preset(
-        "GSM8K", "openai/gsm8k", "main/test*", "question", "answer", of_solution
+        "GSM8K", "openai/gsm8k", "main/test*", "question", "answer", last_answer
     ),
     "livemathbench": Preset(
         "LiveMath", "opencompass/LiveMathBench", "*v202412*_en*", "question", "answer"
@@ -75,7 +64,7 @@ PRESETS = {
 
 
 class ProblemSet(NamedTuple):
-    """Problems under a name that tells the set from the others of an evaluation."""
+    """Problems under a name that is unique within an evaluation."""
 
     name: str
     problems: list[Prompt]
@@ -84,12 +73,12 @@ class ProblemSet(NamedTuple):
 def load_sets(
     sources: Sequence[str], folder: Path, option: str = "--data"
 ) -> list[ProblemSet]:
-    """The sets that were asked for: presets, files, data sets of ours or of the hub.
+    """Load presets, files, and data sets of ours or of the hub.
 
-    `option` is where they were asked for, for messages.
+    `option` is the option or field that lists them, for messages.
 
     Raises:
-        InputError: one is not there, is invalid, or is asked for twice.
+        InputError: one does not exist, is invalid, or is listed twice.
     """
     sets: list[ProblemSet] = []
     for source in sources:
@@ -101,15 +90,19 @@ def load_sets(
 
 
 def load_set(source: str, folder: Path, option: str = "--data") -> list[Prompt]:
-    """One set.
+    """Load one set.
 
     Raises:
-        InputError: it is not there, or a row of it is invalid.
+        InputError: it does not exist, or a row of it is invalid.
     """
     path = Path(source)
     if source in PRESETS and not path.exists():
         return load_preset(source, folder)
-    if not path.exists() and path.suffix not in FILES and source.count("/") != 1:
+    if (
+        not path.exists()
+        and path.suffix not in FILE_SUFFIXES
+        and source.count("/") != 1
+    ):
         raise InputError(
             f"{option} {source}: no such file, and no preset; those are "
             f"{', '.join(PRESETS)}"
@@ -118,15 +111,15 @@ def load_set(source: str, folder: Path, option: str = "--data") -> list[Prompt]:
 
 
 def load_preset(name: str, folder: Path) -> list[Prompt]:
-    """A preset from a file of `folder`, or from the hub.
+    """Load a preset from a file in `folder`, or from the hub.
 
     Raises:
-        InputError: it is in neither, or a row of it is invalid.
+        InputError: neither has it, or a row of it is invalid.
     """
     preset = PRESETS[name]
     for path in (folder / f"{name}.jsonl", folder / f"{name}.parquet"):
         if path.is_file():
-            return read_either(path, preset)
+            return read_preset(path, preset)
     try:
         files = download(preset.hub, preset.files)
     except InputError as error:
@@ -134,12 +127,12 @@ def load_preset(name: str, folder: Path) -> list[Prompt]:
             f"preset {name}: no {folder / name}.jsonl or .parquet, and from the hub: "
             f"{error}"
         ) from None
-    return read_files(files, lambda path: read_either(path, preset))
+    return read_files(files, lambda path: read_preset(path, preset))
 
 
-def read_either(path: Path, preset: Preset) -> list[Prompt]:
-    """The rows of a file that has our fields or the preset's."""
+def read_preset(path: Path, preset: Preset) -> list[Prompt]:
+    """Read a file that has our fields or the preset's."""
     _, first = next(read_rows(path))
     if "gold_answer" in first:
         return read_prompts(path)
-    return read_prompts(path, preset.question, preset.gold_answer, preset.answer_of)
+    return read_prompts(path, preset.question, preset.gold_answer, preset.read_answer)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from oreal_jax.data.prompts import read_rows
 from oreal_jax.errors import InputError
+from oreal_jax.files import read_rows
 from oreal_jax.losses import PolicyLoss, Scored, presets
 from oreal_jax.verify.verdict import read_outcome
 
@@ -51,9 +51,11 @@ def load_loss(name: str) -> PolicyLoss:
         InputError: no preset of this name, or not a config file.
     """
     if name.endswith(".py"):
-        from oreal_jax import config  # imports the models, which presets do not need
+        # These import the models, which presets do not need.
+        from oreal_jax.config import TrainConfig
+        from oreal_jax.config_loading import load
 
-        return config.load(Path(name), config.TrainConfig).loss
+        return load(Path(name), TrainConfig).loss
     if name not in presets.NAMED:
         raise InputError(
             f"--loss {name}: neither a config file (.py) nor one of "

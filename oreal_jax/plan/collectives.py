@@ -1,12 +1,14 @@
-"""Bytes that a compiled program moves between devices, read from its text.
+"""Bytes that a compiled program moves between devices, read from its HLO text.
 
-The compiler writes a program as computations that call each other; a loop names its
-body, and its condition compares a counter with a constant where it has one; a loop that
-was unrolled counts in larger steps. A collective counts with the size of its result on
-one device, as often as the loops around it run. One that goes on behind other work is
-written in each fusion that it goes on in, always with the same channel: it counts once.
+The text is a list of computations that call each other. A collective counts with the
+size of its result on one device, once for each iteration of the loops around it. The
+condition of a loop compares a counter with a constant if its length is known; unrolled
+loops count in larger steps. An asynchronous collective appears in every fusion that it
+overlaps with, always with the same channel; it counts once.
 """
 
+import functools
+import math
 import re
 from collections import Counter
 
@@ -18,106 +20,90 @@ KINDS = (
     "collective-permute",
 )
 
-_WIDTH = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-_WIDTH |= {"s64": 8, "u64": 8, "f64": 8}  # others: eight bits are f8..., s8, u8
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 
-_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALL = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.\-]+) \(.*\{\n((?:[^}\n].*\n|\n)*)", re.MULTILINE
+)
+_CALLS = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_BODY = re.compile(r"body=%?([\w.\-]+)")
-_NUMBER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
-_ELEMENT = re.compile(r"= [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
-_NAME = re.compile(r"%?([\w.\-]+)")
 _RESULT = re.compile(r"= (.*?) ([\w\-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ELEMENT = re.compile(r"= [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
+_NAME = re.compile(r"%?([\w.\-]+)")
 
 
-def moved(text: str, repeats: int = 1) -> dict[str, int]:
-    """Bytes by kind of collective. Loops whose length is data run `repeats` times."""
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            name = head[1]
-            computations[name] = []
-            if line.startswith("ENTRY"):
-                entry = name
-        elif name and line.startswith("  "):
-            computations[name].append(line)
-    known: dict[str, Counter] = {}
+def collective_bytes(text: str, repeats: int = 1) -> dict[str, int]:
+    """Bytes by kind of collective; a loop of unknown length runs `repeats` times."""
+    matches = _COMPUTATION.findall(text)
+    computations = {name: body for _, name, body in matches}
 
-    def of(name: str) -> Counter:
-        if name not in known:
-            known[name] = Counter()
-            begun: set[str] = set()
-            for line in computations.get(name, ()):
-                known[name] += of_line(line, begun)
-        return known[name]
+    @functools.cache
+    def total(computation: str) -> Counter:
+        counts, channels = Counter(), set()
+        for line in computations.get(computation, "").splitlines():
+            counts += count(line, channels)
+        return counts
 
-    def of_line(line: str, begun: set[str]) -> Counter:
+    def count(line: str, channels: set[str]) -> Counter:
         result = _RESULT.search(line)
         if not result:
             return Counter()
         operation = result[2].removesuffix("-start")
         if operation in KINDS:
-            return Counter({operation: _size(result[1], result[2])})
-        inside = Counter()
-        for called in _CALL.findall(line) + _named(_BRANCHES.search(line)):
-            lines = "\n".join(computations.get(called, ()))
-            channels = set(_CHANNEL.findall(lines))
-            if operation != "fusion" or not channels or channels - begun:
-                inside += of(called)
-            begun |= channels
-        if operation != "while" or not inside:
-            return inside
-        times = _trips(line, computations) or repeats
-        return Counter({kind: times * size for kind, size in inside.items()})
+            return Counter({operation: _result_bytes(result[1], result[2])})
+        counts = Counter()
+        branches = " ".join(_BRANCHES.findall(line))
+        for name in _CALLS.findall(line) + _NAME.findall(branches):
+            own_channels = set(_CHANNEL.findall(computations.get(name, "")))
+            is_repeated = own_channels and own_channels <= channels
+            if operation != "fusion" or not is_repeated:
+                counts += total(name)
+            channels |= own_channels
+        if operation == "while" and counts:
+            trips = _trip_count(line, computations) or repeats
+            counts = Counter({kind: trips * size for kind, size in counts.items()})
+        return counts
 
-    return dict(of(entry))
+    return dict(total(next(name for entry, name, _ in matches if entry)))
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often a loop runs, if its condition says so."""
-    condition, body = _CONDITION.search(line), _BODY.search(line)
-    asked = computations.get(condition[1], []) if condition else []
-    limit = max((int(n) for _, n in _NUMBER.findall("\n".join(asked))), default=None)
-    counters = _ELEMENT.findall("\n".join(asked))
-    if limit is None or body is None or len(counters) != 1:
+def _trip_count(line: str, computations: dict[str, str]) -> int | None:
+    """The number of iterations of a loop; None if its condition has no constant."""
+    names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", line))
+    condition = computations[names["condition"]]
+    limit = max((int(n) for _, n in _CONSTANT.findall(condition)), default=None)
+    counters = _ELEMENT.findall(condition)
+    if limit is None or len(counters) != 1:
         return limit
-    return -(-limit // _step(computations[body[1]], int(counters[0])))
+    return -(-limit // _increment(computations[names["body"]], int(counters[0])))
 
 
-def _step(body: list[str], counter: int) -> int:
-    """What a loop's body adds to an element of what it carries; 1 where it does not
-    say."""
-    carried = next(line for line in body if line.lstrip().startswith("ROOT"))
-    _, _, carried = re.sub(r"/\*.*?\*/", "", carried).partition(" tuple(")
-    next_one = _NAME.findall(carried.split(")")[0])[counter : counter + 1]
-    numbers = dict(_NUMBER.findall("\n".join(body)))
-    for line in body:
-        name, _, rest = line.strip().partition(" = ")
-        if next_one == [name.removeprefix("%")] and " add(" in rest:
-            terms = _NAME.findall(rest.partition(" add(")[2].split(")")[0])
-            return next((int(numbers[t]) for t in terms if t in numbers), 1)
+def _increment(body: str, counter: int) -> int:
+    """The constant that a loop's body adds to an element of its state; 1 if unknown."""
+    lines = body.splitlines()
+    root = next(line for line in lines if line.lstrip().startswith("ROOT"))
+    _, _, state = re.sub(r"/\*.*?\*/", "", root).partition(" tuple(")
+    new_value = _NAME.findall(state.split(")")[0])[counter : counter + 1]
+    constants = dict(_CONSTANT.findall(body))
+    for line in lines:
+        name, _, operation = line.strip().partition(" = ")
+        if new_value == [name.removeprefix("%")] and " add(" in operation:
+            terms = _NAME.findall(operation.partition(" add(")[2].split(")")[0])
+            return next((int(constants[t]) for t in terms if t in constants), 1)
     return 1
 
 
-def _named(branches: re.Match | None) -> list[str]:
-    return re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
-
-
-def _size(shape: str, operation: str) -> int:
-    """Bytes of a result; that of a started collective is (its operands, its result)."""
-    sizes = []
-    for kind, dimensions in _ARRAY.findall(shape):
-        count = 1
-        for size in filter(None, dimensions.split(",")):
-            count *= int(size)
-        width = _WIDTH.get(kind, 1 if "8" in kind else 4)
-        sizes.append(count * width)
+def _result_bytes(shape: str, operation: str) -> int:
+    """Bytes of a result; a started collective returns its operands and its result."""
+    sizes = [
+        math.prod(int(size) for size in dimensions.split(",") if size)
+        * _BYTES.get(kind, 1 if "8" in kind else 4)  # f8..., s8, u8
+        for kind, dimensions in _ARRAY.findall(shape)
+    ]
     if operation.endswith("-start") and operation != "all-reduce-start":
         return max(sizes, default=0)
     return sum(sizes)

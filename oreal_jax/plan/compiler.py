@@ -1,4 +1,4 @@
-"""Compiles for devices that are not here, and reads what the compiler says.
+"""Compilation for TPUs that are not attached, and what the compiler reports.
 
 libtpu compiles for any TPU topology on any machine (`pip install "oreal-jax[plan]"`).
 """
@@ -19,24 +19,24 @@ from jax.sharding import SingleDeviceSharding
 from oreal_jax import program_cache
 from oreal_jax.efficiency import PEAKS
 from oreal_jax.errors import InputError
-from oreal_jax.plan.collectives import moved
+from oreal_jax.plan.collectives import collective_bytes
 from oreal_jax.plan.findings import Compiled
-from oreal_jax.plan.programs import Program, on_device
+from oreal_jax.plan.programs import Program, device_bytes
 
-# libtpu asks the machine which TPU it is, and the cloud if the machine does not know.
+# Without these, libtpu looks for its TPU type on this machine and in the cloud.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_HOST_BOUNDS": "1,1,1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is held: others may have theirs
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may hold TPUs
 }
 
 
-def devices_of(topology: str) -> list:
-    """The devices of a topology such as v5p:2x2x4.
+def tpu_devices(topology: str) -> list:
+    """The devices of a TPU topology such as v5p:2x2x4.
 
     Raises:
-        InputError: libtpu is not installed, or it or we know no such topology.
+        InputError: libtpu is not installed, or the topology is unknown.
     """
     if not util.find_spec("libtpu"):
         raise InputError(
@@ -46,37 +46,37 @@ def devices_of(topology: str) -> list:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        made = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        description = topologies.get_topology_desc(topology, platform="tpu")
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--topology {topology}: {reason}") from None
-    devices = list(made.devices)
+    devices = list(description.devices)
     if devices[0].device_kind not in PEAKS:
         raise InputError(
-            f"--topology {topology}: nothing is known of {devices[0].device_kind}, "
-            f"only of {', '.join(name for name in PEAKS if 'TPU' in name)}"
+            f"--topology {topology}: the peaks of {devices[0].device_kind} are not "
+            f"known, only those of {', '.join(kind for kind in PEAKS if 'TPU' in kind)}"
         )
     return devices
 
 
-def host_of(topology: str, devices: list) -> list:
-    """The devices of one process, as a topology of its own: the compiler takes no part
-    of a larger one.
+def tpu_host(topology: str, devices: list) -> list:
+    """The devices of one process as a topology of its own: programs for a part of a
+    topology do not compile.
 
     Raises:
-        InputError: as `devices_of`.
+        InputError: as in `tpu_devices`.
     """
     kind, _, dimensions = topology.partition(":")
     first = devices[0].process_index
     coordinates = np.array([d.coords for d in devices if d.process_index == first])
     extent = np.ptp(coordinates, axis=0) + 1
-    own = "x".join(str(size) for size in extent[: dimensions.count("x") + 1])
-    return devices_of(f"{kind}:{own}")
+    size = "x".join(map(str, extent[: dimensions.count("x") + 1]))
+    return tpu_devices(f"{kind}:{size}")
 
 
-def memory_of(device) -> int:
-    """Bytes that programs may use on a device: what the compiler says of one that wants
-    far too many."""
+def tpu_memory(device) -> int:
+    """Bytes that programs may use on a TPU, read from the compiler's error about a
+    program that needs far more."""
     where = SingleDeviceSharding(device)
     huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=where)
     double = jax.jit(lambda x: x + x, out_shardings=where)
@@ -89,56 +89,56 @@ def memory_of(device) -> int:
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compiles a program; one that does not fit comes back with its error."""
+    """Compile a program; if it does not fit, the result has its error."""
     start = time.perf_counter()
-    lowered = program.lower()
-    # A program for absent devices can be written to the cache but not read from it, and
-    # the compiler dumps no text of a program that it loads.
-    with program_cache.disabled(), tempfile.TemporaryDirectory() as scratch:
-        options = {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
+    lowered = program.function.lower(*program.arguments)
+    # Programs for absent devices can be written to the cache but not read from it, and
+    # their text is only available as a dump.
+    with program_cache.disabled(), tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            made = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return _too_large(program, str(error), time.perf_counter() - start)
-        texts = sorted(Path(scratch).glob("*.after_optimizations.txt"))
+        texts = sorted(Path(folder).glob("*.after_optimizations.txt"))
         assert texts, "the compiler wrote no text"
-        by_kind = moved(texts[-1].read_text(), program.repeats)
-    memory = made.memory_analysis()
-    assert memory, "TPU's compiler always says"
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        moved = collective_bytes(texts[-1].read_text(), program.repeats)
+    memory = compiled.memory_analysis()
+    assert memory, "the TPU's compiler reports memory"
     return Compiled(
         program.name,
         program.phase,
-        memory.argument_size_in_bytes,
-        fresh,
-        memory.temp_size_in_bytes,
-        program.beside,
-        memory.peak_memory_in_bytes + program.beside,
-        by_kind,
-        time.perf_counter() - start,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        beside=program.beside,
+        peak=memory.peak_memory_in_bytes + program.beside,
+        moved=moved,
+        seconds=time.perf_counter() - start,
     )
 
 
 def _too_large(program: Program, error: str, seconds: float) -> Compiled:
-    wanted, given = (_sizes(error) or [0])[0], on_device(program.arguments)
+    needed = (_sizes(error) or [0])[0]
+    arguments = device_bytes(program.arguments)
     return Compiled(
         program.name,
         program.phase,
-        given,
-        0,
-        max(0, wanted - given),
-        program.beside,
-        wanted + program.beside,
-        {},
-        seconds,
-        error.splitlines()[0],
+        arguments=arguments,
+        outputs=0,
+        temporary=max(0, needed - arguments),
+        beside=program.beside,
+        peak=needed + program.beside,
+        moved={},
+        seconds=seconds,
+        error=error.splitlines()[0],
     )
 
 
 def _sizes(text: str) -> list[int]:
-    """Sizes such as (17.42G) in a message, in order, in bytes."""
+    """Sizes such as 17.42G in a message, in order, in bytes."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.findall(r"([\d.]+)([KMGT])\b", text)
-    return [int(float(number) * units[unit]) for number, unit in found]
+    matches = re.findall(r"([\d.]+)([KMGT])\b", text)
+    return [int(float(number) * units[unit]) for number, unit in matches]

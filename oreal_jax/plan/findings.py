@@ -1,22 +1,25 @@
-"""What is found out about a run on a topology, by a compiler or by formula."""
+"""What a plan learns about a run on a topology: programs, memory, collectives."""
 
 from typing import NamedTuple
 
-# Phases in which decoding's weights and cache are held.
-DRAWING = ("gen", "prefill", "decode")
+GENERATION = ("gen", "prefill", "decode")  # phases that hold the engine's arrays
 
 
 class Compiled(NamedTuple):
-    """A program on one device, in bytes: what it is given, makes anew and needs in
-    between, and its peak with what lies beside it. `error` is the compiler's where it
-    does not fit (`peak` then is what it wanted). `moved` is by kind of collective, once
-    through the program."""
+    """Memory of a program on one device, in bytes.
+
+    `outputs` excludes those that reuse an argument. `beside` is what the run holds that
+    is no argument of this program; `peak` includes it. `temporary` is None where no
+    compiler reports it, and `peak` then a lower bound. `moved` is by kind of
+    collective, for one execution. `error` is the compiler's where the program does not
+    fit; `peak` is then what it would need.
+    """
 
     name: str
     phase: str
     arguments: int
     outputs: int
-    temporary: int
+    temporary: int | None
     beside: int
     peak: int
     moved: dict[str, int]
@@ -27,10 +30,10 @@ class Compiled(NamedTuple):
 class Findings(NamedTuple):
     """A run on `devices` of a `kind` in `processes`. Sizes are bytes on one device.
 
-    `memory` is what programs may use. A step's batch is `micros` micro-batches. An
-    engine is `tensor` devices with so many slots and tokens of cache. `held` is what
-    stays from step to step, `sampling` what decoding adds; `moved` is by phase, through
-    a device's links (in "decode", for one token a row).
+    `memory` is available to programs. A step's batch has `micros` micro-batches. An
+    engine has `tensor` devices, `slots` slots and `cache_tokens` tokens of cache.
+    `held` is kept from step to step, `sampling` is added while generating. `moved` is
+    what each phase sends through a device's links ("decode": one token per slot).
     """
 
     kind: str

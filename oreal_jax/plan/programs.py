@@ -1,7 +1,6 @@
-"""The programs of a run, each with its arguments as shapes, and what lies beside it.
+"""The programs of a run, with the shapes of their arguments and what is held beside.
 
-They are made by the same functions as the loop's (train/programs.py); nothing here is
-a copy of one.
+They are made by the functions that the training loop uses (train/programs.py).
 """
 
 import math
@@ -18,33 +17,20 @@ from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, pack
 from oreal_jax.model import ModelConfig
-from oreal_jax.sampling import Engine
+from oreal_jax.sampling import Engine, work
 from oreal_jax.sampling.programs import Size, Starts
 from oreal_jax.sampling.scheduler import smaller
-from oreal_jax.sampling.work import (
-    DISPATCH,
-    PAGE,
-    PREFILL,
-    prompt_batch,
-    prompt_width,
-    slot_batch,
-)
-from oreal_jax.train.programs import (
-    compute_dtype,
-    engine_of,
-    learners_of,
-    limits_of,
-    mesh_of,
-    update_of,
-)
+from oreal_jax.train import programs as run_programs
 from oreal_jax.train.state import Learners, TrainState
 from oreal_jax.train.step import of_batch, reference_scorer
 
 
 class Program(NamedTuple):
-    """A jitted function of a phase, its arguments as shapes, and the bytes a device
-    holds beside them while it runs. `repeats` is how often a loop of it runs whose
-    length is data: the micro-batches of a step; of decoding, one token is counted."""
+    """A jitted function of a phase and the shapes of its arguments.
+
+    `beside` is the bytes that a device holds in addition to the arguments. `repeats` is
+    the length of loops whose length is data: micro-batches; 1 token in decoding.
+    """
 
     name: str
     phase: str
@@ -53,13 +39,9 @@ class Program(NamedTuple):
     beside: int
     repeats: int = 1
 
-    def lower(self) -> jax.stages.Lowered:
-        """What the compiler is given."""
-        return self.function.lower(*self.arguments)
-
 
 class Layout(NamedTuple):
-    """A run on the devices of a topology, without its numbers."""
+    """A run on the devices of a topology: shapes and shardings, no values."""
 
     mesh: Mesh
     learners: Learners
@@ -67,193 +49,164 @@ class Layout(NamedTuple):
     size: Size
     state: TrainState
     reference: Any
-    weights: Any  # as decoding reads them
+    weights: Any  # the engine's
     batch: Batch
-    micros: int  # of which the batch is made
+    micros: int  # micro-batches that are not empty
     processes: int
 
     @property
-    def bytes(self) -> dict[str, int]:
-        """What a device holds between programs."""
-        state = self.state
-        players = [p for p in (state.policy, state.token_reward) if p]
+    def held(self) -> dict[str, int]:
+        """Bytes that a device holds between programs."""
+        models = [m for m in (self.state.policy, self.state.token_reward) if m]
         return {
-            "parameters": on_device([p.params for p in players]),
-            "optimizer": on_device([p.optimizer for p in players]),
-            "reference": on_device(self.reference),
+            "parameters": device_bytes([m.params for m in models]),
+            "optimizer": device_bytes([m.optimizer for m in models]),
+            "reference": device_bytes(self.reference),
         }
+
+    @property
+    def sampling(self) -> dict[str, int]:
+        """Bytes that a device holds in addition while generating."""
+        cache = self.engine.programs.abstract(self.size).cache
+        return {"weights": device_bytes(self.weights), "cache": device_bytes(cache)}
 
 
 def layout(
     config: TrainConfig,
     shape: ModelConfig,
     devices: list,
-    host: list,
-    learned: list[tuple[int, int]],
+    own: list,
+    selected: list[tuple[int, int]],
 ) -> Layout:
-    """Lays a run out on `devices`, of which `host` is one process's part. `learned` are
-    the (prompt, completion) lengths of what a step learns from.
+    """The layout of a run on `devices`, of which `own` are one process's, training on
+    sequences of these (prompt, completion) lengths.
 
     Raises:
-        InputError: mesh and model do not go together.
+        InputError: mesh, engines, cache and model do not go together.
     """
-    mesh = mesh_of(config, shape, devices)
-    learners = learners_of(config, shape, mesh, config.steps)
-    # Stop tokens and strings are the tokenizer's, which a plan does not have; they
-    # take a few kilobytes.
+    mesh = run_programs.mesh_of(config, shape, devices)
+    learners = run_programs.learners_of(config, shape, mesh, config.steps)
     longest = config.max_prompt_tokens
-    engine = engine_of(config, shape, mesh, [0], None, longest, devices=host)
-    new_tokens = config.sampling.max_tokens
+    # A plan has no tokenizer, so no stop strings: they take a few kilobytes.
+    engine = run_programs.engine_of(
+        config, shape, mesh, [0], None, longest, devices=own
+    )
     processes = len({device.process_index for device in devices})
-    prompts = -(-config.prompts_per_step // processes)
-    size = engine.size(prompts * config.samples_per_prompt, longest, new_tokens)
+    completions = -(-config.prompts_per_step // processes) * config.samples_per_prompt
     batch, _ = pack(
-        [Example([0] * prompt, [0] * completion) for prompt, completion in learned],
+        [Example([0] * prompt, [0] * completion) for prompt, completion in selected],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
-        limits=limits_of(config),
+        limits=run_programs.limits_of(config),
     )
-    dtype = compute_dtype(config.compute, mesh)
     state = learners.abstract(mesh)
+    reference = model.abstract(shape, run_programs.compute_dtype(config.compute, mesh))
     weights = jax.eval_shape(engine.programs.reshard, state.policy.params)
     return Layout(
-        mesh,
-        learners,
-        engine,
-        size,
-        state,
-        sharding.placed(model.abstract(shape, dtype), sharding.of_params(shape, mesh)),
-        sharding.placed(weights, engine.programs.own),
-        sharding.placed(batch, of_batch(mesh)),
-        int(batch.filled),
-        processes,
+        mesh=mesh,
+        learners=learners,
+        engine=engine,
+        size=engine.size(completions, longest, config.sampling.max_tokens),
+        state=state,
+        reference=sharding.placed(reference, sharding.of_params(shape, mesh)),
+        weights=sharding.placed(weights, engine.programs.own),
+        batch=sharding.placed(batch, of_batch(mesh)),
+        micros=int(batch.filled),
+        processes=processes,
     )
 
 
-def learned(
+def selected_lengths(
     config: TrainConfig, lengths: Int[np.ndarray, "N K"]
 ) -> list[tuple[int, int]]:
-    """(prompt, completion) lengths of the most that a step learns from, where its
-    completions have these lengths: as many of each prompt as `keep` may leave."""
-    each = limits_of(config).completions // config.prompts_per_step
-    prompt = mean_prompt(config)
-    return [(prompt, int(size)) for size in lengths[:, :each].flat]
+    """(prompt, completion) lengths of the most that a step trains on, if its
+    completions have these lengths: as many per prompt as `keep` may select."""
+    per_prompt = run_programs.limits_of(config).completions // config.prompts_per_step
+    prompt = mean_prompt_tokens(config)
+    return [(prompt, int(size)) for size in lengths[:, :per_prompt].flat]
 
 
-def mean_prompt(config: TrainConfig) -> int:
-    """Tokens of a prompt on average, as problems of competitions have them."""
+def mean_prompt_tokens(config: TrainConfig) -> int:
+    """Mean tokens of a prompt: an assumption for competition problems."""
     return min(256, config.max_prompt_tokens)
 
 
 def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[Program]:
-    """All programs of a run, in the order in which it meets them."""
-    mesh, state, batch = run.mesh, run.state, run.batch
-    held = run.bytes
+    """All programs of a run, in the order of their first use."""
+    mesh, state, batch, held = run.mesh, run.state, run.batch, run.held
     training, reference = held["parameters"] + held["optimizer"], held["reference"]
-    params = state.policy.params
-    yield Program("start", "load", run.learners.starter(mesh), (params,), reference)
+    start = run.learners.starter(mesh)
+    yield Program("start", "load", start, (state.policy.params,), reference)
     yield from _sampling(config, run, training + reference)
-    score = reference_scorer(shape, mesh, compute_dtype(config.compute, mesh))
-    yield Program(
-        "reference",
-        "ref",
-        score,
-        (run.reference, batch),
-        training,
-        run.micros,
-    )
-    update = update_of(config, run.learners, mesh)
-    kinds = [("train step", False)]
-    if config.freeze_steps:
-        kinds.append(("train step, policy frozen", True))
-    for name, frozen in kinds:
-        yield Program(
-            name,
-            "update_actor",
-            update.program,
-            (state, batch, frozen),
-            reference,
-            run.micros,
-        )
+    dtype = run_programs.compute_dtype(config.compute, mesh)
+    score = reference_scorer(shape, mesh, dtype)
+    inputs = run.reference, batch
+    yield Program("reference", "ref", score, inputs, training, run.micros)
+    update = run_programs.update_of(config, run.learners, mesh).program
+    for frozen in (False, True) if config.freeze_steps else (False,):
+        name = "train step, policy frozen" if frozen else "train step"
+        inputs = state, batch, frozen
+        yield Program(name, "update_actor", update, inputs, reference, run.micros)
 
 
 def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
-    """The engine's programs: one process's, on its own devices."""
+    """The engine's programs, on the devices of one process."""
     programs, mesh, size = run.engine.programs, run.engine.mesh, run.size
     params, weights = run.state.policy.params, run.weights
-    beside = held - on_device(params)
-    yield Program("reshard", "gen", programs.reshard, (params,), beside)
-    engines, rows = sharding.row_ways(mesh), sharding.of_rows(mesh)
-    array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-        (engines, *shape), dtype, sharding=rows
-    )
-    replicated = lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding.replicated(mesh)
-    )
-    stops = jax.tree.map(replicated, run.engine.stops)
     state = programs.abstract(size)
-    length = prompt_width(config.max_prompt_tokens - 1)
-    count = prompt_batch(max(1, PREFILL // length))
-    prompts = array(count, length), array(count), array(count, -(-length // PAGE))
-    yield Program(
-        f"prefill of {count} x {length}",
-        "prefill",
-        programs.prefill,
-        (weights, state, *prompts),
-        held,
-    )
-    batch = slot_batch(size.slots)
+    engines, by_rows = sharding.row_ways(mesh), sharding.of_rows(mesh)
+    beside_weights = held + device_bytes(weights)
+
+    def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((engines, *shape), dtype, sharding=by_rows)
+
+    reshard = programs.reshard
+    yield Program("reshard", "gen", reshard, (params,), held - device_bytes(params))
+    width = work.prompt_width(config.max_prompt_tokens - 1)
+    count = work.prompt_batch(max(1, work.PREFILL // width))
+    prompts = array(count, width), array(count), array(count, -(-width // work.PAGE))
+    name, inputs = f"prefill of {count} x {width}", (weights, state, *prompts)
+    yield Program(name, "prefill", programs.prefill, inputs, held)
+
+    batch = work.slot_batch(size.slots)
     starts = Starts(
         *(array(batch) for _ in Starts._fields[:-2]),
-        prompts=array(batch, size.table_pages * PAGE),
+        prompts=array(batch, size.table_pages * work.PAGE),
         sampling=programs.abstract(size._replace(slots=batch)).sampling,
     )._replace(key=array(batch, dtype=jnp.uint32))
-    beside = held + on_device(weights)
-    yield Program(
-        f"admission of {batch}",
-        "gen",
-        programs.admit,
-        (state, starts, 0),
-        beside,
-    )
-    fewest = size.slots
-    while smaller(fewest):
-        fewest = smaller(fewest)
-    for slots in dict.fromkeys([size.slots, fewest]):
-        remaining = programs.abstract(size._replace(slots=slots))
+    name, inputs = f"admission of {batch}", (state, starts, 0)
+    yield Program(name, "gen", programs.admit, inputs, beside_weights)
+
+    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), run.engine.stops)
+    stops = sharding.placed(run.engine.stops, everywhere)
+    min_slots = size.slots
+    while smaller(min_slots):
+        min_slots = smaller(min_slots)
+    for slots in dict.fromkeys([size.slots, min_slots]):
+        rows = programs.abstract(size._replace(slots=slots))
         table, runs = array(slots, size.table_pages), array(slots, dtype=bool)
-        yield Program(
-            f"decode in {slots} slots",
-            "decode",
-            programs.decode,
-            (weights, remaining, table, runs, DISPATCH, 0, stops),
-            held,
-        )
-    if config.cache_tokens:  # rows may have to make room
-        row = programs.abstract(size._replace(slots=1, pages=size.table_pages))
-        where = array(1), array(size.table_pages)
-        for name, function, arguments in [
-            ("swap-out", programs.swap_out, (state, *where)),
-            ("swap-in", programs.swap_in, (state, row, *where)),
-        ]:
-            name += f" of {size.table_pages} pages"
-            yield Program(name, "gen", function, arguments, beside)
-    yield Program(
-        f"collection of {batch}",
-        "gen",
-        programs.take,
-        (state, array(batch)),
-        beside,
+        inputs = weights, rows, table, runs, work.DISPATCH, 0, stops
+        name = f"decode in {slots} slots"
+        yield Program(name, "decode", programs.decode, inputs, held)
+
+    if config.cache_tokens:  # rows may be swapped out
+        pages = size.table_pages
+        row = programs.abstract(size._replace(slots=1, pages=pages))
+        place = array(1), array(pages)
+        name, inputs = f"swap-out of {pages} pages", (state, *place)
+        yield Program(name, "gen", programs.swap_out, inputs, beside_weights)
+        name, inputs = f"swap-in of {pages} pages", (state, row, *place)
+        yield Program(name, "gen", programs.swap_in, inputs, beside_weights)
+    name, inputs = f"collection of {batch}", (state, array(batch))
+    yield Program(name, "gen", programs.take, inputs, beside_weights)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of the `ShapeDtypeStruct`s in a tree, without those in host
+    memory; other leaves do not count."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        and leaf.sharding.memory_kind != "pinned_host"
     )
-
-
-def on_device(tree: Any) -> int:
-    """Bytes of one device's part of `ShapeDtypeStruct`s, host memory left out; plain
-    numbers do not count."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        is_array = isinstance(leaf, jax.ShapeDtypeStruct)
-        if is_array and leaf.sharding.memory_kind != "pinned_host":
-            part = leaf.sharding.shard_shape(leaf.shape)
-            total += math.prod(part) * np.dtype(leaf.dtype).itemsize
-    return total

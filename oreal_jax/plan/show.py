@@ -1,75 +1,72 @@
-"""A plan as a page to read."""
+"""Print a plan: memory, programs, collectives, bounds, and whether the run fits."""
 
 from rich.console import Console
 from rich.table import Table
 
-from oreal_jax.plan import HEADROOM, LargerCache, Plan
-from oreal_jax.plan.decoding import DecodingEstimate
-from oreal_jax.plan.findings import DRAWING, Findings
-
-GIB = 2**30
+from oreal_jax.plan.bounds import DecodingEstimate
+from oreal_jax.plan.findings import GENERATION, Findings
+from oreal_jax.plan.planner import HEADROOM, LargerCache, Plan
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Prints what lies in a device's memory, the programs, and a step's bounds."""
-    found = plan.found
-    axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1)
-    console.print(
-        f"{plan.topology}: {found.devices} x {found.kind} in {found.processes} "
-        f"process(es), mesh {axes or 'of one device'}; "
-        f"{found.devices // found.tensor} engines of {found.tensor} device(s), "
-        f"{found.slots} slots and {found.cache_tokens:,} tokens of cache each",
-        markup=False,
-        soft_wrap=True,
-    )
-    parts = found.held | {f"decoding {k}": v for k, v in found.sampling.items()}
-    console.print(
+    """Print a plan, its conclusion last."""
+    findings = plan.findings
+    lines = lambda *texts: console.print(*texts, sep="\n", markup=False, soft_wrap=True)
+    axes = " x ".join(f"{name} {n}" for name, n in findings.mesh.items() if n > 1)
+    arrays = findings.held | {f"decoding {k}": v for k, v in findings.sampling.items()}
+    lines(
+        f"{plan.topology}: {findings.devices} x {findings.kind} in "
+        f"{findings.processes} process(es), mesh {axes or 'of one device'}; "
+        f"{findings.devices // findings.tensor} engines of {findings.tensor} "
+        f"device(s), {findings.slots} slots and {findings.cache_tokens:,} tokens of "
+        "cache each",
         "on a device, GiB: "
-        + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-        + f"; capacity {_gib(found.memory)}",
-        markup=False,
-        soft_wrap=True,
+        + ", ".join(f"{name} {_gib(size)}" for name, size in arrays.items())
+        + f"; capacity {_gib(findings.memory)}",
     )
-    console.print(_programs(found))
-    if any(program.moved for program in found.programs):
-        console.print(_collectives(found))
+    console.print(_programs(findings))
+    if any(program.moved for program in findings.programs):
+        console.print(_collectives(findings))
     if plan.decoding:
         console.print(_phases(plan))
-        said = [_decoding(plan, plan.decoding)]
+        lines(_decoding(plan, plan.decoding))
         if plan.larger_cache:
-            said.append(_advice(plan.decoding, plan.larger_cache))
-        console.print(*said, sep="\n", markup=False, soft_wrap=True)
-    console.print(why(plan), markup=False, soft_wrap=True)
+            lines(_advice(plan.decoding, plan.larger_cache))
+    lines(conclusion(plan))
 
 
-def why(plan: Plan) -> str:
-    """One line: whether the run fits, and what decides."""
-    worst = plan.largest
-    said = (
-        f"{plan.topology}: {worst.name} needs {_gib(worst.peak)} GiB of "
-        f"{_gib(plan.found.memory)} GiB"
+def conclusion(plan: Plan) -> str:
+    """One line: whether the run fits, by its largest program."""
+    largest, arrays = plan.largest, plan.findings.held
+    bound = "" if largest.temporary is not None else "at least "
+    needs = (
+        f"{plan.topology}: {largest.name} needs {bound}{_gib(largest.peak)} GiB of "
+        f"{_gib(plan.findings.memory)} GiB"
     )
     if plan.fits:
-        return f"{said}: fits, {plan.headroom:.0%} left"
-    parts = plan.found.held
-    if worst.phase in DRAWING:
-        parts = parts | plan.found.sampling
-    parts = parts | {"activations and other temporaries": worst.temporary}
-    most = max(parts, key=lambda name: parts[name])
+        return f"{needs}: fits, {plan.headroom:.0%} left"
+    if plan.fits is None:
+        return (
+            f"{needs}; activations, gradients and other temporaries are not known "
+            "without a GPU, nor is traffic between GPUs: whether the run fits is open"
+        )
+    if largest.phase in GENERATION:
+        arrays = arrays | plan.findings.sampling
+    arrays = arrays | {"activations and other temporaries": largest.temporary or 0}
+    most = max(arrays, key=lambda name: arrays[name])
     return (
-        f"{said}: does not fit with {HEADROOM:.0%} to spare; beside it lie "
-        f"{_gib(worst.beside)} GiB; largest: {most}, {_gib(parts[most])} GiB"
-        + (f" ({worst.error})" if worst.error else "")
+        f"{needs}: does not fit with {HEADROOM:.0%} to spare; "
+        f"{_gib(largest.beside)} GiB of it are not the program's; largest: {most}, "
+        f"{_gib(arrays[most])} GiB" + (f" ({largest.error})" if largest.error else "")
     )
 
 
 def _decoding(plan: Plan, decoding: DecodingEstimate) -> str:
-    """One line: what the scheduler made of the completions' lengths."""
     return (
         f"decoding: {decoding.steps:,} steps, on average {decoding.rows:,.1f} of an "
-        f"engine's {plan.found.slots} slots in use, {decoding.swapped:,} rows swapped "
-        f"out; at most {plan.tokens_per_second:,.0f} tokens/s per device over the "
-        "whole step"
+        f"engine's {plan.findings.slots} slots in use, {decoding.swapped:,} rows "
+        f"swapped out; at most {plan.tokens_per_second:,.0f} tokens/s per device over "
+        "the whole step"
     )
 
 
@@ -82,26 +79,28 @@ def _advice(now: DecodingEstimate, larger: LargerCache) -> str:
     )
 
 
-def _programs(found: Findings) -> Table:
-    table = Table("program", caption="GiB on a device")
-    for title in ("arguments", "temporary", "beside", "peak"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for program in found.programs:
+def _table(first: str, *others: str, caption: str) -> Table:
+    table = Table(first, caption=caption)
+    table.columns[0].no_wrap = True
+    for title in others:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _programs(findings: Findings) -> Table:
+    titles = "arguments", "temporary", "beside", "peak"
+    table = _table("program", *titles, caption="GiB on a device")
+    for program in findings.programs:
         sizes = (program.arguments, program.temporary, program.beside, program.peak)
         table.add_row(program.name, *map(_gib, sizes))
     return table
 
 
-def _collectives(found: Findings) -> Table:
-    kinds = sorted({kind for program in found.programs for kind in program.moved})
-    table = Table(
-        "moved",
-        caption="GiB by collectives on a device, once through; decode: a token a row",
-    )
-    table.columns[0].no_wrap = True
-    for kind in kinds:
-        table.add_column(kind, justify="right")
-    for program in found.programs:
+def _collectives(findings: Findings) -> Table:
+    kinds = sorted({kind for program in findings.programs for kind in program.moved})
+    caption = "GiB moved by collectives on a device; decode: one token per slot"
+    table = _table("collectives", *kinds, caption=caption)
+    for program in findings.programs:
         if program.moved:
             sizes = (program.moved.get(kind, 0) for kind in kinds)
             table.add_row(program.name, *map(_gib, sizes))
@@ -109,10 +108,13 @@ def _collectives(found: Findings) -> Table:
 
 
 def _phases(plan: Plan) -> Table:
-    table = Table("phase")
-    table.columns[0].no_wrap = True
-    for title in ("TFLOP", "products", "memory", "links", "at least", "limited by"):
-        table.add_column(title, justify="right")
+    titles = "TFLOP", "products", "memory", "links", "at least", "limited by"
+    caption = (
+        f"a step takes {plan.seconds:,.0f} s at least, with completions of "
+        f"{plan.mean_tokens:,} tokens on average, {plan.findings.micros} micro-batches "
+        "and every part at its peak"
+    )
+    table = _table("phase", *titles, caption=caption)
     for name, phase in plan.phases.items():
         times = (phase.products, phase.memory, phase.links, phase.seconds)
         table.add_row(
@@ -121,13 +123,8 @@ def _phases(plan: Plan) -> Table:
             *(f"{seconds:,.2f} s" for seconds in times),
             phase.limit,
         )
-    table.caption = (
-        f"a step takes {plan.seconds:,.0f} s at least, with completions of "
-        f"{plan.mean_tokens:,} tokens on average, {plan.found.micros} micro-batches "
-        "and every part at its peak"
-    )
     return table
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f}"
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:,.2f}"

@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from oreal_jax import sharding
-from oreal_jax.data.packing import bucket
 from oreal_jax.errors import Diverged, Failure, InputError
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
@@ -31,6 +30,7 @@ from oreal_jax.sampling.completion import NOTHING_DRAWN, Completion, Request
 from oreal_jax.sampling.programs import Size, Stops, programs_for
 from oreal_jax.sampling.scheduler import Job
 from oreal_jax.sampling.work import PAGE, Work
+from oreal_jax.shapes import bucket
 
 
 class Engine:

@@ -18,6 +18,7 @@ import numpy as np
 HAND_BACK = 32  # rows of so many are waited for before free slots are filled
 # When no sample waits, the last rows go on in so much smaller an engine, down to a few.
 SHRINK, FEWEST = 4, 8
+MIN_SAVED_STEPS = 16  # for which the engine of a resumable run shrinks
 
 
 class Job(NamedTuple):
@@ -288,10 +289,12 @@ class Scheduler:
         """How many rows must finish until the next round is worth its while; 0: all.
 
         While samples wait, a few of the slots; then as many as let the rest go on in a
-        smaller engine.
+        smaller engine, or all where that does not save enough yet.
         """
         if self.waiting:
             return max(1, self._slots * len(self._shards) // HAND_BACK)
+        if self.fitting_slots:
+            return 0
         fit = smaller(self._slots) * len(self._shards)
         return max(1, self.running - fit) if fit else 0
 
@@ -321,6 +324,11 @@ class Scheduler:
         """Steps of the present size whose time an engine of `slots` slots is expected
         to save."""
         return self.expected_steps * (1 - slots / self._slots)
+
+    def saves_enough(self, slots: int) -> bool:
+        """Whether a resumable engine continues with `slots` slots: a rule without
+        clock, so that a resumed run shrinks after the same steps."""
+        return self.saved_steps(slots) >= MIN_SAVED_STEPS
 
     def shrink(self, slots: int) -> np.ndarray:
         """Continues with `slots` slots on each shard; returns the old slots of their

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from oreal_jax.sampling.scheduler import Job, Scheduler
-from oreal_jax.sampling.work import MIN_SAVED_STEPS
 
 SIGMA = 0.8  # of the logarithm of a completion's length
 
@@ -88,16 +87,12 @@ def simulate(
             place, name = a.shard * slots + a.slot, (a.request, a.sample)
             assert place not in owner
             owner[place], drawn[place] = name, outside.pop(name, 0)
-        # As in work.py, for an engine of a training run.
-        sizes = scheduler.fitting_slots
-        pays = (n for n in sizes if scheduler.saved_steps(n) >= MIN_SAVED_STEPS)
-        if fewer := next(pays, None):
+        if fewer := next(filter(scheduler.saves_enough, scheduler.fitting_slots), None):
             old = scheduler.shrink(fewer) + slots * np.arange(shards)[:, None]
             new = {place: i for i, place in enumerate(old.reshape(-1).tolist())}
             owner = {new[place]: name for place, name in owner.items()}
             drawn, slots = drawn[old.reshape(-1)], fewer
-        # Where a smaller engine does not pay yet, all rows finish.
-        enough = 0 if scheduler.fitting_slots else scheduler.enough
+        enough = scheduler.enough
         runs, tables, leaving = scheduler.grow()
         for swap in leaving:
             place = swap.shard * slots + swap.slot

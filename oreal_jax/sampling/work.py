@@ -13,16 +13,15 @@ import jax
 import numpy as np
 
 from oreal_jax import sharding
-from oreal_jax.data.packing import bucket
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.choice import SlotSampling
 from oreal_jax.sampling.completion import Completion, Request, Statistics
 from oreal_jax.sampling.programs import Decoding, Programs, Size, Starts, Stops
 from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swap
+from oreal_jax.shapes import bucket
 
 DISPATCH = 64  # tokens decoded per row between two looks of the host, at most
 PAGE = 64  # tokens a page
-MIN_SAVED_STEPS = 16  # for which a resumable engine shrinks
 PREFILL = 2048  # prompt tokens an engine runs at a time, or one prompt
 
 
@@ -152,8 +151,7 @@ class Work:
     def _decode(self) -> list[tuple[int, int, Completion]]:
         """Decodes at most `DISPATCH` tokens per slot; returns finished completions."""
         self._shrink()
-        # Where a smaller engine does not pay yet, only the last row ends a dispatch.
-        enough = 0 if self.scheduler.fitting_slots else self.scheduler.enough
+        enough = self.scheduler.enough
         runs, tables, leaving = self.scheduler.grow()
         self._swap_out(leaving)
         table = np.zeros((len(runs), self.size.table_pages), np.int32)
@@ -234,12 +232,12 @@ class Work:
                 return
 
     def _pays(self, smaller: Size) -> bool:
-        saved_steps = self.scheduler.saved_steps(smaller.slots)
         if self.resumable:
-            return saved_steps >= MIN_SAVED_STEPS
+            return self.scheduler.saves_enough(smaller.slots)
         if smaller in self.programs.sizes(self.stops):
             return True
-        return saved_steps * self.step_seconds >= self.programs.compile_seconds
+        saved_seconds = self.scheduler.saved_steps(smaller.slots) * self.step_seconds
+        return saved_seconds >= self.programs.compile_seconds
 
     def _collect(self, finished) -> list[tuple[int, int, Completion]]:
         rows_by_engine: list[list] = [[] for _ in range(self.engines)]

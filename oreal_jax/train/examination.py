@@ -20,9 +20,13 @@ from oreal_jax.config import Evaluation, TrainConfig
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.distributed import uninterrupted
 from oreal_jax.errors import InputError
-from oreal_jax.evaluation import Attempt, load_sets, report
-from oreal_jax.evaluation.run import attempt
-from oreal_jax.evaluation.sets import ProblemSet
+from oreal_jax.evaluation import (
+    Evaluator,
+    ProblemSet,
+    VerifiedCompletion,
+    load_sets,
+    report,
+)
 from oreal_jax.files import write_lines
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train import exchange
@@ -73,20 +77,15 @@ class Examination:
                 ProblemSet(name, list(distributed.share(problems)))
                 for name, problems in self.sets
             ]
-            tried = attempt(
-                self.engine,
-                weights,
-                self.sampling,
-                self.config.samples,
-                self.kind,
-                session.chat,
-                pool,
-                mine,
-                seed=session.config.seed,
-                finished={},
-                second=judge,
+            tried = Evaluator(
+                engine=self.engine,
+                weights=weights,
+                chat=session.chat,
+                pool=pool,
+                judge=judge,
                 screen=session.screen,
-            )
+                seed=session.config.seed,
+            ).complete(mine, self.sampling, self.config.samples, self.kind)
             if judge:  # what it did here is not the step's
                 judge.take_counts()
         with uninterrupted():
@@ -98,7 +97,7 @@ class Examination:
         rows: list[dict],
         kept: int | None,
         path: Path,
-        tried: Mapping[str, list[list[Attempt]]],
+        tried: Mapping[str, list[list[VerifiedCompletion]]],
     ) -> None:
         """Adds what all processes have measured to the `rows` of earlier evaluations,
         and keeps the policy if it is better than that of step `kept`."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from oreal_jax import distributed
 from oreal_jax.data import Prompt
-from oreal_jax.evaluation import Attempt
-from oreal_jax.evaluation.attempts import Drawn
+from oreal_jax.evaluation import VerifiedCompletion
+from oreal_jax.evaluation.completions import CompletionRecord
 from oreal_jax.sampling import Completion
 from oreal_jax.verify import Verdict
 
@@ -75,12 +75,12 @@ def decode(encoded: bytes) -> list[Samples]:
 
 
 def all_attempts(
-    problems: Sequence[Prompt], mine: Sequence[Sequence[Attempt]]
-) -> list[list[Attempt]]:
+    problems: Sequence[Prompt], mine: Sequence[Sequence[VerifiedCompletion]]
+) -> list[list[VerifiedCompletion]]:
     """The attempts of all processes at each of `problems`, of which each tried its
     share."""
     plain = [
-        [(one.sample, one.drawn, dataclasses.astuple(one.verdict)) for one in group]
+        [(one.sample, one.record, dataclasses.astuple(one.verdict)) for one in group]
         for group in mine
     ]
     found = distributed.gather_shares(
@@ -88,8 +88,10 @@ def all_attempts(
     )
     return [
         [
-            Attempt(problem, sample, Drawn(*drawn), Verdict(*verdict))
-            for sample, drawn, verdict in group
+            VerifiedCompletion(
+                problem, sample, CompletionRecord(*record), Verdict(*verdict)
+            )
+            for sample, record, verdict in group
         ]
         for problem, group in zip(problems, found, strict=True)
     ]

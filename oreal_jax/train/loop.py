@@ -35,7 +35,7 @@ from oreal_jax.data import (
     load_prompts,
     repeat_by_difficulty,
 )
-from oreal_jax.data.packing import Batch, Limits, pack
+from oreal_jax.data.packing import Batch, SizeLimits, pack
 from oreal_jax.distributed import uninterrupted
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.files import fingerprint, write_bytes, write_lines
@@ -59,8 +59,9 @@ from oreal_jax.train.session import (
     source_of,
 )
 from oreal_jax.train.step import TrainStep, place, reference_scorer
-from oreal_jax.verify import Pool
-from oreal_jax.verify.llm_judge import Case, Judge, judge_metrics
+from oreal_jax.verify import Candidate, Pool
+from oreal_jax.verify.completions import verify_completions
+from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
 
 class Question(NamedTuple):
@@ -223,14 +224,14 @@ def judge_of(
         tries=chosen.judge_tries,
         lost=chosen.judge_lost,
         # A judge that is lost stops all, so a process without a screen says it too.
-        say=screen.say if first else distributed.warn,
+        log=screen.say if first else distributed.warn,
     )
 
 
 def learn(
     session: Session,
     kept: Sequence[Trajectory],
-    limits: Limits,
+    limits: SizeLimits,
     reference: Params,
     add_reference: Callable[[Params, Batch], Batch],
     update: TrainStep,
@@ -307,7 +308,7 @@ def sample_and_judge(
     finished: dict[tuple[int, int], tuple[Completion, str]] = {}
     try:
         drawn = sample(session, config, asked, engine, pool, finished)
-        return judge_all(session, config, asked, drawn, pool, judge)
+        return judge_all(session, asked, drawn, pool, judge)
     except KeyboardInterrupt:
         if finished:
             leave_interrupted(session, config, asked, finished)
@@ -316,7 +317,6 @@ def sample_and_judge(
 
 def judge_all(
     session: Session,
-    config: TrainConfig,
     asked: Sequence[Question],
     drawn: Sequence[Sequence[tuple[Completion, str]]],
     pool: Pool,
@@ -324,24 +324,20 @@ def judge_all(
 ) -> list[Samples]:
     """The completions of each question with their verdicts."""
     label = f"step {session.step + 1}: "
-    texts = [text for group in drawn for _, text in group]
-    flat = [completion for group in drawn for completion, _ in group]
-    prompts = [question.prompt for question in asked]
-    prompts = [p for p in prompts for _ in range(config.samples_per_prompt)]
-    pairs = [(text, p.gold_answer) for text, p in zip(texts, prompts, strict=True)]
-    with session.screen.phase("verify", total=len(flat), label=label) as advance:
-        verdicts = rollout.judged(pool, flat, pairs, advance)
-        if judge:
-            verdicts = judge.verdicts(
-                [
-                    Case(prompt.question, prompt.gold_answer, text, verdict)
-                    for prompt, text, verdict in zip(
-                        prompts, texts, verdicts, strict=True
-                    )
-                ]
-            )
-    said = iter(verdicts)
-    return [[Judged(*each, next(said)) for each in group] for group in drawn]
+    candidates = [
+        Candidate(
+            question.prompt.question,
+            question.prompt.gold_answer,
+            text,
+            completion.finish_reason,
+        )
+        for question, group in zip(asked, drawn, strict=True)
+        for completion, text in group
+    ]
+    total = len(candidates)
+    with session.screen.phase("verify", total=total, label=label) as advance:
+        verdicts = iter(verify_completions(candidates, pool, judge, advance))
+    return [[Judged(*each, next(verdicts)) for each in group] for group in drawn]
 
 
 def trajectories(

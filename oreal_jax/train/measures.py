@@ -9,8 +9,8 @@ import numpy as np
 
 from oreal_jax import efficiency
 from oreal_jax.config import TrainConfig
-from oreal_jax.data.packing import Batch, Slot
-from oreal_jax.efficiency import Done
+from oreal_jax.data.packing import Batch, BatchIndex
+from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged
 from oreal_jax.rollout import Group, TokenScores, Trajectory
 from oreal_jax.train.state import Learners
@@ -18,7 +18,10 @@ from oreal_jax.train.step import Scores
 
 
 def agreement(
-    kept: Sequence[Trajectory], slots: Sequence[Slot], scores: Scores, batch: Batch
+    kept: Sequence[Trajectory],
+    slots: Sequence[BatchIndex],
+    scores: Scores,
+    batch: Batch,
 ) -> dict[str, float]:
     """Difference and correlation of token probabilities between sampler and trainer,
     and the area under the token reward model's ROC curve. Attaches the scores to the
@@ -59,7 +62,7 @@ def work(
     groups: Sequence[Group],
     kept: Sequence[Trajectory],
     frozen: bool,
-) -> dict[str, Done]:
+) -> dict[str, PhaseTotals]:
     """What the phases of a step have computed: every prompt run once and its samples
     drawn, the reference model on what was kept, and training, of which a frozen policy
     takes the forward pass alone."""
@@ -71,15 +74,15 @@ def work(
     drawn = efficiency.decode(lengths(t for group in groups for t in group))
     forward = efficiency.forward_flops
     flops = forward(policy.config, prompts) + forward(policy.config, drawn)
-    done = {"gen": Done(prompts.tokens + drawn.tokens, flops)}
+    done = {"gen": PhaseTotals(prompts.tokens + drawn.tokens, flops)}
     if not kept:
         return done
-    learned = efficiency.whole(lengths(kept))
-    done["ref"] = Done(learned.tokens, forward(policy.config, learned))
+    learned = efficiency.full_pass(lengths(kept))
+    done["ref"] = PhaseTotals(learned.tokens, forward(policy.config, learned))
     flops = (1 if frozen else 3) * forward(policy.config, learned)
     if rewarder:
         flops += efficiency.training_flops(rewarder.config, learned)
-    return done | {"update_actor": Done(learned.tokens, flops)}
+    return done | {"update_actor": PhaseTotals(learned.tokens, flops)}
 
 
 def require_agreement(values: dict[str, float], config: TrainConfig, step: int) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from oreal_jax import model, rollout, sharding
 from oreal_jax.config import SftConfig, TrainConfig
-from oreal_jax.data.packing import Limits
+from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampled_from
@@ -118,10 +118,10 @@ def engine_of(
     return engine
 
 
-def limits_of(config: TrainConfig, shortest_prompt: int = 0) -> Limits:
+def limits_of(config: TrainConfig, shortest_prompt: int = 0) -> SizeLimits:
     """The limits of a run's steps; prompts have at least `shortest_prompt` tokens."""
     per_prompt = 2 if config.keep is rollout.one_pair else config.samples_per_prompt
-    return Limits(
+    return SizeLimits(
         completions=per_prompt * config.prompts_per_step,
         sequence=config.max_prompt_tokens + config.sampling.max_tokens,
         completion=config.sampling.max_tokens,

@@ -32,7 +32,6 @@ from jax.sharding import Mesh
 from oreal_jax import config as configuration
 from oreal_jax import distributed, efficiency, model, sharding
 from oreal_jax.checkpoints import run as checkpoints
-from oreal_jax.checkpoints.hf import read_json
 from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import ModelSource, copy_files, open_model
 from oreal_jax.config import SftConfig, TrainConfig
@@ -40,9 +39,9 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.data.packing import Batch
 from oreal_jax.distributed import uninterrupted
-from oreal_jax.efficiency import Done
+from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged, InputError
-from oreal_jax.files import BackgroundWriter, write_text
+from oreal_jax.files import BackgroundWriter, read_json, write_text
 from oreal_jax.interrupts import ignoring_interrupts
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import ModelConfig, Params
@@ -393,7 +392,7 @@ class Session:
         values: Mapping[str, float],
         tokens: int,
         line: str,
-        done: Mapping[str, Done],
+        done: Mapping[str, PhaseTotals],
     ) -> None:
         """Records the step just done, says it, and saves where it is time to.
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from oreal_jax import distributed, efficiency, losses, program_cache
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, PromptOrder, Solved, read_examples
-from oreal_jax.data.packing import Example, Limits, pack
-from oreal_jax.efficiency import Done
+from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
+from oreal_jax.data.packing import Example, SizeLimits, pack
+from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
@@ -43,7 +43,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     tokens = fingerprint([(e.prompt, e.completion) for e in examples])
     distributed.assert_equal(f"{config.examples}: fingerprint of its tokens", tokens)
     order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
-    limits = Limits.of(examples, config.examples_per_step)
+    limits = SizeLimits.from_examples(examples, config.examples_per_step)
     steps = config.steps
     if not steps:
         done, progress = progress_of(run)
@@ -71,7 +71,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
             step = session.step
             taken = [example for example, _ in order.batch(session.taken)]
             lengths = ((len(e.prompt), len(e.completion)) for e in taken)
-            learned = efficiency.whole(lengths)
+            learned = efficiency.full_pass(lengths)
             batch, _ = pack(
                 taken,
                 rows=session.rows,
@@ -86,7 +86,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                     f"  loss {values.get('actor/pg_loss', values['actor/loss']):.4f}"
                 )
                 flops = efficiency.training_flops(source.config, learned)
-                done = {"update_actor": Done(learned.tokens, flops)}
+                done = {"update_actor": PhaseTotals(learned.tokens, flops)}
                 session.finish_step(values, learned.tokens, line, done)
 
 
@@ -107,7 +107,7 @@ def usable_examples(
     config: SftConfig,
     shape: ModelConfig,
     chat: Chat,
-    rows: Sequence[Solved],
+    rows: Sequence[SolvedQuestion],
     screen: Screen,
 ) -> dict[int, Example]:
     """Prompt and solution tokens of every example that fits a row, by its place in the

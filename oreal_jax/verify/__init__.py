@@ -1,11 +1,11 @@
-"""Verdicts on answers: correct, incorrect or undecided. Imports no JAX; usable alone.
+"""Verification of completions: correct, incorrect or undecided. Imports no JAX.
 
-The language model is in `oreal_jax.verify.llm_judge`, which workers need not load.
+`completions.verify_completions` and `llm_judge` are not imported here: they load an
+HTTP client, which worker processes do not need.
 """
 
-from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.pool import Pool
 from oreal_jax.verify.rule import judge
-from oreal_jax.verify.verdict import Verdict
+from oreal_jax.verify.verdict import Candidate, Verdict
 
-__all__ = ["Pool", "Verdict", "judge", "verify_completions"]
+__all__ = ["Candidate", "Pool", "Verdict", "judge"]

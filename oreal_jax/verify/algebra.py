@@ -1,9 +1,9 @@
-"""Formulas: read by math-verify, compared by it, and compared once more by us.
+"""Comparison of formulas by math-verify, checked numerically.
 
 Text of a model is never evaluated: math-verify's reader for plain expressions, which
-would, is not used, and its LaTeX reader evaluates number literals alone. math-verify
-rounds numbers to compare them; what it calls equal must therefore agree to many digits
-of its own size (to twelve where decimals are in it), at a few points where it has
+would evaluate it, is not used, and its LaTeX reader evaluates number literals only.
+math-verify rounds numbers to compare them; formulas that it calls equal must therefore
+agree to many digits (to twelve if they hold decimals), at several points if they hold
 variables.
 """
 
@@ -12,6 +12,9 @@ import logging
 import re
 from typing import Any
 
+import sympy
+from math_verify import LatexExtractionConfig, parse, verify
+
 from oreal_jax.verify.numbers import TRIGONOMETRIC
 
 # It warns that it has no time limit of its own; the pool has one.
@@ -19,16 +22,14 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 DEGREES = re.compile(r"(\d+)\s*\^\\circ")
 DIGITS = 200
-ROUNDED = "1e-12"  # of their size: how far decimals may differ
-EXACT = "1e-180"  # and numbers without a decimal point
-POINTS = (0.37, 1.93, -2.71)  # where formulas with variables are compared
+ROUNDED = "1e-12"  # relative tolerance for decimals
+EXACT = "1e-180"  # and for numbers without a decimal point
+POINTS = (0.37, 1.93, -2.71)  # values of variables
 
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> tuple | None:
-    """math-verify's reading of a LaTeX formula, or None."""
-    from math_verify import LatexExtractionConfig, parse
-
+    """math-verify's readings of a LaTeX formula, or None."""
     if TRIGONOMETRIC.search(text):  # where the reader takes degrees for radians
         text = DEGREES.sub(r"\\left(\\frac{\1\\pi}{180}\\right)", text)
         if r"^\circ" in text:
@@ -42,144 +43,118 @@ def read(text: str) -> tuple | None:
     return tuple(parsed) or None
 
 
-def same(ours: str, golds: str) -> bool | None:
-    """Whether two formulas are equal; None where one is not understood."""
-    gold, mine = read(golds), read(ours)
-    if not gold or not mine or drops(ours, mine) or drops(golds, gold):
+def same(answer: str, gold: str) -> bool | None:
+    """Whether two formulas are equal; None if one is not understood."""
+    golds, answers = read(gold), read(answer)
+    if not golds or not answers:
         return None
-    first, other = imaginary(gold[0]), imaginary(mine[0])
-    if is_formula(first) and is_formula(other) and "%" not in ours + golds:
-        if not at_points(first, other) and (undefined(first) or undefined(other)):
-            return None  # and who knows what simplifying makes of it
-        if differ(first, other):
+    if drops_letter(answer, answers[0]) or drops_letter(gold, golds[0]):
+        return None
+    first, second = imaginary(golds[0]), imaginary(answers[0])
+    both_values = isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)
+    if both_values and "%" not in answer + gold:
+        if not at_points(first, second) and (undefined(first) or undefined(second)):
+            return None  # simplifying could make anything of it
+        if differ(first, second):
             return False  # far cheaper to see than to prove
-        if constant(first) and constant(other):
+        if is_exact(first) and is_exact(second):
             return True
-    from math_verify import verify
-
     equal = verify(
-        list(gold), list(mine), float_rounding=12, timeout_seconds=None, strict=True
+        list(golds), list(answers), float_rounding=12, timeout_seconds=None, strict=True
     )
-    if equal and differ(first, other):
+    if equal and differ(first, second):
         return None if getattr(first, "is_Relational", False) else False
     return equal
 
 
-def is_formula(side: Any) -> bool:
-    """Whether it has a value where its letters have."""
-    import sympy
-
-    return isinstance(side, sympy.Expr)
-
-
-def constant(formula: Any) -> bool:
-    """Whether it is an exact number, with a value that can be told."""
-    import sympy
-
-    exactly = not formula.free_symbols and not formula.has(sympy.Float)
-    return exactly and bool(at_points(formula, formula))
+def is_exact(formula: sympy.Expr) -> bool:
+    """Whether it is a constant without decimals that has a value."""
+    constant = not formula.free_symbols and not formula.has(sympy.Float)
+    return constant and bool(at_points(formula, formula))
 
 
 def imaginary(side: Any) -> Any:
-    """With i for what is read as a letter where it stands alone."""
-    import sympy
-
-    if not is_formula(side):
+    """Replace a variable i, as a lone i is read, by the imaginary unit."""
+    if not isinstance(side, sympy.Expr):
         return side
     return side.subs({s: sympy.I for s in side.free_symbols if s.name == "i"})
 
 
-def drops(text: str, found: tuple) -> bool:
-    """Whether the reader took a letter behind a number for a unit and left it out."""
+def drops_letter(text: str, formula: Any) -> bool:
+    """Whether the reader took a letter after a number for a unit and dropped it."""
     match = re.search(r"\d\s*([a-zA-Z]{1,2})$", text)
-    named = {str(symbol) for symbol in getattr(found[0], "free_symbols", ())}
-    return match is not None and not set(match[1]) - set("ei") <= named
+    names = {str(symbol) for symbol in getattr(formula, "free_symbols", ())}
+    return match is not None and not set(match[1]) - set("ei") <= names
 
 
-def differ(gold: Any, mine: Any) -> bool:
-    """Whether what was called equal is not: rounded together, or solved alike."""
-    import sympy
-
-    if isinstance(gold, sympy.Expr) and isinstance(mine, sympy.Expr):
-        rounded = gold.has(sympy.Float) or mine.has(sympy.Float)
-        near = ROUNDED if rounded else EXACT
-        return any(apart(a, b, near) for a, b in at_points(gold, mine))
-    if isinstance(gold, sympy.Eq) and isinstance(mine, sympy.Eq):
-        if gold.lhs == mine.lhs:
-            return differ(gold.rhs, mine.rhs)
-        sides = gap(gold), gap(mine)
-        ratios = [b / a for a, b in at_points(*sides) if a != 0]
+def differ(gold: Any, answer: Any) -> bool:
+    """Whether two sides that math-verify calls equal differ: it rounds and solves."""
+    both = lambda kind: isinstance(gold, kind) and isinstance(answer, kind)
+    if both(sympy.Expr):
+        decimals = gold.has(sympy.Float) or answer.has(sympy.Float)
+        tolerance = ROUNDED if decimals else EXACT
+        return any(apart(a, b, tolerance) for a, b in at_points(gold, answer))
+    if both(sympy.Eq):
+        if gold.lhs == answer.lhs:
+            return differ(gold.rhs, answer.rhs)
+        pairs = at_points(gold.lhs - gold.rhs, answer.lhs - answer.rhs)
+        ratios = [b / a for a, b in pairs if a != 0]
         return not ratios or any(apart(ratios[0], r, ROUNDED) for r in ratios)
-    if isinstance(gold, sympy.MatrixBase) and isinstance(mine, sympy.MatrixBase):
-        both = gold.shape == mine.shape
-        return both and any(map(differ, gold.flat(), mine.flat()))
-    if isinstance(gold, sympy.Interval) and isinstance(mine, sympy.Interval):
-        return differ(gold.start, mine.start) or differ(gold.end, mine.end)
-    if isinstance(gold, sympy.FiniteSet) and isinstance(mine, sympy.FiniteSet):
-        # Every one must have its like, whatever the order.
+    if both(sympy.MatrixBase):
+        return gold.shape == answer.shape and any(
+            map(differ, gold.flat(), answer.flat())
+        )
+    if both(sympy.Interval):
+        return differ(gold.start, answer.start) or differ(gold.end, answer.end)
+    if both(sympy.FiniteSet):  # in any order
         return not all(
-            any(not differ(a, b) for b in mine.args if comparable(a, b))
+            any(not differ(a, b) for b in answer.args if comparable(a, b))
             for a in gold.args
         )
-    if isinstance(gold, sympy.Tuple) and isinstance(mine, sympy.Tuple):
-        return len(gold) == len(mine) and any(map(differ, gold, mine))
+    if both(sympy.Tuple):
+        return len(gold) == len(answer) and any(map(differ, gold, answer))
     return False
 
 
-def gap(equation: Any) -> Any:
-    """What an equation says is 0."""
-    return equation.lhs - equation.rhs
-
-
-def comparable(one: Any, other: Any) -> bool:
-    """Whether `differ` has something to say about the two."""
-    import sympy
-
+def comparable(first: Any, second: Any) -> bool:
+    """Whether `differ` can tell the two apart."""
     kinds = (sympy.Expr, sympy.Tuple, sympy.Set, sympy.Eq)
-    return any(isinstance(one, k) and isinstance(other, k) for k in kinds) or (
-        not isinstance(one, kinds) or not isinstance(other, kinds)
+    return any(isinstance(first, k) and isinstance(second, k) for k in kinds) or (
+        not isinstance(first, kinds) or not isinstance(second, kinds)
     )
 
 
-def undefined(formula: Any) -> bool:
+def undefined(formula: sympy.Expr) -> bool:
     """Whether it has no value, not even an infinite one, as 1/0."""
-    import sympy
-
     point = dict.fromkeys(formula.free_symbols, sympy.Rational(str(POINTS[0])))
-    return exact(formula.subs(point)).has(sympy.zoo, sympy.nan)
+    return evaluate(formula.subs(point)).has(sympy.zoo, sympy.nan)
 
 
 @functools.lru_cache(maxsize=4096)
-def at_points(gold: Any, mine: Any) -> list[tuple[Any, Any]]:
-    """Both formulas in numbers at the same points, where they have a value there."""
-    import sympy
-
-    symbols = sorted(gold.free_symbols | mine.free_symbols, key=str)
-    found = []
+def at_points(gold: Any, answer: Any) -> list[tuple[Any, Any]]:
+    """The values of both formulas at the same points, where both are finite."""
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    pairs = []
     for point in POINTS if symbols else POINTS[:1]:
         values = {
             symbol: sympy.Rational(str(point)) + sympy.Rational(place, 7)
             for place, symbol in enumerate(symbols)
         }
-        pair = [exact(side.subs(values)) for side in (gold, mine)]
+        pair = evaluate(gold.subs(values)), evaluate(answer.subs(values))
         if all(side.is_number and side.is_finite for side in pair):
-            found.append((pair[0], pair[1]))
-    return found
+            pairs.append(pair)
+    return pairs
 
 
-def exact(constant: Any) -> Any:
-    """A rational number as it is, another to `DIGITS`."""
-    import sympy
-
-    done = constant.doit()
-    return done if done.is_Rational else sympy.N(constant, DIGITS)
+def evaluate(constant: Any) -> Any:
+    """A rational number as it is, any other number to `DIGITS` digits."""
+    value = constant.doit()
+    return value if value.is_Rational else sympy.N(constant, DIGITS)
 
 
-def apart(one: Any, other: Any, relative: str) -> bool:
-    """Whether two numbers differ by more than a part of their size."""
-    import sympy
-
-    if one.is_Rational and other.is_Rational and relative == EXACT:
-        return bool(one != other)
-    largest = max(abs(one), abs(other))
-    return bool(abs(one - other) > largest * sympy.Float(relative))
+def apart(first: Any, second: Any, tolerance: str) -> bool:
+    """Whether two numbers differ by more than a tolerance relative to their size."""
+    if first.is_Rational and second.is_Rational and tolerance == EXACT:
+        return bool(first != second)
+    size = max(abs(first), abs(second))
+    return bool(abs(first - second) > size * sympy.Float(tolerance))

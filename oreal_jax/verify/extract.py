@@ -1,4 +1,4 @@
-"""Finding the answer in a completion, in time linear in its length.
+"""Extraction of the answer from a completion, in time linear in its length.
 
 Only the text after the last thinking marker counts. There the last boxed answer wins
 (boxes joined by commas or "and" are one answer, a list), then GSM8K's "#### x", then
@@ -8,101 +8,98 @@ Only the text after the last thinking marker counts. There the last boxed answer
 import re
 
 THINKING = r"(?:think|thinking|thought|reasoning)>"
-MARKER = re.compile(rf"<conclude>|\*\*Final Answer\*\*|</{THINKING}", re.IGNORECASE)
-STILL_THINKING = re.compile(f"<{THINKING}", re.IGNORECASE)
+END_OF_THINKING = re.compile(
+    rf"<conclude>|\*\*Final Answer\*\*|</{THINKING}", re.IGNORECASE
+)
+START_OF_THINKING = re.compile(f"<{THINKING}", re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 FINAL = re.compile(r"final answer\s*(?:is|:)", re.IGNORECASE)
-SAID = re.compile(r"answer\s*(?:is|:|=)\s*:?", re.IGNORECASE)
+PHRASE = re.compile(r"answer\s*(?:is|:|=)\s*:?", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
-TAIL = 2000  # characters at the end that are searched where nothing is boxed
 FORMULA = re.compile(r"\$([^$]+)\$|\\\(([^()]+)\\\)")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 JOINT = re.compile(
     r"\\(?:q?quad|text|mathrm)\b|for (?:part )?\(?[a-z0-9]\)?|[\s$.()\[\]{}\\]"
 )
-WIDEST_JOINT = 60  # characters between boxes of one list
-MOST_BOXES = 3  # different boxed answers; more is hedging
+TAIL = 2000  # characters at the end that are searched if nothing is boxed
+MAX_JOINT = 60  # characters between boxes of one list
+MAX_BOXES = 3  # different boxed answers; more is hedging
 
 
 def final_text(completion: str) -> str:
-    """What follows the last thinking marker; nothing while thinking goes on."""
-    end = max((match.end() for match in MARKER.finditer(completion)), default=0)
+    """The text after the last thinking marker; empty while thinking has not ended."""
+    end = max((m.end() for m in END_OF_THINKING.finditer(completion)), default=0)
     text = completion[end:]
-    return "" if STILL_THINKING.search(text) else text
+    return "" if START_OF_THINKING.search(text) else text
 
 
 def answer(completion: str) -> tuple[str | None, str]:
-    """The answer, or None, and a reason where there is none."""
+    """The answer, or None and the reason that there is none."""
     text = final_text(completion)
     boxes = boxed(text)
     if boxes:
-        different = {"".join(box.split()) for box in boxes}
-        if len(different) > MOST_BOXES:
-            return None, f"{len(different)} different boxed answers"
-        last = text[text.rindex("}") :][-TAIL:]
-        if FINAL.search(last):  # a statement after the box is what is meant
-            return said(last)
+        count = len({"".join(box.split()) for box in boxes})
+        if count > MAX_BOXES:
+            return None, f"{count} different boxed answers"
+        end = text[text.rindex("}") :][-TAIL:]
+        if FINAL.search(end):  # a statement after the box replaces it
+            return after_phrase(end)
         return (boxes[-1], "") if boxes[-1].strip() else (None, "the box is empty")
     if BOX.search(text):
         return None, "the box is not closed"
     tail = text[-TAIL:]
     if "####" in tail:
         return tail.rsplit("####", 1)[1].strip().split("\n")[0].strip(), ""
-    if SAID.search(tail):
-        return said(tail)
+    if PHRASE.search(tail):
+        return after_phrase(tail)
     numbers = NUMBER.findall(tail)
     return (numbers[-1].rstrip(","), "") if numbers else (None, "no answer found")
 
 
-def said(text: str) -> tuple[str | None, str]:
-    """What follows the last "answer is"."""
-    last = list(SAID.finditer(text))[-1]
-    phrase = plain(text[last.end() :].strip().split("\n")[0])
+def after_phrase(text: str) -> tuple[str | None, str]:
+    """The answer after the last "answer is"."""
+    end = list(PHRASE.finditer(text))[-1].end()
+    phrase = plain(text[end:].strip().split("\n")[0])
     return (phrase, "") if phrase else (None, "no answer found")
 
 
 def gold_answer(gold: str) -> str:
     """The answer in a gold text, which may be a whole solution."""
-    if BOX.search(gold) or SAID.search(gold) or "####" in gold:
-        found = answer(gold)[0]
-        return found if found is not None else BOX.split(gold)[-1]
+    if BOX.search(gold) or PHRASE.search(gold) or "####" in gold:
+        extracted = answer(gold)[0]
+        return BOX.split(gold)[-1] if extracted is None else extracted
     return gold
 
 
 def boxed(text: str) -> list[str]:
     """The answers in closed boxes, in order; boxes joined as a list are one answer."""
-    found: list[list[str]] = []
+    lists: list[list[str]] = []
     position = 0
     while match := BOX.search(text, position):
         end = closing(text, match.end())
         if end is None:
             break
-        content = text[match.end() : end]
-        if found and joined(text[position + 1 : match.start()]):
-            found[-1].append(content)
-        else:
-            found.append([content])
+        if not lists or not is_joint(text[position + 1 : match.start()]):
+            lists.append([])
+        lists[-1].append(text[match.end() : end])
         position = end
-    return [", ".join(dict.fromkeys(boxes)) for boxes in found]
+    return [", ".join(dict.fromkeys(boxes)) for boxes in lists]
 
 
-def joined(between: str) -> bool:
+def is_joint(between: str) -> bool:
     """Whether the text between two boxes makes them one list."""
-    if len(between) > WIDEST_JOINT:
+    if len(between) > MAX_JOINT:
         return False
     return JOINT.sub("", between) in (",", ";", "and", "or", ",and", ",or")
 
 
 def closing(text: str, start: int) -> int | None:
-    """Where the brace opened just before `start` is closed."""
+    """The position of the brace that closes the one opened just before `start`."""
     depth = 1
     for match in BRACE.finditer(text, start):
-        if match.group() == "{":
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
-            if depth == 0:
-                return match.start()
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
     return None
 
 

@@ -1,62 +1,66 @@
-"""What is too expensive, or too odd, to be read as a formula.
+"""Formulas that are refused unread: too expensive, or not mathematics.
 
-Known bombs are refused at sight; the pool's deadline is for those that nobody thought
-of.
+The pool's deadline is for those that no pattern here knows.
 """
 
+import itertools
 import math
 import re
 
-DEEPEST = 20  # nested brackets
-EXPANDED = 50  # the highest power of a bracket with letters: it may be multiplied out
-POWER = 10_000  # the highest product of exponents where a power is raised to a power
+MAX_DEPTH = 20  # nested brackets
+MAX_POWER_OF_SUM = 50  # of a bracket with letters, which may be multiplied out
+MAX_EXPONENT = 10_000  # product of exponents where a power is raised to a power
 
 SERIES = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")  # sums, integrals, limits
 EXPONENT = re.compile(r"\^\s*[{(]?\s*[-+]?(\d+)")
 BRACKET_POWER = re.compile(r"[)}\]]\s*\^\s*[{(]?\s*[-+]?(\d+)")
 LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
-DANGER = [
+BRACKET = re.compile(r"(\^\s*)?([{(])|[})]|\^")
+DANGERS = [
     (re.compile(r"\*\*|\^\s*(?:\w|\{[^{}]*\}|\d+)\s*\^"), "a tower of powers"),
     (re.compile(r"(?:\\exp\b.*){3}"), "a tower of powers"),
     (re.compile(r"\^\s*[{(]?\s*[-+]?\d{5,}|\^\s*[{(][^{}]*\d\s*\^"), "a huge power"),
     (re.compile(r"\d{5,}\s*\)*\s*!|!\s*[)}\]]*\s*!|\^[^!]{0,20}!"), "a huge factorial"),
     (re.compile(r"\d{3}.*[)}\]]\s*!"), "a huge factorial"),
     (re.compile(r"binom[^a-z]*(?:\^|\d{6})"), "a huge binomial"),
-    # Not mathematics. The reader passes only numbers to sympy's evaluator (a test
-    # holds it to that); this keeps code out of its sight altogether.
+    # Not mathematics. The reader passes only numbers to sympy's evaluator, as a test
+    # checks; this keeps code away from it altogether.
     (re.compile(r"__|[\"`]|\b(?:lambda|import|exec|eval|open)\b"), "code"),
 ]
 
 
 def dangerous(text: str) -> str | None:
-    """What makes a formula too expensive to read, or None."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > DEEPEST:
-        return f"{deepest} nested brackets"
+    """The reason that a formula is not read, or None."""
+    if (depth := max(depths(text))) > MAX_DEPTH:
+        return f"{depth} nested brackets"
     powers = [int(power) for power in BRACKET_POWER.findall(text)]
     exponents = [int(power) for power in EXPONENT.findall(text) if len(power) < 5]
     if powers and (
-        math.prod(exponents) > POWER or (max(powers) > EXPANDED and LETTER.search(text))
+        math.prod(exponents) > MAX_EXPONENT
+        or (max(powers) > MAX_POWER_OF_SUM and LETTER.search(text))
     ):
         return "a huge power"
-    if tower(text) > 2:
+    if tower_height(text) > 2:
         return "a tower of powers"
-    return next((what for pattern, what in DANGER if pattern.search(text)), None)
+    return next((what for pattern, what in DANGERS if pattern.search(text)), None)
 
 
-def tower(text: str) -> int:
-    """How many exponents stand on one another."""
-    opened: list[bool] = []
-    highest = 0
-    for match in re.finditer(r"(\^\s*)?([{(])|[})]|\^", text):
-        if match.group(2):
-            opened.append(match.group(1) is not None)
-            highest = max(highest, sum(opened))
-        elif match.group() == "^":
-            highest = max(highest, sum(opened) + 1)
-        elif opened:
-            opened.pop()
-    return highest
+def depths(text: str) -> list[int]:
+    """The number of open brackets before each character and at the end."""
+    steps = ((character in "([{") - (character in ")]}") for character in text)
+    return list(itertools.accumulate(steps, initial=0))
+
+
+def tower_height(text: str) -> int:
+    """The number of exponents on top of one another."""
+    open_brackets: list[bool] = []  # whether each is an exponent's
+    height = 0
+    for match in BRACKET.finditer(text):
+        if match[2]:
+            open_brackets.append(match[1] is not None)
+            height = max(height, sum(open_brackets))
+        elif match[0] == "^":
+            height = max(height, sum(open_brackets) + 1)
+        elif open_brackets:
+            open_brackets.pop()
+    return height

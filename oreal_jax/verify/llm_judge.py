@@ -1,13 +1,13 @@
-"""A language model's second opinion, over OpenAI-compatible hosts.
+"""An LLM judge on OpenAI-compatible hosts, for answers that the rule does not accept.
 
-It is asked only where the rule does not say correct, about the final answer alone, and
-must end on one line, `VERDICT: RIGHT`, `WRONG` or `UNSURE`. Anything else (no reply, an
-error, half a reply, two verdicts) is tried again and then undecided: a host that
-misbehaves never makes an answer correct or incorrect. A host that fails again and again
-is taken out and comes back when it passes a health check. When none is left the judge
-waits and says so, or leaves the rule's verdicts as they are, as it was told to.
+It sees the final answer only and must end its reply with one line, `VERDICT: RIGHT`,
+`WRONG` or `UNSURE`. Anything else (no reply, an error, half a reply, two verdicts) is
+retried and then undecided: a host that misbehaves makes no answer correct or incorrect.
+A host that fails repeatedly is taken out of use until it passes a health check. Without
+any host the judge waits for one, or keeps the rule's verdicts, as configured.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -19,21 +19,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 
 from oreal_jax.errors import InputError
 from oreal_jax.verify import extract
-from oreal_jax.verify.verdict import Verdict
+from oreal_jax.verify.verdict import Candidate, Outcome, Verdict
 
-FAILURES = 3  # in a row, after which a host is taken out
-CHECK = 5.0  # seconds a health check may take
-LONGEST_REPLY = 2**20  # bytes
-LONGEST_ANSWER = 1500  # characters of the end of a completion that are shown
-MOST_TOKENS = 1024  # of a reply
+MAX_FAILURES = 3  # in a row, then a host is taken out
+CHECK_SECONDS = 5.0  # of a health check, and between two
+MAX_REPLY = 2**20  # bytes
+MAX_ANSWER = 1500  # characters of the end of a completion that the judge sees
+MAX_TOKENS = 1024  # of a reply
 KEY = "OREAL_JUDGE_KEY"  # the environment variable of the API key
 VERDICT = re.compile(r"^\s*VERDICT:\s*(RIGHT|WRONG|UNSURE)\s*$", re.MULTILINE)
+OUTCOMES: dict[str, Outcome] = {
+    "RIGHT": "correct", "WRONG": "incorrect", "UNSURE": "undecided",
+}  # fmt: skip
 SYSTEM = """\
 You compare a student's final answer to a mathematics problem with the reference answer.
 The student is right only if the final answer means exactly the same as the reference:
@@ -45,50 +48,39 @@ one of
 VERDICT: RIGHT
 VERDICT: WRONG
 VERDICT: UNSURE"""
+TOKENS = "prompt_tokens", "completion_tokens"
+COUNTS = (
+    "asked", "correct", "incorrect", "undecided", "left_to_rule", "disagrees_with_rule",
+    "retries", "failed_timeout", "failed_connection", "failed_status",
+    "failed_garbage", "failed_cut_short", "failed_no_verdict", "failed_closed",
+    "taken_out", "taken_back", *TOKENS, "latency/max", "latency/sum", "latency/count",
+)  # fmt: skip
 
 
-class Lost(Exception):
-    """No host answers."""
+class NoHosts(Exception):
+    """No host replies, and the rule's verdict is to stand."""
 
 
-class Failed(Exception):
-    """A try that came to nothing; `kind` is counted, `host` says whose fault it is."""
+class RequestFailed(Exception):
+    """A failed request: its kind for the counts, and whether the host is to blame."""
 
-    def __init__(self, kind: str, host: bool = True, after: float = 0.0):
+    def __init__(self, kind: str, host: bool = True, retry_after: float = 0.0):
         super().__init__(kind)
-        self.kind, self.host, self.after = kind, host, after
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is judged: a problem, its gold answer, a completion, the rule's verdict."""
-
-    question: str
-    gold: str
-    completion: str
-    rule: Verdict
+        self.kind, self.host, self.retry_after = kind, host, retry_after
 
 
 @dataclasses.dataclass
 class Host:
-    """An API's base address (ending in /v1) and how it has behaved."""
+    """An API's base address (ending in /v1) and its state."""
 
     url: str
-    busy: int = 0
-    failures: int = 0
+    requests: int = 0  # under way
+    failures: int = 0  # in a row
     out: bool = False
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host)
-
-
 class Judge:
-    """Asks hosts in turn; safe from any thread."""
+    """Distributes requests over hosts; safe from any thread."""
 
     def __init__(
         self,
@@ -101,32 +93,32 @@ class Judge:
         backoff: float = 1.0,
         patience: float = 30.0,
         lost: Literal["pause", "rule"] = "pause",
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ):
-        """Asks nothing yet. `concurrency` requests at a time on each host.
+        """Check the hosts' addresses and start `concurrency` threads for each.
 
-        A request takes `timeout` seconds at most and is made `tries` times, `backoff`
-        seconds apart at first, twice as long each time. When no host has answered for
-        `patience` seconds, "pause" waits for one and `say`s so, "rule" lets the rule's
-        verdicts stand.
+        A request may take `timeout` seconds and is tried `tries` times, `backoff`
+        seconds apart at first, then twice as long each time. When no host has been in
+        use for `patience` seconds, "pause" waits for one and "rule" keeps the rule's
+        verdicts; either is logged.
 
         Raises:
-            InputError: a host is no web address, or no model is named.
+            InputError: a host is not a web address, or no model is named.
         """
         if not model:
-            raise InputError(f"judge: {', '.join(hosts)}: which model is to be asked?")
+            raise InputError(f"judge: {', '.join(hosts)}: no model is named")
         for url in hosts:
-            if not _is_address(url):
+            if not is_address(url):
                 raise InputError(
                     f"judge: {url!r} is not an address like http://host/v1"
                 )
         self._hosts = [Host(url.rstrip("/")) for url in hosts]
         self._model, self._concurrency, self._timeout = model, concurrency, timeout
         self._tries, self._backoff, self._patience = tries, backoff, patience
-        self._lost, self._say = lost, say
+        self._lost, self._log, self._outage_logged = lost, log, False
         self._state = threading.Condition()
-        self._counts: dict[str, float] = {}
-        self._closed, self._told = threading.Event(), False
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._closed = threading.Event()
         key = os.environ.get(KEY)
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout),
@@ -134,8 +126,8 @@ class Judge:
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
         )
-        self._cases: queue.SimpleQueue = queue.SimpleQueue()
-        # Daemons: a reply that is under way holds up neither Ctrl-C nor the end.
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        # Daemons: a pending reply must delay neither Ctrl-C nor the end.
         work = [self._serve] * len(hosts) * concurrency + [self._check_hosts]
         self._threads = [threading.Thread(target=w, daemon=True) for w in work]
         for thread in self._threads:
@@ -148,105 +140,145 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Ends the judge; what it has not decided stays undecided."""
+        """End the judge; pending verdicts become undecided."""
         self._closed.set()
         for _ in self._threads:
-            self._cases.put(None)
+            self._queue.put(None)
         with self._state:
             self._state.notify_all()
         self._client.close()
 
-    def submit(self, case: Case) -> Future[Verdict]:
-        """The verdict to come: the rule's own where the judge need not be asked."""
-        if not needs_judge(case):
-            settled: Future[Verdict] = Future()
-            settled.set_result(case.rule)
-            return settled
+    def submit(self, candidate: Candidate, by_rule: Verdict) -> Future[Verdict]:
+        """Return a future verdict, the rule's own if the judge is not needed."""
         future: Future[Verdict] = Future()
-        future.set_running_or_notify_cancel()
-        self._cases.put((case, future))
+        if needs_judge(candidate, by_rule):
+            future.set_running_or_notify_cancel()
+            self._queue.put((candidate, by_rule, future))
+        else:
+            future.set_result(by_rule)
         return future
 
-    def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
-        """A verdict for each case, in order."""
-        return [future.result() for future in [self.submit(case) for case in cases]]
+    def verdicts(
+        self, candidates: Sequence[Candidate], by_rule: Sequence[Verdict]
+    ) -> list[Verdict]:
+        """Return a verdict for each candidate, in order, given the rule's verdicts."""
+        futures = list(map(self.submit, candidates, by_rule))
+        return [future.result() for future in futures]
 
     def take_counts(self) -> dict[str, float]:
-        """What was counted since the last call, and the hosts in use."""
+        """Return and reset the counts since the last call; `hosts_up` is current."""
         with self._state:
-            counts, self._counts = self._counts, {}
-            up = sum(not host.out for host in self._hosts)
-        return counts | {"hosts_up": float(up)}
+            counts, self._counts = self._counts, collections.Counter()
+            counts["hosts_up"] = sum(not host.out for host in self._hosts)
+        return {name: float(number) for name, number in counts.items()}
 
     def _serve(self) -> None:
-        """Judges one case after the other until the judge is closed."""
-        while (task := self._cases.get()) is not None:
-            case, future = task
+        """Judge one candidate after another until the judge is closed."""
+        while task := self._queue.get():
+            candidate, by_rule, future = task
             try:
-                future.set_result(self._judge(case))
-            except Exception as error:  # whoever waits must hear of it
+                future.set_result(self._judge(candidate, by_rule))
+            except Exception as error:  # its waiter must receive it
                 future.set_exception(error)
 
-    def _judge(self, case: Case) -> Verdict:
+    def _judge(self, candidate: Candidate, by_rule: Verdict) -> Verdict:
         self._count(asked=1)
         try:
-            verdict = self._persist(case)
-        except Lost:
+            verdict = self._retry(make_messages(candidate))
+        except NoHosts:
             self._count(left_to_rule=1)
-            return case.rule
+            return by_rule
         self._count(**{verdict.outcome: 1})
-        if verdict.outcome == "correct" and case.rule.outcome == "incorrect":
+        if verdict.outcome == "correct" and by_rule.outcome == "incorrect":
             self._count(disagrees_with_rule=1)
         return verdict
 
-    def _persist(self, case: Case) -> Verdict:
-        """Tries until there is a verdict or no try is left."""
-        messages, kind = prompt(case), "closed"
+    def _retry(self, messages: list[dict[str, str]]) -> Verdict:
+        """Request a verdict until one arrives or no try is left."""
+        kind = "closed"
         for attempt in range(self._tries):
             if attempt:
                 self._count(retries=1)
             try:
-                reply = self._ask(messages)
-                outcome = verdict_in(reply) or "undecided"
-                return Verdict(outcome, shown(reply), "judge")
-            except Failed as failure:
+                with self._reserve_host() as host:
+                    reply = self._request(host, messages)
+                outcome = find_verdict(reply) or "undecided"
+                return Verdict(outcome, reason(reply), "judge")
+            except RequestFailed as failure:
                 kind = failure.kind
                 self._count(**{f"failed_{kind}": 1})
                 wait = self._backoff * 2**attempt * random.uniform(0.5, 1.0)
                 if attempt + 1 < self._tries:
-                    self._closed.wait(max(wait, failure.after))
+                    self._closed.wait(max(wait, failure.retry_after))
         return Verdict("undecided", f"the judge gave no verdict: {kind}", "judge")
 
-    def _ask(self, messages: list[dict[str, str]]) -> str:
-        """One reply of one host.
+    @contextlib.contextmanager
+    def _reserve_host(self) -> Iterator[Host]:
+        """Wait for a host with capacity, and yield the one with fewest requests.
 
         Raises:
-            Failed: none came, or none that is whole.
-            Lost: no host is left and the rule is to go on alone.
+            RequestFailed: the judge is closed.
+            NoHosts: no host is in use, and the rule is to decide.
         """
-        with self._some_host() as host:
-            start = time.monotonic()
-            try:
-                reply = self._request(host, messages, start + self._timeout)
-            except Failed as failure:
-                if failure.host:
-                    self._blame(host)
-                raise
+        with self._state:
+            since = time.monotonic()
+            while not (free := self._free_hosts()):
+                if self._closed.is_set():
+                    raise RequestFailed("closed", host=False)
+                if not all(host.out for host in self._hosts):
+                    since = time.monotonic()
+                elif time.monotonic() - since > self._patience:
+                    self._log_outage()
+                    if self._lost == "rule":
+                        raise NoHosts
+                self._state.wait(0.1)
+            host = min(free, key=lambda host: host.requests)
+            host.requests += 1
+        try:
+            yield host
             with self._state:
                 host.failures = 0
-            seconds = time.monotonic() - start
-            self._count(**{"latency/sum": seconds, "latency/count": 1})
+        except RequestFailed as failure:
+            if failure.host:
+                self._record_failure(host)
+            raise
+        finally:
             with self._state:
-                longest = self._counts.get("latency/max", 0.0)
-                self._counts["latency/max"] = max(longest, seconds)
-        return reply
+                host.requests -= 1
+                self._state.notify_all()
 
-    def _request(self, host: Host, messages: list, until: float) -> str:
+    def _free_hosts(self) -> list[Host]:
+        free = lambda host: not host.out and host.requests < self._concurrency
+        return list(filter(free, self._hosts))
+
+    def _record_failure(self, host: Host) -> None:
+        with self._state:
+            host.failures += 1
+            if host.failures >= MAX_FAILURES and not host.out:
+                host.out = True
+                self._count(taken_out=1)
+
+    def _log_outage(self) -> None:
+        if not self._outage_logged:
+            self._outage_logged = True
+            urls = ", ".join(host.url for host in self._hosts)
+            consequence = "continuing by rule alone"
+            if self._lost == "pause":
+                consequence = "paused until one is back"
+            self._log(f"judge: no host replies ({urls}); {consequence}")
+
+    def _request(self, host: Host, messages: list[dict[str, str]]) -> str:
+        """Return one reply of a host that has a verdict.
+
+        Raises:
+            RequestFailed: there is none.
+        """
+        start = time.monotonic()
         body = {
             "model": self._model,
             "messages": messages,
             "temperature": 0,
-            "max_tokens": MOST_TOKENS,
+            "max_tokens": MAX_TOKENS,
         }
         try:
             with self._client.stream(
@@ -254,183 +286,143 @@ class Judge:
             ) as response:
                 check_status(response)
                 content = b""
-                for part in response.iter_bytes():
-                    content += part
-                    # A host may drip bytes for ever: each one in time, all too late.
-                    if time.monotonic() > until or self._closed.is_set():
-                        raise Failed("timeout")
-                    if len(content) > LONGEST_REPLY:
-                        raise Failed("garbage")
-            said = httpx.Response(200, content=content).json()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    # httpx limits the time of a chunk, not that of the whole reply.
+                    late = time.monotonic() > start + self._timeout
+                    if late or self._closed.is_set():
+                        raise RequestFailed("timeout")
+                    if len(content) > MAX_REPLY:
+                        raise RequestFailed("garbage")
+            reply = self._read(httpx.Response(200, content=content).json())
         except httpx.TimeoutException:
-            raise Failed("timeout") from None
+            raise RequestFailed("timeout") from None
         except httpx.HTTPError:
-            raise Failed("connection") from None
+            raise RequestFailed("connection") from None
         except (ValueError, RecursionError):
-            raise Failed("garbage") from None
+            raise RequestFailed("garbage") from None
         except RuntimeError:  # the client was closed
-            raise Failed("closed", host=False) from None
-        return self._content(said)
+            raise RequestFailed("closed", host=False) from None
+        seconds = time.monotonic() - start
+        with self._state:
+            self._count(**{"latency/sum": seconds, "latency/count": 1})
+            longest = max(self._counts["latency/max"], seconds)
+            self._counts["latency/max"] = longest  # pyright: ignore
+        return reply
 
-    def _content(self, said: object) -> str:
-        """The text of a reply that is whole."""
+    def _read(self, reply: Any) -> str:
+        """Return the text of a complete reply, and count its tokens."""
         try:
-            choice = said["choices"][0]  # pyright: ignore[reportIndexIssue]
-            text, reason = choice["message"]["content"], choice["finish_reason"]
-            usage = said.get("usage") or {}  # pyright: ignore[reportAttributeAccessIssue]
-            tokens = [usage.get(f"{side}_tokens") for side in ("prompt", "completion")]
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            text, finish_reason = choice["message"]["content"], choice["finish_reason"]
+            tokens = {name: usage.get(name) for name in TOKENS}
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise Failed("garbage") from None
-        asked, replied = (n if type(n) is int and n > 0 else 0 for n in tokens)
-        self._count(prompt_tokens=asked, completion_tokens=replied)
+            raise RequestFailed("garbage") from None
+        self._count(**{k: n for k, n in tokens.items() if type(n) is int and n > 0})
         if not isinstance(text, str):
-            raise Failed("garbage")
-        if reason != "stop":
-            raise Failed("cut_short", host=False)
-        if not verdict_in(text):
-            raise Failed("no_verdict", host=False)
+            raise RequestFailed("garbage")
+        if finish_reason != "stop":
+            raise RequestFailed("cut_short", host=False)
+        if not find_verdict(text):
+            raise RequestFailed("no_verdict", host=False)
         return text
 
-    @contextlib.contextmanager
-    def _some_host(self) -> Iterator[Host]:
-        """The host with least to do, when one has room."""
-        with self._state:
-            since = time.monotonic()
-            while not (free := self._free()):
-                if self._closed.is_set():
-                    raise Failed("closed", host=False)
-                if any(not host.out for host in self._hosts):
-                    since = time.monotonic()  # busy is not lost
-                elif time.monotonic() - since > self._patience:
-                    self._tell_lost()
-                    if self._lost == "rule":
-                        raise Lost
-                self._state.wait(0.1)
-            host = min(free, key=lambda host: host.busy)
-            host.busy += 1
-        try:
-            yield host
-        finally:
-            with self._state:
-                host.busy -= 1
-                self._state.notify_all()
-
-    def _free(self) -> list[Host]:
-        return [h for h in self._hosts if not h.out and h.busy < self._concurrency]
-
-    def _tell_lost(self) -> None:
-        if not self._told:
-            hosts = ", ".join(host.url for host in self._hosts)
-            then = {
-                "pause": "paused until one is back",
-                "rule": "going on by rule alone",
-            }[self._lost]
-            self._told = True
-            self._say(f"judge: no host answers ({hosts}); {then}")
-
-    def _blame(self, host: Host) -> None:
-        with self._state:
-            host.failures += 1
-            if host.failures >= FAILURES and not host.out:
-                host.out = True
-                self._counts["taken_out"] = self._counts.get("taken_out", 0.0) + 1
-
     def _check_hosts(self) -> None:
-        """Brings hosts back that list their models again."""
-        pause = min(CHECK, max(0.05, self._backoff))
-        with httpx.Client(timeout=CHECK, trust_env=False) as client:
+        """Bring hosts back into use that list their models again."""
+        pause = min(CHECK_SECONDS, max(0.05, self._backoff))
+        with httpx.Client(timeout=CHECK_SECONDS, trust_env=False) as client:
             client.headers.update(self._client.headers)
             while not self._closed.wait(pause):
-                for host in [host for host in self._hosts if host.out]:
-                    if healthy(client, host):
-                        with self._state:
-                            host.out, host.failures = False, FAILURES - 1
-                            name = "taken_back"
-                            self._counts[name] = self._counts.get(name, 0.0) + 1
-                            if self._told:
-                                self._say(f"judge: {host.url} is back")
-                            self._told = False
-                            self._state.notify_all()
+                for host in self._hosts:
+                    if host.out and is_healthy(client, host):
+                        self._bring_back(host)
+
+    def _bring_back(self, host: Host) -> None:
+        with self._state:
+            # One more failure takes it out again.
+            host.out, host.failures = False, MAX_FAILURES - 1
+            self._count(taken_back=1)
+            if self._outage_logged:
+                self._log(f"judge: {host.url} is back")
+            self._outage_logged = False
+            self._state.notify_all()
 
     def _count(self, **amounts: int | float) -> None:
         with self._state:
-            for name, amount in amounts.items():
-                self._counts[name] = self._counts.get(name, 0.0) + amount
-
-
-COUNTED = (
-    "asked", "correct", "incorrect", "undecided", "left_to_rule", "disagrees_with_rule",
-    "retries", "failed_timeout", "failed_connection", "failed_status",
-    "failed_garbage", "failed_cut_short", "failed_no_verdict", "failed_closed",
-    "taken_out", "taken_back", "prompt_tokens", "completion_tokens", "latency/max",
-)  # fmt: skip
+            self._counts.update(amounts)  # pyright: ignore[reportArgumentType]
 
 
 def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """For the record of a run, from what the judges of its processes counted."""
-    names = (*COUNTED, "latency/sum", "latency/count")
-    total: dict[str, float] = dict.fromkeys(names, 0.0)
+    """The metrics of a run, from the counts of the judges of its processes."""
+    total = dict.fromkeys(COUNTS, 0.0)
     for name in {name for each in counts for name in each}:
-        whole = {"latency/max": max, "hosts_up": min}.get(name, sum)
-        total[name] = whole([each.get(name, 0.0) for each in counts])
+        combine = {"latency/max": max, "hosts_up": min}.get(name, sum)
+        total[name] = combine([each.get(name, 0.0) for each in counts])
     seconds, replies = total.pop("latency/sum"), total.pop("latency/count")
     total["latency/mean"] = seconds / replies if replies else 0.0
     return {f"judge/{name}": number for name, number in total.items()}
 
 
-def needs_judge(case: Case) -> bool:
+def needs_judge(candidate: Candidate, by_rule: Verdict) -> bool:
     """Whether there is an answer that the rule does not call correct."""
-    if case.rule.outcome == "correct" or case.rule.by == "truncated":
+    if by_rule.outcome == "correct" or by_rule.by == "truncated":
         return False
-    return extract.answer(case.completion)[0] is not None
+    return extract.answer(candidate.text)[0] is not None
 
 
-def prompt(case: Case) -> list[dict[str, str]]:
-    """The chat messages; the student's text is fenced by a mark it cannot know."""
-    answer = extract.final_text(case.completion)[-LONGEST_ANSWER:]
-    seed = repr((case.question, case.gold, case.completion)).encode()
-    fence = hashlib.sha256(seed).hexdigest()[:12]
+def make_messages(candidate: Candidate) -> list[dict[str, str]]:
+    """The chat messages; marks that the student cannot know enclose its text."""
+    question, gold, text, _ = candidate
+    end = extract.final_text(text)[-MAX_ANSWER:]
+    mark = hashlib.sha256(repr((question, gold, text)).encode()).hexdigest()[:12]
     user = (
-        f"Problem:\n{case.question}\n\nReference answer:\n{case.gold}\n\n"
-        f"The end of the student's text, between the marks {fence}:\n"
-        f"{fence}\n{answer}\n{fence}"
+        f"Problem:\n{question}\n\nReference answer:\n{gold}\n\n"
+        f"The end of the student's text, between the marks {mark}:\n"
+        f"{mark}\n{end}\n{mark}"
     )
-    # Half a surrogate cannot travel.
+    # Half of a surrogate pair cannot be sent.
     user = user.encode("utf-8", "replace").decode()
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
 
-def verdict_in(reply: str) -> Literal["correct", "incorrect", "undecided"] | None:
-    """The verdict on the last line, the only one of the reply."""
-    found = VERDICT.findall(reply)
-    lines = reply.strip().splitlines()
-    if len(found) != 1 or not VERDICT.match(lines[-1]):
+def find_verdict(reply: str) -> Outcome | None:
+    """The verdict on the last line, if it is the only one of the reply."""
+    words = VERDICT.findall(reply)
+    if len(words) != 1 or not VERDICT.match(reply.strip().splitlines()[-1]):
         return None
-    outcomes = {"RIGHT": "correct", "WRONG": "incorrect", "UNSURE": "undecided"}
-    return outcomes[found[0]]  # pyright: ignore[reportReturnType]
+    return OUTCOMES[words[0]]
 
 
-def shown(reply: str) -> str:
-    """The beginning of a reply, as a reason."""
+def reason(reply: str) -> str:
+    """The beginning of a reply, as the reason of a verdict."""
     text = " ".join(VERDICT.sub("", reply).split())
     return text[:200] or "the judge gave no reason"
 
 
 def check_status(response: httpx.Response) -> None:
-    """Raises Failed unless a reply is to come."""
+    """Raise RequestFailed unless a reply follows."""
     status = response.status_code
     if status == 200:
         return
-    after = response.headers.get("retry-after", "")
-    seconds = min(30.0, float(after)) if re.fullmatch(r"\d{1,4}", after) else 0.0
+    header = response.headers.get("retry-after", "")
+    seconds = min(30.0, float(header)) if re.fullmatch(r"\d{1,4}", header) else 0.0
     # 400, 413 and 422 are about this question; the others about the host.
-    raise Failed("status", host=status not in (400, 413, 422), after=seconds)
+    raise RequestFailed("status", status not in (400, 413, 422), seconds)
 
 
-def healthy(client: httpx.Client, host: Host) -> bool:
+def is_healthy(client: httpx.Client, host: Host) -> bool:
     """Whether a host lists its models."""
     try:
-        listed = client.get(f"{host.url}/models")
-        return listed.status_code == 200 and isinstance(listed.json(), dict)
+        response = client.get(f"{host.url}/models")
+        return response.status_code == 200 and isinstance(response.json(), dict)
     except (httpx.HTTPError, ValueError, RuntimeError):
         return False
+
+
+def is_address(url: str) -> bool:
+    """Whether a text is a web address."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)

@@ -1,11 +1,12 @@
-"""Exact values of numbers as people write them, and the units behind them."""
+"""Exact values of numbers as people write them, and the units after them."""
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
-LONGEST = 100  # characters of a number
-PRECISE = 10  # digits from which a rounded decimal stands for its fraction
-LARGEST_EXPONENT = 300
+MAX_LENGTH = 100  # characters of a number
+MIN_DIGITS = 10  # from which a rounded decimal stands for its fraction
+MAX_EXPONENT = 300
 
 GROUPED = re.compile(r"^\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*$")
 DECIMAL = re.compile(r"^(\d[\d, ]*)?(?:\.(\d*))?$")
@@ -14,48 +15,55 @@ REPEATING = re.compile(
     r"|\\dot\s*\{(\d)\}|\((\d+)\))(?:\s*\\ldots)?$"
 )
 DOTTED = re.compile(r"\\dot\s*\{(\d)\}(\d*)\\dot\s*\{(\d)\}")
-OVER = re.compile(r"^(?:(\d+)\s*)?\\frac\{\s*(-?[\d.]+)\s*\}\{\s*(-?[\d.]+)\s*\}$")
+FRACTION = re.compile(r"^(?:(\d+)\s*)?\\frac\{\s*(-?[\d.]+)\s*\}\{\s*(-?[\d.]+)\s*\}$")
 SLASH = re.compile(r"^(?:(\d+) )?(\d[\d.]*)\s*/\s*(\d[\d.]*)$")
 POWER = re.compile(
     r"^(?:(\d[\d.]*)\s*(?:\\times|\\cdot|\*)\s*)?10\s*\^\s*(?:\{\s*(-?\d+)\s*\}|(\d))$"
 )
 EXPONENT = re.compile(r"^(\d[\d.]*)[eE]([-+]?\d+)$")
 
-LENGTH, MASS, TIME, VOLUME, MONEY = "length", "mass", "time", "volume", "money"
-KINDS: dict[str, tuple[str, str]] = {  # how much of what: the words for it
-    f"1/1000 {LENGTH}": ("mm", "millimeter millimetre"),
-    f"1/100 {LENGTH}": ("cm", "centimeter centimetre"),
-    f"1 {LENGTH}": ("m", "meter metre"),
-    f"1000 {LENGTH}": ("km", "kilometer kilometre"),
-    f"127/5000 {LENGTH}": ("in", "inch inches"),
-    f"381/1250 {LENGTH}": ("ft", "foot feet"),
-    f"1143/1250 {LENGTH}": ("yd", "yard"),
-    f"201168/125 {LENGTH}": ("mi", "mile"),
-    f"1/1000 {MASS}": ("mg", "milligram"),
-    f"1 {MASS}": ("g", "gram"),
-    f"1000 {MASS}": ("kg", "kilogram"),
-    f"1 {TIME}": ("s", "sec second"),
-    f"60 {TIME}": ("min", "minute"),
-    f"3600 {TIME}": ("h", "hr hour"),
-    f"86400 {TIME}": ("d", "day"),
-    f"604800 {TIME}": ("wk", "week"),
-    f"1/1000 {VOLUME}": ("ml", "milliliter millilitre"),
-    f"1 {VOLUME}": ("l", "liter litre"),
-    f"1/100 {MONEY}": ("cent", "cents"),
-    f"1 {MONEY}": ("dollar", "usd"),
-    "1 euro": ("euro", "€"),
-    "1 pound": ("lb", "pound £"),
-    "1 yen": ("yen", "¥"),
-    "1 rupee": ("rupee", "₹"),
-    "1 degree": ("degree", "deg"),
-    "1 unit": ("unit", "unit"),
-}
+
+class Unit(NamedTuple):
+    """A unit: its size, what it measures, and its short name."""
+
+    factor: Fraction
+    kind: str
+    name: str
+
+
 UNITS = {
-    word: (Fraction(kind.split()[0]), kind.split()[1])
-    for kind, (short, names) in KINDS.items()
-    for word in (short, *names.split())
+    word: Unit(Fraction(factor), kind, words.split()[0])
+    for factor, kind, words in (
+        ("1/1000", "length", "mm millimeter millimetre"),
+        ("1/100", "length", "cm centimeter centimetre"),
+        ("1", "length", "m meter metre"),
+        ("1000", "length", "km kilometer kilometre"),
+        ("127/5000", "length", "in inch inches"),
+        ("381/1250", "length", "ft foot feet"),
+        ("1143/1250", "length", "yd yard"),
+        ("201168/125", "length", "mi mile"),
+        ("1/1000", "mass", "mg milligram"),
+        ("1", "mass", "g gram"),
+        ("1000", "mass", "kg kilogram"),
+        ("1", "time", "s sec second"),
+        ("60", "time", "min minute"),
+        ("3600", "time", "h hr hour"),
+        ("86400", "time", "d day"),
+        ("604800", "time", "wk week"),
+        ("1/1000", "volume", "ml milliliter millilitre"),
+        ("1", "volume", "l liter litre"),
+        ("1/100", "money", "cent cents"),
+        ("1", "money", "dollar usd"),
+        ("1", "euro", "euro €"),
+        ("1", "pound", "lb pound £"),
+        ("1", "yen", "yen ¥"),
+        ("1", "rupee", "rupee ₹"),
+        ("1", "degree", "degree deg"),
+        ("1", "unit", "unit"),
+    )
+    for word in words.split()
 }
-# Words that make of a number something else than a number of things.
+# Words that make a number something other than a count of things.
 QUALIFIERS = frozenset(
     re.findall(
         r"\S+",
@@ -72,12 +80,12 @@ QUALIFIERS = frozenset(
     )
 )
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
-SPELLED = re.compile(r"^\\text\{\s*([-+]?\d[\d.,/]*)\s+([^{}]*)\}$")
-WORDED = re.compile(r"^(.+?)\s*\\text\{([^{}]*)\}\s*(?:\^\{?(\d)\}?)?$", re.DOTALL)
-SPOKEN = re.compile(
+IN_TEXT = re.compile(r"^\\text\{\s*([-+]?\d[\d.,/]*)\s+([^{}]*)\}$")
+TEXT_UNIT = re.compile(r"^(.+?)\s*\\text\{([^{}]*)\}\s*(?:\^\{?(\d)\}?)?$", re.DOTALL)
+BARE_UNIT = re.compile(
     r"^(.*?(?:[\d)}]|\\pi))\s*([a-zA-Z€£][a-zA-Z€£\s./]*)(?:\^\{?(\d)\}?)?$", re.DOTALL
 )
-RAISED = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 
 def number(text: str) -> Fraction | None:
@@ -86,9 +94,9 @@ def number(text: str) -> Fraction | None:
     sign = 1
     while text[:1] in ("-", "+"):
         sign, text = (-sign if text[0] == "-" else sign), text[1:].strip()
-    if not text or len(text) > LONGEST or not text.isascii():
+    if not text or len(text) > MAX_LENGTH or not text.isascii():
         return None
-    for read in (decimal, repeating, ratio, power):
+    for read in (decimal, repeating, ratio, power_of_ten):
         value = read(text)
         if value is not None:
             return sign * value
@@ -114,27 +122,27 @@ def repeating(text: str) -> Fraction | None:
     if not match:
         return None
     whole, start = match[1] or "0", match[2]
-    again = next(digits for digits in match.groups()[2:] if digits)
+    period = next(digits for digits in match.groups()[2:] if digits)
     shift = 10 ** len(start)
-    tail = Fraction(int(again), 10 ** len(again) - 1) / shift
+    tail = Fraction(int(period), 10 ** len(period) - 1) / shift
     return int(whole) + Fraction(int(start or "0"), shift) + tail
 
 
 def ratio(text: str) -> Fraction | None:
     r"""\frac{3}{4}, 3/4, 1\frac{3}{4} or 1 3/4."""
-    match = OVER.match(text) or SLASH.match(text)
+    match = FRACTION.match(text) or SLASH.match(text)
     if not match:
         return None
     try:
         top, bottom = Fraction(match[2]), Fraction(match[3])
-    except ValueError:  # two points
+    except ValueError:  # two decimal points
         return None
     if not bottom or (match[1] and (top < 0 or bottom < 0)):
         return None
     return int(match[1] or 0) + top / bottom
 
 
-def power(text: str) -> Fraction | None:
+def power_of_ten(text: str) -> Fraction | None:
     r"""2.5 \times 10^{3} or 2.5e3."""
     if match := POWER.match(text):
         factor, exponent = match[1] or "1", int(match[2] or match[3])
@@ -142,88 +150,84 @@ def power(text: str) -> Fraction | None:
         factor, exponent = match[1], int(match[2])
     else:
         return None
-    if abs(exponent) > LARGEST_EXPONENT or factor.count(".") > 1:
+    if abs(exponent) > MAX_EXPONENT or factor.count(".") > 1:
         return None
     return Fraction(factor) * Fraction(10) ** exponent
 
 
-def same_number(ours: str, golds: str) -> bool | None:
-    """Whether two numbers are one; None where either is not a number."""
-    theirs = number(golds)
-    if re.match(r"^-?0,\d+$", golds) and "." in ours:
-        theirs = number(golds.replace(",", "."))  # a comma for the point
-    mine = number(ours)
-    if mine is None or theirs is None:
+def same_number(answer: str, gold: str) -> bool | None:
+    """Whether two numbers are equal; None if either is not a number."""
+    expected = number(gold)
+    if re.match(r"^-?0,\d+$", gold) and "." in answer:
+        expected = number(gold.replace(",", "."))  # a decimal comma
+    value = number(answer)
+    if value is None or expected is None:
         return None
     # 28 for 28%, or 28% for 28, is a way of writing; so is 0.28 for 28%.
-    percent = ours.endswith("%") != golds.endswith("%")
-    scaled = mine / 100 if ours.endswith("%") else mine * 100
-    if percent and scaled == theirs:
+    scaled = value / 100 if answer.endswith("%") else value * 100
+    if answer.endswith("%") != gold.endswith("%") and scaled == expected:
         return True
-    return mine == theirs or rounds(ours, mine, theirs)
+    return value == expected or rounds(answer, value, expected)
 
 
-def rounds(text: str, mine: Fraction, theirs: Fraction) -> bool:
+def rounds(text: str, value: Fraction, expected: Fraction) -> bool:
     """Whether a long decimal is what a calculator prints for an endless one."""
     match = re.match(r"^[-+]?([\d,]*)\.(\d+)$", text)
-    if not match or len((match[1] + match[2]).replace(",", "").lstrip("0")) < PRECISE:
+    if not match:
         return False
-    endless = 10**400 % theirs.denominator != 0
-    return endless and abs(mine - theirs) < Fraction(1, 10 ** len(match[2]))
+    if len((match[1] + match[2]).replace(",", "").lstrip("0")) < MIN_DIGITS:
+        return False
+    endless = 10**400 % expected.denominator != 0
+    return endless and abs(value - expected) < Fraction(1, 10 ** len(match[2]))
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """A formula and the unit behind it, as words ("" where there is none)."""
+    """A formula and the unit after it, in words; "" if there is none."""
     if text.endswith(r"^\circ") and not TRIGONOMETRIC.search(text):
         return text.removesuffix(r"^\circ").strip(), "degree"
-    if match := WORDED.match(SPELLED.sub(r"\1\\text{\2}", text)):
-        value, unit, raised = match.groups()
-        inner_value, inner = split_unit(value)
-        if inner and "/" in value[-3:]:
-            value, unit = inner_value, f"{inner} / {unit}"
-        known = False
-    elif match := SPOKEN.match(text):
-        value, unit, raised = match.groups()
-        known = True
+    if match := TEXT_UNIT.match(IN_TEXT.sub(r"\1\\text{\2}", text)):
+        value, unit, power = match.groups()
+        inner_value, inner_unit = split_unit(value)
+        if inner_unit and "/" in value[-3:]:
+            value, unit = inner_value, f"{inner_unit} / {unit}"
+        only_known = False
+    elif match := BARE_UNIT.match(text):
+        value, unit, power = match.groups()
+        only_known = True  # for it may be a product of variables
     else:
         return text, ""
     value = value.rstrip("\\ ")  # of a space before the unit
-    parts = re.sub(r"[^\w€£]", " ", unit.lower().replace("/", " per ")).split()
-    powers = [RAISED[word] for word in parts if word in RAISED]
-    parts = [singular(word) for word in parts if word not in RAISED]
-    things = parts and len(parts) <= 4 and not QUALIFIERS & set(parts)
-    if any(word.isdigit() for word in parts):
-        return text, ""
-    if not things or not re.search(r"\d|\\pi|^[a-z]$", value):
-        return text, ""
-    if known and not all(
-        word in UNITS and len(word) > 1 for word in parts if word != "per"
+    words = re.sub(r"[^\w€£]", " ", unit.lower().replace("/", " per ")).split()
+    powers = [POWERS[word] for word in words if word in POWERS]
+    words = [short_name(word) for word in words if word not in POWERS]
+    known = all(word in UNITS and len(word) > 1 for word in words if word != "per")
+    if (
+        not 0 < len(words) <= 4
+        or QUALIFIERS & set(words)
+        or any(word.isdigit() for word in words)
+        or not re.search(r"\d|\\pi|^[a-z]$", value)
+        or (only_known and not known)
+        or value.count("(") != value.count(")")
+        or value.count("{") != value.count("}")
     ):
         return text, ""
-    if value.count("(") != value.count(")") or value.count("{") != value.count("}"):
-        return text, ""
-    exponent = int(raised) if raised else powers[0] if powers else 1
-    return value, " ".join(parts) + (f" ^{exponent}" if exponent > 1 else "")
+    exponent = int(power) if power else powers[0] if powers else 1
+    return value, " ".join(words) + (f" ^{exponent}" if exponent > 1 else "")
 
 
-def singular(word: str) -> str:
-    """A word without its s, and the short name of a unit."""
-    one = word.removesuffix("s") if len(word) > 2 and word not in UNITS else word
-    for short, names in KINDS.values():
-        if one in (short, *names.split()):
-            return short
-    return one
+def short_name(word: str) -> str:
+    """The short name of a unit; another word without its s."""
+    singular = word.removesuffix("s") if len(word) > 2 and word not in UNITS else word
+    return UNITS[singular].name if singular in UNITS else singular
 
 
-def conversion(ours: str, golds: str) -> Fraction | None:
-    """How many of the gold unit one of ours is; 0 where their kinds differ, None where
-    one is unknown."""
-    (one, _, raised), (other, _, gold_raised) = (
-        u.partition(" ^") for u in (ours, golds)
-    )
-    if one not in UNITS or other not in UNITS:
+def conversion(unit: str, gold_unit: str) -> Fraction | None:
+    """How many gold units a unit is; 0 if their kinds differ, None if unknown."""
+    name, _, power = unit.partition(" ^")
+    gold_name, _, gold_power = gold_unit.partition(" ^")
+    if name not in UNITS or gold_name not in UNITS:
         return None
-    (factor, kind), (gold_factor, gold_kind) = UNITS[one], UNITS[other]
-    if (kind, raised) != (gold_kind, gold_raised):
+    first, second = UNITS[name], UNITS[gold_name]
+    if (first.kind, power) != (second.kind, gold_power):
         return Fraction(0)
-    return (factor / gold_factor) ** int(raised or 1)
+    return (first.factor / second.factor) ** int(power or 1)

@@ -1,9 +1,9 @@
-"""Judging in processes that can be killed: one answer costs at most one deadline.
+"""A pool of judging processes that can be killed.
 
-Workers are fresh interpreters that import this room and nothing of the trainer; they
-see no accelerator. A stuck or dead one costs the answer it was at and is replaced. Each
-worker has a thread that feeds it, so that pairs can be handed in one at a time, from
-any thread, while completions are still being drawn.
+An answer costs at most one deadline. Workers are fresh interpreters that import only
+this package and see no accelerator. A worker that hangs or dies loses the answer it was
+judging and is replaced. A thread feeds each worker, so that pairs can be submitted from
+any thread while completions are still being generated.
 """
 
 import collections
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import queue
-import selectors
 import signal
 import subprocess
 import sys
@@ -20,44 +19,44 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from oreal_jax.verify.rule import judge as by_rule
+from oreal_jax.verify.rule import judge as judge_by_rule
 from oreal_jax.verify.verdict import Verdict
 
-Judge = Callable[[str, str], Verdict]
-Pair = tuple[str, str]
+Pair = tuple[str, str]  # completion, gold answer
 
-MEMORY = 4 * 2**30
-REMEMBERED = 100_000  # verdicts kept
-START = 120.0  # seconds a worker may take to be ready
-GRACE = 2.0  # seconds past the deadline after which a process is not waited for
+MEMORY = 4 * 2**30  # bytes of a worker
+CACHE_SIZE = 100_000  # verdicts that are remembered
+START_SECONDS = 120.0  # until a worker must be ready
+GRACE_SECONDS = 2.0  # after the deadline, until a worker that ignores it is killed
 
 
 class Pool:
-    """Workers that judge (completion, gold) pairs; safe from any thread."""
+    """Worker processes that judge (completion, gold) pairs; safe from any thread."""
 
     def __init__(
         self,
         workers: int,
         deadline: float = 5.0,
-        judge: Judge = by_rule,
+        judge: Callable[[str, str], Verdict] = judge_by_rule,
         memory_bytes: int = MEMORY,
     ):
-        """Starts the workers. `deadline` in seconds an answer, memory for each worker.
+        """Start the workers; `deadline` is in seconds per answer, memory per worker.
 
-        `judge` is a function at the top of a module that workers can import.
+        `judge` is a function at the top level of a module that workers can import.
         """
-        name = f"{judge.__module__}:{judge.__qualname__}"
         command = [sys.executable, "-m", "oreal_jax.verify.worker"]
-        command += [name, str(deadline), str(memory_bytes)]
+        command += [f"{judge.__module__}:{judge.__qualname__}"]
+        command += [str(deadline), str(memory_bytes)]
         self._lock = threading.Lock()
         # By digest: a hundred thousand completions would fill the memory.
-        self._known: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
-        self._pending: dict[bytes, Future[Verdict]] = {}
-        self._failure = ""
-        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
-        self._workers = [Worker(command) for _ in range(workers)]
+        self._futures: collections.OrderedDict[bytes, Future[Verdict]] = (
+            collections.OrderedDict()
+        )
+        self._queue: queue.SimpleQueue[tuple[Future, Pair] | None] = queue.SimpleQueue()
+        self._failure = "" if workers else "the pool has no workers"
+        self._workers = [Worker(command, deadline) for _ in range(workers)]
         self._threads = [
-            threading.Thread(target=self._serve, args=(worker, deadline), daemon=True)
+            threading.Thread(target=self._serve, args=(worker,), daemon=True)
             for worker in self._workers
         ]
         for thread in self._threads:
@@ -70,51 +69,49 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; what they have not judged is cancelled."""
+        """Kill the workers; verdicts that are still pending raise RuntimeError."""
+        with self._lock:
+            self._failure = "the pool is closed"
         for worker in self._workers:
-            worker.closed = True
-            worker.end()
-            self._waiting.put(None)
+            worker.close()
+            self._queue.put(None)
         for thread in self._threads:
             thread.join()
-        for worker in self._workers:
-            worker.release()
-        self._workers, self._threads = [], []
-        self._abandon(RuntimeError("the pool is closed"))
 
     def submit(self, completion: str, gold: str) -> Future[Verdict]:
-        """A verdict to come; the same pair is judged once.
+        """Return a future verdict; equal pairs are judged once.
 
-        A late answer is undecided by "timeout", one at which a worker died by "crash".
-        `asyncio.wrap_future` makes of it one to await.
+        A late verdict is undecided by "timeout", one whose worker died by "crash".
+        `asyncio.wrap_future` makes the future awaitable.
 
         Raises:
             RuntimeError: workers cannot be started (by the future), or there are none.
         """
         pair = completion, gold
-        key = digest(pair)
+        # repr because a text may hold half of a surrogate pair.
+        key = hashlib.sha256(repr(pair).encode()).digest()
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                done: Future[Verdict] = Future()
-                done.set_result(self._known[key])
-                return done
-            if self._failure or not self._workers:
-                raise RuntimeError(self._failure or "the pool has no workers")
-            if key in self._pending:
-                return self._pending[key]
-            future: Future[Verdict] = Future()
-            future.set_running_or_notify_cancel()  # others may wait for it too
-            self._pending[key] = future
-        self._waiting.put((key, pair))
+            existing = self._futures.get(key)
+            if existing and not (existing.done() and existing.exception()):
+                self._futures.move_to_end(key)
+                return existing
+            if self._failure:
+                raise RuntimeError(self._failure)
+            future = self._futures[key] = Future()
+            future.set_running_or_notify_cancel()  # it is shared: nobody may cancel it
+            if len(self._futures) > CACHE_SIZE:
+                self._futures.popitem(last=False)
+            self._queue.put((future, pair))
         return future
 
     def verdicts(
-        self, pairs: Sequence[Pair], on_done: Callable[[int], None] = lambda count: None
+        self,
+        pairs: Sequence[Pair],
+        on_progress: Callable[[int], None] = lambda count: None,
     ) -> list[Verdict]:
-        """A verdict for each (completion, gold), in order.
+        """Return a verdict for each (completion, gold), in order.
 
-        `on_done(n)` hears of n more verdicts.
+        `on_progress(n)` reports n more verdicts.
 
         Raises:
             RuntimeError: workers cannot be started, or there are none.
@@ -123,127 +120,108 @@ class Pool:
         verdicts = []
         for future in futures:
             verdicts.append(future.result())
-            on_done(1)
+            on_progress(1)
         return verdicts
 
-    def _serve(self, worker: "Worker", deadline: float) -> None:
-        """Feeds one worker until the pool is closed."""
-        while (task := self._waiting.get()) is not None and not worker.closed:
-            key, pair = task
+    def _serve(self, worker: "Worker") -> None:
+        """Feed a worker until the pool is closed; after a failure, fail all pairs."""
+        while task := self._queue.get():
+            future, pair = task
             try:
-                verdict = worker.judge(pair, deadline)
+                if self._failure:
+                    raise RuntimeError(self._failure)
+                future.set_result(worker.judge(pair))
             except (RuntimeError, OSError) as error:
-                if not worker.closed:
-                    self._abandon(RuntimeError(str(error)))
-                return
-            with self._lock:
-                self._known[key] = verdict
-                if len(self._known) > REMEMBERED:
-                    self._known.popitem(last=False)
-                future = self._pending.pop(key, None)
-            if future:
-                future.set_result(verdict)
-
-    def _abandon(self, error: RuntimeError) -> None:
-        """Tells all that wait why they wait in vain."""
-        with self._lock:
-            self._failure = str(error)
-            waiting, self._pending = list(self._pending.values()), {}
-        for future in waiting:
-            future.set_exception(error)
-
-
-def digest(pair: Pair) -> bytes:
-    """What a pair is remembered by; repr because a text may hold half a surrogate."""
-    return hashlib.sha256(repr(pair).encode()).digest()
+                with self._lock:
+                    self._failure = self._failure or str(error)
+                future.set_exception(RuntimeError(self._failure))
+        worker.release()
 
 
 class Worker:
-    """One judging process, replaced when it is stuck or dead."""
+    """One judging process, replaced when it hangs or dies."""
 
-    def __init__(self, command: Sequence[str]):
-        self.closed = False
-        self._command = list(command)
-        self._lock = threading.Lock()  # between its thread and who closes it
-        self._process = self._start()
+    def __init__(self, command: Sequence[str], deadline: float):
+        self._command, self._deadline = command, deadline
+        self._closed = False
+        self._lock = threading.Lock()  # between its thread and `close`
+        self._start()
+
+    def _start(self) -> None:
         self._ready = False
-
-    def _start(self) -> subprocess.Popen:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "CUDA_VISIBLE_DEVICES": "",
             "JAX_PLATFORMS": "cpu",
         }
-        return subprocess.Popen(
+        self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # Ctrl-C is for the parent to handle
         )
 
-    def judge(self, pair: Pair, deadline: float) -> Verdict:
-        """A verdict within `deadline` seconds once the process is ready.
-
-        The process keeps the deadline itself; it is replaced where it does not.
+    def judge(self, pair: Pair) -> Verdict:
+        """Return a verdict within the deadline, counted once the process is ready.
 
         Raises:
-            RuntimeError: a process cannot be made ready.
+            RuntimeError: the process does not get ready, or the worker is closed.
         """
-        if not self._ready:
-            self._await_ready()
+        if not self._ready and not self._exchange(b"", START_SECONDS):
+            command = " ".join(self._command)
+            raise RuntimeError(f"a judging process was never ready: {command}")
+        self._ready = True
         message = json.dumps({"completion": pair[0], "gold": pair[1]}).encode() + b"\n"
-        # It is ended even where it does not read and this thread is stuck in writing.
-        alarm = threading.Timer(deadline + GRACE, self.end)
-        alarm.start()
-        try:
-            line = self._exchange(message)
-        finally:
-            alarm.cancel()
+        line = self._exchange(message, self._deadline + GRACE_SECONDS)
         if line.endswith(b"\n"):
             return Verdict(**json.loads(line))
         self._replace()
         return Verdict("undecided", "the worker died", "crash")
 
-    def _exchange(self, message: bytes) -> bytes:
-        """Its answer's line; cut short where it died."""
+    def _exchange(self, message: bytes, seconds: float) -> bytes:
+        """Send a message and return the line received; cut short if the process dies.
+
+        It is killed after `seconds`, even while this thread is blocked writing.
+        """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin and stdout
+        alarm = threading.Timer(seconds, self.kill)
+        alarm.start()
         try:
             stdin.write(message)
             stdin.flush()
             return stdout.readline()
-        except (BrokenPipeError, ValueError):  # it is dead, or has been ended
+        except (BrokenPipeError, ValueError):  # it died or was killed
             return b""
-
-    def _await_ready(self) -> None:
-        stdout = self._process.stdout
-        assert stdout
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            heard = selector.select(START) and stdout.readline()
-        if not heard:
-            command = " ".join(self._command)
-            raise RuntimeError(f"a judging process was never ready: {command}")
-        self._ready = True
+        finally:
+            alarm.cancel()
 
     def _replace(self) -> None:
-        self.end()
+        self.kill()
         self.release()
         with self._lock:
-            if not self.closed:
-                self._process, self._ready = self._start(), False
+            if self._closed:
+                raise RuntimeError("the pool is closed")
+            self._start()
 
-    def end(self) -> None:
-        """Kills the process with its child and collects it."""
+    def close(self) -> None:
+        """Kill the process and start no other."""
         with self._lock:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._closed = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the process with its child, and wait for its end."""
+        with self._lock:
+            if self._process.returncode is None:  # later the id may be another's
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
 
     def release(self) -> None:
-        """Closes the pipes of a process that has ended."""
+        """Close the pipes of a dead process."""
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what it did not read is lost with it
+            with contextlib.suppress(OSError):  # of input that it did not read
                 if pipe:
                     pipe.close()

@@ -1,25 +1,25 @@
 """The rule: is the answer of a completion equal to the gold answer?
 
-Exact text and exact numbers first, then the forms that people read and computer algebra
-does not (bases, units, lists of words, residues, inequalities); what is left goes to
-math-verify's LaTeX reader in `algebra`. A false "correct" is worse than a false
-"incorrect",
-so what cannot be read, would cost too much or could be meant otherwise is undecided.
+Exact text and exact numbers first, then forms that people read and computer algebra
+does not (bases, units, lists of words, residues, inequalities), then math-verify's
+LaTeX reader in `algebra`. A false "correct" is worse than a false "incorrect", so an
+answer that cannot be read, costs too much or is ambiguous is undecided.
 """
 
 import importlib
+import itertools
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
-from oreal_jax.verify import algebra, extract
-from oreal_jax.verify.guard import SERIES, dangerous
+from oreal_jax.verify import extract
+from oreal_jax.verify.guard import SERIES, dangerous, depths
 from oreal_jax.verify.numbers import conversion, number, same_number, split_unit
-from oreal_jax.verify.regions import same_region
 from oreal_jax.verify.spelling import flat, normalised
 from oreal_jax.verify.verdict import Verdict
 
-LONGEST = 1000  # characters of an answer that is read at all
-MOST_PARTS = 8  # of a list that is compared part by part
+MAX_LENGTH = 1000  # characters of an answer that is read at all
+MAX_PARTS = 8  # of lists that are compared part by part
 
 BASE = re.compile(
     r"^\(?([0-9A-Za-z]+)\)?\s*(?:_\s*(?:\{\s*)?(?:\\text\{)?\s*\(?(?:base)?\s*\}?\s*"
@@ -29,7 +29,7 @@ BASES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
     "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
-LETTERED = ("11", "12", "16")  # bases that have letters for digits
+LETTER_BASES = ("11", "12", "16")  # with letters for digits
 NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\s*\([^()=]*\))?"
 NAMED = re.compile(
     rf"^(?:\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*\w+|{NAME}(?:\s*:\s*{NAME})?)\s*(?:=|\\in\b)(.*)$"
@@ -45,376 +45,365 @@ CHOSEN = re.compile(r"^\(([A-Z])\)[\s.:]*([^\s.:].*)$")
 JOINTS = re.compile(
     r"\\text\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|(?<=[\d)}])(?:and|or)(?=[A-Za-z(\\])"
 )
-SAID_IN = re.compile(r"\\text\{([^{}]*)\}")
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
 LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+FAMILIAR = (  # judged at the start, because the reader learns its grammar then
+    r"\frac{x}{2}+\frac{y}{2}", r"-\frac{3\sqrt{2}+1}{4}", r"2^{n-1}\left(n+1\right)",
+    r"x=\frac{\pi}{4}+2\pi k", r"\left(\frac{1}{2},\log_{10} 2\right)",
+    r"(-\infty,-1]\cup[2,\infty)", r"\begin{pmatrix}1&-2\\0&x\end{pmatrix}",
+    r"\{1\pm\sqrt{5},-2\}", r"f(x)=x^{3}-3x+\cos 2x", r"-2\le x<\frac{7}{3}",
+    r"36\pi-18\sqrt{3}", r"\binom{n}{k}\cdot k!", r"(2,3),(3,2)", r"e^{2\pi i/3}",
+)  # fmt: skip
 
 
-FAMILIAR = (
-    r"\frac{x}{2}+\frac{y}{2}",
-    r"-\frac{3\sqrt{2}+1}{4}",
-    r"2^{n-1}\left(n+1\right)",
-    r"x=\frac{\pi}{4}+2\pi k",
-    r"\left(\frac{1}{2},\log_{10} 2\right)",
-    r"(-\infty,-1]\cup[2,\infty)",
-    r"\begin{pmatrix}1&-2\\0&x\end{pmatrix}",
-    r"\{1\pm\sqrt{5},-2\}",
-    r"f(x)=x^{3}-3x+\cos 2x",
-    r"-2\le x<\frac{7}{3}",
-    r"36\pi-18\sqrt{3}",
-    r"\binom{n}{k}\cdot k!",
-    r"(2,3),(3,2)",
-    r"e^{2\pi i/3}",
-)
-
-
-class Unsure(ValueError):
-    """Why it is better to decide nothing."""
+class Undecided(ValueError):
+    """The reason that no comparison should decide."""
 
 
 def judge(completion: str, gold: str) -> Verdict:
-    """Judges a completion by rule. Never raises on any text."""
-    found, why = extract.answer(completion)
-    if found is None:
-        return Verdict("incorrect", why)
-    if len(found) > LONGEST:
-        return Verdict("incorrect", f"an answer of {len(found)} characters")
+    """Judge a completion by rule. Never raises on any text."""
+    answer, reason = extract.answer(completion)
+    if answer is None:
+        return Verdict("incorrect", reason)
+    if len(answer) > MAX_LENGTH:
+        return Verdict("incorrect", f"an answer of {len(answer)} characters")
     gold = extract.gold_answer(gold)
-    if len(gold) > LONGEST:
+    if len(gold) > MAX_LENGTH:
         return Verdict("undecided", "gold answer not understood")
-    shown = f"{shortened(found)} is not {shortened(gold)}"
-    ours, golds = normalised(found), normalised(gold)
-    if not ours:
-        return Verdict("incorrect", f"nothing is left of the answer {shortened(found)}")
+    given, expected = shorten(answer), shorten(gold)
+    answer = normalised(answer)
+    if not answer:
+        return Verdict("incorrect", f"nothing is left of the answer {given}")
     try:
-        equal = same(ours, golds)
-    except Unsure as why_not:
-        return Verdict("undecided", str(why_not))
-    except Exception:  # sympy raises anything on formulas without a meaning
+        equal = same(answer, normalised(gold))
+    except Undecided as why:
+        return Verdict("undecided", str(why))
+    except Exception:  # sympy raises anything on formulas without meaning
         equal = None
     if equal is None:
-        shown = f"{shortened(found)} against {shortened(gold)}"
-        return Verdict("undecided", f"not understood: {shown}")
-    return (
-        Verdict("correct", f"equal: {shortened(found)}")
-        if equal
-        else Verdict("incorrect", shown)
-    )
+        return Verdict("undecided", f"not understood: {given} against {expected}")
+    if equal:
+        return Verdict("correct", f"equal: {given}")
+    return Verdict("incorrect", f"{given} is not {expected}")
 
 
 def canonical(answer: str) -> str:
-    """One name for what differs in spelling or is the same number; no algebra."""
-    text = normalised(answer[:LONGEST])
-    exact = number(flat(text))
-    return bare(text) if exact is None else str(exact)
+    """One text for answers that differ in spelling or are one number; no algebra."""
+    text = normalised(answer[:MAX_LENGTH])
+    value = number(flat(text))
+    return bare(text) if value is None else str(value)
 
 
 def warm_up() -> None:
-    """Loads what is otherwise loaded at the first formula."""
-    importlib.import_module("sympy.physics.units")  # simplifying does, late
-    for formula in FAMILIAR:  # the reader learns its grammar as it goes
+    """Load everything that is otherwise loaded at the first formula."""
+    importlib.import_module("sympy.physics.units")  # simplifying imports it late
+    for formula in FAMILIAR:
         judge(f"\\boxed{{{formula}}}", "\\frac{x+y}{2}")
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """Text for a message."""
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def same(ours: str, golds: str) -> bool | None:
-    """Whether two normalised answers are equal: the first rule that knows.
+def against(answer: str, gold: str) -> str:
+    """Both texts for a message."""
+    return f"{shorten(answer)} against {shorten(gold)}"
+
+
+def same(answer: str, gold: str) -> bool | None:
+    """Whether two normalised answers are equal, by the first comparison that decides.
 
     Raises:
-        Unsure: one of them is better not read, or may be meant otherwise.
+        Undecided: one of them must not be read, or is ambiguous.
     """
-    if bare(ours) == bare(golds):
+    if bare(answer) == bare(gold):
         return True
-    for rule in CHEAP:
-        equal = rule(ours, golds)
-        if equal is not None:
+    for compare in SIMPLE:
+        if (equal := compare(answer, gold)) is not None:
             return equal
-    for text, whose in ((ours, "answer"), (golds, "gold answer")):
-        danger = dangerous(flat(text))
-        if danger:
-            raise Unsure(f"the {whose} holds {danger}")
-    if SERIES.search(ours) and not SERIES.search(golds):
-        raise Unsure("the answer holds a sum, product, integral or limit")
-    for rule in DEEP:
-        equal = rule(ours, golds)
-        if equal is not None:
+    for name, text in (("answer", answer), ("gold answer", gold)):
+        if danger := dangerous(flat(text)):
+            raise Undecided(f"the {name} holds {danger}")
+    if SERIES.search(answer) and not SERIES.search(gold):
+        raise Undecided("the answer holds a sum, product, integral or limit")
+    for compare in COSTLY:
+        if (equal := compare(answer, gold)) is not None:
             return equal
     return None
 
 
 def bare(text: str) -> str:
-    """Text without spaces; the case of single letters matters, of words not."""
+    """Text without spaces, and words without case; that of single letters matters."""
     text = flat(text)
     joined = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 1 2 is not 12
     joined = "".join(joined.split())
     return joined.lower() if WORDS.match(text) and len(joined) > 1 else joined
 
 
-def by_base(ours: str, golds: str) -> bool | None:
-    """Numbers in a base, of which ten may go unsaid."""
-    one, other = BASE.match(ours), BASE.match(golds)
-    if not one and not other:
-        return None
-    if one and other:
+def compare_bases(answer: str, gold: str) -> bool | None:
+    """Numbers in a base; ten may be left out."""
+    first, second = BASE.match(answer), BASE.match(gold)
+    if first and second:
         base = lambda match: str(BASES.get(match[2].lower(), match[2]))
-        mine, theirs = one[1], other[1]
-        if re.search(r"\d", mine) or (len(mine) > 1 and base(one) in LETTERED):
-            mine, theirs = mine.upper(), theirs.upper()
-        return (mine, base(one)) == (theirs, base(other))
-    told, plain = (one, golds) if one else (other, ours)
-    if told and re.search(r"\d", told[1]) and told[2] in ("10", "ten"):
-        return same_number(told[1], plain)
+        digits, gold_digits = first[1], second[1]
+        if re.search(r"\d", digits) or (
+            len(digits) > 1 and base(first) in LETTER_BASES
+        ):
+            digits, gold_digits = digits.upper(), gold_digits.upper()
+        return (digits, base(first)) == (gold_digits, base(second))
+    match, other = (first, gold) if first else (second, answer)
+    if match and re.search(r"\d", match[1]) and match[2] in ("10", "ten"):
+        return same_number(match[1], other)
     return None
 
 
-def by_choice(ours: str, golds: str) -> bool | None:
-    """A choice with what it stands for, as in (C) 12, against either of them."""
-    match = CHOSEN.match(flat(ours))
-    if not match or CHOSEN.match(flat(golds)) or re.search(r"\([A-Z]\)", match[2]):
+def compare_choice_with_text(answer: str, gold: str) -> bool | None:
+    """A choice and its text, as in (C) 12, with a gold answer that is one of them."""
+    match = CHOSEN.match(flat(answer))
+    if not match or CHOSEN.match(flat(gold)) or re.search(r"\([A-Z]\)", match[2]):
         return None
-    gold = CHOICE.match(golds)
-    return match[1] == gold[1].upper() if gold else same(match[2], golds) or None
+    letter = CHOICE.match(gold)
+    return match[1] == letter[1].upper() if letter else same(match[2], gold) or None
 
 
-def by_number(ours: str, golds: str) -> bool | None:
-    """Numbers; the gold answer's name, if it has one, is the answer's."""
-    ours, golds = flat(ours), flat(golds)
-    ours = re.sub(r"\s*(?:percent|pct)$", "%", ours)
-    golds = re.sub(r"\s*(?:percent|pct)$", "%", golds)
-    return same_number(ours, golds)
+def compare_numbers(answer: str, gold: str) -> bool | None:
+    """Numbers and percentages."""
+    percent = lambda text: re.sub(r"\s*(?:percent|pct)$", "%", flat(text))
+    return same_number(percent(answer), percent(gold))
 
 
-def by_residue(ours: str, golds: str) -> bool | None:
-    """Residues with their modulus; a residue alone is written like a number."""
-    one, other = RESIDUE.match(flat(ours)), RESIDUE.match(flat(golds))
-    if not one and not other:
-        return None
-    if one and other:
-        modulus = int(other[2])
-        if int(one[2]) != modulus or not modulus:
+def compare_residues(answer: str, gold: str) -> bool | None:
+    """Residues with their modulus; one side may give the least residue alone."""
+    first, second = RESIDUE.match(flat(answer)), RESIDUE.match(flat(gold))
+    if first and second:
+        modulus = int(second[2])
+        if int(first[2]) != modulus or not modulus:
             return False
-        return (int(one[1]) - int(other[1])) % modulus == 0
-    told, plain = (one, golds) if one else (other, ours)
-    exact = number(plain)
-    if exact is None or not told or not 0 <= int(told[1]) < int(told[2]):
+        return (int(first[1]) - int(second[1])) % modulus == 0
+    match, other = (first, gold) if first else (second, answer)
+    value = number(other)
+    if value is None or not match or not 0 <= int(match[1]) < int(match[2]):
         return None
-    return exact == int(told[1])
+    return value == int(match[1])
 
 
-def by_clock(ours: str, golds: str) -> bool | None:
-    """Times of day and ratios; 14:64 against 7:32 is for others to say."""
-    one, other = (CLOCK.match(flat(text).lower()) for text in (ours, golds))
-    if not one or not other:
+def compare_times(answer: str, gold: str) -> bool | None:
+    """Times of day and ratios; 14:64 and 7:32 are equal only as ratios."""
+    first, second = (CLOCK.match(flat(text).lower()) for text in (answer, gold))
+    if not first or not second:
         return None
-    mine, theirs = ([int(n) for n in m[1].split(":")] for m in (one, other))
-    if mine == theirs:
-        return True if one[2] == other[2] else (False if one[2] and other[2] else None)
-    scaled = len(mine) == len(theirs) and all(
-        a * theirs[0] == b * mine[0] for a, b in zip(mine, theirs, strict=True)
-    )
-    if scaled:
-        raise Unsure(
-            f"{shortened(ours)} against {shortened(golds)}: a ratio or a time?"
-        )
+    terms, gold_terms = ([int(n) for n in m[1].split(":")] for m in (first, second))
+    if terms == gold_terms:
+        if first[2] and second[2]:
+            return first[2] == second[2]
+        return True if first[2] == second[2] else None
+    if len(terms) == len(gold_terms) and all(
+        a * gold_terms[0] == b * terms[0]
+        for a, b in zip(terms, gold_terms, strict=True)
+    ):
+        raise Undecided(f"{against(answer, gold)}: a ratio or a time?")
     return False
 
 
-def by_words(ours: str, golds: str) -> bool | None:
+def compare_words(answer: str, gold: str) -> bool | None:
     """Words, names and multiple choice, one or a list."""
-    worded = r"\text" in ours + golds
-    ours, golds = flat(ours), flat(golds)
-    one, other = CHOICE.match(ours), CHOICE.match(golds)
-    if one and other and (len(ours) > 1 or len(golds) > 1):
-        return one[1].upper() == other[1].upper()
-    if not WORDS.match(golds) or not WORDS.match(ours):
+    in_text = r"\text" in answer + gold
+    answer, gold = flat(answer), flat(gold)
+    first, second = CHOICE.match(answer), CHOICE.match(gold)
+    if first and second and (len(answer) > 1 or len(gold) > 1):
+        return first[1].upper() == second[1].upper()
+    if not WORDS.match(gold) or not WORDS.match(answer):
         return None
-    choices = lambda text: sorted(
+    split = lambda text: sorted(
         part.strip(" .()") for part in re.split(r",|&|\band\b", text)
     )
-    mine, theirs = choices(ours), choices(golds)
-    if all(len(part) == 1 for part in theirs):
-        return [c.upper() for c in mine] == [c.upper() for c in theirs]
-    if len(golds) == 1 or len(ours) == 1:
-        return None  # a variable, perhaps
-    if not worded and len(ours) <= 3 and len(golds) <= 3:
-        return None  # or a product of them
-    return [c.lower() for c in mine] == [c.lower() for c in theirs]
+    words, gold_words = split(answer), split(gold)
+    if all(len(word) == 1 for word in gold_words):
+        return [w.upper() for w in words] == [w.upper() for w in gold_words]
+    if len(gold) == 1 or len(answer) == 1:
+        return None  # perhaps a variable
+    if not in_text and len(answer) <= 3 and len(gold) <= 3:
+        return None  # or a product of variables
+    return [w.lower() for w in words] == [w.lower() for w in gold_words]
 
 
-def by_name(ours: str, golds: str) -> bool | None:
-    """The value of what only one of them names, as in x = 5 against 5."""
-    one, other = value(ours), value(golds)
-    if one == ours and other == golds:
+def compare_approximations(answer: str, gold: str) -> bool | None:
+    """The exact value before a sign of approximation."""
+    if r"\approx" not in answer or r"\approx" in gold:
         return None
-    if one != ours and other != golds:
-        # W(n) = 1 and W(x) = 1 are one; with letters behind they need not be.
+    if not same(answer.split(r"\approx", 1)[0].strip(), gold):
+        raise Undecided(f"{shorten(answer)} says so only approximately")
+    return True
+
+
+def compare_units(answer: str, gold: str) -> bool | None:
+    """Values with units; a unit may be left out."""
+    (value, unit), (gold_value, gold_unit) = split_unit(answer), split_unit(gold)
+    if not unit and not gold_unit:
+        return None
+    if not unit or not gold_unit or unit == gold_unit:
+        return same(value, gold_value)
+    factor = conversion(unit, gold_unit)
+    if not factor:
+        return None if factor is None else False
+    exact, gold_exact = number(flat(value)), number(flat(gold_value))
+    if exact is None or gold_exact is None:
+        scale = rf"\frac{{{factor.numerator}}}{{{factor.denominator}}}"
+        return same(rf"{scale}\cdot({value})", gold_value)
+    return exact * factor == gold_exact
+
+
+def compare_named(answer: str, gold: str) -> bool | None:
+    """Values that one side names, as in x = 5 and 5."""
+    value, gold_value = named_value(answer), named_value(gold)
+    if value == answer and gold_value == gold:
+        return None
+    if value != answer and gold_value != gold:
+        # W(n) = 1 and W(x) = 1 are equal; with letters in the values they need not be.
         constant = r"^(\w+)\s*\(\s*[a-z]\s*\)\s*=\s*((?:\\[a-z]+|[^a-z])+)$"
-        one, other = re.match(constant, ours), re.match(constant, golds)
-        return same(one[2], other[2]) if one and other and one[1] == other[1] else None
-    if not one or not other or "=" in (one + other):
+        first, second = re.match(constant, answer), re.match(constant, gold)
+        if not first or not second or first[1] != second[1]:
+            return None
+        return same(first[2], second[2])
+    if not value or not gold_value or "=" in (value + gold_value):
         return None
-    if re.search(r"[=<>]|\\le\b|\\ge\b|\\ne\b", ours if one == ours else golds):
+    unnamed = answer if value == answer else gold
+    if re.search(r"[=<>]|\\le\b|\\ge\b|\\ne\b", unnamed):
         return None
-    return same(one, other) or None
+    return same(value, gold_value) or None
 
 
-def value(text: str) -> str:
-    """The other side of a named value; other text as it is."""
+def named_value(text: str) -> str:
+    """The value of a named value; any other text unchanged."""
     match = NAMED.match(text) or NAMED_LAST.match(text)
     return match[1].strip() if match else text
 
 
-def by_unit(ours: str, golds: str) -> bool | None:
-    """Values with units; a unit may go unsaid."""
-    (mine, unit), (theirs, gold_unit) = split_unit(ours), split_unit(golds)
-    if not unit and not gold_unit:
-        return None
-    if not unit or not gold_unit or unit == gold_unit:
-        return same(mine, theirs)
-    factor = conversion(unit, gold_unit)
-    if not factor:
-        return None if factor is None else False
-    scale = rf"\frac{{{factor.numerator}}}{{{factor.denominator}}}"
-    exact, golds_exact = number(flat(mine)), number(flat(theirs))
-    if exact is None or golds_exact is None:
-        return same(rf"{scale}\cdot({mine})", theirs)
-    return exact * factor == golds_exact
-
-
-def by_exact(ours: str, golds: str) -> bool | None:
-    """What is said exactly before a sign of approximation."""
-    if r"\approx" not in ours or r"\approx" in golds:
-        return None
-    if not same(ours.split(r"\approx", 1)[0].strip(), golds):
-        raise Unsure(f"{shortened(ours)} says so only approximately")
-    return True
-
-
-def by_chain(ours: str, golds: str) -> bool | None:
+def compare_computations(answer: str, gold: str) -> bool | None:
     """A computation such as 1+1=2, all of whose sides must agree."""
-    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", value(ours))]
-    if (
-        len(sides) < 2
-        or "=" in golds
-        or re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", flat(sides[0])))
-    ):
+    sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", named_value(answer))]
+    if len(sides) < 2 or "=" in gold:
         return None
-    agree = [same(side, sides[0]) for side in sides[1:]]
-    if not all(agree) or any(side == "" for side in sides):
-        raise Unsure("an answer that contradicts itself")
-    return same(sides[-1], golds)
+    if re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", flat(sides[0]))):
+        return None
+    if not all([same(side, sides[0]) for side in sides[1:]]) or "" in sides:
+        raise Undecided("an answer that contradicts itself")
+    return same(sides[-1], gold)
 
 
-def by_parts(ours: str, golds: str) -> bool | None:
-    """Lists in any order and tuples in theirs, where every part has its equal."""
-    mine, theirs = parts(ours), parts(golds)
-    if mine is None and theirs is None:
+class Parts(NamedTuple):
+    """A list: its brackets ("" if it has none) and the texts between its commas."""
+
+    brackets: str
+    texts: list[str]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it is a tuple or an interval."""
+        return self.brackets not in ("", r"\{\}")
+
+
+def compare_lists(answer: str, gold: str) -> bool | None:
+    """Sets and lists in any order, tuples in order; each part must have its equal."""
+    first, second = parts(answer), parts(gold)
+    if first is None or second is None:
+        several, single = (first, gold) if first else (second, answer)
+        if several and all(number(text) is not None for text in several.texts):
+            return None if number(single) is None else False
         return None
-    if mine is None or theirs is None:
-        several, one = (mine, golds) if mine else (theirs, ours)
-        numbers = several and all(number(part) is not None for part in several[1])
-        return False if numbers and number(one) is not None else None
-    if len(mine[1]) != len(theirs[1]) or len(mine[1]) > MOST_PARTS:
+    if len(first.texts) != len(second.texts) or len(first.texts) > MAX_PARTS:
         return None
-    unordered = [kind in ("", r"\{\}") for kind in (mine[0], theirs[0])]
-    if mine[0] != theirs[0] and not all(unordered):
-        return None
-    if not all(unordered):
-        pairs = zip(mine[1], theirs[1], strict=True)
+    if first.ordered or second.ordered:
+        if first.brackets != second.brackets:
+            return None
+        pairs = zip(first.texts, second.texts, strict=True)
         return True if all(same(a, b) for a, b in pairs) else None
-    left = list(mine[1])
-    for gold in theirs[1]:
-        match = next((part for part in left if same(part, gold)), None)
+    remaining = list(first.texts)
+    for expected in second.texts:
+        match = next((text for text in remaining if same(text, expected)), None)
         if match is None:
             return None
-        left.remove(match)
+        remaining.remove(match)
     return True
 
 
-def by_brackets(ours: str, golds: str) -> bool | None:
-    """A set is neither a point nor an interval, whatever stands in it."""
-    mine, theirs = parts(ours), parts(golds)
-    kinds = {mine[0], theirs[0]} if mine and theirs else set()
+def compare_brackets(answer: str, gold: str) -> bool | None:
+    """A set is neither a point nor an interval, whatever its elements are."""
+    first, second = parts(answer), parts(gold)
+    kinds = {first.brackets, second.brackets} if first and second else set()
     if len(kinds) == 2 and r"\{\}" in kinds and "" not in kinds:
-        raise Unsure(f"{shortened(ours)} against {shortened(golds)}: a set?")
+        raise Undecided(f"{against(answer, gold)}: a set?")
     return None
 
 
-def parts(text: str) -> tuple[str, list[str]] | None:
-    """The brackets around a list ("" for none), and what is between its commas."""
-    kind = ""
-    for opening, ending in (
-        (r"\{", r"\}"),
-        ("(", ")"),
-        ("(", "]"),
-        ("[", ")"),
-        ("[", "]"),
-    ):
-        inner = text[len(opening) : -len(ending)]
-        if text.startswith(opening) and text.endswith(ending) and balanced(inner):
-            text, kind = inner, opening + ending
+def parts(text: str) -> Parts | None:
+    """Split a list at its commas; None for text that is no list."""
+    brackets = ""
+    for opening, closing in [(r"\{", r"\}"), *("()", "(]", "[)", "[]")]:
+        inner = text[len(opening) : -len(closing)]
+        enclosed = text.startswith(opening) and text.endswith(closing)
+        if enclosed and is_balanced(inner):
+            text, brackets = inner, opening + closing
             break
     text = JOINTS.sub(",", text)
-    found, depth, start = [], 0, 0
-    for place, sign in enumerate(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if sign in ",;" and depth == 0:
-            found.append(text[start:place].strip())
-            start = place + 1
-    found = [part for part in (*found, text[start:].strip()) if part]
-    if len(found) < 2 or number(text) is not None:
+    levels = depths(text)
+    separators = [i for i, c in enumerate(text) if c in ",;" and levels[i] == 0]
+    bounds = itertools.pairwise([-1, *separators, len(text)])
+    texts = [part for start, end in bounds if (part := text[start + 1 : end].strip())]
+    if len(texts) < 2 or number(text) is not None:
         return None
-    return kind, found
+    return Parts(brackets, texts)
 
 
-def balanced(text: str) -> bool:
-    """Whether no bracket is closed before it is opened."""
-    depth = 0
-    for sign in text:
-        depth += (sign in "([{") - (sign in ")]}")
-        if depth < 0:
-            return False
-    return depth == 0
+def is_balanced(text: str) -> bool:
+    """Whether every bracket is closed, and none before it is opened."""
+    levels = depths(text)
+    return min(levels) == levels[-1] == 0
 
 
-def by_algebra(ours: str, golds: str) -> bool | None:
-    """Formulas; words in them must be the same, for letters commute and words not."""
-    equal = algebra.same(flat(ours), flat(golds))
-    if equal:
-        mine, theirs = (sorted(LONG_WORD.findall(flat(t))) for t in (ours, golds))
-        if (
-            mine
-            and theirs
-            and mine != theirs
-            and sorted("".join(mine)) == sorted("".join(theirs))
-        ):
-            return None
-        if has_base(ours) or has_base(golds):
-            return None
-        if said(ours) - said(golds) - {"and", "or"}:  # the algebra passes over words
-            return None
-    return equal
+def compare_regions(answer: str, gold: str) -> bool | None:
+    """Sets of real numbers."""
+    from oreal_jax.verify.regions import same_region  # imports sympy, which is slow
+
+    return same_region(answer, gold)
 
 
-def said(text: str) -> set[str]:
-    """The words in a formula."""
-    return set(re.findall(r"[a-z]+", " ".join(SAID_IN.findall(text)).lower()))
+def compare_formulas(answer: str, gold: str) -> bool | None:
+    """Formulas; words in them must be equal, because only letters commute."""
+    from oreal_jax.verify import algebra  # imports sympy, which is slow
+
+    equal = algebra.same(flat(answer), flat(gold))
+    if not equal:
+        return equal
+    words, gold_words = (sorted(LONG_WORD.findall(flat(t))) for t in (answer, gold))
+    anagrams = sorted("".join(words)) == sorted("".join(gold_words))
+    if words and gold_words and words != gold_words and anagrams:
+        return None
+    if has_base(answer) or has_base(gold):
+        return None
+    if text_words(answer) - text_words(gold) - {"and", "or"}:  # algebra ignores them
+        return None
+    return True
+
+
+def text_words(formula: str) -> set[str]:
+    r"""The words in \text{...}."""
+    return set(re.findall(r"[a-z]+", " ".join(TEXT.findall(formula)).lower()))
 
 
 def has_base(text: str) -> bool:
-    """Whether a number carries a subscript, such as a base."""
+    """Whether a number has a subscript, such as a base."""
     return bool(re.search(r"\d\s*_", text))
 
 
-Rule = Callable[[str, str], bool | None]
-CHEAP: tuple[Rule, ...] = (
-    by_base, by_choice, by_number, by_residue, by_clock, by_words,
+Comparison = Callable[[str, str], bool | None]
+SIMPLE: tuple[Comparison, ...] = (
+    compare_bases, compare_choice_with_text, compare_numbers, compare_residues,
+    compare_times, compare_words,
 )  # fmt: skip
-DEEP: tuple[Rule, ...] = (
-    by_exact, by_unit, by_name, by_chain, by_parts, same_region, by_brackets,
-    by_algebra,
+COSTLY: tuple[Comparison, ...] = (
+    compare_approximations, compare_units, compare_named, compare_computations,
+    compare_lists, compare_regions, compare_brackets, compare_formulas,
 )  # fmt: skip

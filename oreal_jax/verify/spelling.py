@@ -1,4 +1,4 @@
-"""One spelling for what is only written differently; nothing is computed here."""
+"""One spelling for formulas that are only written differently; computes nothing."""
 
 import re
 import unicodedata
@@ -30,7 +30,7 @@ COMMANDS = {
 }  # fmt: skip
 MONEY = {"\\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
 PRICE = re.compile(r"^\s*\$?\s*(\\\$|[€£¥₹])\s*([\d,]*\.?\d+)[\s.]*\$?\s*$")
-BARE = {"", " ", "<", ">", "|", ":"}  # what needs no backslash
+NO_BACKSLASH = {"", " ", "<", ">", "|", ":"}
 COMMAND = re.compile(r"\\([a-zA-Z]+)\s*")
 FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mathrm|mathbf|mathit|mathsf|mathtt|bf|rm"
@@ -45,7 +45,6 @@ ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z
 RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
 LOWERED = re.compile(r"[₀-₉₊₋]+")
 WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
-AFTER = " .,;:\n"
 
 
 def normalised(text: str) -> str:
@@ -63,8 +62,8 @@ def normalised(text: str) -> str:
     text = re.sub(r">\s*=", r"\\ge ", text).replace("!=", r"\ne ")
     text = re.sub(r"\^\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ", text)
     text = re.sub(r"\^\\circ\s*", r"^\\circ ", text)
-    text = FONT.sub(words, text)
-    for _ in range(3):  # a fraction of fractions
+    text = FONT.sub(font, text)
+    for _ in range(3):  # fractions of fractions
         text = FRACTION.sub(fraction, text)
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_])\s*\{\s*(\w)\s*\}(?!\w)", r"\1\2", text)
@@ -72,19 +71,18 @@ def normalised(text: str) -> str:
 
 
 def ascii_signs(text: str) -> str:
-    """Commands and plain letters instead of signs."""
+    """Commands and plain letters instead of Unicode characters."""
     if text.isascii():
         return text
-    raised = lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"
-    lowered = lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"
-    text = LOWERED.sub(lowered, RAISED.sub(raised, text)).replace("\u2212", "-")
-    root = lambda m: ROOTS[m[1]] + "{" + m[2].strip("{}") + "}"
-    text = ROOT.sub(root, text)
+    plain = lambda match: "{" + unicodedata.normalize("NFKC", match[0]) + "}"
+    text = RAISED.sub(lambda match: "^" + plain(match), text)
+    text = LOWERED.sub(lambda match: "_" + plain(match), text).replace("\u2212", "-")
+    text = ROOT.sub(lambda m: ROOTS[m[1]] + "{" + m[2].strip("{}") + "}", text)
     return "".join(map(ascii_sign, text))
 
 
 def ascii_sign(sign: str) -> str:
-    """One character."""
+    """The spelling of one character."""
     if sign.isascii():
         return sign
     if sign in SIGNS:
@@ -96,60 +94,61 @@ def ascii_sign(sign: str) -> str:
     if unicodedata.category(sign) in ("Cf", "Mn"):
         return ""
     plain = unicodedata.normalize("NFKC", sign)
-    if "⁄" in plain and plain != sign:
+    if plain == sign:
+        return sign
+    if "⁄" in plain:
         top, bottom = plain.split("⁄", 1)
         return f"\\frac{{{top}}}{{{bottom}}}" if bottom else plain
-    return plain if plain == sign else "".join(map(ascii_sign, plain))
+    return "".join(map(ascii_sign, plain))
 
 
 def command(match: re.Match) -> str:
-    """One name for each command."""
-    name = match[1]
-    if name not in COMMANDS:
+    """One name for a command."""
+    if match[1] not in COMMANDS:
         return match[0]
-    new = COMMANDS[name]
-    if new in BARE:
-        return new
-    if new == "^circ":
+    name = COMMANDS[match[1]]
+    if name in NO_BACKSLASH:
+        return name
+    if name == "^circ":
         return r"^\circ "
-    return "\\" + new + ("" if new in "{}" or new == "frac" else " ")
+    return "\\" + name + ("" if name in "{}" or name == "frac" else " ")
 
 
-def words(match: re.Match) -> str:
-    """One font for words; letters and numbers need none."""
-    inside = match[1]
-    if len(inside.strip()) == 1 and "text" not in match[0] and "box" not in match[0]:
-        return inside
-    if not re.search("[a-zA-Z]", inside):
-        return " " + inside + " "
-    return "\\text{" + inside.strip() + "}"
+def font(match: re.Match) -> str:
+    """One font for words, none for letters and numbers."""
+    content = match[1]
+    if len(content.strip()) == 1 and "text" not in match[0] and "box" not in match[0]:
+        return content
+    if not re.search("[a-zA-Z]", content):
+        return " " + content + " "
+    return "\\text{" + content.strip() + "}"
 
 
 def fraction(match: re.Match) -> str:
-    """All braces of a fraction."""
+    """A fraction with all its braces."""
     top = match[1] if match[1] is not None else match[2]
     bottom = match[3] if match[3] is not None else match[4]
     return f"\\frac{{{top.strip()}}}{{{bottom.strip()}}}"
 
 
 def unwrapped(text: str) -> str:
-    """Without the signs around a formula and the ones after it."""
+    """Text without the signs that enclose a formula and the punctuation after it."""
     previous = None
     while text != previous:
         previous = text = text.strip()
         if not text.endswith("\\"):
-            text = text.rstrip(AFTER)
+            text = text.rstrip(" .,;:\n")
         for before, after in WRAPS:
             inner = text[len(before) : -len(after)]
-            both = text.startswith(before) and text.endswith(after)
-            if both and len(text) >= len(before + after) and before not in inner:
+            enclosed = text.startswith(before) and text.endswith(after)
+            if enclosed and len(text) >= len(before + after) and before not in inner:
                 text = inner
         if text.startswith("{") and closing(text, 1) == len(text) - 1:
             text = text[1:-1]
-    return text.replace("$", " ").strip() if "$" in text else text
+    return text.replace("$", " ").strip()
 
 
 def flat(text: str) -> str:
-    """Words as they are read, without their font."""
+    """Text whose words have no font."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     return re.sub(r"\s+", " ", text).strip()

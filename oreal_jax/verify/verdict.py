@@ -1,8 +1,8 @@
-"""What a judge says of a completion."""
+"""Completions to verify, their verdicts, and verdicts read from files."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from oreal_jax.errors import InputError
 
@@ -12,12 +12,21 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 OLD_WORDS: dict[str, Outcome] = {"right": "correct", "wrong": "incorrect"}
 
 
+class Candidate(NamedTuple):
+    """A completion to verify; `finish_reason` is "stop" if it ends in a stop token."""
+
+    question: str
+    gold_answer: str
+    text: str
+    finish_reason: str = "stop"
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """An outcome, a short reason for a person, and who decided.
+    """An outcome, a short readable reason, and who decided.
 
     `by` is "rule", "judge", "truncated" (no stop token), "timeout" or "crash" (the
-    worker died).
+    worker process died).
     """
 
     outcome: Outcome
@@ -26,12 +35,12 @@ class Verdict:
 
     @classmethod
     def truncated(cls) -> "Verdict":
-        """A completion without its stop token is incorrect, whatever it says."""
+        """A completion without stop token is incorrect whatever its text."""
         return cls("incorrect", "no stop token", "truncated")
 
 
 def read_outcome(where: str, row: Mapping[str, Any]) -> Outcome:
-    """The outcome in the field `verdict` of a row of a file.
+    """Read the outcome from the field `verdict` of a file's row.
 
     Raises:
         InputError: naming `where`, the field and its value.

@@ -1,7 +1,7 @@
-"""Sizes of published checkpoints, for plans that are made before anything is loaded.
+"""Sizes of published checkpoints, for plans without a local copy of the model.
 
-`oreal plan` reads the config.json of a local copy where there is one; what does not
-change the shape of a program (the rotary base, the longest length) is left out here.
+Fields that do not change the shape of a program (rotary base, maximum length) are left
+at their defaults.
 """
 
 import dataclasses

@@ -1,0 +1,188 @@
+"""Resumable generation: completions recorded in a journal as soon as they are finished.
+
+A completion is a function of (weights, sampling, seed, prompt, sample) and of nothing
+else, so a recorded one need not be generated again: an interrupted command resumes, and
+16 samples begin with the 4 that exist.
+"""
+
+import contextlib
+import datetime
+import json
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oreal_jax.checkpoints.run import newest_policy
+from oreal_jax.checkpoints.source import ModelSource
+from oreal_jax.data import Chat, Prompt
+from oreal_jax.errors import InputError
+from oreal_jax.evaluation.completions import CompletionRecord
+from oreal_jax.files import fingerprint, write_text
+from oreal_jax.model.decoding import Weights
+from oreal_jax.sampling import Completion, Engine, Request, Sampling
+
+Key = tuple[str, str, int]  # (part, prompt id, sample)
+Records = MutableMapping[Key, CompletionRecord]
+
+
+class Journal(dict[Key, CompletionRecord]):
+    """Records of completions that are on disk as soon as they are set.
+
+    The first line of the file has the settings of their generation, each further line
+    one record.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Read the records of an interrupted command, if `path` exists.
+
+        The file is created by the first record.
+
+        Raises:
+            InputError: the file is not a journal, or has other settings.
+        """
+        super().__init__()
+        self.path = path
+        # The key is that of existing files.
+        self._header = {"drawing": json.loads(json.dumps(settings))}
+        if path.exists():
+            self._read()
+
+    def __setitem__(self, key: Key, record: CompletionRecord) -> None:
+        """Append a record."""
+        row = [*key, *record]
+        lines = [row] if self.path.exists() else [self._header, row]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written: {error.strerror}"
+            ) from None
+        super().__setitem__(key, record)
+
+    def _read(self) -> None:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A kill may have cut the last line.
+            complete = [line for line in lines if line.endswith("\n")]
+            header, *rows = list(map(json.loads, complete)) or [self._header]
+            for part, id, sample, *record in rows:
+                super().__setitem__((part, id, sample), CompletionRecord(*record))
+            old, new = header["drawing"], self._header["drawing"]
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            raise InputError(f"{self.path}: not a file of unfinished work") from None
+        for name in old.keys() | new.keys():
+            if old.get(name) != new.get(name):
+                raise InputError(
+                    f"{self.path}: the unfinished work had {name}={old.get(name)!r}, "
+                    f"now it is {new.get(name)!r}; remove the file to start over"
+                )
+        if complete != lines:
+            write_text(self.path, "".join(complete))
+
+
+@contextlib.contextmanager
+def resumable(
+    out: Path | None, settings: Mapping[str, Any], log: Callable[[str], None]
+) -> Iterator[Records]:
+    """Yield the records of finished completions, a journal in `OUT.unfinished`.
+
+    The journal is removed when the block ends without error. Without `out` the records
+    are in memory only.
+    """
+    if out is None:
+        try:
+            yield {}
+        except KeyboardInterrupt:
+            log("no completions are kept because no output file is named")
+            raise
+        return
+    journal = Journal(out.with_name(out.name + ".unfinished"), settings)
+    if journal:
+        log(f"{journal.path}: resuming after {len(journal)} completions")
+    try:
+        yield journal
+    except KeyboardInterrupt:
+        finished = "no completion is finished yet"
+        if journal:
+            finished = f"{len(journal)} completions are in {journal.path}"
+        log(f"{finished}; resume with the same command")
+        raise
+    journal.path.unlink(missing_ok=True)
+
+
+def generation_settings(
+    source: ModelSource,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that completions depend on, as JSON values.
+
+    `options` are the generation options of a command.
+    """
+    of_run = source.files != source.path
+    weights = newest_policy(source.path) if of_run else source.path
+    newest = max(p.stat().st_mtime for p in weights.rglob("*") if p.is_file())
+    return dict(options) | {
+        "model": str(weights),
+        "model of": datetime.datetime.fromtimestamp(newest).isoformat(),
+        "system_prompt": chat.system_prompt,
+        "questions": fingerprint([(p.id, p.question) for p in prompts]),
+    }
+
+
+def generate(
+    engine: Engine,
+    weights: Weights,
+    sampling: Sampling,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    samples: int,
+    *,
+    seed: int,
+    records: Records,
+    part: str = "",
+    on_progress: Callable[[int, int], None] = lambda tokens, finished: None,
+) -> list[list[CompletionRecord]]:
+    """Generate `samples` completions of each prompt that are not in `records` yet.
+
+    `weights` are the engine's; `part` names the evaluation within `records`.
+
+    Raises:
+        InputError: a prompt and its completion exceed the model.
+    """
+    missing = {
+        p: [k for k in range(samples) if (part, p.id, k) not in records]
+        for p in prompts
+    }
+    new = [(prompt, 0) for prompt in prompts if len(missing[prompt]) == samples]
+    partial = [
+        (prompt, k)
+        for prompt in prompts
+        if len(missing[prompt]) < samples
+        for k in missing[prompt]
+    ]
+    on_progress(0, samples * (len(prompts) - len(new)) - len(partial))
+
+    def complete(first_samples: list[tuple[Prompt, int]], count: int) -> None:
+        def record(request: int, sample: int, completion: Completion) -> None:
+            prompt, first = first_samples[request]
+            records[part, prompt.id, first + sample] = CompletionRecord(
+                chat.decode(completion.tokens),
+                len(completion.tokens),
+                completion.finish_reason,
+            )
+
+        requests = [
+            Request(chat.encode(prompt.question), sampling, prompt.key, first, seed)
+            for prompt, first in first_samples
+        ]
+        engine.sample(
+            weights, requests, count, on_progress=on_progress, on_finished=record
+        )
+
+    complete(partial, 1)
+    complete(new, samples)
+    return [[records[part, p.id, k] for k in range(samples)] for p in prompts]
