@@ -10,8 +10,8 @@ Published: MATH-500 86.4 -> 91.0 in about 9 hours on 32 A100. Not yet run by us.
 
 from oreal_jax.config import Packing, Saving, TrainConfig
 from oreal_jax.losses import Oreal
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
-from oreal_jax.train.state import Optimizer
 
 config = TrainConfig(
     model="internlm/OREAL-7B-SFT",  # a local copy of it

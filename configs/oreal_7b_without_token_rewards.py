@@ -11,7 +11,7 @@ import dataclasses
 import oreal_7b
 
 from oreal_jax.losses import Oreal, unweighted
-from oreal_jax.rollout import everything
+from oreal_jax.trajectory import everything
 
 config = dataclasses.replace(
     oreal_7b.config,

@@ -7,8 +7,8 @@ after on held-out problems. The measured table is in the README.
 """
 
 from oreal_jax.config import Packing, Saving, TrainConfig, Verification
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
-from oreal_jax.train.state import Optimizer
 
 config = TrainConfig(
     model="runs/demo/start",

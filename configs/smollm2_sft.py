@@ -6,7 +6,7 @@ docs/evaluation.md makes the examples that this names, and has what came out.
 """
 
 from oreal_jax.config import Packing, Saving, SftConfig
-from oreal_jax.train.state import Optimizer
+from oreal_jax.optimizer import Optimizer
 
 config = SftConfig(
     model="runs/demo/start",

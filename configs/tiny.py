@@ -8,8 +8,8 @@ For tests and for trying out changes. The task: the larger of two digits.
 """
 
 from oreal_jax.config import Packing, Saving, TrainConfig, Verification
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
-from oreal_jax.train.state import Optimizer
 
 config = TrainConfig(
     model="runs/tiny_sft",

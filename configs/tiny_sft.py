@@ -4,7 +4,7 @@ oreal sft configs/tiny_sft.py
 """
 
 from oreal_jax.config import Packing, Saving, SftConfig
-from oreal_jax.train.state import Optimizer
+from oreal_jax.optimizer import Optimizer
 
 config = SftConfig(
     model="runs/tiny_start/hf",

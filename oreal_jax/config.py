@@ -8,14 +8,14 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
-from oreal_jax import losses, rollout
+from oreal_jax import losses, trajectory
 from oreal_jax.data.order import PUBLISHED_BANDS, Bands
 from oreal_jax.errors import InputError
 from oreal_jax.losses import PolicyLoss
 from oreal_jax.model import Remat
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
 from oreal_jax.sharding import MeshShape
-from oreal_jax.train.state import Optimizer
 
 
 def _check(condition: bool, message: str) -> None:
@@ -154,7 +154,7 @@ class TrainConfig:
     decode_cache: Literal["full", "float8"] = "full"
     max_disagreement: float = 0.1
     verification: Verification = Verification()
-    keep: rollout.Keep = rollout.one_pair
+    keep: trajectory.Keep = trajectory.one_pair
     loss: PolicyLoss = losses.Oreal()
     log_probs: Literal["full", "sampled"] = "full"
     policy: Optimizer = Optimizer(learning_rate=5e-7, final_learning_rate=1e-7)

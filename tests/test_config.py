@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from oreal_jax import config as configuration
-from oreal_jax import config_loading, distributed, losses, rollout
+from oreal_jax import config_loading, distributed, losses, trajectory
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
+from oreal_jax.data import Prompt
 from oreal_jax.data.order import PUBLISHED_BANDS
 from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal, ThresholdWeights
-from oreal_jax.train import loop
+from oreal_jax.sampling import Completion
+from oreal_jax.train import setup
 from oreal_jax.verify import Verdict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -68,14 +70,14 @@ def test_the_7b_recipe_is_the_published_one():
     )
     assert config.loss.advantage is losses.rloo
     assert config.log_probs == "full"
-    assert config.keep is rollout.one_pair
+    assert config.keep is trajectory.one_pair
     assert config.difficulty == PUBLISHED_BANDS
 
 
 def test_without_token_rewards_nothing_is_filtered_or_frozen():
     config = loaded("oreal_7b_without_token_rewards")
     assert config.token_reward is None
-    assert config.keep is rollout.everything
+    assert config.keep is trajectory.everything
     assert config.freeze_steps == 0
     assert isinstance(config.loss, Oreal)
     assert (
@@ -158,15 +160,15 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
         arguments.update(settings, a=hosts_and_model)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(loop, "Judge", judge)
+    monkeypatch.setattr(setup, "Judge", judge)
     fields = ("judge_hosts=('http://a/v1',)", "judge_concurrency=3", "judge_tries=5")
     fields += ("judge_timeout=2.5", "judge_lost=rule")
     settings = [f"verification.{a}" for a in ("judge_model=m", *fields)]
-    assert loop.judge_of(loaded("oreal_7b"), Screen()).__enter__() is None
-    loop.judge_of(loaded("oreal_7b", *settings), Screen())
+    assert setup.open_judge(loaded("oreal_7b"), Screen()).__enter__() is None
+    setup.open_judge(loaded("oreal_7b", *settings), Screen())
     monkeypatch.setattr(distributed, "is_first", lambda: False)
-    loop.judge_of(loaded("oreal_7b", *settings), Screen.silent())
-    arguments.pop("say")("lost")  # also from processes without a screen
+    setup.open_judge(loaded("oreal_7b", *settings), Screen.silent())
+    arguments.pop("log")("lost")  # also from processes without a screen
     assert re.search("process 0 of 1 on .*: lost", capsys.readouterr().err)
     assert arguments == {
         "a": (("http://a/v1",), "m"),
@@ -177,19 +179,29 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
     }
 
 
-def test_undecided_completions_do_not_affect_advantages():
-    correct, incorrect, unsure = (
-        Verdict(o, "") for o in ("correct", "incorrect", "undecided")
+def trajectory_with(outcome: str) -> trajectory.Trajectory:
+    return trajectory.Trajectory(
+        prompt=Prompt("id", "question", "1"),
+        group=0,
+        sample=0,
+        prompt_tokens=[1],
+        completion=Completion([2], np.zeros(1), None, "stop"),
+        verdict=Verdict(outcome, ""),  # pyright: ignore[reportArgumentType]
     )
-    groups = [
-        [correct, unsure, incorrect, incorrect],
-        [unsure, unsure, unsure, correct],
+
+
+def test_undecided_completions_do_not_affect_advantages():
+    outcomes = [
+        ["correct", "undecided", "incorrect", "incorrect"],
+        ["undecided", "undecided", "undecided", "correct"],
     ]
-    advantages = rollout.advantages_of_decided(groups, losses.rloo)
+    groups = [[trajectory_with(outcome) for outcome in group] for group in outcomes]
+    groups = trajectory.with_advantages(groups, losses.rloo, undecided="drop")
+    advantages = [[each.advantage for each in group] for group in groups]
     alone = losses.rloo(np.array([[1.0, -1.0, -1.0]]))[0]
-    np.testing.assert_array_equal(advantages[0], [alone[0], 0, alone[1], alone[2]])
+    assert advantages[0] == [alone[0], 0, alone[1], alone[2]]
     # One decided completion alone has no baseline.
-    np.testing.assert_array_equal(advantages[1], np.zeros(4))
+    assert advantages[1] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("order", [1, -1])

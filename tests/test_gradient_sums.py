@@ -17,7 +17,7 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.config_loading import load
 from oreal_jax.errors import InputError
 from oreal_jax.model import decoder
-from oreal_jax.train.programs import mesh_of
+from oreal_jax.train.programs import make_run_mesh
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 TOKENS = 16_384
@@ -91,7 +91,7 @@ def test_sums_in_bfloat16_need_computation_in_bfloat16():
     with pytest.raises(
         InputError, match="gradient_sums='bfloat16' with compute='auto'"
     ):
-        mesh_of(config, SMALL)
+        make_run_mesh(config, SMALL)
 
 
 @pytest.mark.parametrize(

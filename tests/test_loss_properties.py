@@ -26,7 +26,7 @@ from oreal_jax.losses import (
     token_credit,
     unweighted,
 )
-from oreal_jax.train.step import micro, unpack
+from oreal_jax.train.scoring import micro_batch, unpack
 
 # The same examples on every run; each loss is compiled once for each shape.
 thorough = settings(deadline=None, max_examples=15, derandomize=True)
@@ -286,7 +286,7 @@ def test_packing_changes_nothing(loss, sampled, prompts, height, row_length):
 def packed_outputs(loss, scored, packed, index, counts, spread):
     """Outputs of a micro-batch as in the training step, gradients by column."""
     with jax.enable_x64(True):
-        part = micro(packed, index)
+        part = micro_batch(packed, index)
         columns = {name: spread(getattr(scored, name), np.nan) for name in FLOATS}
         read, pull = jax.vjp(
             lambda columns: {name: unpack(x, part) for name, x in columns.items()},

@@ -11,7 +11,7 @@ import tiny as tiny_config
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Example, Shape, SizeLimits, arrange, fill_rows, pack
 from oreal_jax.sampling.simulation import heavy_tailed
-from oreal_jax.train.programs import limits_of
+from oreal_jax.train.programs import step_size_limits
 
 Lengths = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -43,7 +43,9 @@ def published(random: np.random.Generator, count: int) -> np.ndarray:
 def shapes(config: TrainConfig, lengths, shards: int) -> list[tuple[Shape, int]]:
     """The batch shape and the number of micro-batches of each step."""
     packing = config.packing
-    limits = limits_of(config, min(prompt for step in lengths for prompt, _ in step))
+    limits = step_size_limits(
+        config, min(prompt for step in lengths for prompt, _ in step)
+    )
     batches = []
     for step in lengths:
         groups, shape = arrange(

@@ -14,9 +14,10 @@ from oreal_jax.console import Screen
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.losses import Oreal
 from oreal_jax.model import ModelConfig
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.train.profile import Profile
-from oreal_jax.train.state import Optimizer, learners
-from oreal_jax.train.step import train_step
+from oreal_jax.train.step import make_train_step
+from oreal_jax.train_state import TrainedModels
 
 pytestmark = pytest.mark.usefixtures("judges")
 
@@ -29,9 +30,9 @@ POLICY = Optimizer(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=0)
 def lowered(layers: int):
     config = dataclasses.replace(CONFIG, layers=layers)
     mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
-    both = learners(config, POLICY, POLICY, 10, mesh)
+    both = TrainedModels.create(config, POLICY, POLICY, 10, mesh)
     batch, _ = pack([Example([1, 2], [3, 4])] * 3, rows=1, row_length=32)
-    update = train_step(both, Oreal(), mesh)
+    update = make_train_step(both, Oreal(), mesh)
     return update.program.lower(both.abstract(mesh), batch, False)
 
 

@@ -19,7 +19,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import PromptOrder, load_prompts
 from oreal_jax.errors import Diverged
 from oreal_jax.sampling import Engine
-from oreal_jax.train import loop
+from oreal_jax.train import run_directory
 from oreal_jax.train import sft as fine_tuning
 
 pytestmark = pytest.mark.usefixtures("judges")
@@ -445,14 +445,14 @@ def test_an_error_after_the_update_saves_the_updated_state(
     """
     policy.learns = True
     assert train(start, files, "steps=3", "saving.every=2", run="whole").code == 0
-    write = loop.write_trajectories
+    write = run_directory.write_trajectories
 
     def fail(run, step, *given):
         if step == 1:
             raise OSError("no route to the file system")
         write(run, step, *given)
 
-    monkeypatch.setattr(loop, "write_trajectories", fail)
+    monkeypatch.setattr(run_directory, "write_trajectories", fail)
     with pytest.raises(OSError, match="no route"):
         train(start, files, "steps=3")
     assert saved_steps(files / "run") == [3]

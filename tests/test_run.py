@@ -30,8 +30,8 @@ from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
 from oreal_jax.loss_lab.load import PER_TOKEN
 from oreal_jax.sampling import Engine
-from oreal_jax.train import loop
-from oreal_jax.train.programs import mesh_of
+from oreal_jax.train import run_directory
+from oreal_jax.train.programs import make_run_mesh
 
 pytestmark = pytest.mark.usefixtures("judges")
 
@@ -123,7 +123,11 @@ def test_what_a_run_directory_holds(whole):
 def test_trajectories_are_written_while_the_next_step_samples(tiny, monkeypatch):
     """And before the checkpoint after which they would not be written again."""
     run, sampling = tiny / "background", threading.Event()
-    write, sample, save = loop.write_trajectories, Engine.sample, Checkpoints.save
+    write, sample, save = (
+        run_directory.write_trajectories,
+        Engine.sample,
+        Checkpoints.save,
+    )
     saved = []
 
     def write_late(folder, step, *others):
@@ -139,7 +143,7 @@ def test_trajectories_are_written_while_the_next_step_samples(tiny, monkeypatch)
         saved.append(sorted(path.name for path in (run / "trajectories").iterdir()))
         save(self, *arguments)
 
-    monkeypatch.setattr(loop, "write_trajectories", write_late)
+    monkeypatch.setattr(run_directory, "write_trajectories", write_late)
     monkeypatch.setattr(Engine, "sample", announce)
     monkeypatch.setattr(Checkpoints, "save", list_files)
     train_ok(tiny, run, "steps=2", "saving.every=2")
@@ -250,7 +254,7 @@ def test_rows_that_context_does_not_divide_are_refused(tiny):
     with pytest.raises(
         InputError, match="row_length=300 does not divide by .*context=8"
     ):
-        mesh_of(config, open_model(tiny / "sft").config)
+        make_run_mesh(config, open_model(tiny / "sft").config)
 
 
 def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):

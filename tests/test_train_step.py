@@ -14,9 +14,11 @@ from oreal_jax.data.packing import Example, fill_rows, pack
 from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal
 from oreal_jax.model import ModelConfig
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling, sampled_from
-from oreal_jax.train.state import Optimizer, learners
-from oreal_jax.train.step import place, reference_scorer, train_step
+from oreal_jax.train.scoring import make_reference_scorer, put_batch
+from oreal_jax.train.step import make_train_step
+from oreal_jax.train_state import TrainedModels
 
 CONFIG = ModelConfig(
     vocab=64, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=32, qkv_bias=True
@@ -54,18 +56,18 @@ def run(
     """State, metrics and scores after some steps on the same batch."""
     devices = jax.devices()[: 1 if shape == ONE else 8]
     mesh = sharding.make_mesh(shape, CONFIG, devices)
-    both = learners(CONFIG, policy, scores, 10, mesh)
+    both = TrainedModels.create(CONFIG, policy, scores, 10, mesh)
     params = model.init(CONFIG, jax.random.key(0))
-    state = both.start(params, mesh)
+    state = both.initializer(mesh)(params)
     if state.token_reward:  # a head that has learned something: no token weighs zero
         head = jax.random.normal(jax.random.key(1), (16,))
         state.token_reward.params["score"] = jax.device_put(
             head, state.token_reward.params["score"].sharding
         )
     packed, slots = pack(batch(), rows=rows, row_length=row_length)
-    packed = place(packed, mesh)
-    packed = reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
-    update = train_step(
+    packed = put_batch(packed, mesh)
+    packed = make_reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
+    update = make_train_step(
         both,
         loss,
         mesh,
@@ -79,9 +81,9 @@ def run(
     return state, metrics, said, slots
 
 
-def moments(player) -> Any:
+def moments(state) -> Any:
     """Adam's part of an optimizer state."""
-    return next(part for part in player.optimizer if hasattr(part, "mu"))
+    return next(part for part in state.optimizer if hasattr(part, "mu"))
 
 
 def gradients(state):
@@ -111,10 +113,10 @@ def whole():
 
 def test_the_step_is_compiled_once():
     mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
-    both = learners(CONFIG, POLICY, POLICY, 10, mesh)
-    state = both.start(model.init(CONFIG, jax.random.key(0)), mesh)
-    packed = place(pack(examples(), rows=1, row_length=256)[0], mesh)
-    update = train_step(both, Oreal(), mesh)
+    both = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
+    state = both.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
+    packed = put_batch(pack(examples(), rows=1, row_length=256)[0], mesh)
+    update = make_train_step(both, Oreal(), mesh)
     for _ in range(3):
         state, *_ = update(state, packed)
     assert update.program._cache_size() == 1
@@ -192,14 +194,13 @@ def test_scores_come_back_in_the_slot_of_their_example(whole):
 
 def test_moments_lie_like_their_parameters():
     mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4, tensor=2), CONFIG)
-    state = learners(CONFIG, POLICY, SCORES, 10, mesh).start(
-        model.init(CONFIG, jax.random.key(0)), mesh
-    )
-    for player in (state.policy, state.token_reward):
-        assert player
-        for moment in moments(player)[1:]:
+    models = TrainedModels.create(CONFIG, POLICY, SCORES, 10, mesh)
+    state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
+    for trained in (state.policy, state.token_reward):
+        assert trained
+        for moment in moments(trained)[1:]:
             same = lambda m, p: m.sharding == p.sharding
-            assert jax.tree.all(jax.tree.map(same, moment, player.params))
+            assert jax.tree.all(jax.tree.map(same, moment, trained.params))
     query = state.policy.params["layers"]["attention"]["query"]
     assert query.addressable_shards[0].data.size == query.size // 8
 
@@ -276,12 +277,12 @@ def test_every_optimizer_setting_changes_the_update(field, value):
     mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
     ends = []
     for optimizer in (POLICY, changed):
-        trained = learners(CONFIG, optimizer, None, 10, mesh).policy
-        player = trained.start({"weight": jnp.ones(3)})
+        trained = TrainedModels.create(CONFIG, optimizer, None, 10, mesh).policy
+        state = trained.initialize({"weight": jnp.ones(3)})
         for step in range(3):
             gradient = {"weight": jnp.asarray([0.1, 0.2 - 0.1 * step, -3.0 * step])}
-            player = trained.update(player, gradient, jnp.asarray(step))
-        ends.append(np.asarray(player.params["weight"]))
+            state = trained.update(state, gradient, jnp.asarray(step))
+        ends.append(np.asarray(state.params["weight"]))
     assert np.abs(ends[0] - ends[1]).max() > 1e-6
 
 
@@ -300,12 +301,12 @@ def test_a_bfloat16_momentum_is_near_and_half_as_large():
     ends = []
     for momentum in ("float32", "bfloat16"):
         optimizer = dataclasses.replace(POLICY, momentum=momentum)
-        trained = learners(CONFIG, optimizer, None, 10, mesh).policy
-        player = trained.start({"weight": jnp.ones(3)})
+        trained = TrainedModels.create(CONFIG, optimizer, None, 10, mesh).policy
+        state = trained.initialize({"weight": jnp.ones(3)})
         for step in range(3):
             gradient = {"weight": jnp.asarray([0.1, 0.2 - 0.1 * step, -3.0 * step])}
-            player = trained.update(player, gradient, jnp.asarray(step))
-        ends.append(player)
+            state = trained.update(state, gradient, jnp.asarray(step))
+        ends.append(state)
     exact, near = ends
     momentum = moments(near).mu["weight"]
     assert momentum.dtype == jnp.bfloat16

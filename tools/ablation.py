@@ -44,10 +44,10 @@ from oreal_jax.errors import InputError
 from oreal_jax.evaluation import Evaluator, ProblemSet
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.interrupts import INTERRUPTED, exit_process
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
-from oreal_jax.train.state import Optimizer
 from oreal_jax.verify import Pool
 
 DIGITS = 4

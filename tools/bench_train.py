@@ -42,9 +42,11 @@ from oreal_jax.data.packing import Example, pack
 from oreal_jax.losses import Oreal, PolicyLoss, Reinforce
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.head import HEAD_CHUNK
+from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling.simulation import heavy_tailed
-from oreal_jax.train.state import Optimizer, learners
-from oreal_jax.train.step import place, train_step
+from oreal_jax.train.scoring import put_batch
+from oreal_jax.train.step import make_train_step
+from oreal_jax.train_state import TrainedModels
 
 OPTIMIZER = Optimizer(learning_rate=1e-6, final_learning_rate=1e-6, warmup_steps=0)
 POLICY_ALONE = Reinforce(kl_weight=0.0)
@@ -90,11 +92,11 @@ class Ours:
         remat: model.Remat,
     ):
         mesh = one_device(config)
-        both = learners(config, OPTIMIZER, token_reward, 1000, mesh)
-        self.state = both.start(params, mesh)
+        both = TrainedModels.create(config, OPTIMIZER, token_reward, 1000, mesh)
+        self.state = both.initializer(mesh)(params)
         batch, _ = pack(examples, rows=1, row_length=row_length)
-        self.rows, self.batch = int(batch.filled), place(batch, mesh)
-        self.update = train_step(both, loss, mesh, remat=remat)
+        self.rows, self.batch = int(batch.filled), put_batch(batch, mesh)
+        self.update = make_train_step(both, loss, mesh, remat=remat)
 
     def __call__(self) -> float:
         """Takes a step; the norm of the gradient."""

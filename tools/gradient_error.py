@@ -25,8 +25,10 @@ from oreal_jax import model, sharding
 from oreal_jax.data.packing import Batch, Example, pack
 from oreal_jax.losses import BestOfNCloning
 from oreal_jax.model import ModelConfig
-from oreal_jax.train.state import Learners, Optimizer, TrainState, learners
-from oreal_jax.train.step import TrainStep, place, train_step
+from oreal_jax.optimizer import Optimizer
+from oreal_jax.train.scoring import put_batch
+from oreal_jax.train.step import TrainStep, make_train_step
+from oreal_jax.train_state import TrainedModels, TrainState
 
 CONFIG = ModelConfig(
     vocab=256,
@@ -63,9 +65,9 @@ class Step:
         self.mesh: Mesh = sharding.make_mesh(
             shape, config, jax.devices()[: math.prod(dataclasses.astuple(shape))]
         )
-        self.learners: Learners = learners(config, OPTIMIZER, OPTIMIZER, 9, self.mesh)
-        self.update: TrainStep = train_step(
-            self.learners, BestOfNCloning(), self.mesh, **how
+        self.models = TrainedModels.create(config, OPTIMIZER, OPTIMIZER, 9, self.mesh)
+        self.update: TrainStep = make_train_step(
+            self.models, BestOfNCloning(), self.mesh, **how
         )
         self.config = config
 
@@ -78,7 +80,7 @@ class Step:
 
         params = model.init(self.config, jax.random.key(0))
         params["layers"] = jax.tree.map(moved, params["layers"])
-        state = self.learners.start(params, self.mesh)
+        state = self.models.initializer(self.mesh)(params)
         if state.token_reward:
             score = state.token_reward.params["score"]
             state.token_reward.params["score"] = jax.device_put(
@@ -89,11 +91,13 @@ class Step:
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The step before compilation."""
-        return self.update.program.lower(self.start(), place(batch, self.mesh), False)
+        return self.update.program.lower(
+            self.start(), put_batch(batch, self.mesh), False
+        )
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Every leaf: after one step Adam's first moment is a tenth of it."""
-        state, *_ = self.update(self.start(), place(batch, self.mesh))
+        state, *_ = self.update(self.start(), put_batch(batch, self.mesh))
         players = {"policy": state.policy, "token_reward": state.token_reward}
         moments = {
             name: next(part for part in player.optimizer if hasattr(part, "mu")).mu

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import write_text
 from oreal_jax.model import Params
-from oreal_jax.train.state import ModelState, TrainState
+from oreal_jax.train_state import ModelState, TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="orbax")

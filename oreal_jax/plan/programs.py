@@ -21,8 +21,8 @@ from oreal_jax.sampling import Engine, work
 from oreal_jax.sampling.programs import Size, Starts
 from oreal_jax.sampling.scheduler import smaller
 from oreal_jax.train import programs as run_programs
-from oreal_jax.train.state import Learners, TrainState
-from oreal_jax.train.step import of_batch, reference_scorer
+from oreal_jax.train.scoring import batch_shardings, make_reference_scorer
+from oreal_jax.train_state import TrainedModels, TrainState
 
 
 class Program(NamedTuple):
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     """A run on the devices of a topology: shapes and shardings, no values."""
 
     mesh: Mesh
-    learners: Learners
+    models: TrainedModels
     engine: Engine
     size: Size
     state: TrainState
@@ -84,11 +84,11 @@ def layout(
     Raises:
         InputError: mesh, engines, cache and model do not go together.
     """
-    mesh = run_programs.mesh_of(config, shape, devices)
-    learners = run_programs.learners_of(config, shape, mesh, config.steps)
+    mesh = run_programs.make_run_mesh(config, shape, devices)
+    models = run_programs.make_trained_models(config, shape, mesh, config.steps)
     longest = config.max_prompt_tokens
     # A plan has no tokenizer, so no stop strings: they take a few kilobytes.
-    engine = run_programs.engine_of(
+    engine = run_programs.make_engine(
         config, shape, mesh, [0], None, longest, devices=own
     )
     processes = len({device.process_index for device in devices})
@@ -97,20 +97,20 @@ def layout(
         [Example([0] * prompt, [0] * completion) for prompt, completion in selected],
         rows=config.packing.rows * sharding.row_ways(mesh),
         row_length=config.packing.row_length,
-        limits=run_programs.limits_of(config),
+        limits=run_programs.step_size_limits(config),
     )
-    state = learners.abstract(mesh)
+    state = models.abstract(mesh)
     reference = model.abstract(shape, run_programs.compute_dtype(config.compute, mesh))
     weights = jax.eval_shape(engine.programs.reshard, state.policy.params)
     return Layout(
         mesh=mesh,
-        learners=learners,
+        models=models,
         engine=engine,
         size=engine.size(completions, longest, config.sampling.max_tokens),
         state=state,
         reference=sharding.placed(reference, sharding.of_params(shape, mesh)),
         weights=sharding.placed(weights, engine.programs.own),
-        batch=sharding.placed(batch, of_batch(mesh)),
+        batch=sharding.placed(batch, batch_shardings(mesh)),
         micros=int(batch.filled),
         processes=processes,
     )
@@ -121,7 +121,9 @@ def selected_lengths(
 ) -> list[tuple[int, int]]:
     """(prompt, completion) lengths of the most that a step trains on, if its
     completions have these lengths: as many per prompt as `keep` may select."""
-    per_prompt = run_programs.limits_of(config).completions // config.prompts_per_step
+    per_prompt = (
+        run_programs.step_size_limits(config).completions // config.prompts_per_step
+    )
     prompt = mean_prompt_tokens(config)
     return [(prompt, int(size)) for size in lengths[:, :per_prompt].flat]
 
@@ -135,14 +137,14 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
     """All programs of a run, in the order of their first use."""
     mesh, state, batch, held = run.mesh, run.state, run.batch, run.held
     training, reference = held["parameters"] + held["optimizer"], held["reference"]
-    start = run.learners.starter(mesh)
+    start = run.models.initializer(mesh)
     yield Program("start", "load", start, (state.policy.params,), reference)
     yield from _sampling(config, run, training + reference)
     dtype = run_programs.compute_dtype(config.compute, mesh)
-    score = reference_scorer(shape, mesh, dtype)
+    score = make_reference_scorer(shape, mesh, dtype)
     inputs = run.reference, batch
     yield Program("reference", "ref", score, inputs, training, run.micros)
-    update = run_programs.update_of(config, run.learners, mesh).program
+    update = run_programs.make_run_step(config, run.models, mesh).program
     for frozen in (False, True) if config.freeze_steps else (False,):
         name = "train step, policy frozen" if frozen else "train step"
         inputs = state, batch, frozen

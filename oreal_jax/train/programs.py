@@ -1,4 +1,4 @@
-"""What a run executes on its devices, made from its config.
+"""The programs of a run, made from its config.
 
 The loop runs these programs, `oreal plan` compiles the same ones ahead of time.
 """
@@ -10,20 +10,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from oreal_jax import model, rollout, sharding
+from oreal_jax import model, sharding, trajectory
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampled_from
-from oreal_jax.train.state import Learners, learners
-from oreal_jax.train.step import TrainStep, train_step
+from oreal_jax.train.step import TrainStep, make_train_step
+from oreal_jax.train_state import TrainedModels
 
 
-def mesh_of(
+def make_run_mesh(
     config: TrainConfig | SftConfig, shape: ModelConfig, devices: Sequence | None = None
 ) -> Mesh:
-    """The mesh of a run.
+    """Return the mesh of a run.
 
     Raises:
         InputError: devices, model, rows and dtypes do not go together.
@@ -44,45 +44,45 @@ def mesh_of(
 
 
 def compute_dtype(name: str, mesh: Mesh):
-    """The dtype of activations: "auto" is bfloat16, on CPU float32."""
+    """Return the dtype of activations: "auto" is bfloat16, on CPU float32."""
     if name == "auto":
         name = "float32" if sharding.platform(mesh) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
-def learners_of(
+def make_trained_models(
     config: TrainConfig | SftConfig, shape: ModelConfig, mesh: Mesh, steps: int
-) -> Learners:
-    """The models that a run trains."""
+) -> TrainedModels:
+    """Return the models that a run trains."""
     rewards = config.token_reward if isinstance(config, TrainConfig) else None
-    return learners(shape, config.policy, rewards, steps, mesh)
+    return TrainedModels.create(shape, config.policy, rewards, steps, mesh)
 
 
-def update_of(
-    config: TrainConfig | SftConfig, learners: Learners, mesh: Mesh
+def make_run_step(
+    config: TrainConfig | SftConfig, models: TrainedModels, mesh: Mesh
 ) -> TrainStep:
-    """The training step of a run."""
+    """Return the training step of a run."""
     is_train = isinstance(config, TrainConfig)
-    return train_step(
-        learners,
+    return make_train_step(
+        models,
         config.loss,
         mesh,
         freeze_steps=config.freeze_steps if is_train else 0,
         dtype=compute_dtype(config.compute, mesh),
-        distribution=distribution_of(config) if is_train else model.full,
+        distribution=loss_distribution(config) if is_train else model.full,
         remat=config.remat,
         gradient_sums=jnp.dtype(config.gradient_sums),
     )
 
 
-def distribution_of(config: TrainConfig) -> Distribution:
-    """The distribution whose probabilities the loss is about."""
+def loss_distribution(config: TrainConfig) -> Distribution:
+    """Return the distribution whose probabilities the loss is about."""
     if config.log_probs == "sampled":
         return sampled_from(config.sampling)
     return model.full
 
 
-def engine_of(
+def make_engine(
     config: TrainConfig,
     shape: ModelConfig,
     mesh: Mesh,
@@ -91,7 +91,7 @@ def engine_of(
     longest_prompt: int,
     devices: Sequence | None = None,
 ) -> Engine:
-    """The engine of a run, for training and evaluation, with prompts of at most
+    """Return the engine of a run, for training and evaluation, with prompts of at most
     `longest_prompt` tokens. `devices` are those of this process (None: JAX's default).
 
     Raises:
@@ -118,9 +118,9 @@ def engine_of(
     return engine
 
 
-def limits_of(config: TrainConfig, shortest_prompt: int = 0) -> SizeLimits:
-    """The limits of a run's steps; prompts have at least `shortest_prompt` tokens."""
-    per_prompt = 2 if config.keep is rollout.one_pair else config.samples_per_prompt
+def step_size_limits(config: TrainConfig, shortest_prompt: int = 0) -> SizeLimits:
+    """Return limits of all steps; prompts have at least `shortest_prompt` tokens."""
+    per_prompt = 2 if config.keep is trajectory.one_pair else config.samples_per_prompt
     return SizeLimits(
         completions=per_prompt * config.prompts_per_step,
         sequence=config.max_prompt_tokens + config.sampling.max_tokens,

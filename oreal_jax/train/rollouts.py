@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
-from oreal_jax import processes
+from oreal_jax import distributed
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, Prompt, PromptOrder
@@ -18,7 +18,8 @@ from oreal_jax.model import Params
 from oreal_jax.sampling import Completion, Engine, Request, Statistics
 from oreal_jax.train.run_directory import interrupted_path
 from oreal_jax.trajectory import Group, Trajectory
-from oreal_jax.verify import Pool, Verdict, verify_completions
+from oreal_jax.verify import Candidate, Pool, Verdict
+from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
 Verified = list[tuple[Completion, Verdict]]  # of one prompt
@@ -105,7 +106,7 @@ class Rollouts:
                 self.pool.submit(text, prompts[n].prompt.gold_answer)
 
         config, samples = self.config, self.config.samples_per_prompt
-        with processes.together():
+        with distributed.together():
             weights = self.engine.weights(policy)
         requests = [
             Request(
@@ -141,12 +142,16 @@ class Rollouts:
         label, total = f"step {step + 1}: ", len(completions)
         order = sorted(completions)
         with self.screen.phase("verify", total=total, label=label) as advance:
-            verdicts = verify_completions(
-                self.pool,
-                [(prompts[n].prompt, completions[n, k]) for n, k in order],
-                judge=self.judge,
-                on_done=advance,
-            )
+            candidates = [
+                Candidate(
+                    prompts[n].prompt.question,
+                    prompts[n].prompt.gold_answer,
+                    completions[n, k].text,
+                    completions[n, k].finish_reason,
+                )
+                for n, k in order
+            ]
+            verdicts = verify_completions(candidates, self.pool, self.judge, advance)
         return dict(zip(order, verdicts, strict=True))
 
     def _save_interrupted(
@@ -169,7 +174,7 @@ class Rollouts:
             }
             for (n, k), completion in sorted(completions.items(), key=lambda x: x[0])
         ]
-        path = interrupted_path(self.run, step, processes.index())
+        path = interrupted_path(self.run, step, distributed.process_index())
         write_lines(path, rows)
         total = len(prompts) * self.config.samples_per_prompt
         self.screen.say(f"{len(rows)} of {total} completions are in {path}")
@@ -178,7 +183,7 @@ class Rollouts:
         """Return speed and counters of this step's engines and judges, over all
         processes."""
         judge = self.judge
-        parts = processes.gathered(
+        parts = distributed.gather_values(
             [self.engine.statistics, judge and judge.take_counts()]
         )
         engines = [Statistics(*statistics) for statistics, _ in parts]
@@ -193,7 +198,7 @@ def all_trajectories(
 ) -> list[Group]:
     """Return the trajectories of all processes, still without advantages; `mine` are
     the completions of this process's share of `prompts`."""
-    groups = processes.all_of(mine, encode, decode)
+    groups = distributed.gather_shares(list(mine), encode, decode)
     return [
         [
             Trajectory(
@@ -223,7 +228,8 @@ def encode(groups: Sequence[Verified]) -> bytes:
         for group in groups
     ]
     # A tokenizer may decode half of a surrogate pair.
-    return msgpack.packb(rows, default=plain, unicode_errors="surrogatepass")
+    packer = msgpack.Packer(default=plain, unicode_errors="surrogatepass")
+    return packer.pack(rows)
 
 
 def decode(encoded: bytes) -> list[Verified]:

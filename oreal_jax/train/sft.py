@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from oreal_jax import distributed, efficiency, losses, program_cache
+from oreal_jax import distributed, efficiency, losses, program_cache, sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
@@ -18,76 +18,77 @@ from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
-from oreal_jax.train.programs import mesh_of, update_of
-from oreal_jax.train.session import Data, Session, chat_of, progress_of, source_of
-from oreal_jax.train.step import place
+from oreal_jax.train.metrics import finite
+from oreal_jax.train.programs import make_run_mesh, make_run_step
+from oreal_jax.train.resume import Data, open_source, read_progress
+from oreal_jax.train.run_directory import RunDirectory
+from oreal_jax.train.scoring import put_batch
+from oreal_jax.train.setup import load_chat
 
 
 def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
-    """Fine-tunes, or goes on fine-tuning, in the run directory `run`; traces `profile`
+    """Fine-tune, or resume fine-tuning, in the run directory `run`; trace `profile`
     steps.
 
     Raises:
         InputError: the config, model, examples or run directory cannot be used.
     """
-    source = source_of(config, run)
-    mesh = mesh_of(config, source.config)
+    source = open_source(config, run)
+    mesh = make_run_mesh(config, source.config)
     program_cache.enable()
     check_loss(config)
-    chat = chat_of(config, run, source)
+    chat = load_chat(config, run, source)
     rows = read_examples(Path(config.examples))
     usable = usable_examples(config, source.config, chat, rows, screen)
-    of_all = fingerprint([dataclasses.astuple(row) for row in rows])
-    distributed.assert_equal(f"{config.examples}: fingerprint", of_all)
+    all_rows = fingerprint([dataclasses.astuple(row) for row in rows])
+    distributed.assert_equal(f"{config.examples}: fingerprint", all_rows)
     examples = list(usable.values())
     tokens = fingerprint([(e.prompt, e.completion) for e in examples])
     distributed.assert_equal(f"{config.examples}: fingerprint of its tokens", tokens)
-    order = PromptOrder(examples, batch=config.examples_per_step, seed=config.seed)
-    limits = SizeLimits.from_examples(examples, config.examples_per_step)
+    per_step = config.examples_per_step
+    order = PromptOrder(examples, batch=per_step, seed=config.seed)
+    limits = SizeLimits.from_examples(examples, per_step)
     steps = config.steps
     if not steps:
-        done, progress = progress_of(run)
+        finished, progress = read_progress(run)
         remaining = config.epochs * len(examples) - progress.taken
-        steps = (done or 0) + max(0, remaining) // config.examples_per_step
-    session = Session(
+        steps = (finished or 0) + max(0, remaining) // per_step
+    with RunDirectory(
         config,
         run,
         screen,
         source=source,
         mesh=mesh,
         chat=chat,
-        data=Data(
-            config.examples,
-            of_all,
-            fingerprint(list(usable)),
-            config.examples_per_step,
-        ),
+        data=Data(config.examples, all_rows, fingerprint(list(usable)), per_step),
         steps=steps,
         profile=profile,
-    )
-    with session:
-        update = update_of(config, session.learners, mesh)
-        while session.step < steps:
-            step = session.step
-            taken = [example for example, _ in order.batch(session.taken)]
-            lengths = ((len(e.prompt), len(e.completion)) for e in taken)
-            learned = efficiency.full_pass(lengths)
+    ) as directory:
+        train_step = make_run_step(config, directory.models, mesh)
+        state = directory.state
+        while (step := int(state.step) + 1) <= steps:
+            batch_examples = [example for example, _ in order.batch(directory.taken)]
             batch, _ = pack(
-                taken,
-                rows=session.rows,
+                batch_examples,
+                rows=config.packing.rows * sharding.row_ways(mesh),
                 row_length=config.packing.row_length,
                 limits=limits,
             )
             with distributed.together():
-                with screen.phase("update_actor", label=f"step {step + 1}: "):
-                    values, _ = session.learn(update, place(batch, mesh))
-                line = f"step {step + 1:>{len(str(steps))}}/{steps}"
-                line += (
-                    f"  loss {values.get('actor/pg_loss', values['actor/loss']):.4f}"
+                with screen.phase("update_actor", label=f"step {step}: "):
+                    state, metrics, _ = train_step(state, put_batch(batch, mesh))
+                    directory.hold(state)
+                    metrics = finite(metrics, step)
+                loss = metrics.get("actor/pg_loss", metrics["actor/loss"])
+                lengths = ((len(e.prompt), len(e.completion)) for e in batch_examples)
+                work = efficiency.full_pass(lengths)
+                flops = efficiency.training_flops(source.config, work)
+                directory.finish_step(
+                    metrics,
+                    f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.4f}",
+                    {"update_actor": PhaseTotals(work.tokens, flops)},
+                    tokens=work.tokens,
                 )
-                flops = efficiency.training_flops(source.config, learned)
-                done = {"update_actor": PhaseTotals(learned.tokens, flops)}
-                session.finish_step(values, learned.tokens, line, done)
 
 
 def check_loss(config: SftConfig) -> None:

@@ -117,14 +117,14 @@ def _step(
     policy, token_reward = state.policy, state.token_reward
     metrics |= {
         "actor/grad_norm": optax.tree.norm(gradients.policy),
-        "actor/lr": models.policy.rate(state.step),
+        "actor/lr": jnp.asarray(models.policy.rate(state.step)),
     }
     if not frozen:
         policy = models.policy.update(policy, gradients.policy, state.step)
     if models.token_reward and token_reward:
         metrics |= {
             "token_reward/grad_norm": optax.tree.norm(gradients.token_reward),
-            "token_reward/lr": models.token_reward.rate(state.step),
+            "token_reward/lr": jnp.asarray(models.token_reward.rate(state.step)),
         }
         token_reward = models.token_reward.update(
             token_reward, gradients.token_reward, state.step

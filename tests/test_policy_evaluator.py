@@ -17,7 +17,8 @@ from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
 from oreal_jax.sampling import Engine
 from oreal_jax.sharding import MeshShape, make_mesh
-from oreal_jax.train import examination, loop
+from oreal_jax.train import rollouts
+from oreal_jax.train.evaluator import PolicyEvaluator
 
 pytestmark = pytest.mark.usefixtures("judges")
 
@@ -46,15 +47,16 @@ class Skill:
     def __init__(self, monkeypatch, start: Path, *solved: int):
         self.solved, self.evaluations = list(solved), 0
         self.script = Script(start / "hf", self.answer)
-        take = examination.Examination.take
+        evaluate = PolicyEvaluator.__call__
         sample = self.script.sample
 
-        def counted(examining, session, pool, judge):
+        def counted(evaluator, state, pool, judge):
             before = len(self.script.requests)
-            take(examining, session, pool, judge)
+            seconds = evaluate(evaluator, state, pool, judge)
             self.evaluations += len(self.script.requests) > before
+            return seconds
 
-        monkeypatch.setattr(examination.Examination, "take", counted)
+        monkeypatch.setattr(PolicyEvaluator, "__call__", counted)
         monkeypatch.setattr(Engine, "sample", lambda *a, **named: sample(*a, **named))
 
     def answer(self, a: int, sample: int) -> str:
@@ -146,17 +148,17 @@ def test_what_was_drawn_stays_when_its_judging_is_interrupted(
     start, tmp_path, monkeypatch
 ):
     Skill(monkeypatch, start, 1, 1)
-    verify_completions = loop.verify_completions
+    verify_completions = rollouts.verify_completions
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "verify_completions", interrupted)
+    monkeypatch.setattr(rollouts, "verify_completions", interrupted)
     settings = ["evaluation.data=()", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 130
     left = tmp_path / "run" / "interrupted" / "step_000000.jsonl"
     assert len(left.read_text().splitlines()) == 64
-    monkeypatch.setattr(loop, "verify_completions", verify_completions)
+    monkeypatch.setattr(rollouts, "verify_completions", verify_completions)
     assert train(start, tmp_path / "run", *settings) == 0
     assert not left.exists()
 

@@ -1,0 +1,154 @@
+"""Metrics of a step: agreement of sampler and trainer, AUC, tokens and FLOPs."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from oreal_jax import efficiency
+from oreal_jax.config import TrainConfig
+from oreal_jax.data.packing import Batch, BatchIndex
+from oreal_jax.efficiency import PhaseTotals
+from oreal_jax.errors import Diverged
+from oreal_jax.train.step import Scores
+from oreal_jax.train_state import TrainedModels
+from oreal_jax.trajectory import Group, TokenScores, Trajectory
+
+
+def finite(metrics: Mapping[str, Float[Array, ""]], step: int) -> dict[str, float]:
+    """Return the metrics of the update of step `step` (from 1) as numbers.
+
+    Raises:
+        Diverged: a loss or a gradient norm is not finite.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+            raise Diverged(f"step {step}: {name}={value}; it is not saved")
+    return values
+
+
+def with_scores(
+    selected: Sequence[Trajectory],
+    indices: Sequence[BatchIndex],
+    batch: Batch,
+    scores: Scores,
+) -> list[Trajectory]:
+    """Return the trajectories with their token scores; `indices` locate them in
+    `batch`."""
+    arrays = jax.device_get(
+        (
+            scores.log_probs,
+            batch.reference_log_probs,
+            scores.entropy,
+            scores.token_scores,
+            scores.full_log_probs,
+        )
+    )
+    scored = []
+    for trajectory, (micro_batch, row) in zip(selected, indices, strict=True):
+        length = len(trajectory.completion.tokens)
+        take = operator.itemgetter((micro_batch, row, slice(length)))
+        own = TokenScores(*jax.tree.map(take, arrays))
+        scored.append(dataclasses.replace(trajectory, scores=own))
+    return scored
+
+
+def agreement(
+    selected: Sequence[Trajectory], config: TrainConfig, step: int
+) -> dict[str, float]:
+    """Return difference and correlation of token probabilities between sampler and
+    trainer, and the area under the token reward model's ROC curve.
+
+    Raises:
+        Diverged: the mean difference exceeds `max_disagreement`.
+    """
+    scores = [t.scores for t in selected if t.scores]
+    sampler = np.exp(np.concatenate([t.old_log_probs for t in selected]))
+    trainer = np.exp(np.concatenate([each.log_probs for each in scores]))
+    difference = np.abs(trainer - sampler)
+    varied = sampler.std() and trainer.std()
+    mean_scores = np.array([each.token_scores.mean() for each in scores])
+    correct = np.array([t.correct for t in selected])
+    if not (mean := float(difference.mean())) <= config.max_disagreement:
+        advice = "".join(
+            f"; {name}={getattr(config, name)!r} is lossy; try 'full'"
+            for name in ("decode_weights", "decode_cache")
+            if getattr(config, name) != "full"
+        )
+        raise Diverged(
+            f"step {step}: the sampler's token probabilities differ from the trainer's "
+            f"by {mean:.4g} on average, max_disagreement={config.max_disagreement}; "
+            f"the step is not saved{advice}"
+        )
+    return {
+        "training/rollout_probs_diff_mean": mean,
+        "training/rollout_probs_diff_max": float(difference.max()),
+        "training/rollout_probs_correlation": float(
+            np.corrcoef(sampler, trainer)[0, 1] if varied else np.nan
+        ),
+        "token_reward/auc": roc_area(mean_scores, correct),
+    }
+
+
+def roc_area(scores: np.ndarray, correct: np.ndarray) -> float:
+    """Return the probability that a correct completion scores above an incorrect one
+    (ties count half), NaN where one kind is absent."""
+    high, low = scores[correct], scores[~correct]
+    if not high.size or not low.size:
+        return float("nan")
+    gap = high[:, None] - low[None]
+    return float(np.mean((gap > 0) + 0.5 * (gap == 0)))
+
+
+def phase_totals(
+    models: TrainedModels,
+    groups: Sequence[Group],
+    selected: Sequence[Trajectory],
+    frozen: bool,
+) -> dict[str, PhaseTotals]:
+    """Return tokens and FLOPs of a step's phases.
+
+    Every prompt is run once and its completions are generated; the reference model
+    scores the selected trajectories; a frozen policy takes the forward pass alone.
+    """
+    policy, token_reward = models
+    lengths = lambda trajectories: [
+        (len(t.prompt_tokens), len(t.completion.tokens)) for t in trajectories
+    ]
+    prompts = efficiency.prefill(len(group[0].prompt_tokens) for group in groups)
+    decoded = efficiency.decode(lengths(t for group in groups for t in group))
+    forward = efficiency.forward_flops
+    flops = forward(policy.config, prompts) + forward(policy.config, decoded)
+    totals = {"gen": PhaseTotals(prompts.tokens + decoded.tokens, flops)}
+    if not selected:
+        return totals
+    trained = efficiency.full_pass(lengths(selected))
+    totals["ref"] = PhaseTotals(trained.tokens, forward(policy.config, trained))
+    flops = (1 if frozen else 3) * forward(policy.config, trained)
+    if token_reward:
+        flops += efficiency.training_flops(token_reward.config, trained)
+    return totals | {"update_actor": PhaseTotals(trained.tokens, flops)}
+
+
+def screen_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
+    """Return one readable line about step `step` (from 1) of `steps`."""
+    line = (
+        f"step {step:>{len(str(steps))}}/{steps}  "
+        f"correct {metrics['critic/score/mean']:6.1%}  "
+        f"tokens {metrics['response_length/mean']:.0f}  "
+        f"kept {metrics['oreal/kept']:.0f}  "
+    )
+    if not metrics["oreal/kept"]:
+        return line + "no update: every prompt was all correct or all incorrect"
+    line += (
+        f"loss {metrics.get('actor/pg_loss', metrics['actor/loss']):+.4f}  "
+        f"kl {metrics.get('actor/kl_loss', 0):.4f}"
+    )
+    if "token_reward/loss" in metrics:
+        line += f"  token reward {metrics['token_reward/loss']:.3f}"
+    return line

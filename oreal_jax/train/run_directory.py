@@ -1,0 +1,320 @@
+"""The directory of a run: model, state, checkpoints, metrics and trajectories.
+
+    RUN/config.json        the settings
+    RUN/model/             config.json, tokenizer, chat template
+    RUN/metrics.jsonl      one object per step
+    RUN/trajectories/      one file per step, written while the next one samples
+    RUN/interrupted/       completions of an interrupted step
+    RUN/checkpoints/       all that is needed to resume
+    RUN/reference/         the initial policy
+    RUN/data/              the prompts as a TFDS data set
+    RUN/profile/           a trace of some steps, if requested
+    RUN/evaluations.jsonl  one object per evaluation, and
+    RUN/best/              the best policy by them, if the config has evaluations
+
+Opening a run that has checkpoints resumes it from the newest one; files of later steps
+are removed, because these steps will be run again. Several processes share the
+directory: all write their part of checkpoints and of the reference, process 0 writes
+the rest.
+"""
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import orjson
+from jax.sharding import Mesh
+
+from oreal_jax import config as configuration
+from oreal_jax import distributed, efficiency, model, sharding
+from oreal_jax.checkpoints import run as checkpoints
+from oreal_jax.checkpoints.run import Progress
+from oreal_jax.checkpoints.source import ModelSource, copy_files
+from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.console import Screen
+from oreal_jax.data import Chat
+from oreal_jax.distributed import uninterrupted
+from oreal_jax.efficiency import PhaseTotals
+from oreal_jax.errors import Diverged, InputError
+from oreal_jax.files import BackgroundWriter, write_bytes, write_text
+from oreal_jax.interrupts import ignoring_interrupts
+from oreal_jax.metrics import MetricsLog, compilations
+from oreal_jax.model import Params
+from oreal_jax.train import resume
+from oreal_jax.train.profile import Profile
+from oreal_jax.train.programs import compute_dtype, make_trained_models
+from oreal_jax.train.resume import Data
+from oreal_jax.train_state import TrainState
+from oreal_jax.trajectory import Group
+
+
+class NoLog:
+    """The metrics log of processes other than 0."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Process 0 writes it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RunDirectory:
+    """An open run directory.
+
+    `state` is the last finished training state: the one that the run starts from, then
+    what `hold` is given. Leaving the `with` block waits for all writes; after an
+    interruption or an error it first saves `state`. `taken` counts the prompts or
+    examples that finished steps have used.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig | SftConfig,
+        path: Path,
+        screen: Screen,
+        *,
+        source: ModelSource,
+        mesh: Mesh,
+        chat: Chat,
+        data: Data,
+        steps: int,
+        profile: int = 0,
+    ):
+        """Load the newest state, or the model to start from; then open the files.
+
+        Nothing is written before everything has been read. `profile` steps are traced
+        into RUN/profile.
+
+        Raises:
+            InputError: the run began with other settings or other data, the weights do
+                not fit, or the directory cannot be written.
+        """
+        if jax.process_count() != distributed.process_count():
+            raise InputError(
+                f"the devices are those of {jax.process_count()} processes, which do "
+                "not know of each other: --processes auto on each host"
+            )
+        self.config, self.path, self.screen = config, path, screen
+        self.mesh, self.data, self.steps = mesh, data, steps
+        self.model_config = source.config
+        self.dtype = compute_dtype(config.compute, mesh)
+        self.models = make_trained_models(config, source.config, mesh, steps)
+        self._rates = {"actor/lr": jax.jit(self.models.policy.rate)}
+        if self.models.token_reward:
+            self._rates["token_reward/lr"] = jax.jit(self.models.token_reward.rate)
+        newest, progress = resume.read_progress(path)
+        self._first, self.taken = newest or 0, progress.taken
+        begun, log = newest is not None, screen.say
+        resume.compare_settings(path, config, begun, log)
+        resume.compare_progress(path, self._first, progress, data, self._rates, log)
+        if begun:
+            self.state = self._restore()
+            self._prepare()
+        else:
+            params = self._load(source)
+            self._prepare()
+            self.state = self._initialize(source, chat, params)
+        self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
+        self._writer = BackgroundWriter()
+        self._metrics = NoLog()
+        if distributed.is_first():
+            self._metrics = MetricsLog(
+                path, self._first, tensorboard=config.tensorboard
+            )
+        self._profile = Profile(path / "profile", profile, screen)
+        self._step_started = time.perf_counter()
+
+    def _restore(self) -> TrainState:
+        count = f"{model.parameter_count(self.model_config):,} parameters"
+        self.screen.say(f"resuming {self.path} after step {self._first} ({count})")
+        with self.screen.phase("restore"):
+            abstract = self.models.abstract(self.mesh)
+            return checkpoints.restore(self.path, self._first, abstract)
+
+    def _load(self, source: ModelSource) -> Params:
+        count = f"{model.parameter_count(source.config):,} parameters"
+        with self.screen.phase("load") as advance:
+            params = source.load(self.mesh, on_tensor=lambda name: advance())
+        self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
+        return params
+
+    def _prepare(self) -> None:
+        """Create the directory, or remove files of steps that will be run again."""
+        text = json.dumps(configuration.as_json(self.config), indent=2) + "\n"
+        path = self.path / "config.json"
+        if distributed.is_first():
+            resume.record_progress(self.path)
+            write_text(path, text)
+            for line in resume.discard_after(self.path, self._first):
+                self.screen.say(line)
+        distributed.barrier(f"{path} was written")
+        if not path.exists():
+            raise InputError(
+                f"{path}: written by process 0 and not visible here; --run must be on "
+                "a file system that all processes share"
+            )
+
+    def _initialize(
+        self, source: ModelSource, chat: Chat, params: Params
+    ) -> TrainState:
+        """Save what the run will need of the model; return the state at step 0."""
+        if distributed.is_first():
+            copy_files(source, self.path / "model")
+            if self.config.chat_template:
+                template = chat.tokenizer.chat_template
+                write_text(self.path / "model" / "chat_template.jinja", template)
+        reference = self.path / "reference"
+        if not reference.is_dir():
+            cast = jax.jit(model.cast, static_argnums=1)
+            with uninterrupted():
+                checkpoints.save_params(reference, cast(params, self.dtype))
+        return self.models.initializer(self.mesh)(params)
+
+    def load_reference(self) -> Params:
+        """Return the initial policy in the compute dtype."""
+        shardings = sharding.of_params(self.model_config, self.mesh)
+        shapes = model.abstract(self.model_config, self.dtype)
+        return checkpoints.load_params(
+            self.path / "reference", sharding.placed(shapes, shardings)
+        )
+
+    def hold(self, state: TrainState) -> None:
+        """Make the state after a step the one that is saved if an error follows."""
+        self.state = state
+        self.taken += self.data.per_step
+
+    def write_trajectories(
+        self, step: int, groups: Sequence[Group], pieces: Callable
+    ) -> None:
+        """Write the trajectories of a step in the background, in process 0."""
+        if distributed.is_first():
+            write = functools.partial(
+                write_trajectories, self.path, step, groups, pieces
+            )
+            self._writer.submit(write)
+
+    def finish_step(
+        self,
+        metrics: Mapping[str, float],
+        line: str,
+        totals: Mapping[str, PhaseTotals],
+        *,
+        tokens: int,
+        excluded_seconds: float = 0.0,
+    ) -> None:
+        """Record a step: metrics, a line on the screen, a checkpoint if one is due.
+
+        `tokens` are all tokens of the step; throughput is per second and device.
+        `totals` are the tokens and FLOPs of its phases. `excluded_seconds` since the
+        previous step are not of this one.
+        """
+        now, step = time.perf_counter(), int(self.state.step)
+        seconds = now - self._step_started - excluded_seconds
+        self._step_started = now
+        timed = {
+            "perf/time_per_step": seconds,
+            "perf/throughput": tokens / seconds / self.mesh.size,
+            "perf/total_num_tokens": float(tokens),
+        }
+        timed |= compilations.take() | self.screen.take_timings()
+        rates = efficiency.metrics(
+            totals,
+            {phase: timed[f"timing_s/{phase}"] for phase in totals},
+            devices=self.mesh.size,
+            peak=efficiency.PEAKS.get(self.mesh.devices.flat[0].device_kind),
+        )
+        self._metrics.write(step - 1, dict(metrics) | timed | rates)
+        self.screen.say(f"{line}  {seconds:.1f} s")
+        if step % self.config.saving.every == 0 or step == self.steps:
+            with self.screen.phase("save"):
+                self._save()
+        self._profile.step_done(step, last=step == self.steps)
+
+    def _save(self) -> None:
+        """Save state and progress in the background.
+
+        First the files of the steps up to it are complete, since a resumed run does not
+        write them again. One that cannot be written ends the run afterwards: steps are
+        not lost for it, and all processes save together.
+        """
+        self._writer.wait()
+        step = int(self.state.step)
+        rates = {name: float(rate(step)) for name, rate in self._rates.items()}
+        progress = Progress(self.taken, self.data.rows, self.data.order, rates)
+        self._checkpoints.save(self.state, progress)
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        ignoring = contextlib.nullcontext()
+        if error and kind is not KeyboardInterrupt:
+            ignoring = ignoring_interrupts("closing the run")  # which replace no error
+        with uninterrupted(), ignoring, contextlib.ExitStack() as closing:
+            for part in (self._profile, self._metrics, self._checkpoints):
+                closing.callback(part.close)
+            closing.callback(self._close_writer, error)
+            if kind is KeyboardInterrupt:
+                self.screen.say(f"stopped after step {int(self.state.step)}; saving")
+                distributed.stop_together("saving the run")
+                self._save()
+            elif error and not isinstance(error, Diverged):
+                self._save_after(error)
+
+    def _close_writer(self, error: BaseException | None) -> None:
+        """Raise the error of the last write, unless there is another already."""
+        try:
+            self._writer.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            self.screen.say(f"{type(failure).__name__}: {failure}")
+
+    def _save_after(self, error: BaseException) -> None:
+        """Save the last finished step.
+
+        Nothing here may replace the error: neither a save that fails, nor other
+        processes that wait for this one in a collective and cannot save.
+        """
+        log = self.screen.say if distributed.is_first() else distributed.warn
+        step = int(self.state.step)
+        if step == self._first:
+            return  # nothing is new
+        try:
+            distributed.report(error)
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            distributed.stop_together(
+                f"saving the run after {reason}", distributed.STOP_LIMIT
+            )
+            self._save()
+            self._checkpoints.wait()
+            log(f"{reason}; saved step {step}")
+        except Exception as failure:
+            log(f"not saved: {type(failure).__name__}: {failure}")
+
+
+def write_trajectories(
+    run: Path, step: int, groups: Sequence[Group], pieces: Callable
+) -> None:
+    """Write all trajectories of a step as JSON lines, completely or not at all."""
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    lines = (
+        orjson.dumps(trajectory.as_json(step, pieces), option=options)
+        for group in groups
+        for trajectory in group
+    )
+    path = run / "trajectories" / f"step_{step:06d}.jsonl"
+    write_bytes(path, b"".join(lines))
+    for file in interrupted_path(run, step, 0).parent.glob(f"step_{step:06d}.*"):
+        file.unlink()
+
+
+def interrupted_path(run: Path, step: int, process: int) -> Path:
+    """Return the file for a process's completions of an interrupted step, which exists
+    until the step is finished."""
+    suffix = f".process_{process}" if process else ""
+    return run / "interrupted" / f"step_{step:06d}{suffix}.jsonl"
