@@ -12,9 +12,13 @@ MATRIX := 3.11 3.12 3.13
 
 .PHONY: demo test test-slow test-matrix lint format clean
 
-# Large pages on Linux save page faults (README).
+# Without them glibc gives large arrays back to Linux at once, and every step faults its
+# memory in again: a third of an update's time on CPUs (BENCHMARKS.md).
+KEEP := glibc.malloc.mmap_threshold=68719476736:glibc.malloc.trim_threshold=68719476736
+TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:$(KEEP)
+
 demo: $(VENV)/.installed-demo
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py
+	GLIBC_TUNABLES=$(TUNABLES) $(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"

@@ -1,16 +1,15 @@
-"""A loss of your own: ten lines in a config file, nothing registered.
+"""A loss of your own: ten lines in a config file, without registration.
 
     oreal train configs/my_loss.py                       # after `make demo`
     oreal losses runs/demo/run/trajectories --loss configs/my_loss.py --loss released
 
-This one clones correct completions and leaves incorrect ones alone, and weighs a
-completion by how rarely its prompt is solved. Not a recommendation: a thing to start
-from.
+This one clones correct completions, ignores incorrect ones, and weighs a completion by
+how rarely its prompt is solved. It is a starting point, not a recommendation.
 """
 
 import dataclasses
 
-import smollm2_arithmetic  # the config beside this one
+import smollm2_arithmetic  # the config next to this one
 
 from oreal_jax.losses import (
     Advantage,
@@ -26,15 +25,15 @@ from oreal_jax.losses import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RareCloning:
-    """weight * mean over correct tokens of A (-log p), with A = 2 K/(K-1) (1-p)."""
+    """weight * mean over correct tokens of A (-log pi), with A = 2 K/(K-1) (1-p)."""
 
     advantage: Advantage = rloo
     weight: float = 0.5
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
-        """The loss, and what to write into metrics.jsonl."""
+        """Compute the loss, and metrics for metrics.jsonl."""
         clone = terms.clone(scored.log_probs) * scored.advantage[:, None]
-        loss = self.weight * token_mean(clone, scored.correct, counts.correct)
+        loss = self.weight * token_mean(clone, scored.correct_tokens, counts.correct)
         return loss, {"actor/pg_loss": loss}
 
 

@@ -1,23 +1,19 @@
-"""Random batches in every shape a batch may have, and losses evaluated on them."""
+"""Random batches of many kinds, and losses evaluated on them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from reference import Batch
 
-from oreal_jax.losses import (
-    Counts,
-    Scored,
-    outcome,
-)
+from oreal_jax.losses import Counts, Scored, outcome
 
 N, K, T = 2, 4, 7
 
 
 def random_batch(seed: int = 0, rewards=None, lengths=None) -> Batch:
-    """Completions of all lengths, a little off-policy, of two prompts."""
-    draw = np.random.default_rng(seed)
-    normal = lambda mean, spread: draw.normal(mean, spread, (N * K, T))
+    """Completions of two prompts, of all lengths, a little off-policy."""
+    random = np.random.default_rng(seed)
+    normal = lambda mean, spread: random.normal(mean, spread, (N * K, T))
     log_probs = -np.abs(normal(2, 1))
     if lengths is None:
         lengths = [T, 1, 0, 4, 2, T, 3, 5]
@@ -35,14 +31,14 @@ def random_batch(seed: int = 0, rewards=None, lengths=None) -> Batch:
 
 
 def batches() -> dict[str, Batch]:
-    """The shapes that a batch may take."""
-    mixed, draw = random_batch(), np.random.default_rng(1)
+    """A batch of each kind."""
+    mixed, random = random_batch(), np.random.default_rng(1)
     ones = np.ones((N, K))
-    far = draw.choice([-40.0, -21.0, -3.0, 3.0, 19.0, 21.0, 40.0], (2, N * K, T))
+    far = random.choice([-40.0, -21.0, -3.0, 3.0, 19.0, 21.0, 40.0], (2, N * K, T))
     return {
         "mixed": mixed,
         "another": random_batch(2),
-        "with_holes": mixed._replace(completion=draw.random((N * K, T)) < 0.6),
+        "with_holes": mixed._replace(completion=random.random((N * K, T)) < 0.6),
         "on_policy": mixed._replace(old_log_probs=mixed.log_probs),
         "far_from_the_others": mixed._replace(
             old_log_probs=mixed.log_probs + far[0],
@@ -72,22 +68,22 @@ def count(scored: Scored) -> Counts:
 
 
 def as_scored(batch: Batch, advantage=outcome) -> Scored:
-    """A batch as a loss sees it, with the advantages that the loss wants."""
-    given = {
+    """A batch as `Scored`, not yet masked."""
+    fields = {
         name: jnp.asarray(values)
         for name, values in batch._asdict().items()
         if name != "rewards"
     }
     return Scored(
-        **given,
+        **fields,
         correct=jnp.asarray(batch.rewards.reshape(-1) > 0),
         advantage=jnp.asarray(advantage(batch.rewards).reshape(-1)),
     )
 
 
 def evaluate(loss, scored: Scored, name: str = "log_probs"):
-    """Loss, metrics, and the gradient with respect to one field."""
-    value = lambda x: loss(scored._replace(**{name: x}), count(scored))
+    """Loss and metrics, and the gradient with respect to the field `name`."""
+    value = lambda x: loss(scored._replace(**{name: x}).masked(), count(scored))
     (total, metrics), gradient = jax.value_and_grad(value, has_aux=True)(
         getattr(scored, name)
     )

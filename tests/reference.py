@@ -1,9 +1,9 @@
-"""Every loss once more, slowly: plain loops over completions and their tokens.
+"""Every loss restated as slow loops over completions and their tokens.
 
-Written from the formulas of the method, in float64, and from nothing of `oreal_jax`:
-what it is held against. Each term of a token is a pair, its value and its derivative
-with respect to the token's log-probability; a loss adds both up and so yields its own
-gradient. `NAMED` holds the settings as they were published.
+Written in float64 from the formulas of the method alone: it imports nothing of
+`oreal_jax`, whose losses are tested against it. Each term of a token is a pair, its
+value and its derivative with respect to log pi, the token's log-probability; a loss
+adds up both, and so returns its own gradient. `NAMED` has the settings as published.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-STEEPEST = 20.0
+MAX_EXPONENT = 20.0
 Term = tuple[float, float]
 Advantage = Callable[[np.ndarray], np.ndarray]
 Credit = Callable[[list[float]], list[float]]
@@ -24,7 +24,7 @@ Kl = Callable[[float, float], Term]
 class Batch(NamedTuple):
     """B completions of at most T tokens: arrays [B, T], and rewards [N, K], B = N K.
 
-    Row n K + k is sample k of prompt n; a token is there where `completion` is True.
+    Row n K + k is sample k of prompt n; `completion` is True at its tokens.
     """
 
     log_probs: np.ndarray
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
             yield b, bool(self.rewards.reshape(-1)[b] > 0), tokens
 
     def scores(self, b: int, tokens: list[int]) -> list[float]:
-        """The token scores of a completion, one after another."""
+        """The token scores of a completion."""
         return [float(self.token_scores[b, t]) for t in tokens]
 
 
@@ -58,7 +58,7 @@ class Result(NamedTuple):
     gradient: np.ndarray
 
 
-def tokens_of(batch: Batch, kind: str) -> int:
+def count_tokens(batch: Batch, kind: str) -> int:
     """Tokens of correct, incorrect or all completions; 1 where there are none."""
     total = 0
     for _, correct, tokens in batch.rows():
@@ -67,8 +67,8 @@ def tokens_of(batch: Batch, kind: str) -> int:
     return max(1, total)
 
 
-def completions_of(batch: Batch) -> int:
-    """How many completions have a token; 1 where none has."""
+def count_completions(batch: Batch) -> int:
+    """Completions that have tokens; 1 where there are none."""
     total = 0
     for _, _, tokens in batch.rows():
         if tokens:
@@ -79,13 +79,13 @@ def completions_of(batch: Batch) -> int:
 # Advantages: from rewards [N, K] to advantages [N, K].
 
 
-def each_sample(rewards: np.ndarray, one: Callable[[list[float], int], float]):
-    """`one(rewards of a prompt, k)` for every sample k of every prompt."""
+def each_sample(rewards: np.ndarray, function: Callable[[list[float], int], float]):
+    """`function(rewards of a prompt, k)` for every sample k of every prompt."""
     result = np.zeros(rewards.shape)
     for n in range(rewards.shape[0]):
         group = [float(reward) for reward in rewards[n]]
         for k in range(len(group)):
-            result[n, k] = one(group, k)
+            result[n, k] = function(group, k)
     return result
 
 
@@ -105,11 +105,11 @@ def outcome(rewards: np.ndarray) -> np.ndarray:
 def reshaped(rewards: np.ndarray) -> np.ndarray:
     """R_k where correct, (1 - p) R_k where incorrect; p = correct samples / K."""
 
-    def one(group: list[float], k: int) -> float:
+    def advantage(group: list[float], k: int) -> float:
         p = sum(1 for reward in group if reward > 0) / len(group)
         return group[k] if group[k] > 0 else (1 - p) * group[k]
 
-    return each_sample(rewards, one)
+    return each_sample(rewards, advantage)
 
 
 def rloo(rewards: np.ndarray) -> np.ndarray:
@@ -127,11 +127,11 @@ def group_centred(rewards: np.ndarray) -> np.ndarray:
 def group_normalised(rewards: np.ndarray) -> np.ndarray:
     """(R_k - mean) / (sqrt(sum (R - mean)^2 / (K - 1)) + 1e-8)."""
 
-    def one(group: list[float], k: int) -> float:
+    def advantage(group: list[float], k: int) -> float:
         squares = sum((reward - mean(group)) ** 2 for reward in group)
         return (group[k] - mean(group)) / (math.sqrt(squares / (len(group) - 1)) + 1e-8)
 
-    return each_sample(rewards, one)
+    return each_sample(rewards, advantage)
 
 
 def zero_one(advantage: Advantage) -> Advantage:
@@ -139,23 +139,23 @@ def zero_one(advantage: Advantage) -> Advantage:
     return lambda rewards: advantage(np.where(rewards > 0, 1.0, 0.0))
 
 
-# Terms of one token: (value, derivative with respect to its log-probability).
+# Terms of one token: (value, derivative with respect to log pi).
 
 
-def grown(x: float) -> Term:
-    """exp(x) up to x = 20, from there on e^20 (1 + x - 20)."""
-    if x > STEEPEST:
-        return math.exp(STEEPEST) * (1 + x - STEEPEST), math.exp(STEEPEST)
+def exponential(x: float) -> Term:
+    """exp(x) up to x = 20, e^20 (1 + x - 20) above."""
+    if x > MAX_EXPONENT:
+        return math.exp(MAX_EXPONENT) * (1 + x - MAX_EXPONENT), math.exp(MAX_EXPONENT)
     return math.exp(x), math.exp(x)
 
 
 def clone(log_prob: float) -> Term:
-    """-log p."""
+    """-log pi."""
     return -log_prob, -1.0
 
 
 def reinforce(advantage: float) -> Term:
-    """-A p / stop(p): its value is -A and its derivative -A d log p."""
+    """-A pi / stop(pi): value -A, derivative -A."""
     return -advantage, -advantage
 
 
@@ -167,9 +167,9 @@ def clipped_surrogate(
     high: float,
     dual: float = math.inf,
 ) -> Term:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r = p / p_old; where A < 0, at most
-    dual |A|. Without slope wherever a bound holds."""
-    r, slope = grown(log_prob - old)
+    """-min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old; where A < 0, at most
+    dual |A|. The derivative is 0 where a bound holds."""
+    r, slope = exponential(log_prob - old)
     free = -r * advantage
     bounded = -min(max(r, 1 - low), 1 + high) * advantage
     if advantage < 0 and max(free, bounded) > dual * abs(advantage):
@@ -180,27 +180,27 @@ def clipped_surrogate(
 
 
 def truncated_importance(log_prob: float, old: float, cap: float | None) -> float:
-    """min(p / p_old, cap), a constant; 1 without a cap."""
+    """min(pi / pi_old, cap), a constant; 1 without a cap."""
     if cap is None:
         return 1.0
-    return min(grown(log_prob - old)[0], cap)
+    return min(exponential(log_prob - old)[0], cap)
 
 
 def kl_k1(log_prob: float, other: float) -> Term:
-    """log p - log p_other."""
+    """log pi - log other."""
     return log_prob - other, 1.0
 
 
 def kl_k2(log_prob: float, other: float) -> Term:
-    """(log p_other - log p)^2 / 2."""
+    """(log other - log pi)^2 / 2."""
     return (other - log_prob) ** 2 / 2, log_prob - other
 
 
 def kl_k3(log_prob: float, other: float) -> Term:
-    """exp(d) - d - 1, d = log p_other - log p; derivative 1 - exp(d)."""
+    """exp(d) - d - 1, d = log other - log pi; derivative 1 - exp(d)."""
     d = other - log_prob
-    if d > STEEPEST:
-        return grown(d)[0] - d - 1, 1 - grown(d)[1]
+    if d > MAX_EXPONENT:
+        return exponential(d)[0] - d - 1, 1 - exponential(d)[1]
     return math.expm1(d) - d, -math.expm1(d)
 
 
@@ -224,8 +224,8 @@ def token_credit(scores: list[float]) -> list[float]:
 
 def threshold_weights(threshold: float) -> Weighting:
     """clip((q - c) / (1 - c), 0, 1)."""
-    return lambda probabilities: [
-        min(max((q - threshold) / (1 - threshold), 0.0), 1.0) for q in probabilities
+    return lambda credits: [
+        min(max((q - threshold) / (1 - threshold), 0.0), 1.0) for q in credits
     ]
 
 
@@ -233,25 +233,25 @@ HALF = threshold_weights(0.5)
 
 
 def top_k_weights(ratio: float) -> Weighting:
-    """The top int(ratio n) by q, one at least: (q - low) / (high - low) among those,
-    1 where high = low; the rest 0."""
+    """(q - low) / (high - low) for the top int(ratio n) credits, at least one; 1 where
+    high = low; 0 for other tokens."""
 
-    def weigh(probabilities: list[float]) -> list[float]:
-        keep = max(1, int(ratio * len(probabilities)))
-        best = sorted(range(len(probabilities)), key=lambda t: -probabilities[t])
-        weights = [0.0] * len(probabilities)
-        kept = [probabilities[t] for t in best[:keep]]
+    def weigh(credits: list[float]) -> list[float]:
+        keep = max(1, int(ratio * len(credits)))
+        best = sorted(range(len(credits)), key=lambda t: -credits[t])
+        weights = [0.0] * len(credits)
+        kept = [credits[t] for t in best[:keep]]
         for t in best[:keep]:
             low, high = min(kept), max(kept)
-            weights[t] = (probabilities[t] - low) / (high - low) if high > low else 1.0
+            weights[t] = (credits[t] - low) / (high - low) if high > low else 1.0
         return weights
 
     return weigh
 
 
-def unweighted(probabilities: list[float]) -> list[float]:
+def unweighted(credits: list[float]) -> list[float]:
     """1."""
-    return [1.0] * len(probabilities)
+    return [1.0] * len(credits)
 
 
 def token_weights(
@@ -268,42 +268,43 @@ def token_weights(
 
 
 def weight_metrics(batch: Batch, weights: np.ndarray) -> dict[str, float]:
-    """Mean weight of correct and incorrect tokens; share of tokens without weight."""
+    """Mean weight of correct and incorrect tokens; share of tokens with weight 0."""
     sums = {"correct": 0.0, "incorrect": 0.0, "none": 0.0}
     for b, correct, tokens in batch.rows():
         for t in tokens:
             sums["correct" if correct else "incorrect"] += weights[b, t]
             sums["none"] += weights[b, t] == 0
     return {
-        "oreal/omega_correct/mean": sums["correct"] / tokens_of(batch, "correct"),
-        "oreal/omega_incorrect/mean": sums["incorrect"] / tokens_of(batch, "incorrect"),
-        "oreal/omega_zero_share": sums["none"] / tokens_of(batch, "all"),
+        "oreal/omega_correct/mean": sums["correct"] / count_tokens(batch, "correct"),
+        "oreal/omega_incorrect/mean": sums["incorrect"]
+        / count_tokens(batch, "incorrect"),
+        "oreal/omega_zero_share": sums["none"] / count_tokens(batch, "all"),
     }
 
 
-# Aggregation: what each token of a completion of n tokens is multiplied by.
+# Aggregation: the factor of each token of a completion of n tokens.
 
 Share = Callable[[Batch, int], float]
 
 
 def token_mean(batch: Batch, n: int) -> float:
     """1 / all tokens."""
-    return 1 / tokens_of(batch, "all")
+    return 1 / count_tokens(batch, "all")
 
 
 def sequence_sum(batch: Batch, n: int) -> float:
     """1 / completions."""
-    return 1 / completions_of(batch)
+    return 1 / count_completions(batch)
 
 
 def sequence_mean(batch: Batch, n: int) -> float:
     """1 / (n * completions)."""
-    return 1 / (n * completions_of(batch))
+    return 1 / (n * count_completions(batch))
 
 
 def fixed_length(length: int) -> Share:
     """1 / (length * completions)."""
-    return lambda batch, n: 1 / (length * completions_of(batch))
+    return lambda batch, n: 1 / (length * count_completions(batch))
 
 
 # Losses.
@@ -325,11 +326,11 @@ def oreal(
 ) -> Result:
     """positive_weight P + negative_weight N + kl_weight KL, as released:
 
-    P  = sum over correct tokens of  w (-log p) A      / correct tokens
-    N  = sum over incorrect tokens of  w (-A) p/stop(p)  / incorrect tokens
-    KL = sum over all tokens of    kl(log p, log reference) / all tokens
+    P  = sum over correct tokens of  w (-log pi) A  / correct tokens
+    N  = sum over incorrect tokens of  w (-A) pi/stop(pi)  / incorrect tokens
+    KL = sum over all tokens of  kl(log pi, log reference) / all tokens
 
-    each token of P and N times min(p / p_old, importance_cap).
+    Each token of P and N is multiplied by min(pi / pi_old, importance_cap).
     """
     A = advantage(batch.rewards).reshape(-1)
     weights = token_weights(batch, credit, weight_correct, weight_incorrect)
@@ -338,23 +339,23 @@ def oreal(
     for b, correct, tokens in batch.rows():
         for t in tokens:
             log_prob = batch.log_probs[b, t]
-            trust = truncated_importance(
+            importance = truncated_importance(
                 log_prob, batch.old_log_probs[b, t], importance_cap
             )
             if correct:
                 value, slope = clone(log_prob)
-                scale = weights[b, t] * trust / tokens_of(batch, "correct")
+                scale = weights[b, t] * importance / count_tokens(batch, "correct")
                 if clone_times_advantage:
                     scale *= A[b]
                 positive += scale * value
                 gradient[b, t] += positive_weight * scale * slope
             else:
                 value, slope = reinforce(A[b])
-                scale = weights[b, t] * trust / tokens_of(batch, "incorrect")
+                scale = weights[b, t] * importance / count_tokens(batch, "incorrect")
                 negative += scale * value
                 gradient[b, t] += negative_weight * scale * slope
             value, slope = kl(log_prob, batch.reference_log_probs[b, t])
-            scale = 1 / tokens_of(batch, "all")
+            scale = 1 / count_tokens(batch, "all")
             penalty += scale * value
             gradient[b, t] += kl_weight * scale * slope
     policy = positive_weight * positive + negative_weight * negative
@@ -378,8 +379,9 @@ def oreal_paper(
 ) -> Result:
     """Mean over completions of their sums over tokens (equations 10 and 11) of
 
-    w (-log p) where correct, eta w F log(p / p_old) where incorrect, beta kl(p, p_old);
-    w = max(2 q - 1, 0) or max(1 - 2 q, 0), q = sigmoid(w_t), F = 1 - p = -A.
+    w (-log pi) where correct, eta w F log(pi / pi_old) where incorrect, and
+    beta kl(pi, pi_old); w = max(2 q - 1, 0) or max(1 - 2 q, 0), q = sigmoid(w_t),
+    F = 1 - p = -A.
     """
     A = advantage(batch.rewards).reshape(-1)
     weights = token_weights(batch, token_credit, HALF, HALF)
@@ -390,16 +392,16 @@ def oreal_paper(
             log_prob, old = batch.log_probs[b, t], batch.old_log_probs[b, t]
             q = sigmoid(batch.token_scores[b, t])
             if correct:
-                scale = max(2 * q - 1, 0) / completions_of(batch)
+                scale = max(2 * q - 1, 0) / count_completions(batch)
                 positive += scale * -log_prob
                 gradient[b, t] -= scale
             else:
-                scale = max(1 - 2 * q, 0) * -A[b] / completions_of(batch)
+                scale = max(1 - 2 * q, 0) * -A[b] / count_completions(batch)
                 negative += scale * (log_prob - old)
                 gradient[b, t] += eta * scale
             value, slope = kl(log_prob, old)
-            penalty += value / completions_of(batch)
-            gradient[b, t] += beta * slope / completions_of(batch)
+            penalty += value / count_completions(batch)
+            gradient[b, t] += beta * slope / count_completions(batch)
     policy = positive + eta * negative
     metrics = {
         "actor/pg_loss": policy,
@@ -412,7 +414,7 @@ def oreal_paper(
 
 
 def best_of_n_cloning(batch: Batch, *, advantage: Advantage = outcome) -> Result:
-    """Sum over correct tokens of A (-log p) / correct tokens."""
+    """Sum over correct tokens of A (-log pi) / correct tokens."""
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
     total = 0.0
@@ -420,7 +422,7 @@ def best_of_n_cloning(batch: Batch, *, advantage: Advantage = outcome) -> Result
         if correct:
             for t in tokens:
                 value, slope = clone(batch.log_probs[b, t])
-                scale = A[b] / tokens_of(batch, "correct")
+                scale = A[b] / count_tokens(batch, "correct")
                 total += scale * value
                 gradient[b, t] += scale * slope
     return Result(total, {"actor/pg_loss": total}, gradient)
@@ -434,20 +436,20 @@ def plain_reinforce(
     entropy_weight: float = 0.0,
     importance_cap: float | None = None,
 ) -> Result:
-    """Mean over tokens of -A p/stop(p) min(p / p_old, importance_cap)
-    + kl_weight k3(log p, log reference) - entropy_weight entropy."""
+    """Mean over tokens of -A pi/stop(pi) min(pi / pi_old, importance_cap)
+    + kl_weight k3(log pi, log reference) - entropy_weight entropy."""
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
     policy = penalty = entropy = 0.0
     for b, _, tokens in batch.rows():
         for t in tokens:
             log_prob = batch.log_probs[b, t]
-            trust = truncated_importance(
+            importance = truncated_importance(
                 log_prob, batch.old_log_probs[b, t], importance_cap
             )
             value, slope = reinforce(A[b])
-            policy += trust * value * token_mean(batch, len(tokens))
-            gradient[b, t] += trust * slope * token_mean(batch, len(tokens))
+            policy += importance * value * token_mean(batch, len(tokens))
+            gradient[b, t] += importance * slope * token_mean(batch, len(tokens))
             value, slope = kl_k3(log_prob, batch.reference_log_probs[b, t])
             penalty += value * token_mean(batch, len(tokens))
             gradient[b, t] += kl_weight * slope * token_mean(batch, len(tokens))
@@ -466,7 +468,7 @@ def grpo(
     kl_weight: float = 0.04,
     share: Share = sequence_mean,
 ) -> Result:
-    """Aggregate of the clipped surrogate + kl_weight k3(log p, log reference)."""
+    """Aggregate of the clipped surrogate + kl_weight k3(log pi, log reference)."""
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
     policy = penalty = 0.0
@@ -537,10 +539,10 @@ def xtuner_oreal(
 ) -> Result:
     """positive_weight (clone_weight C + S+) + negative_weight S- + kl_weight KL:
 
-    C  = sum over correct tokens of -log p / correct tokens
+    C  = sum over correct tokens of -log pi / correct tokens
     S+ = sum over correct tokens of the clipped surrogate / correct tokens, S- of
     incorrect ones
-    KL = sum over all tokens of k3(log p, log reference) / all tokens
+    KL = sum over all tokens of k3(log pi, log reference) / all tokens
     """
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
@@ -553,18 +555,18 @@ def xtuner_oreal(
             )
             if correct:
                 value, slope = clone(log_prob)
-                scale = 1 / tokens_of(batch, "correct")
+                scale = 1 / count_tokens(batch, "correct")
                 positive += scale * (clone_weight * value + gain)
                 gradient[b, t] += (
                     positive_weight * scale * (clone_weight * slope + pull)
                 )
             else:
-                scale = 1 / tokens_of(batch, "incorrect")
+                scale = 1 / count_tokens(batch, "incorrect")
                 negative += scale * gain
                 gradient[b, t] += negative_weight * scale * pull
             value, slope = kl_k3(log_prob, batch.reference_log_probs[b, t])
-            penalty += value / tokens_of(batch, "all")
-            gradient[b, t] += kl_weight * slope / tokens_of(batch, "all")
+            penalty += value / count_tokens(batch, "all")
+            gradient[b, t] += kl_weight * slope / count_tokens(batch, "all")
     policy = positive_weight * positive + negative_weight * negative
     metrics = {
         "actor/pg_loss": policy,
@@ -594,8 +596,8 @@ def token_reward(batch: Batch) -> Result:
         hits += (logit > 0) == correct
         for t in tokens:
             slope = -sigmoid(-x) if correct else sigmoid(-x)
-            gradient[b, t] = slope / len(tokens) / completions_of(batch)
-    value, accuracy = loss / completions_of(batch), hits / completions_of(batch)
+            gradient[b, t] = slope / len(tokens) / count_completions(batch)
+    value, accuracy = loss / count_completions(batch), hits / count_completions(batch)
     metrics = {"token_reward/loss": value, "token_reward/accuracy": accuracy}
     return Result(value, metrics, gradient)
 

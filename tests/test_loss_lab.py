@@ -14,8 +14,8 @@ import pytest
 from oreal_jax import loss_lab, losses
 from oreal_jax.cli import main
 from oreal_jax.errors import InputError
-from oreal_jax.loss_lab import examination
-from oreal_jax.loss_lab.recorded import LISTS
+from oreal_jax.loss_lab import coefficients
+from oreal_jax.loss_lab.load import PER_TOKEN
 
 
 def row(verdict="correct", tokens=4, seed=0, **fields) -> dict:
@@ -29,7 +29,7 @@ def row(verdict="correct", tokens=4, seed=0, **fields) -> dict:
         "token_scores": draw.normal(0, 1, tokens),
         "entropy": draw.uniform(0, 2, tokens),
     }
-    assert tuple(lists) == LISTS
+    assert tuple(lists) == PER_TOKEN
     line = {"step": 0, "id": "a", "group": 0, "sample": seed, "verdict": verdict}
     line["pieces"] = [f"t{i}" for i in range(tokens)]
     return line | {name: x.tolist() for name, x in lists.items()} | fields
@@ -41,7 +41,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def two_groups(path: Path) -> Path:
-    """Two kept of four in one group, two of two in another."""
+    """Two selected of four samples in one group, two of two in another."""
     unseen = {"step": 0, "id": "a", "group": 0, "verdict": "incorrect"}
     rows = [row("correct", 4, 0), unseen, row("incorrect", 7, 1), unseen]
     rows += [
@@ -52,68 +52,62 @@ def two_groups(path: Path) -> Path:
 
 
 @pytest.fixture
-def recorded(tmp_path):
-    return loss_lab.read([two_groups(tmp_path / "step_000000.jsonl")])
+def trajectories(tmp_path):
+    return loss_lab.load_trajectories([two_groups(tmp_path / "step_000000.jsonl")])
 
 
-def test_advantages_are_taken_over_all_samples_of_a_group(recorded):
-    assert [len(trajectory.rewards) for trajectory in recorded] == [4, 4, 2, 2]
-    assert [trajectory.correct for trajectory in recorded] == [True, False, False, True]
-    examined = loss_lab.examine(losses.Reinforce(advantage=losses.rloo), recorded)
+def test_advantages_are_over_all_samples_of_a_group(trajectories):
+    assert [len(trajectory.rewards) for trajectory in trajectories] == [4, 4, 2, 2]
+    assert [trajectory.correct for trajectory in trajectories] == [1, 0, 0, 1]
     tokens = 4 + 7 + 2 + 5
-    # d/dlog p of -A p/stop(p), over all tokens; the KL adds its own.
-    plain = loss_lab.examine(
-        losses.Reinforce(advantage=losses.rloo, kl_weight=0.0), recorded
-    )
-    for coefficient, advantage in zip(
-        plain.coefficients, [2.0, -2 / 3, -2.0, 2.0], strict=True
-    ):
-        np.testing.assert_allclose(coefficient, -advantage / tokens, rtol=1e-6)
-    assert examined.terms["actor/pg_loss"] == pytest.approx(plain.terms["loss"])
+    # d/dlog pi of -A pi/stop(pi), over all tokens.
+    reinforce = losses.Reinforce(advantage=losses.rloo, kl_weight=0.0)
+    result = loss_lab.evaluate_loss(reinforce, trajectories)
+    advantages = [2.0, -2 / 3, -2.0, 2.0]
+    for values, advantage in zip(result.coefficients, advantages, strict=True):
+        np.testing.assert_allclose(values, -advantage / tokens, rtol=1e-6)
 
 
-def test_a_kl_is_taken_from_full_log_probs_where_a_run_has_them(tmp_path):
-    """Of a token whose two log-probabilities move together, by hand."""
+def test_a_kl_uses_full_log_probs_where_a_run_has_them(tmp_path):
+    """Coefficients by hand: both log-probabilities of a token change together."""
     line = row("correct", 3)
     full = np.array(line["log_probs"]) - [0.5, 0.2, 0.1]
     path = write(tmp_path / "a.jsonl", [line | {"full_log_probs": full.tolist()}])
     loss = losses.Reinforce(kl_weight=2.0)
-    found = loss_lab.examine(loss, loss_lab.read([path]))
+    result = loss_lab.evaluate_loss(loss, loss_lab.load_trajectories([path]))
     difference = np.array(line["reference_log_probs"]) - full
     kl = np.mean(np.exp(difference) - difference - 1)
-    assert found.terms["actor/kl_loss"] == pytest.approx(kl, rel=1e-5)
+    assert result.terms["actor/kl_loss"] == pytest.approx(kl, rel=1e-5)
     expected = (2.0 * (1 - np.exp(difference)) - 1) / 3
-    np.testing.assert_allclose(found.coefficients[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(result.coefficients[0], expected, rtol=1e-5)
 
 
-def test_shares_say_where_the_coefficients_lie(recorded):
-    cloning = loss_lab.examine(losses.BestOfNCloning(), recorded)
+def test_shares_are_of_the_sum_of_coefficients(trajectories):
+    cloning = loss_lab.evaluate_loss(losses.BestOfNCloning(), trajectories)
     assert cloning.shares["correct"] == 1 and cloning.shares["incorrect"] == 0
     assert cloning.shares["early"] == pytest.approx(0.5)
     assert cloning.shares["untouched_tokens"] == pytest.approx(9 / 18)
     assert cloning.shares["early"] + cloning.shares["late"] == pytest.approx(1)
 
 
-def test_losses_agree_with_themselves_and_with_their_multiples(recorded):
-    one = loss_lab.examine(losses.Reinforce(kl_weight=0.0), recorded)
+def test_losses_agree_with_themselves_and_with_their_multiples(trajectories):
+    one = loss_lab.evaluate_loss(losses.Reinforce(kl_weight=0.0), trajectories)
     zero_one = losses.ZeroOne(losses.outcome)
     other = losses.Reinforce(kl_weight=0.0, advantage=zero_one)
-    half = loss_lab.examine(other, recorded)
-    assert loss_lab.agreement(one, one) == {
-        "cosine": pytest.approx(1),
-        "same_sign": 1,
-    }
-    # Incorrect completions are left alone: 9 tokens of 18 are treated alike.
+    half = loss_lab.evaluate_loss(other, trajectories)
+    same = {"cosine": pytest.approx(1), "same_sign": 1}
+    assert loss_lab.agreement(one, one) == same
+    # The other ignores incorrect completions: 9 tokens of 18 have the same sign.
     assert loss_lab.agreement(one, half)["same_sign"] == 0.5
     assert loss_lab.agreement(one, half)["cosine"] == pytest.approx(np.sqrt(0.5))
 
 
 @pytest.mark.parametrize("name", losses.presets.NAMED)
-def test_parts_of_bounded_size_change_nothing(recorded, monkeypatch, name):
+def test_parts_of_bounded_size_change_nothing(trajectories, monkeypatch, name):
     loss = loss_lab.load_loss(name)
-    whole = loss_lab.examine(loss, recorded)
-    monkeypatch.setattr(examination, "ENTRIES", 14)  # two rows of seven
-    parts = loss_lab.examine(loss, recorded)
+    whole = loss_lab.evaluate_loss(loss, trajectories)
+    monkeypatch.setattr(coefficients, "MAX_ENTRIES", 14)  # two rows of seven
+    parts = loss_lab.evaluate_loss(loss, trajectories)
     for a, b in zip(whole.coefficients, parts.coefficients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
     for term, value in whole.terms.items():
@@ -127,11 +121,11 @@ def test_a_config_file_names_its_loss():
         loss_lab.load_loss("grop")
 
 
-def test_one_right_and_one_wrong_are_drawn_unless_others_are_named(recorded):
-    assert loss_lab.choose(recorded, []) == [0, 1]
-    assert loss_lab.choose(recorded, ["0/b/3", "0/a/1"]) == [3, 1]
+def test_one_completion_of_each_outcome_is_selected_by_default(trajectories):
+    assert loss_lab.select(trajectories, []) == [0, 1]
+    assert loss_lab.select(trajectories, ["0/b/3", "0/a/1"]) == [3, 1]
     with pytest.raises(InputError, match="--trajectory 9: not among the 4 completions"):
-        loss_lab.choose(recorded, ["9"])
+        loss_lab.select(trajectories, ["9"])
 
 
 def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsys):
@@ -140,9 +134,9 @@ def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsy
     chosen = ["--loss", "released", "--loss", "grpo"]
     written = ["--json", str(numbers), "--picture", str(picture)]
     assert main(["losses", str(tmp_path), *chosen, *written]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("released", "grpo", "actor/positive_loss", "early", "agreement"):
-        assert word in said
+        assert word in output
     found = json.loads(numbers.read_text())
     assert (found["completions"], found["tokens"]) == (4, 18)
     released = found["losses"]["released"]
@@ -152,24 +146,25 @@ def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([row(verdict="maybe")], "field 'verdict' is 'maybe', expected one of correct"),
-        ([row(entropy=[1.0])], "field 'entropy' has 1 numbers, 'log_probs' has 4"),
-        ([row(entropy=None)], "field 'entropy' is None, expected a list"),
-        ([row(log_probs=3)], "field 'log_probs' is not a list of numbers"),
-        ([row(full_log_probs=[1.0])], "field 'full_log_probs' has 1 numbers, 'log_pr"),
-        ([row(entropy=["a"] * 4)], "per-token lists are not numbers"),
-        ([row(entropy=[np.nan] * 4)], "field 'entropy' holds numbers that are not fin"),
+        ([row(entropy=[1.0])], "field 'entropy' is [1.0], expected a list of finite"),
+        ([row(entropy=None)], "field 'entropy' is None, expected a list of finite"),
+        ([row(log_probs=3)], "field 'log_probs' is 3, expected a list of finite"),
+        ([row(log_probs=[])], "field 'log_probs' is [], expected a list of finite"),
+        ([row(full_log_probs=[1.0])], "field 'full_log_probs' is [1.0], expected a"),
+        ([row(entropy=["a"] * 4)], "field 'entropy' is ['a', 'a', 'a', 'a'], expected"),
+        ([row(entropy=[np.nan] * 4)], "field 'entropy' is [nan, nan, nan, nan], exp"),
         ([{"verdict": "correct"}], "no completion with per-token lists"),
     ],
 )
-def test_a_wrong_line_is_named(rows, said, tmp_path, capsys):
+def test_an_invalid_line_is_named(rows, message, tmp_path, capsys):
     path = write(tmp_path / "step.jsonl", rows)
     assert main(["losses", str(path)]) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and "step.jsonl" in complained
-    assert complained.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and "step.jsonl" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -194,7 +189,7 @@ def test_a_hundred_thousand_tokens_take_less_than_five_seconds(tmp_path):
     assert min(seconds) < 5, seconds
 
 
-def test_what_the_loss_lab_calls_correct_is_what_a_loss_sees(recorded):
+def test_a_loss_receives_the_counts_of_the_whole_batch(trajectories):
     seen = []
 
     class Spy:
@@ -205,7 +200,7 @@ def test_what_the_loss_lab_calls_correct_is_what_a_loss_sees(recorded):
             loss = jnp.sum(scored.log_probs)
             return loss, {}
 
-    loss_lab.examine(Spy(), recorded)
+    loss_lab.evaluate_loss(Spy(), trajectories)
     _, counts = seen[0]
     assert float(counts.correct.tokens) == 9 and float(counts.correct.sequences) == 2
     assert float(counts.incorrect.tokens) == 9 and float(counts.all.sequences) == 4

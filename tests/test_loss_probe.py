@@ -1,4 +1,4 @@
-"""What losses depend on, against their definitions."""
+"""The fields that losses depend on, against their definitions."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ from oreal_jax.losses import (
     unweighted,
 )
 
-# The fields of every preset besides the policy's own log-probabilities, by its formula
-# where all completions are correct with advantage 1.
-READ = {
+# The fields that the formula of each preset reads in addition to `log_probs`, where all
+# completions are correct with advantage 1.
+FORMULA_FIELDS = {
     "released": {"reference_log_probs", "token_scores"},
     "paper": {"old_log_probs", "token_scores"},
     "without_token_rewards": {"reference_log_probs"},
@@ -36,7 +36,7 @@ FIELDS = ("reference_log_probs", "old_log_probs", "token_scores")
 @pytest.mark.parametrize("name", presets.NAMED)
 def test_a_loss_reads_the_fields_of_its_formula(name):
     loss = presets.NAMED[name]
-    assert set(fields_read(loss, *FIELDS)) == READ[name]
+    assert set(fields_read(loss, *FIELDS)) == FORMULA_FIELDS[name]
     assert fields_read(loss, "entropy") == []
 
 
@@ -50,19 +50,19 @@ def test_a_term_of_weight_zero_reads_nothing():
     assert fields_read(Reinforce(entropy_weight=0.1), "entropy") == ["entropy"]
 
 
-@pytest.mark.parametrize("samples", [2, 5])
+@pytest.mark.parametrize("group_size", [2, 5])
 @pytest.mark.parametrize("name", presets.NAMED)
-def test_a_loss_without_token_scores_has_a_gradient_unless_they_weigh_its_tokens(
-    name, samples
+def test_a_loss_with_token_weights_has_no_gradient_without_token_scores(
+    name, group_size
 ):
     loss = presets.NAMED[name]
-    assert has_gradient(loss, samples, token_scores=True)
-    weighs = "token_scores" in READ[name]
-    assert has_gradient(loss, samples, token_scores=False) != weighs
+    assert has_gradient(loss, group_size, token_scores=True)
+    weighted = "token_scores" in FORMULA_FIELDS[name]
+    assert has_gradient(loss, group_size, token_scores=False) != weighted
 
 
-def test_an_entropy_bonus_alone_is_a_gradient():
-    nothing = Reinforce(kl_weight=0.0, advantage=lambda rewards: 0 * rewards)
-    assert not has_gradient(nothing, 4, token_scores=True)
-    bonus = dataclasses.replace(nothing, entropy_weight=0.1)
+def test_an_entropy_bonus_alone_has_a_gradient():
+    zero = Reinforce(kl_weight=0.0, advantage=lambda rewards: 0 * rewards)
+    assert not has_gradient(zero, 4, token_scores=True)
+    bonus = dataclasses.replace(zero, entropy_weight=0.1)
     assert has_gradient(bonus, 4, token_scores=True)

@@ -1,8 +1,10 @@
-"""Every loss against a slow restatement, and every setting of every loss."""
+"""Every loss against a slow restatement; every setting; the index of equations."""
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import reference
 from batches import BATCHES, as_scored, close, count, evaluate
 from reference import Batch, Result
 
+from oreal_jax import losses
 from oreal_jax.losses import (
     BestOfNCloning,
     Dapo,
@@ -41,9 +44,7 @@ from oreal_jax.losses import (
     token_mean,
 )
 
-# The slow restatement.
-
-# Settings that no preset has, each beside its restatement.
+# Settings that no preset has, each with its restatement.
 VARIANTS: dict[str, tuple[PolicyLoss, Callable[[Batch], Result]]] = {
     "oreal_capped_k1_top_k": (
         Oreal(
@@ -183,21 +184,21 @@ def test_every_named_loss_is_restated():
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", RESTATED)
-def test_a_loss_is_its_formula_spelled_out(name, batch, double):
+def test_losses_equal_their_restatement(name, batch, double):
     loss, restated = RESTATED[name]
     scored = as_scored(BATCHES[batch], loss.advantage)
     agree(evaluate(loss, scored), restated(BATCHES[batch]))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_token_reward_loss_is_its_formula_spelled_out(batch, double):
+def test_the_token_reward_loss_equals_its_restatement(batch, double):
     ours = evaluate(TokenReward(), as_scored(BATCHES[batch]), "token_scores")
     agree(ours, reference.token_reward(BATCHES[batch]))
 
 
 @pytest.mark.parametrize("kind", ["all_correct", "all_incorrect", "empty"])
 @pytest.mark.parametrize("name", presets.NAMED)
-def test_a_kind_of_completion_that_is_absent_adds_nothing(name, kind):
+def test_an_absent_kind_of_completion_adds_zero(name, kind):
     loss = presets.NAMED[name]
     value, metrics, _ = evaluate(loss, as_scored(BATCHES[kind], loss.advantage))
     if kind != "all_incorrect":
@@ -208,8 +209,6 @@ def test_a_kind_of_completion_that_is_absent_adds_nothing(name, kind):
         assert value == 0
         assert not any(metrics.values())
 
-
-# Every setting of every loss does something.
 
 CLASSES: list[Any] = [
     kind
@@ -264,7 +263,7 @@ CHANGED: dict[tuple[Any, str], Any] = {
 }
 
 
-def test_the_changed_settings_are_those_that_there_are():
+def test_changed_settings_exist():
     assert CHANGED.keys() <= set(SETTINGS)
     assert {type(loss) for loss in presets.NAMED.values()} <= set(CLASSES)
 
@@ -293,14 +292,30 @@ def test_an_entropy_bonus_raises_the_entropy_of_every_token(double):
 
 
 @pytest.mark.parametrize("name", presets.NAMED)
-def test_low_precision_inputs_are_the_same_numbers_in_float32(name):
+def test_bfloat16_inputs_are_computed_in_float32(name):
     loss = presets.NAMED[name]
     cast = lambda scored, dtype: jax.tree.map(
         lambda x: x if x.dtype == bool else x.astype(dtype), scored
     )
     low = cast(as_scored(BATCHES["mixed"], loss.advantage), jnp.bfloat16)
-    value, metrics = loss(low, count(low))
-    expected, _ = loss(cast(low, jnp.float32), count(low))
+    value, metrics = loss(low.masked(), count(low))
+    expected, _ = loss(cast(low, jnp.float32).masked(), count(low))
     assert value.dtype == jnp.float32
     assert all(metric.dtype == jnp.float32 for metric in metrics.values())
     assert value == expected
+
+
+# The index of equations.
+
+INDEX = [line for line in str(losses.__doc__).splitlines() if line.startswith("| ")]
+
+
+def test_the_index_of_equations_is_that_of_the_docs():
+    docs = Path(__file__).parents[1] / "docs" / "losses.md"
+    assert "\n".join(INDEX[1:]) in docs.read_text()
+
+
+@pytest.mark.parametrize("row", INDEX[1:])
+def test_a_function_of_the_index_cites_its_equation(row):
+    equation, _, function = (cell.strip() for cell in row.strip("|").split("|"))
+    assert equation in attrgetter(function.strip("`"))(losses).__doc__

@@ -27,7 +27,7 @@ from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import TrainConfig, load
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
-from oreal_jax.loss_lab.recorded import LISTS
+from oreal_jax.loss_lab.load import PER_TOKEN
 from oreal_jax.sampling import Engine
 from oreal_jax.train import loop
 from oreal_jax.train.programs import mesh_of
@@ -115,7 +115,7 @@ def test_what_a_run_directory_holds(whole):
         assert trajectory["advantage"] != 0
         assert trajectory["pieces"][-1] == "<|im_end|>"
         assert "".join(trajectory["pieces"][:-1]) == trajectory["completion"]
-        for name in LISTS:
+        for name in PER_TOKEN:
             assert len(trajectory[name]) == trajectory["tokens"]
 
 
@@ -160,7 +160,9 @@ def test_the_loss_lab_finds_the_loss_that_the_run_had(whole):
     for row in metrics.read(whole / "metrics.jsonl"):
         if row["oreal/kept"]:
             file = whole / "trajectories" / f"step_{row['step']:06d}.jsonl"
-            found = loss_lab.examine(losses.Oreal(), loss_lab.read([file]))
+            found = loss_lab.evaluate_loss(
+                losses.Oreal(), loss_lab.load_trajectories([file])
+            )
             assert found.terms["loss"] == pytest.approx(row["actor/loss"], abs=1e-5)
             for name in ("actor/positive_loss", "actor/kl_loss"):
                 assert found.terms[name] == pytest.approx(row[name], abs=1e-5)
@@ -192,7 +194,7 @@ class Flat:
         zero = values - values
         if self.broken:  # 0, with a gradient of 0 times infinity
             values = values + jnp.where(zero > 0, jnp.sqrt(zero), 0)
-        return -token_mean(values, scored.correct, counts.correct), {}
+        return -token_mean(values, scored.correct_tokens, counts.correct), {}
 
 config = dataclasses.replace(
     tiny.config, loss=Flat(), token_reward=None, freeze_steps=0
@@ -264,8 +266,8 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
         differences.append(mean)
         # The first step's policy is the reference, whatever it is sampled from.
         assert row["actor/kl_loss"] < 1e-9
-        read = loss_lab.read([run / "trajectories"])
-        found = loss_lab.examine(losses.Oreal(), read)
+        read = loss_lab.load_trajectories([run / "trajectories"])
+        found = loss_lab.evaluate_loss(losses.Oreal(), read)
         assert found.terms["actor/kl_loss"] < 1e-9
         for t in kept:
             full = t.get("full_log_probs", t["log_probs"])

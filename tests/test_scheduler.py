@@ -83,6 +83,22 @@ def test_slots_are_over_90_percent_full_on_the_7b_recipes_lengths():
     assert found.occupancy > 0.9
 
 
+@pytest.mark.parametrize("prompt", [1, 38, 64, 65, 200])
+@pytest.mark.parametrize("new", [1, 24, 64, 300])
+@pytest.mark.parametrize("samples", [1, 8])
+def test_an_engines_pages_are_enough_to_fill_its_slots_at_once(prompt, new, samples):
+    """`Engine.size` gives a slot the pages of the longest row and one more."""
+    slots, table_pages = 32, -(-(prompt + new) // 64)
+    pages = slots * (table_pages + 1) + table_pages + 1
+    count = slots // samples
+    jobs = [Job(n, prompt, prompt + new, tuple(range(samples))) for n in range(count)]
+    scheduler = Scheduler(
+        jobs, shards=1, slots=slots, pages=pages, size=64, dispatch=64
+    )
+    scheduler.place()
+    assert scheduler.running == slots and not scheduler.waiting
+
+
 def test_a_smaller_engine_takes_over_the_rows_that_run():
     jobs = [Job(n, 10, 100, tuple(range(9))) for n in range(2)]
     scheduler = Scheduler(jobs, shards=2, slots=32, pages=100, size=16, dispatch=4)

@@ -1,24 +1,17 @@
-"""The loss lab: what losses do to trajectories that a run has saved.
+"""The loss lab: what losses do to the tokens of saved trajectories.
 
-No model is needed. A loss is a function of per-token arrays, and a run writes those of
-every completion that it learned from. What a loss does to a token is one number, its
-coefficient d loss / d log p: descent pulls towards a token where it is negative and
-pushes away where it is positive.
+It needs no model: a loss is a function of per-token arrays, and a run saves those of
+every completion that it trains on. What a loss does to a token is one number, its
+coefficient d loss / d log pi: gradient descent raises pi where it is negative and
+lowers pi where it is positive.
 """
 
-from oreal_jax.loss_lab.examination import Examination, agreement, examine, load_loss
-from oreal_jax.loss_lab.recorded import Recorded, choose, read
-from oreal_jax.loss_lab.show import as_json, draw, tables
-
-__all__ = [
-    "Examination",
-    "Recorded",
-    "agreement",
-    "as_json",
-    "choose",
-    "draw",
-    "examine",
-    "load_loss",
-    "read",
-    "tables",
-]
+# ruff: noqa: F401 (re-exports)
+from oreal_jax.loss_lab.coefficients import LossResult, agreement, evaluate_loss
+from oreal_jax.loss_lab.load import (
+    SavedTrajectory,
+    load_loss,
+    load_trajectories,
+    select,
+)
+from oreal_jax.loss_lab.tables import make_tables, plot, to_json

@@ -1,53 +1,39 @@
-"""The OREAL objective in both readings, and the loss of its token reward model.
+"""The OREAL objective, as released and as printed, and the token reward loss.
 
-Correct completions are cloned, incorrect ones pushed down, both weighted by the tokens
-that carried the outcome; a KL penalty holds the policy where it was. The paper's
-equations and the released trainer differ in more than they share: `OrealPaper` and
-`Oreal`.
+Correct completions are cloned and incorrect ones pushed down, token by token in
+proportion to the token weights; a KL penalty limits the change of the policy.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from oreal_jax.losses import terms
+from oreal_jax.losses import terms, weights
 from oreal_jax.losses.advantages import reshaped, rloo
 from oreal_jax.losses.aggregation import sequence_sum, token_mean
-from oreal_jax.losses.scored import Advantage, Counts, Metrics, Scalar, Scored
-from oreal_jax.losses.weights import (
-    Credit,
-    ThresholdWeights,
-    Weighting,
-    running_credit,
-    token_credit,
-)
+from oreal_jax.losses.scored import Advantage, Counts, Metrics, PerToken, Scalar, Scored
 
-Kl = Callable[[Float[Array, "B T"], Float[Array, "B T"]], Float[Array, "B T"]]
+Kl = Callable[[PerToken, PerToken], PerToken]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Oreal:
-    """OREAL as released (InternLM/OREAL 2859cc0; published 7B settings):
+    """OREAL as released (InternLM/OREAL 2859cc0; published 7B settings).
 
     positive_weight * P + negative_weight * N + kl_weight * KL, where
 
-    P  = sum over correct tokens of  w+ (-log p) A     / correct tokens
-    N  = sum over incorrect tokens of  w- (-A) p/stop(p) / incorrect tokens
-    KL = sum over all tokens of    kl(log p, log reference) / all tokens
-    w+ = weight_correct(q), w- = weight_incorrect(1 - q), q = credit(token scores)
+    P  = mean over correct tokens of omega+ A (-log pi)
+    N  = mean over incorrect tokens of omega- (-A) pi / stop(pi)
+    KL = mean over all tokens of kl(log pi, log reference)
 
-    A in P is there where `clone_times_advantage` is set, as in all released configs;
-    P then has the gradient of REINFORCE, and cloning differs from it by its denominator
-    alone. Without it the gradient of P is that of plain cloning, as the paper derives.
-    `importance_cap` weighs the tokens of P and N by min(p / p_old, cap) where sampler
-    and trainer differ (None, as released: not at all).
+    omega+ = weight_correct(q), omega- = weight_incorrect(1 - q), q = credit(scores).
+    With A, as in all released configs, P has the gradient of REINFORCE; without
+    (`clone_times_advantage=False`), that of cloning, as derived in the paper.
+    `importance_cap` weights P and N by min(pi / pi_old, cap) (None: as released, not).
 
-    Differs from `OrealPaper` in its KL to the fixed initial model, its advantages
-    (RLOO on both signs), its means over tokens and its running credit; from
-    `XtunerOreal` in its token weights.
+    Differs from `OrealPaper` in its KL to the fixed initial model, RLOO on both signs,
+    means over tokens and running credit; from `XtunerOreal` in its token weights.
     """
 
     advantage: Advantage = rloo
@@ -55,56 +41,47 @@ class Oreal:
     negative_weight: float = 0.5
     kl_weight: float = 0.01
     clone_times_advantage: bool = True
-    credit: Credit = running_credit
-    weight_correct: Weighting = ThresholdWeights()
-    weight_incorrect: Weighting = ThresholdWeights()
+    credit: weights.Credit = weights.running_credit
+    weight_correct: weights.Weighting = weights.ThresholdWeights()
+    weight_incorrect: weights.Weighting = weights.ThresholdWeights()
     kl: Kl = terms.kl_k3
     importance_cap: float | None = None
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
-        """The loss, its three terms and the mean token weights."""
-        scored = scored.masked()
-        weight = token_weights(
+        """Compute the loss and its metrics."""
+        omega = weights.token_weights(
             scored, self.credit, self.weight_correct, self.weight_incorrect
         )
-        scale = scored.advantage[:, None] if self.clone_times_advantage else 1.0
-        clone = terms.clone(scored.log_probs) * weight * scale
-        avoid = terms.reinforce(scored.log_probs, scored.advantage) * weight
+        importance = terms.truncated_importance(
+            scored.log_probs, scored.old_log_probs, self.importance_cap
+        )
+        factor = scored.advantage[:, None] if self.clone_times_advantage else 1.0
+        positive = terms.clone(scored.log_probs) * omega * factor * importance
+        negative = terms.reinforce(scored.log_probs, scored.advantage)
+        negative = negative * omega * importance
         kl = self.kl(scored.kl_log_probs, scored.reference_log_probs)
-        if self.importance_cap is not None:
-            trust = terms.truncated_importance(
-                scored.log_probs, scored.old_log_probs, self.importance_cap
-            )
-            clone, avoid = clone * trust, avoid * trust
-
-        positive = token_mean(clone, scored.correct, counts.correct)
-        negative = token_mean(avoid, scored.incorrect, counts.incorrect)
-        penalty = token_mean(kl, scored.completion, counts.all)
-        policy = self.positive_weight * positive + self.negative_weight * negative
-        return policy + self.kl_weight * penalty, {
-            "actor/pg_loss": policy,
-            "actor/positive_loss": positive,
-            "actor/negative_loss": negative,
-            "actor/kl_loss": penalty,
-        } | weight_metrics(weight, scored, counts)
+        loss, metrics = weighted_sum(
+            token_mean(positive, scored.correct_tokens, counts.correct),
+            token_mean(negative, scored.incorrect_tokens, counts.incorrect),
+            token_mean(kl, scored.completion, counts.all),
+            (self.positive_weight, self.negative_weight, self.kl_weight),
+        )
+        return loss, metrics | weight_metrics(omega, scored, counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrealPaper:
-    """OREAL as printed (arXiv:2502.06781v1, eq. 10 and 11):
+    """OREAL as printed: Eq. 11 of arXiv:2502.06781v1, with the weights of Eq. 10.
 
-    mean over completions of their sums over tokens of
-        w+ (-log p)                        where correct
-        eta w- (1-p) log(p / p_old)        where incorrect
-        beta kl(log p, log p_old)          everywhere
-    w+ = max(2 q - 1, 0), w- = max(1 - 2 q, 0), q = sigmoid of the token's own score
+    Mean over completions of their sums over tokens of
 
-    (1-p) is F(1-p) of L2, section 2.3, with F the identity; eq. 11 prints neither it
-    nor a value for eta: that of the release stands in. `advantage` gives its negative
-    (`outcome` leaves it out).
+        omega+ (-log pi)                           where correct
+        eta omega- F(1-p) log(pi / pi_old)         where incorrect
+        beta kl(log pi, log pi_old)                everywhere
 
-    Differs from `Oreal` in all that its docstring lists; strictly on-policy, the KL to
-    the old policy is 0 and so is its gradient, with k2 and k3.
+    F(1-p) is that of L2 with F the identity, the negative of `advantage` (of `outcome`:
+    1). Eq. 11 prints neither F(1-p) nor a value for eta: the default is the release's.
+    Strictly on-policy, the KL to pi_old and, with k2 and k3, its gradient are 0.
     """
 
     advantage: Advantage = reshaped
@@ -113,70 +90,59 @@ class OrealPaper:
     kl: Kl = terms.kl_k3
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
-        """The loss, its three terms and the mean token weights."""
-        scored = scored.masked()
-        weight = token_weights(
-            scored, token_credit, ThresholdWeights(), ThresholdWeights()
-        )
-        clone = terms.clone(scored.log_probs) * weight
-        log_ratio = scored.log_probs - scored.old_log_probs
-        avoid = -scored.advantage[:, None] * weight * log_ratio
+        """Compute the loss and its metrics."""
+        half = weights.ThresholdWeights(threshold=0.5)
+        omega = weights.token_weights(scored, weights.token_credit, half, half)
+        positive = terms.clone(scored.log_probs) * omega
+        factor = -scored.advantage[:, None] * omega
+        negative = terms.suppress(scored.log_probs, scored.old_log_probs, factor)
         kl = self.kl(scored.log_probs, scored.old_log_probs)
-
-        positive = sequence_sum(clone, scored.correct, counts.all)
-        negative = sequence_sum(avoid, scored.incorrect, counts.all)
-        penalty = sequence_sum(kl, scored.completion, counts.all)
-        policy = positive + self.eta * negative
-        return policy + self.beta * penalty, {
-            "actor/pg_loss": policy,
-            "actor/positive_loss": positive,
-            "actor/negative_loss": negative,
-            "actor/kl_loss": penalty,
-        } | weight_metrics(weight, scored, counts)
+        loss, metrics = weighted_sum(
+            sequence_sum(positive, scored.correct_tokens, counts.all),
+            sequence_sum(negative, scored.incorrect_tokens, counts.all),
+            sequence_sum(kl, scored.completion, counts.all),
+            (1.0, self.eta, self.beta),
+        )
+        return loss, metrics | weight_metrics(omega, scored, counts)
 
 
-def token_weights(
-    scored: Scored, credit: Credit, correct: Weighting, incorrect: Weighting
-) -> Float[Array, "B T"]:
-    """omega+ on correct completions, omega- on incorrect ones. Without gradient: the
-    policy loss never trains the token reward model."""
-    probability = jax.lax.stop_gradient(credit(scored.token_scores, scored.completion))
-    return jnp.where(
-        scored.correct[:, None],
-        correct(probability, scored.completion),
-        incorrect(1 - probability, scored.completion),
-    )
+def weighted_sum(
+    positive: Scalar, negative: Scalar, kl: Scalar, factors: tuple[float, float, float]
+) -> tuple[Scalar, Metrics]:
+    """Add three terms, each times its factor; the terms are the metrics."""
+    policy = factors[0] * positive + factors[1] * negative
+    return policy + factors[2] * kl, {
+        "actor/pg_loss": policy,
+        "actor/positive_loss": positive,
+        "actor/negative_loss": negative,
+        "actor/kl_loss": kl,
+    }
 
 
-def weight_metrics(
-    weight: Float[Array, "B T"], scored: Scored, counts: Counts
-) -> Metrics:
-    """Mean weight on correct and incorrect tokens; share of tokens without weight."""
-    none = (weight == 0).astype(weight.dtype)
+def weight_metrics(omega: PerToken, scored: Scored, counts: Counts) -> Metrics:
+    """Mean weight of correct and incorrect tokens; share of tokens with weight 0."""
+    correct, incorrect = scored.correct_tokens, scored.incorrect_tokens
+    zero = (omega == 0).astype(omega.dtype)
     return {
-        "oreal/omega_correct/mean": token_mean(weight, scored.correct, counts.correct),
-        "oreal/omega_incorrect/mean": token_mean(
-            weight, scored.incorrect, counts.incorrect
-        ),
-        "oreal/omega_zero_share": token_mean(none, scored.completion, counts.all),
+        "oreal/omega_correct/mean": token_mean(omega, correct, counts.correct),
+        "oreal/omega_incorrect/mean": token_mean(omega, incorrect, counts.incorrect),
+        "oreal/omega_zero_share": token_mean(zero, scored.completion, counts.all),
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenReward:
-    """Trains the token reward model on outcomes alone (OREAL eq. 12).
+    """Loss of the token reward model, trained on outcomes alone (Eq. 12).
 
-    Binary cross-entropy between sigmoid(mean token score) and the verdict, summed over
-    completions and divided by their number.
+    Mean over completions of the cross-entropy of sigmoid(mean token score).
     """
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
-        """The loss, and how often the sign of the mean score is the verdict."""
-        scored = scored.masked()
+        """Compute the loss and its metrics."""
         logit = terms.completion_mean(scored.token_scores, scored.completion)
-        present = jnp.any(scored.completion, axis=-1)
         entropy = terms.outcome_cross_entropy(logit, scored.correct)
         hit = ((logit > 0) == scored.correct).astype(logit.dtype)
-        loss = jnp.sum(entropy, where=present) / counts.all.sequences
-        accuracy = jnp.sum(hit, where=present) / counts.all.sequences
-        return loss, {"token_reward/loss": loss, "token_reward/accuracy": accuracy}
+        present = jnp.any(scored.completion, axis=-1)
+        mean = lambda x: jnp.sum(x, where=present) / counts.all.sequences
+        loss = mean(entropy)
+        return loss, {"token_reward/loss": loss, "token_reward/accuracy": mean(hit)}

@@ -1,7 +1,8 @@
-"""The algebra of the losses: one function per term, one value per token.
+"""The terms of the losses: one function each, one value per token.
 
-A gradient flows through `log_probs` (and `token_scores`) alone: whatever else enters a
-term is a constant, save where its docstring says otherwise.
+Notation: pi is the policy's probability of a token, pi_old that of the policy which
+generated it, stop(x) is x without gradient, A the advantage of a completion. Gradients
+flow through `log_probs` and `token_scores`; everything else is a constant.
 """
 
 import math
@@ -10,125 +11,118 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Beyond this log-ratio exp goes on as its tangent: it would overflow, and a clip would
-# lose the gradient that brings a runaway policy back.
-STEEPEST = 20.0
+from oreal_jax.losses.scored import PerToken, TokenMask
+
+# Above it, exp continues as its tangent: exp would overflow, and clipping would remove
+# the gradient that brings a diverging policy back.
+MAX_EXPONENT = 20.0
 
 
-def clone(log_probs: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """Behaviour cloning: -log p (OREAL, L1 in section 2.2)."""
+def clone(log_probs: PerToken) -> PerToken:
+    """-log pi: behaviour cloning of correct samples (L1, section 2.2)."""
     return -log_probs
 
 
-def ratio(
-    log_probs: Float[Array, "B T"], old_log_probs: Float[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """p / p_old, continued as its tangent beyond exp(20)."""
+def suppress(
+    log_probs: PerToken, old_log_probs: PerToken, factor: PerToken
+) -> PerToken:
+    """F log(pi / pi_old): pushing incorrect samples down (L2, section 2.3).
+
+    `factor` is F(1-p); in Eq. 11, times omega-.
+    """
+    return factor * (log_probs - old_log_probs)
+
+
+def ratio(log_probs: PerToken, old_log_probs: PerToken) -> PerToken:
+    """pi / pi_old, continued as its tangent above exp(20)."""
     difference = log_probs - old_log_probs
-    return jnp.exp(jnp.minimum(difference, STEEPEST)) + _tangent(difference)
+    return jnp.exp(jnp.minimum(difference, MAX_EXPONENT)) + _tangent(difference)
 
 
-def reinforce(
-    log_probs: Float[Array, "B T"], advantage: Float[Array, "B"]
-) -> Float[Array, "B T"]:
-    """Policy gradient on samples of the policy itself: -A p / stop(p).
+def reinforce(log_probs: PerToken, advantage: Float[Array, "B"]) -> PerToken:
+    """-A pi / stop(pi): policy gradient on-policy, the release's form of L2.
 
-    The ratio is 1 and its gradient that of log p: the released trainer's importance
-    ratio, strictly on-policy.
+    The ratio is 1 and its gradient that of log pi.
     """
     return -ratio(log_probs, jax.lax.stop_gradient(log_probs)) * advantage[:, None]
 
 
 def clipped_surrogate(
-    log_probs: Float[Array, "B T"],
-    old_log_probs: Float[Array, "B T"],
+    log_probs: PerToken,
+    old_log_probs: PerToken,
     advantage: Float[Array, "B"],
     *,
     low: float,
     high: float,
     dual: float = math.inf,
-) -> Float[Array, "B T"]:
-    """PPO's -min(r A, clip(r, 1 - low, 1 + high) A) with r = p / p_old (1707.06347).
+) -> PerToken:
+    """PPO's -min(r A, clip(r, 1 - low, 1 + high) A) with r = pi / pi_old (1707.06347).
 
-    For A < 0 it is at most dual |A| (dual clip, arXiv:1912.09729): a token that the
-    policy has come to like by far pulls no harder. Once clipped, a token has no
-    gradient.
+    Where A < 0, at most dual |A| (dual clip, arXiv:1912.09729), however much likelier
+    a token has become. A clipped token has no gradient.
     """
     advantage = jnp.broadcast_to(advantage[:, None], log_probs.shape)
-    moved = ratio(log_probs, old_log_probs)
-    worst = jnp.maximum(
-        -moved * advantage, -jnp.clip(moved, 1 - low, 1 + high) * advantage
-    )
+    r = ratio(log_probs, old_log_probs)
+    surrogate = jnp.maximum(-r * advantage, -jnp.clip(r, 1 - low, 1 + high) * advantage)
     if math.isinf(dual):
-        return worst
-    return jnp.where(advantage < 0, jnp.minimum(worst, -dual * advantage), worst)
+        return surrogate
+    bounded = jnp.minimum(surrogate, -dual * advantage)
+    return jnp.where(advantage < 0, bounded, surrogate)
 
 
 def truncated_importance(
-    log_probs: Float[Array, "B T"], old_log_probs: Float[Array, "B T"], cap: float
-) -> Float[Array, "B T"]:
-    """min(stop(p) / p_old, cap): the weight that makes up for a sampler whose
-    probabilities are not the trainer's (other kernels, other precision)."""
-    weight = jnp.minimum(ratio(log_probs, old_log_probs), cap)
-    return jax.lax.stop_gradient(weight)
+    log_probs: PerToken, old_log_probs: PerToken, cap: float | None
+) -> PerToken:
+    """min(stop(pi) / pi_old, cap), or 1 without a cap.
+
+    Corrects for a sampler with other probabilities (other kernels, other precision).
+    """
+    if cap is None:
+        return jnp.ones_like(log_probs)
+    return jax.lax.stop_gradient(jnp.minimum(ratio(log_probs, old_log_probs), cap))
 
 
-def kl_k1(
-    log_probs: Float[Array, "B T"], other: Float[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """KL(policy || other), estimator k1: log p - log p_other.
+def kl_k1(log_probs: PerToken, other: PerToken) -> PerToken:
+    """KL(pi || other), estimator k1: log pi - log other.
 
-    Unbiased in value; its expected gradient on-policy is zero. The released "kl" is
-    its negative, which rewards divergence.
+    Its expected gradient on-policy is 0. The released "kl" is its negative, which
+    rewards divergence.
     """
     return log_probs - other
 
 
-def kl_k2(
-    log_probs: Float[Array, "B T"], other: Float[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """KL estimator k2 (released name: "mse"): half the squared log-ratio."""
+def kl_k2(log_probs: PerToken, other: PerToken) -> PerToken:
+    """KL(pi || other), estimator k2: half the squared log-ratio (released: "mse")."""
     return 0.5 * jnp.square(other - log_probs)
 
 
-def kl_k3(
-    log_probs: Float[Array, "B T"], other: Float[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """KL estimator k3 (released name: "unbias"): exp(d) - d - 1, never negative.
+def kl_k3(log_probs: PerToken, other: PerToken) -> PerToken:
+    """KL(pi || other), estimator k3: exp(d) - d - 1 >= 0 (released: "unbias").
 
-    d = log p_other - log p, from J. Schulman, "Approximating KL Divergence"; exp
-    continued as its tangent beyond d = 20.
+    d = log other - log pi (J. Schulman, "Approximating KL Divergence"); exp continues
+    as its tangent above d = 20. The default for the KL of L1, L2 and Eq. 11.
     """
     difference = other - log_probs
-    grown = jnp.expm1(jnp.minimum(difference, STEEPEST)) + _tangent(difference)
+    grown = jnp.expm1(jnp.minimum(difference, MAX_EXPONENT)) + _tangent(difference)
     return grown - difference
 
 
 def outcome_cross_entropy(
     logit: Float[Array, "B"], correct: Bool[Array, "B"]
 ) -> Float[Array, "B"]:
-    """-log sigmoid(logit) where correct, else -log(1 - sigmoid(logit)) (eq. 12)."""
+    """Binary cross-entropy of sigmoid(logit) and the outcome (Eq. 12).
+
+    `logit` is the mean token score of a completion.
+    """
     return -jax.nn.log_sigmoid(jnp.where(correct, logit, -logit))
 
 
-def running_mean(
-    values: Float[Array, "B T"], where: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Mean of `values` over the masked entries up to and including each one."""
-    total = jnp.cumsum(jnp.where(where, values, 0), axis=-1)
-    seen = jnp.cumsum(where, axis=-1).astype(values.dtype)
-    return total / jnp.maximum(1, seen)
-
-
-def completion_mean(
-    values: Float[Array, "B T"], where: Bool[Array, "B T"]
-) -> Float[Array, "B"]:
-    """Mean of `values` over the masked entries of each row; 0 for an empty row."""
-    total = jnp.sum(values, axis=-1, where=where)
+def completion_mean(values: PerToken, where: TokenMask) -> Float[Array, "B"]:
+    """Mean over the masked entries of each row; 0 for an empty row."""
     size = jnp.sum(where, axis=-1).astype(values.dtype)
-    return total / jnp.maximum(1, size)
+    return jnp.sum(values, axis=-1, where=where) / jnp.maximum(1, size)
 
 
-def _tangent(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """What the tangent of exp at `STEEPEST` adds beyond it."""
-    return math.exp(STEEPEST) * jnp.maximum(x - STEEPEST, 0)
+def _tangent(x: PerToken) -> PerToken:
+    """The linear part above `MAX_EXPONENT` of an exp that continues as its tangent."""
+    return math.exp(MAX_EXPONENT) * jnp.maximum(x - MAX_EXPONENT, 0)

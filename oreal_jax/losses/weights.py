@@ -1,9 +1,9 @@
-"""Token weights: how much of a verdict each token carries, in [0, 1].
+"""Token weights: the share in [0, 1] of an outcome that is attributed to a token.
 
-Two choices make a weight. A *credit* turns raw token scores into the probability q
-that a token lies on the path to a correct answer: `running_credit` or `token_credit`. A
-*weighting* turns that probability into a weight; it is given q for correct completions
-and 1 - q for incorrect ones: `ThresholdWeights`, `TopKWeights` or `unweighted`.
+A *credit* turns raw token scores into q, the probability that a token leads to a
+correct answer: `running_credit` or `token_credit`. A *weighting* turns q for correct
+completions, and 1 - q for incorrect ones, into weights: `ThresholdWeights`,
+`TopKWeights` or `unweighted`.
 """
 
 import dataclasses
@@ -12,80 +12,83 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
-from oreal_jax.losses.terms import running_mean
+from oreal_jax.losses.scored import PerToken, Scored, TokenMask
 
-Credit = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
-Weighting = Callable[[Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
-
-
-def running_credit(
-    token_scores: Float[Array, "B T"], where: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Sigmoid of the mean score so far: what the completion up to here is worth (as
-    released)."""
-    return jax.nn.sigmoid(running_mean(token_scores, where))
+Credit = Callable[[PerToken, TokenMask], PerToken]
+Weighting = Callable[[PerToken, TokenMask], PerToken]
 
 
-def token_credit(
-    token_scores: Float[Array, "B T"], where: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Sigmoid of each token's own score (OREAL eq. 10 as printed)."""
+def token_credit(token_scores: PerToken, where: TokenMask) -> PerToken:
+    """sigmoid(w): the credit of each token's own score (Eq. 10 as printed)."""
     return jax.nn.sigmoid(token_scores)
+
+
+def running_credit(token_scores: PerToken, where: TokenMask) -> PerToken:
+    """Sigmoid of the mean score up to each token (Eq. 10 as released)."""
+    size = jnp.cumsum(where, axis=-1).astype(token_scores.dtype)
+    return jax.nn.sigmoid(jnp.cumsum(token_scores, axis=-1) / jnp.maximum(1, size))
+
+
+def token_weights(
+    scored: Scored,
+    credit: Credit,
+    weight_correct: Weighting,
+    weight_incorrect: Weighting,
+) -> PerToken:
+    """omega+ on correct completions, omega- on incorrect ones (Eq. 10).
+
+    Without gradient: the policy loss never trains the token reward model.
+    """
+    where = scored.completion
+    q = jax.lax.stop_gradient(credit(scored.token_scores, where))
+    return jnp.where(
+        scored.correct[:, None],
+        weight_correct(q, where),
+        weight_incorrect(1 - q, where),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThresholdWeights:
-    """clip((probability - threshold) / (1 - threshold), 0, 1).
+    """clip((credit - threshold) / (1 - threshold), 0, 1).
 
-    With threshold 0.5 this is OREAL eq. 10: max(2 probability - 1, 0).
+    With threshold 0.5, max(2 credit - 1, 0): omega+ of q, omega- of 1 - q (Eq. 10).
     """
 
     threshold: float = 0.5
 
-    def __call__(
-        self, probability: Float[Array, "B T"], where: Bool[Array, "B T"]
-    ) -> Float[Array, "B T"]:
-        """The weight of every token."""
-        rescaled = (probability - self.threshold) / (1 - self.threshold)
-        return jnp.clip(rescaled, 0, 1)
+    def __call__(self, credit: PerToken, where: TokenMask) -> PerToken:
+        """Compute the weight of every token."""
+        return jnp.clip((credit - self.threshold) / (1 - self.threshold), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopKWeights:
-    """Keeps the top int(ratio * length) tokens, min-max normalised; the rest get 0.
+    """The top int(ratio * length) credits, min-max normalised; 0 for other tokens.
 
-    All ones where the kept probabilities are equal. At least one token is kept (the
+    All ones where the top credits are equal. At least one token has a weight (the
     release crashes when ratio * length is below 1).
     """
 
     ratio: float
 
-    def __call__(
-        self, probability: Float[Array, "B T"], where: Bool[Array, "B T"]
-    ) -> Float[Array, "B T"]:
-        """The weight of every token."""
-        length = jnp.sum(where, axis=-1, keepdims=True)
+    def __call__(self, credit: PerToken, where: TokenMask) -> PerToken:
+        """Compute the weight of every token."""
         # In double precision, as Python computes it: 0.29 * 100 is below 29.
-        kept_of = np.maximum(1, np.floor(self.ratio * np.arange(where.shape[-1] + 1)))
-        keep = jnp.asarray(kept_of, jnp.int32)[length]
-        order = jnp.argsort(jnp.where(where, -probability, jnp.inf), axis=-1)
-        rank = jnp.argsort(order, axis=-1)
-        kept = where & (rank < keep)
-        low = jnp.min(probability, where=kept, initial=jnp.inf, axis=-1, keepdims=True)
-        high = jnp.max(
-            probability, where=kept, initial=-jnp.inf, axis=-1, keepdims=True
-        )
-        # Not high > low: a difference may be too small for a number of its own.
+        sizes = np.maximum(1, np.floor(self.ratio * np.arange(where.shape[-1] + 1)))
+        size = jnp.asarray(sizes, jnp.int32)[jnp.sum(where, axis=-1, keepdims=True)]
+        order = jnp.argsort(jnp.where(where, -credit, jnp.inf), axis=-1)
+        top = where & (jnp.argsort(order, axis=-1) < size)
+        low = jnp.min(credit, where=top, initial=jnp.inf, axis=-1, keepdims=True)
+        high = jnp.max(credit, where=top, initial=-jnp.inf, axis=-1, keepdims=True)
+        # Not high > low: their difference may underflow to 0.
         spread = high - low
         wide = spread > 0
-        scaled = jnp.where(wide, (probability - low) / jnp.where(wide, spread, 1), 1)
-        return jnp.where(kept, scaled, 0)
+        scaled = jnp.where(wide, (credit - low) / jnp.where(wide, spread, 1), 1)
+        return jnp.where(top, scaled, 0)
 
 
-def unweighted(
-    probability: Float[Array, "B T"], where: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Every token counts fully: OREAL without token rewards."""
-    return jnp.ones_like(probability)
+def unweighted(credit: PerToken, where: TokenMask) -> PerToken:
+    """Weight 1 for every token: OREAL without token rewards."""
+    return jnp.ones_like(credit)

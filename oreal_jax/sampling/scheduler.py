@@ -91,6 +91,7 @@ class Shard:
     def __init__(self, slots: int, pages: int):
         self.rows: list[Row | None] = [None] * slots
         self.free = list(range(pages - 1, 0, -1))
+        self.reserved = 0  # pages that the running rows may take in the next round
         self.current: Shared | None = None
 
     @property
@@ -140,6 +141,10 @@ class Scheduler:
         """Fills free slots: the prompts to run first, then the samples that start; and
         the rows that come back."""
         placed: tuple[list[Prefill], list[Admission], list[Swap]] = [], [], []
+        for shard in self._shards:
+            rows = filter(None, shard.rows)
+            growth = (self._growth(r.prompt.job, len(self._table(r))) for r in rows)
+            shard.reserved = sum(growth)
         open_shards = list(range(len(self._shards)))
         while open_shards:
             # The emptiest shard takes next, so that the load is even.
@@ -160,7 +165,8 @@ class Scheduler:
         if shard.running == len(shard.rows):
             return False
         if self._swapped:
-            if self._fits(shard, self._pages(self._swapped[0].position)):
+            row = self._swapped[0]
+            if self._fits(shard, row.prompt.job, self._pages(row.position)):
                 returning.append(self._swap_in(number, self._swapped.pop(0)))
                 return True
             if shard.running:
@@ -174,6 +180,7 @@ class Scheduler:
         shard, job = self._shards[number], row.prompt.job
         pages = [shard.free.pop() for _ in range(self._pages(row.position))]
         slot = shard.rows.index(None)
+        shard.reserved += self._growth(job, len(pages))
         prompt = Shared(job, [], [], 1)
         shard.rows[slot] = Row(prompt, row.sample, row.position, pages, row.age)
         return Swap(number, slot, job.request, row.sample, list(pages))
@@ -185,20 +192,21 @@ class Scheduler:
                 return None
             stored = self._queue[0].length - 1  # the last token is fed by decoding
             need = self._pages(stored)
-            if not self._fits(shard, need):
+            if not self._fits(shard, self._queue[0], need):
                 return None
             job = self._queue.popleft()
             pages = [shard.free.pop() for _ in range(need)]
             shard.current = Shared(job, pages, list(job.samples), len(job.samples))
             if pages:
                 prefills.append(Prefill(number, job.request, pages))
-        elif not self._fits(shard, 0):
+        elif not self._fits(shard, shard.current.job, 0):
             return None
         prompt = shard.current
         sample = prompt.waiting.pop(0)
         slot = shard.rows.index(None)
         stored = prompt.job.length - 1
         target = shard.free.pop()
+        shard.reserved += self._growth(prompt.job, stored // self._size + 1)
         source = prompt.pages[-1] if stored % self._size else 0
         self._age += 1
         shard.rows[slot] = Row(prompt, sample, stored, [target], self._age)
@@ -209,11 +217,16 @@ class Scheduler:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._size)
 
-    def _fits(self, shard: Shard, pages: int) -> bool:
-        """Whether pages are free for one more row, which and all others grow by a
-        round."""
-        growth = self._pages(self._dispatch)
-        return len(shard.free) >= pages + growth * (shard.running + 1)
+    def _growth(self, job: Job, pages: int) -> int:
+        """Pages that a row of so many may take in a round; none beyond its end."""
+        return min(self._pages(self._dispatch), self._pages(job.longest) - pages)
+
+    def _fits(self, shard: Shard, job: Job, pages: int) -> bool:
+        """Whether so many pages are free, and those that this row and all others may
+        take in a round."""
+        shared = (job.length - 1) // self._size
+        growth = self._growth(job, shared)
+        return len(shard.free) >= pages + growth + shard.reserved
 
     def grow(self) -> tuple[np.ndarray, np.ndarray, list[Swap]]:
         """Gives every row the pages for the tokens of its next round.

@@ -173,7 +173,7 @@ def train_step(
             correct=part.correct,
             advantage=part.advantage,
             full_log_probs=full,
-        )
+        ).masked()
 
     def reward_objective(params, config: ModelConfig, part: Batch, counts: Counts):
         """Loss of the token reward model; metrics and token scores."""
