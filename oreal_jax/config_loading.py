@@ -104,7 +104,8 @@ def _matches(value: Any, hint: Any, unknown: bool = False) -> bool:
         return unknown
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    kinds: Any = (int, float) if hint is float else hint
+    return isinstance(value, kinds)
 
 
 def _describe(hint: Any) -> str:

@@ -142,7 +142,7 @@ def in_help(parser: argparse.ArgumentParser) -> Iterator[Printed]:
                 yield from in_help(verb)
     epilog = parser.epilog or ""
     call = parser.get_default("call")
-    location = ("oreal_jax/cli/__init__.py", 1)
+    location = ("oreal_jax/cli/command_line.py", 1)
     if call:
         code = inspect.unwrap(call).__code__
         path = Path(code.co_filename).resolve().relative_to(ROOT)

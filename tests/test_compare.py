@@ -80,7 +80,7 @@ def test_a_report_is_compared_like_its_items(home, script, oreal):
         ({"id": "z"}, "no id of set 'six' in common"),
         ({"question": "another"}, "id 'x' of set 'six' has two questions"),
         ({"greedy": "yes"}, "b.jsonl:1: field 'greedy' is 'yes', expected an item"),
-        ({"verdict": None}, "b.jsonl:1: field 'verdict' is None, expected an item"),
+        ({"verdict": None}, "b.jsonl:1: field 'verdict' is None, expected one of"),
     ],
 )
 def test_incomparable_files_are_refused(home, capsys, change, message):

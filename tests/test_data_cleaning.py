@@ -261,7 +261,7 @@ def test_the_limit_bounds_solutions_and_the_seed_selects_them():
     [
         (
             {"verdict": "yes"},
-            "field 'verdict' is 'yes', expected correct, incorrect, undecid",
+            "field 'verdict' is 'yes', expected one of correct, incorrect",
         ),
         ({"completion": 1}, "field 'completion' is 1, expected text"),
         ({"question": None}, "field 'question' is None, expected text"),

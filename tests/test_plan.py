@@ -76,7 +76,9 @@ UNROLLED = """
   %x = f32[8]{0} get-tuple-element(%carried), index=0
   %counter = u32[]{:T(128)} get-tuple-element(%carried), index=1
   %one = u32[]{:T(128)} constant(1)
-  %two = u32[]{:T(128)} constant(2)
+  %two = u32[]{:T(128)} constant(2), metadata={
+"kernel_metadata":"{}"
+}
   %there = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
   %back = f32[8]{0} collective-permute(%there), source_target_pairs={{0,1},{1,0}}
   %more = u32[]{:T(128)} add(%counter, %two), metadata={op_name="one"}

@@ -721,7 +721,7 @@ def test_docstrings_scripts_and_help_are_read():
     files = {item.file for item in printed.in_help(parser())}
     assert {path.name for path in (ROOT / "oreal_jax/cli").glob("*.py")} - {
         Path(file).name for file in files
-    } == {"options.py"}
+    } == {"__init__.py", "options.py"}
 
 
 def test_every_tool_runs_in_a_test():

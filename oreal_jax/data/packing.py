@@ -189,7 +189,7 @@ def pack(
     groups, (M, C, N, T) = arrange(
         sizes, rows=rows, row_length=row_length, limits=limits
     )
-    zeros = lambda *shape, dtype=np.int32: np.zeros((M, *shape), dtype)
+    zeros = lambda *shape, dtype="int32": np.zeros((M, *shape), dtype)
     batch = Batch(
         filled=np.asarray(len(groups), np.int32),
         tokens=zeros(rows, row_length),
@@ -200,10 +200,10 @@ def pack(
         row=zeros(N),
         first=zeros(N),
         length=zeros(N),
-        correct=zeros(N, dtype=bool),
-        advantage=zeros(N, dtype=np.float32),
-        old_log_probs=zeros(N, T, dtype=np.float32),
-        reference_log_probs=zeros(N, T, dtype=np.float32),
+        correct=zeros(N, dtype="bool"),
+        advantage=zeros(N, dtype="float32"),
+        old_log_probs=zeros(N, T, dtype="float32"),
+        reference_log_probs=zeros(N, T, dtype="float32"),
     )
     indices = [BatchIndex(0, 0)] * len(examples)
     for micro_batch, group in enumerate(groups):

@@ -39,7 +39,7 @@ def evaluate_loss(
     correct = jnp.asarray([trajectory.correct for trajectory in trajectories])
     T = int(lengths.max())
     B = min(len(trajectories), max(1, MAX_ENTRIES // T))
-    counts = Counts.of(jnp.arange(T) < lengths[:, None], correct)
+    counts = Counts.of(jnp.arange(T)[None] < lengths[:, None], correct)
 
     @jax.jit
     def differentiate(scored: Scored):
@@ -47,7 +47,7 @@ def evaluate_loss(
             log_probs, full = jax.tree.map(
                 lambda x: x + change, (scored.log_probs, scored.full_log_probs)
             )
-            changed = scored._replace(log_probs=log_probs, full_log_probs=full)
+            changed = scored._replace(log_probs=log_probs, full_log_probs=full).masked()
             total, metrics = loss(changed, counts)
             return total, {"loss": total} | metrics
 

@@ -71,7 +71,7 @@ def _random(rewards: Float[np.ndarray, "1 K"], seed: int) -> Scored:
         reference_log_probs=-jnp.abs(reference),
         token_scores=2 * scores,
         entropy=jnp.abs(entropy),
-        completion=jnp.arange(longest) < np.resize(LENGTHS, count)[:, None],
+        completion=jnp.arange(longest)[None] < np.resize(LENGTHS, count)[:, None],
         correct=jnp.asarray(rewards[0] > 0),
         advantage=jnp.ones(count),
     )

@@ -70,7 +70,7 @@ def phases(
         again = body._replace(pairs=0) if config.remat == "but_attention" else body
         update += models * efficiency.forward_flops(shape, again)
         passes += 1
-    weights = 2 * (efficiency.layer_weights(shape) + efficiency.head_weights(shape))
+    weights = 2.0 * (efficiency.layer_weights(shape) + efficiency.head_weights(shape))
     state = findings.held["parameters"] + findings.held["optimizer"]
     prompts = efficiency.prefill([mean_prompt_tokens(config)] * config.prompts_per_step)
 

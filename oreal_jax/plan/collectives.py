@@ -23,9 +23,7 @@ KINDS = (
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 
-_COMPUTATION = re.compile(
-    r"^(ENTRY )?%?([\w.\-]+) \(.*\{\n((?:[^}\n].*\n|\n)*)", re.MULTILINE
-)
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.MULTILINE)
 _CALLS = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -38,8 +36,9 @@ _NAME = re.compile(r"%?([\w.\-]+)")
 
 def collective_bytes(text: str, repeats: int = 1) -> dict[str, int]:
     """Bytes by kind of collective; a loop of unknown length runs `repeats` times."""
-    matches = _COMPUTATION.findall(text)
-    computations = {name: body for _, name, body in matches}
+    _, *parts = _HEAD.split(text)
+    entries, names, bodies = parts[::3], parts[1::3], parts[2::3]
+    computations = dict(zip(names, bodies, strict=True))
 
     @functools.cache
     def total(computation: str) -> Counter:
@@ -68,7 +67,7 @@ def collective_bytes(text: str, repeats: int = 1) -> dict[str, int]:
             counts = Counter({kind: trips * size for kind, size in counts.items()})
         return counts
 
-    return dict(total(next(name for entry, name, _ in matches if entry)))
+    return dict(total(names[entries.index("ENTRY ")]))
 
 
 def _trip_count(line: str, computations: dict[str, str]) -> int | None:

@@ -165,7 +165,7 @@ def _cache_limit(findings: Findings) -> int:
     peak = max(p.peak for p in findings.programs if p.phase in GENERATION)
     free = (1 - HEADROOM) * findings.memory - peak
     token_bytes = findings.sampling["cache"] / findings.cache_tokens
-    return findings.cache_tokens + int(free / token_bytes)
+    return findings.cache_tokens + int(free / token_bytes) - PAGE  # page 0 is unused
 
 
 def investigate(

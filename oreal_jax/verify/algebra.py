@@ -77,7 +77,7 @@ def imaginary(side: Any) -> Any:
     """Replace a variable i, as a lone i is read, by the imaginary unit."""
     if not isinstance(side, sympy.Expr):
         return side
-    return side.subs({s: sympy.I for s in side.free_symbols if s.name == "i"})
+    return side.subs({s: sympy.I for s in side.free_symbols if str(s) == "i"})
 
 
 def drops_letter(text: str, formula: Any) -> bool:
@@ -124,7 +124,7 @@ def comparable(first: Any, second: Any) -> bool:
     )
 
 
-def undefined(formula: sympy.Expr) -> bool:
+def undefined(formula: Any) -> bool:
     """Whether it has no value, not even an infinite one, as 1/0."""
     point = dict.fromkeys(formula.free_symbols, sympy.Rational(str(POINTS[0])))
     return evaluate(formula.subs(point)).has(sympy.zoo, sympy.nan)

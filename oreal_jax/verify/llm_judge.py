@@ -354,7 +354,7 @@ class Judge:
 
 def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of a run, from the counts of the judges of its processes."""
-    total = dict.fromkeys(COUNTS, 0.0)
+    total: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
     for name in {name for each in counts for name in each}:
         combine = {"latency/max": max, "hosts_up": min}.get(name, sum)
         total[name] = combine([each.get(name, 0.0) for each in counts])
