@@ -15,10 +15,11 @@ LAYOUT = """
     evaluation loss_lab
     config_loading
     config
-    trajectory rollout
+    trajectory
     checkpoints
     sampling
-    train_state train.state optimizer
+    train_state
+    optimizer
     losses
     data
     verify
@@ -26,7 +27,8 @@ LAYOUT = """
     sharding model_parallel
     mesh
     model
-    distributed processes
+    distributed
+    interrupts cluster
     metrics
     console program_cache hardware
     files
