@@ -61,6 +61,7 @@ class _State:
     stop_requested: bool = False  # by a signal, an error or a notice
     stopping: bool = False  # all processes know of it
     reported: BaseException | None = None  # the error that was printed
+    exiting: bool = False  # because of an error
 
 
 _state = _State()
@@ -325,7 +326,7 @@ def _exit_all(code: int, text: str) -> NoReturn:
     """Exit all processes; where several call it, with the first one's text."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(ERROR, json.dumps([code, text]))
-    time.sleep(10 * POLL)  # `_watch` exits this process as it exits the others
+    time.sleep(20 * POLL)  # `_watch` exits this process as it exits the others
     _exit(code, text)
 
 
@@ -334,8 +335,10 @@ def _exit(code: int, text: str) -> NoReturn:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     print(f"oreal: {text}", file=sys.stderr, flush=True)
-    if is_first():  # it serves the notices
-        time.sleep(4 * POLL)
+    # The others see the notice before this process fails their collectives, or, as
+    # process 0, the service.
+    _state.exiting = True
+    time.sleep((4 if is_first() else 2) * POLL)
     os._exit(code)
 
 
@@ -357,7 +360,7 @@ def report(error: BaseException) -> None:
 
     The error of a single process is printed by `cli.main`.
     """
-    if process_count() == 1 or error is _state.reported:
+    if process_count() == 1 or _state.exiting or error is _state.reported:
         return
     _state.reported = error
     if isinstance(error, InputError | Failure):

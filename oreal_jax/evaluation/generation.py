@@ -122,8 +122,8 @@ def generation_settings(
 
     `options` are the generation options of a command.
     """
-    of_run = source.files != source.path
-    weights = newest_policy(source.path) if of_run else source.path
+    is_run = source.files != source.path
+    weights = newest_policy(source.path) if is_run else source.path
     newest = max(p.stat().st_mtime for p in weights.rglob("*") if p.is_file())
     return dict(options) | {
         "model": str(weights),

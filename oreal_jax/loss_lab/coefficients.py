@@ -91,7 +91,8 @@ def _scored(
         per_token[:, row, : trajectory.length] = trajectory.per_token
         completion[row, : trajectory.length] = True
         correct[row] = trajectory.correct
-        advantage[row] = loss.advantage(trajectory.rewards[None])[0, trajectory.index]
+        advantages = loss.advantage(trajectory.rewards[None])[0]
+        advantage[row] = advantages[trajectory.sample_index]
     *first, full = per_token
     return Scored(*map(jnp.asarray, (*first, completion, correct, advantage, full)))
 

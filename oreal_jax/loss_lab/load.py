@@ -22,7 +22,7 @@ class SavedTrajectory(NamedTuple):
 
     name: STEP/ID/SAMPLE.
     pieces: the text of each token.
-    rewards: +1 or -1 of all samples of its group; its own is `rewards[index]`.
+    rewards: +1 or -1 of all samples of its group; its own is `rewards[sample_index]`.
     per_token: the fields `PER_TOKEN`, then `full_log_probs`, which are `log_probs` but
         for runs with `log_probs="sampled"`.
     """
@@ -30,13 +30,13 @@ class SavedTrajectory(NamedTuple):
     name: str
     pieces: list[str]
     rewards: Float[np.ndarray, "K"]
-    index: int
+    sample_index: int
     per_token: Float[np.ndarray, "6 T"]
 
     @property
     def correct(self) -> bool:
         """Whether the verdict was correct."""
-        return bool(self.rewards[self.index] > 0)
+        return bool(self.rewards[self.sample_index] > 0)
 
     @property
     def length(self) -> int:
@@ -123,7 +123,7 @@ def _load_file(file: Path) -> list[SavedTrajectory]:
             name=f"{row.get('step', 0)}/{row.get('id', '')}/{row.get('sample', index)}",
             pieces=_pieces(row, per_token.shape[1]),
             rewards=np.array(rewards),
-            index=index,
+            sample_index=index,
             per_token=per_token,
         )
         for row, rewards, index, per_token in trained

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -50,13 +51,13 @@ class Scored(NamedTuple):
         """
 
         def clean(x):
-            if x is None or x.dtype == bool:
+            if x.dtype == bool:
                 return x
             inside = self.completion if x.ndim == 2 else self.completion.any(axis=-1)
             x = jnp.where(inside, x, 0)
             return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-        return Scored(*map(clean, self))
+        return jax.tree.map(clean, self)
 
     @property
     def kl_log_probs(self) -> PerToken:

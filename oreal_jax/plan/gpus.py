@@ -52,19 +52,15 @@ def gpu_devices(topology: str) -> list[AbsentGpu]:
     Raises:
         InputError: an unknown GPU, or a number of them that does not fill processes.
     """
-    name, _, count = topology.partition(":")
-    if name not in GPUS or not count.isdigit() or not int(count):
+    name, _, text = topology.partition(":")
+    count = int(text) if text.isdigit() else 0
+    if name not in GPUS or not count or count > PER_PROCESS and count % PER_PROCESS:
         raise InputError(
-            f"--topology {topology}: expected one of {', '.join(GPUS)} and a number, "
-            "e.g. h100:8"
-        )
-    if int(count) > PER_PROCESS and int(count) % PER_PROCESS:
-        raise InputError(
-            f"--topology {topology}: a process has {PER_PROCESS} GPUs; use a multiple, "
-            f"e.g. {name}:{PER_PROCESS}"
+            f"--topology {topology}: expected one of {', '.join(GPUS)} and a number of "
+            f"GPUs up to {PER_PROCESS}, or a multiple of it, e.g. h100:{PER_PROCESS}"
         )
     kind, _ = GPUS[name]
-    return [AbsentGpu(i, i // PER_PROCESS, kind) for i in range(int(count))]
+    return [AbsentGpu(i, i // PER_PROCESS, kind) for i in range(count)]
 
 
 def gpu_memory(topology: str) -> int:

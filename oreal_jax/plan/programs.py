@@ -1,6 +1,6 @@
 """The programs of a run, with the shapes of their arguments and what is held beside.
 
-They are made by the functions that the training loop uses (train/programs.py).
+The training loop makes its programs by the same functions (train/programs.py).
 """
 
 import math

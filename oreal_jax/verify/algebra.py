@@ -89,29 +89,29 @@ def drops_letter(text: str, formula: Any) -> bool:
 
 def differ(gold: Any, answer: Any) -> bool:
     """Whether two sides that math-verify calls equal differ: it rounds and solves."""
-    both = lambda kind: isinstance(gold, kind) and isinstance(answer, kind)
-    if both(sympy.Expr):
+    are = lambda kind: isinstance(gold, kind) and isinstance(answer, kind)
+    if are(sympy.Expr):
         decimals = gold.has(sympy.Float) or answer.has(sympy.Float)
         tolerance = ROUNDED if decimals else EXACT
         return any(apart(a, b, tolerance) for a, b in at_points(gold, answer))
-    if both(sympy.Eq):
+    if are(sympy.Eq):
         if gold.lhs == answer.lhs:
             return differ(gold.rhs, answer.rhs)
         pairs = at_points(gold.lhs - gold.rhs, answer.lhs - answer.rhs)
         ratios = [b / a for a, b in pairs if a != 0]
         return not ratios or any(apart(ratios[0], r, ROUNDED) for r in ratios)
-    if both(sympy.MatrixBase):
+    if are(sympy.MatrixBase):
         return gold.shape == answer.shape and any(
             map(differ, gold.flat(), answer.flat())
         )
-    if both(sympy.Interval):
+    if are(sympy.Interval):
         return differ(gold.start, answer.start) or differ(gold.end, answer.end)
-    if both(sympy.FiniteSet):  # in any order
+    if are(sympy.FiniteSet):  # in any order
         return not all(
             any(not differ(a, b) for b in answer.args if comparable(a, b))
             for a in gold.args
         )
-    if both(sympy.Tuple):
+    if are(sympy.Tuple):
         return len(gold) == len(answer) and any(map(differ, gold, answer))
     return False
 

@@ -334,18 +334,16 @@ class Judge:
             client.headers.update(self._client.headers)
             while not self._closed.wait(pause):
                 for host in self._hosts:
-                    if host.out and is_healthy(client, host):
-                        self._bring_back(host)
-
-    def _bring_back(self, host: Host) -> None:
-        with self._state:
-            # One more failure takes it out again.
-            host.out, host.failures = False, MAX_FAILURES - 1
-            self._count(taken_back=1)
-            if self._outage_logged:
-                self._log(f"judge: {host.url} is back")
-            self._outage_logged = False
-            self._state.notify_all()
+                    if not host.out or not is_healthy(client, host):
+                        continue
+                    with self._state:
+                        # One more failure takes it out again.
+                        host.out, host.failures = False, MAX_FAILURES - 1
+                        self._count(taken_back=1)
+                        if self._outage_logged:
+                            self._log(f"judge: {host.url} is back")
+                        self._outage_logged = False
+                        self._state.notify_all()
 
     def _count(self, **amounts: int | float) -> None:
         with self._state:

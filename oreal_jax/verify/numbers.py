@@ -108,12 +108,12 @@ def decimal(text: str) -> Fraction | None:
     match = DECIMAL.match(text)
     if not match or not (match[1] or match[2]):
         return None
-    whole = (match[1] or "0").strip()
-    if not whole.isdigit():
-        if not GROUPED.match(whole):
+    integer = (match[1] or "0").strip()
+    if not integer.isdigit():
+        if not GROUPED.match(integer):
             return None
-        whole = re.sub("[, ]", "", whole)
-    return Fraction(f"{whole}.{match[2] or '0'}")
+        integer = re.sub("[, ]", "", integer)
+    return Fraction(f"{integer}.{match[2] or '0'}")
 
 
 def repeating(text: str) -> Fraction | None:
@@ -121,11 +121,11 @@ def repeating(text: str) -> Fraction | None:
     match = REPEATING.match(DOTTED.sub(r"(\1\2\3)", text))
     if not match:
         return None
-    whole, start = match[1] or "0", match[2]
+    integer, start = match[1] or "0", match[2]
     period = next(digits for digits in match.groups()[2:] if digits)
     shift = 10 ** len(start)
     tail = Fraction(int(period), 10 ** len(period) - 1) / shift
-    return int(whole) + Fraction(int(start or "0"), shift) + tail
+    return int(integer) + Fraction(int(start or "0"), shift) + tail
 
 
 def ratio(text: str) -> Fraction | None:

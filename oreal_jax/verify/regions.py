@@ -76,9 +76,9 @@ def simple_region(text: str) -> Region | None:
     """An interval, inequalities, points, or the reals without some points."""
     text = text.replace(r"\infty", "oo").strip()
     if "setminus" in text:
-        whole, removed = text.split(r"\setminus", 1)
-        left, right = simple_region(whole), simple_region(removed)
-        return Region(left.numbers - right.numbers, "") if left and right else None
+        left, right = text.split(r"\setminus", 1)
+        base, removed = simple_region(left), simple_region(right)
+        return Region(base.numbers - removed.numbers, "") if base and removed else None
     if re.fullmatch(r"\\mathbb\{?R\}?", text):
         return Region(sympy.S.Reals, "")
     if text.startswith(r"\{") and text.endswith(r"\}") and not RELATION.search(text):
