@@ -97,8 +97,12 @@ def make_train_step(
     execution = sharding.execution(mesh, remat, dtype)
     objective = Objective(loss, distribution, execution, gradient_sums)
     replicated = sharding.replicated(mesh)
+
+    def step(state: TrainState, batch: Batch, frozen: bool):
+        return update(models, objective, state, batch, frozen)
+
     program = jax.jit(
-        model.exact(functools.partial(_step, models, objective), dtype),
+        model.exact(step, dtype),
         static_argnums=2,
         donate_argnums=0,
         out_shardings=(models.shardings(mesh), replicated, replicated),
@@ -106,13 +110,14 @@ def make_train_step(
     return TrainStep(program, freeze_steps)
 
 
-def _step(
+def update(
     models: TrainedModels,
     objective: Objective,
     state: TrainState,
     batch: Batch,
     frozen: bool,
 ) -> tuple[TrainState, Metrics, Scores]:
+    """Update both models by the gradients of a batch, the policy unless `frozen`."""
     gradients, metrics, scores = accumulate(models, objective, state, batch, frozen)
     policy, token_reward = state.policy, state.token_reward
     metrics |= {
