@@ -41,7 +41,7 @@ class Screen:
         """Return a screen for processes other than process 0."""
         return cls(Console(quiet=True))
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 

@@ -494,7 +494,7 @@ def log_of_error(start, files, policy, monkeypatch):
         policy.fails_at = 2
         monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
         lines = []
-        monkeypatch.setattr(Screen, "say", lambda self, text: lines.append(text))
+        monkeypatch.setattr(Screen, "log", lambda self, text: lines.append(text))
         with pytest.raises(RuntimeError, match="a bug"):
             train(start, files, "steps=5")
         return lines

@@ -201,7 +201,7 @@ def run_all(
     with Pool(1) as pool:
         start = make_start(home, size, quiet)
         begin = kept(home / "start.json", lambda: measured(start, home, size, pool))
-        screen.say(f"start: {begin:.1%} correct")
+        screen.log(f"start: {begin:.1%} correct")
         with screen.phase("runs", total=seeds * len(ROWS)) as advance:
             for seed in range(seeds):
                 for row in ROWS:
@@ -213,7 +213,7 @@ def run_all(
 
                     found = kept(run.with_suffix(".json"), accuracy)
                     results[row][seed] = found
-                    screen.say(f"{row}, seed {seed}: {found:.1%}")
+                    screen.log(f"{row}, seed {seed}: {found:.1%}")
                     advance()
     return begin, [Result(row, by_seed) for row, by_seed in results.items()]
 

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         difference = np.abs(ours - exact)
         correlation = np.corrcoef(np.exp(ours), np.exp(exact))[0, 1]
-        screen.say(
+        screen.log(
             f"{name:13s} {len(ours)} tokens: log-probabilities differ by "
             f"{difference.mean():.2g} on average, {difference.max():.2g} at most; "
             f"probabilities by {np.abs(np.exp(ours) - np.exp(exact)).mean():.2g}, "

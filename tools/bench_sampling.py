@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parsed.rows, parsed.limit = 4, 8
         parsed.batches = [2 for _ in parsed.batches[:1]]
     screen = Screen()
-    say = lambda row: screen.say(json.dumps({k: round(v, 3) for k, v in row.items()}))
+    say = lambda row: screen.log(json.dumps({k: round(v, 3) for k, v in row.items()}))
     say(
         {
             f"simulated_occupancy_{slots}_slots": simulate(
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     middle, shares = statistics.median(ours), []
     for drew, products_alone in zip(decode, alone, strict=True):
         shares.append(drew / products_alone)
-    screen.say(
+    screen.log(
         f"ours {middle:.0f} useful tokens/s; "
         + ", ".join(f"{middle / rate:.1f} x {name}" for name, rate in others.items())
         + f"; full slots decode at {statistics.median(shares):.0%} of the matrix "

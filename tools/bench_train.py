@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parsed.completions, parsed.mean, parsed.row_length = 4, 16, 256
         parsed.rounds = 1
     screen = Screen()
-    say = lambda row: screen.say(json.dumps({k: round(v, 3) for k, v in row.items()}))
+    say = lambda row: screen.log(json.dumps({k: round(v, 3) for k, v in row.items()}))
     source = open_model(parsed.model)
     config = source.config
     if parsed.compile:
@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     middle = {name: statistics.median(rates) for name, rates in found.items()}
     say(middle)
     best = max(map(str, parsed.theirs), key=lambda n: middle[f"transformers_{n}"])
-    screen.say(
+    screen.log(
         f"ours {middle['ours']:.0f} trained tokens/s, "
         f"{middle['ours'] * flops / work.tokens / 1e9:.0f} GFLOP/s of the model's; "
         f"{middle['ours'] / middle[f'transformers_{best}']:.2f} x transformers {best}; "

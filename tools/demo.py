@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     home = parsed.directory
     start, run, exported = home / "start", home / "run", home / "exported"
     try:
-        screen.say("OREAL on SmolLM2-135M: 5 to 10 minutes on 2 CPU cores")
+        screen.log("OREAL on SmolLM2-135M: 5 to 10 minutes on 2 CPU cores")
         home.mkdir(parents=True, exist_ok=True)
         rows = problems()[: 8 if parsed.smoke else None]
         write_lines(home / "heldout.jsonl", rows[:held_out])
@@ -155,12 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             configuration.TrainConfig,
             [f"model={start}", f"prompts={home / 'train.jsonl'}", *settings],
         )
-        screen.say(f"{len(rows) - held_out} problems to train on, {held_out} held out")
+        screen.log(f"{len(rows) - held_out} problems to train on, {held_out} held out")
         before = measure(start, home / "heldout.jsonl", screen, "before")
-        screen.say(f"before: {before}")
+        screen.log(f"before: {before}")
         train(config, run, screen)
         after = measure(run, home / "heldout.jsonl", screen, "after")
-        screen.say(f"after:  {after}")
+        screen.log(f"after:  {after}")
         plot(run, home / "progress.png")
         if not exported.exists():
             with screen.phase("export"):

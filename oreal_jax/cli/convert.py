@@ -52,7 +52,7 @@ def from_hf(parsed: argparse.Namespace) -> None:
             parsed.dtype,
             lambda name: advance(),
         )
-    screen.say(f"wrote {parsed.destination}")
+    screen.log(f"wrote {parsed.destination}")
 
 
 def to_hf(parsed: argparse.Namespace) -> None:
@@ -77,4 +77,4 @@ def to_hf(parsed: argparse.Namespace) -> None:
             max_shard_size=parsed.max_shard_size,
             on_tensor=lambda name: advance(),
         )
-    screen.say(f"wrote {parsed.destination}")
+    screen.log(f"wrote {parsed.destination}")

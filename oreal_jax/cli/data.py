@@ -170,8 +170,8 @@ def build(parsed: argparse.Namespace) -> None:
     if parsed.removed:
         write_lines(parsed.removed, [r.as_json() for r in cleaned.removed])
     for name, value in statistics.items():
-        screen.say(f"{name}: {value}")
-    screen.say(f"wrote {parsed.out}")
+        screen.log(f"{name}: {value}")
+    screen.log(f"wrote {parsed.out}")
 
 
 def pass_rate(parsed: argparse.Namespace) -> None:
@@ -192,8 +192,8 @@ def pass_rate(parsed: argparse.Namespace) -> None:
             rows = [attempt.as_json() for group in attempts for attempt in group]
             write_lines(parsed.completions, rows)
         write_prompts(measured, parsed.out, statistics)
-    screen.say(f"pass_rate: {statistics['pass_rate']}")
-    screen.say(f"wrote {parsed.out}")
+    screen.log(f"pass_rate: {statistics['pass_rate']}")
+    screen.log(f"wrote {parsed.out}")
 
 
 def rft(parsed: argparse.Namespace) -> None:
@@ -222,7 +222,7 @@ def rft(parsed: argparse.Namespace) -> None:
 
     def write_solutions(rows: list[dict]) -> None:
         rft_set = select_solutions(rows, parsed.keep, parsed.seed)
-        screen.say(str(rft_set))
+        screen.log(str(rft_set))
         if not rft_set.solutions:
             raise InputError("no completion is correct: there is nothing to learn from")
         write_lines(parsed.out, [solution._asdict() for solution in rft_set.solutions])
@@ -233,7 +233,7 @@ def rft(parsed: argparse.Namespace) -> None:
         with _attempts(parsed, load_prompts(parsed.data), screen) as attempts:
             rows = [attempt.as_json() for group in attempts for attempt in group]
             write_solutions(rows)
-    screen.say(f"wrote {parsed.out}")
+    screen.log(f"wrote {parsed.out}")
 
 
 def label(parsed: argparse.Namespace) -> None:
@@ -257,10 +257,10 @@ def label(parsed: argparse.Namespace) -> None:
         ]
         write_prompts(labelled, parsed.out, statistics(labelled))
     count = sum(not prompt.values(skills.FIELD) for prompt in labelled)
-    screen.say(
+    screen.log(
         f"{len(labelled)} prompts, {count} without any of the {len(names)} skills"
     )
-    screen.say(f"wrote {parsed.out}")
+    screen.log(f"wrote {parsed.out}")
 
 
 def weak(parsed: argparse.Namespace) -> None:
@@ -281,7 +281,7 @@ def weak(parsed: argparse.Namespace) -> None:
     for skill in ranked:
         mark = "weak" if skill.name in weak_skills else ""
         count = f"{skill.prompts:6d} prompts"
-        screen.say(f"{skill.pass_rate:6.1%} {count}  {skill.name}  {mark}".rstrip())
+        screen.log(f"{skill.pass_rate:6.1%} {count}  {skill.name}  {mark}".rstrip())
     selected = skills.select_prompts(pool, parsed.by, weak_skills)
     if not selected:
         raise InputError(
@@ -289,7 +289,7 @@ def weak(parsed: argparse.Namespace) -> None:
             f"below {parsed.below}"
         )
     write_prompts(selected, parsed.out, statistics(selected))
-    screen.say(f"wrote {len(selected)} prompts to {parsed.out}")
+    screen.log(f"wrote {len(selected)} prompts to {parsed.out}")
 
 
 def _check_outputs(parsed: argparse.Namespace, *others: str) -> None:
@@ -319,7 +319,7 @@ def _completions(
     opened = GenerationModel(parsed, sampling)
     options = generation_options(parsed)
     settings = generation_settings(opened.source, opened.chat, prompts, options)
-    with resumable(parsed.out, settings, screen.say) as records:
+    with resumable(parsed.out, settings, screen.log) as records:
         with screen.phase("load"):
             weights = opened.engine.weights(opened.load())
         with screen.phase("gen", total=len(prompts) * k) as advance:

@@ -111,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = generation_settings(model.source, model.chat, problems, options)
     with (
         open_judge(args, screen) as judge,
-        resumable(args.items or args.json, settings, screen.say) as records,
+        resumable(args.items or args.json, settings, screen.log) as records,
     ):
         with screen.phase("load"):
             params = model.load()
@@ -136,7 +136,7 @@ def evaluate(args: argparse.Namespace) -> None:
             text = json.dumps(document, ensure_ascii=False, indent=1)
             write_text(args.json, text + "\n")
     show_reports(args.model, reports)
-    screen.say("  ".join(f"{name} {value:.3g}" for name, value in performance.items()))
+    screen.log("  ".join(f"{name} {value:.3g}" for name, value in performance.items()))
 
 
 def compare(args: argparse.Namespace) -> None:

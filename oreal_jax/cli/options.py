@@ -142,10 +142,10 @@ def open_judge(args: argparse.Namespace, screen) -> Iterator[Any]:
             raise InputError("--judge-model without --judge: where is it served?")
         yield None
         return
-    with Judge(args.judge, args.judge_model, lost="rule", log=screen.say) as judge:
+    with Judge(args.judge, args.judge_model, lost="rule", log=screen.log) as judge:
         yield judge
         metrics = judge_metrics([judge.take_counts()])
-        screen.say("  ".join(f"{name} {n:g}" for name, n in metrics.items() if n))
+        screen.log("  ".join(f"{name} {n:g}" for name, n in metrics.items() if n))
 
 
 def check_min(minimum: int, option: str, value: int) -> None:

@@ -101,6 +101,6 @@ def _run(args: argparse.Namespace, kind: type, work: Callable) -> None:
             config = config_loading.load(args.config, kind, args.set)
             work(config, run, screen, args.profile)
         except KeyboardInterrupt:
-            screen.say(f"resume with the same command; the run is in {run}")
+            screen.log(f"resume with the same command; the run is in {run}")
             raise
-        screen.say(f"done: {run}")
+        screen.log(f"done: {run}")

@@ -147,7 +147,7 @@ class PolicyEvaluator:
             )
         elif is_best:
             text += f"; the best so far, kept in {directory}"
-        self.screen.say(f"after step {step}: {text}")
+        self.screen.log(f"after step {step}: {text}")
 
 
 def gather_completions(problems: Sequence[Prompt], groups: Groups) -> Groups:

@@ -177,7 +177,7 @@ class Rollouts:
         path = interrupted_path(self.run, step, distributed.process_index())
         write_lines(path, rows)
         total = len(prompts) * self.config.samples_per_prompt
-        self.screen.say(f"{len(rows)} of {total} completions are in {path}")
+        self.screen.log(f"{len(rows)} of {total} completions are in {path}")
 
     def metrics(self) -> dict[str, float]:
         """Return speed and counters of this step's engines and judges, over all

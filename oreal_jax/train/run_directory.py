@@ -108,7 +108,7 @@ class RunDirectory:
             self._rates["token_reward/lr"] = jax.jit(self.models.token_reward.rate)
         newest, progress = resume.read_progress(path)
         self._first, self.taken = newest or 0, progress.taken
-        begun, log = newest is not None, screen.say
+        begun, log = newest is not None, screen.log
         resume.compare_settings(path, config, begun, log)
         resume.compare_progress(path, self._first, progress, data, self._rates, log)
         if begun:
@@ -130,7 +130,7 @@ class RunDirectory:
 
     def _restore(self) -> TrainState:
         count = f"{model.parameter_count(self.model_config):,} parameters"
-        self.screen.say(f"resuming {self.path} after step {self._first} ({count})")
+        self.screen.log(f"resuming {self.path} after step {self._first} ({count})")
         with self.screen.phase("restore"):
             abstract = self.models.abstract(self.mesh)
             return checkpoints.restore(self.path, self._first, abstract)
@@ -139,7 +139,7 @@ class RunDirectory:
         count = f"{model.parameter_count(source.config):,} parameters"
         with self.screen.phase("load") as advance:
             params = source.load(self.mesh, on_tensor=lambda name: advance())
-        self.screen.say(f"{source.path}: {count} on {self.mesh.size} device(s)")
+        self.screen.log(f"{source.path}: {count} on {self.mesh.size} device(s)")
         return params
 
     def _prepare(self) -> None:
@@ -150,7 +150,7 @@ class RunDirectory:
             resume.record_progress(self.path)
             write_text(path, text)
             for line in resume.discard_after(self.path, self._first):
-                self.screen.say(line)
+                self.screen.log(line)
         distributed.barrier(f"{path} was written")
         if not path.exists():
             raise InputError(
@@ -228,7 +228,7 @@ class RunDirectory:
             peak=efficiency.PEAKS.get(self.mesh.devices.flat[0].device_kind),
         )
         self._metrics.write(step - 1, dict(metrics) | timed | rates)
-        self.screen.say(f"{line}  {seconds:.1f} s")
+        self.screen.log(f"{line}  {seconds:.1f} s")
         if step % self.config.saving.every == 0 or step == self.steps:
             with self.screen.phase("save"):
                 self._save()
@@ -259,7 +259,7 @@ class RunDirectory:
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
-                self.screen.say(f"stopped after step {int(self.state.step)}; saving")
+                self.screen.log(f"stopped after step {int(self.state.step)}; saving")
                 distributed.stop_together("saving the run")
                 self._save()
             elif error and not isinstance(error, Diverged):
@@ -272,7 +272,7 @@ class RunDirectory:
         except Exception as failure:
             if error is None:
                 raise
-            self.screen.say(f"{type(failure).__name__}: {failure}")
+            self.screen.log(f"{type(failure).__name__}: {failure}")
 
     def _save_after(self, error: BaseException) -> None:
         """Save the last finished step.
@@ -280,7 +280,7 @@ class RunDirectory:
         Nothing here may replace the error: neither a save that fails, nor other
         processes that wait for this one in a collective and cannot save.
         """
-        log = self.screen.say if distributed.is_first() else distributed.warn
+        log = self.screen.log if distributed.is_first() else distributed.warn
         step = int(self.state.step)
         if step == self._first:
             return  # nothing is new

@@ -149,7 +149,7 @@ def load_run_prompts(config: TrainConfig, run: Path, screen: Screen) -> list[Pro
         except InputError:
             changed = True
         if changed:
-            screen.say(
+            screen.log(
                 f"{config.prompts}: has changed since {run} began, which continues "
                 f"with its copy in {copy}; to train on the new prompts, start a new run"
             )
@@ -176,7 +176,7 @@ def usable_prompts(
             f"max_prompt_tokens={config.max_prompt_tokens}"
         )
     repeated = repeat_by_difficulty(short, config.difficulty)
-    screen.say(
+    screen.log(
         f"{config.prompts}: {len(prompts)} prompts, {len(prompts) - len(short)} over "
         f"{config.max_prompt_tokens} tokens, {len(repeated)} after balancing difficulty"
     )
@@ -203,5 +203,5 @@ def open_judge(
         tries=settings.judge_tries,
         lost=settings.judge_lost,
         # A lost judge stops all processes, so those without a screen report it too.
-        log=screen.say if first else distributed.warn,
+        log=screen.log if first else distributed.warn,
     )

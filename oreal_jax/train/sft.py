@@ -121,7 +121,7 @@ def usable_examples(
         for place, (prompt, completion) in enumerate(encoded)
         if len(prompt) + len(completion) <= config.packing.row_length
     }
-    screen.say(
+    screen.log(
         f"{config.examples}: {len(rows)} examples, {len(rows) - len(usable)} longer "
         f"than row_length={config.packing.row_length}"
     )
