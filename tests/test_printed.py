@@ -387,8 +387,11 @@ class Check:
         """Checks that targets exist and the commands of their recipes work."""
         targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].split("\n")[0]
         assert set(words) <= set(targets.split()), f"make {words}: no such target"
+        # Not with the variables of the `make` that these tests may run under.
+        outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
         result = subprocess.run(
             ["make", "-n", "-C", ROOT, "--no-print-directory", *words],
+            env={k: v for k, v in os.environ.items() if k not in outer},
             capture_output=True,
             text=True,
         )
