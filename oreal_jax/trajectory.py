@@ -1,7 +1,7 @@
 """From verified completions to the trajectories that a step trains on.
 
-Rewards are +1 for a correct completion and -1 for any other; advantages are taken over
-all K samples of a prompt, and only then are some of them selected.
+Rewards are +1 for a correct completion and -1 otherwise. Advantages are computed over
+all K samples of a prompt, before `select` chooses the ones to train on.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ class TokenScores(NamedTuple):
 class Trajectory:
     """A completion of a prompt with its verdict.
 
-    `group` numbers the prompts of a step, `sample` the completions of a prompt over the
-    whole run. Advantages are taken within a group. `scores` are those of the models, of
-    selected trajectories only.
+    `group` is the index of the prompt in the step; `sample` counts the completions of a
+    prompt over the whole run. Advantages are computed within a group. `scores` holds
+    the model outputs and is set for selected trajectories only.
     """
 
     prompt: Prompt
@@ -50,17 +50,17 @@ class Trajectory:
 
     @property
     def correct(self) -> bool:
-        """Undecided counts as incorrect here; the metrics tell them apart."""
+        """Whether the verdict is correct; undecided counts as incorrect."""
         return self.verdict.outcome == "correct"
 
     @property
     def old_log_probs(self) -> Float[np.ndarray, "T"]:
-        """The sampler's log-probabilities, of the distribution the loss is about."""
+        """The sampler's log-probabilities under the distribution the loss uses."""
         sampled = self.completion.sampled_log_probs
         return self.completion.log_probs if sampled is None else sampled
 
     def example(self) -> Example:
-        """Return what the train step needs."""
+        """Return this trajectory as a packing example."""
         return Example(
             self.prompt_tokens,
             self.completion.tokens,
@@ -74,8 +74,8 @@ class Trajectory:
     ) -> dict[str, Any]:
         """Return one line of a trajectories file; `pieces` gives the text per token.
 
-        Selected trajectories have one entry per token in each of several lists, which
-        `oreal losses` reads; those of numbers are arrays (float64, six decimals).
+        Selected trajectories also have per-token lists, which `oreal losses` reads;
+        numeric ones are float64 arrays rounded to six decimals.
         """
         row = {
             "step": step,
@@ -112,7 +112,7 @@ Keep = Callable[[Group, np.random.Generator], Group]
 
 
 def one_pair(group: Group, random: np.random.Generator) -> Group:
-    """Select a correct and an incorrect trajectory at random; none if all are alike."""
+    """Select one correct and one incorrect trajectory at random; none if all agree."""
     correct = [t for t in group if t.correct]
     incorrect = [t for t in group if not t.correct]
     if not correct or not incorrect:
@@ -136,8 +136,8 @@ def with_advantages(
 ) -> list[Group]:
     """Return the trajectories with their advantages within each group.
 
-    `undecided` "incorrect" counts undecided trajectories as incorrect; "drop" leaves
-    them out of the advantages of the others and gives them 0.
+    If `undecided` is "incorrect", undecided trajectories count as incorrect; if "drop",
+    they are left out of the baseline of the others and get advantage 0.
     """
     if undecided == "drop":
         values = [_advantages_of_decided(group, advantage) for group in groups]
@@ -159,7 +159,7 @@ def _rewards(group: Group) -> list[float]:
 def _advantages_of_decided(group: Group, advantage) -> Float[np.ndarray, "K"]:
     advantages = np.zeros(len(group))
     is_decided = np.array([t.verdict.outcome != "undecided" for t in group])
-    if is_decided.sum() > 1:  # there is nothing to compare a single one with
+    if is_decided.sum() > 1:  # a single sample has no baseline
         rewards = np.array(_rewards(group))[is_decided]
         advantages[is_decided] = advantage(rewards[None])[0]
     return advantages
@@ -204,7 +204,7 @@ def token_count(groups: Sequence[Group]) -> int:
 def metrics(
     groups: Sequence[Group], selected: Sequence[Trajectory]
 ) -> dict[str, float]:
-    """Return rewards, lengths and verdicts of a step, in the field's metric names."""
+    """Return reward, length and verdict metrics of a step, named as in verl and TRL."""
     everyone = [t for group in groups for t in group]
     lengths = np.array([len(t.completion.tokens) for t in everyone])
     reward = np.array([_rewards(group) for group in groups])

@@ -413,7 +413,7 @@ def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
     left = run / "interrupted" / "step_000000.jsonl"
     rows = [json.loads(line) for line in left.read_text().splitlines()]
     assert len(rows) == 10
-    assert f"10 of 64 completions are in {left}" in output
+    assert f"saved 10 of 64 completions to {left}" in output
     monkeypatch.setattr(Engine, "sample", draw)
     train_ok(tiny, run, *ONE_STEP)
     whole = (run / "trajectories" / "step_000000.jsonl").read_text().splitlines()

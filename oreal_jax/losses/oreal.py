@@ -28,12 +28,13 @@ class Oreal:
     KL = mean over all tokens of kl(log pi, log reference)
 
     omega+ = weight_correct(q), omega- = weight_incorrect(1 - q), q = credit(scores).
-    With A, as in all released configs, P has the gradient of REINFORCE; without
-    (`clone_times_advantage=False`), that of cloning, as derived in the paper.
-    `importance_cap` weights P and N by min(pi / pi_old, cap) (None: as released, not).
+    With the factor A, as in all released configs, P has the gradient of REINFORCE;
+    without it (`clone_times_advantage=False`), that of cloning, as in the paper.
+    `importance_cap` weights P and N by min(pi / pi_old, cap); None, as released: by 1.
 
-    Differs from `OrealPaper` in its KL to the fixed initial model, RLOO on both signs,
-    means over tokens and running credit; from `XtunerOreal` in its token weights.
+    Differs from `OrealPaper` in its KL to the reference model, RLOO for correct and
+    incorrect samples, means over tokens and running credit; from `XtunerOreal` in its
+    token weights.
     """
 
     advantage: Advantage = rloo
@@ -79,9 +80,9 @@ class OrealPaper:
         eta omega- F(1-p) log(pi / pi_old)         where incorrect
         beta kl(log pi, log pi_old)                everywhere
 
-    F(1-p) is that of L2 with F the identity, the negative of `advantage` (of `outcome`:
-    1). Eq. 11 prints neither F(1-p) nor a value for eta: the default is the release's.
-    Strictly on-policy, the KL to pi_old and, with k2 and k3, its gradient are 0.
+    F is the identity, so F(1-p) = 1-p, computed as -`advantage` (1 if `advantage` is
+    `outcome`). Eq. 11 omits F(1-p) and gives no value for eta; 0.5 is the release's.
+    Strictly on-policy, the KL to pi_old is 0, and so is its gradient with k2 or k3.
     """
 
     advantage: Advantage = reshaped
@@ -109,7 +110,7 @@ class OrealPaper:
 def weighted_sum(
     positive: Scalar, negative: Scalar, kl: Scalar, factors: tuple[float, float, float]
 ) -> tuple[Scalar, Metrics]:
-    """Add three terms, each times its factor; the terms are the metrics."""
+    """Return the weighted sum of the three terms, and the terms as metrics."""
     policy = factors[0] * positive + factors[1] * negative
     return policy + factors[2] * kl, {
         "actor/pg_loss": policy,
@@ -120,7 +121,7 @@ def weighted_sum(
 
 
 def weight_metrics(omega: PerToken, scored: Scored, counts: Counts) -> Metrics:
-    """Mean weight of correct and incorrect tokens; share of tokens with weight 0."""
+    """Return the mean weight by outcome and the share of tokens with weight 0."""
     correct, incorrect = scored.correct_tokens, scored.incorrect_tokens
     zero = (omega == 0).astype(omega.dtype)
     return {
@@ -132,17 +133,18 @@ def weight_metrics(omega: PerToken, scored: Scored, counts: Counts) -> Metrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenReward:
-    """Loss of the token reward model, trained on outcomes alone (Eq. 12).
+    """Cross-entropy loss of the token reward model, trained on outcomes (Eq. 12).
 
-    Mean over completions of the cross-entropy of sigmoid(mean token score).
+    Mean over completions of the cross-entropy of sigmoid(mean token score) and outcome.
     """
 
     def __call__(self, scored: Scored, counts: Counts) -> tuple[Scalar, Metrics]:
         """Compute the loss and its metrics."""
         logit = terms.completion_mean(scored.token_scores, scored.completion)
-        entropy = terms.outcome_cross_entropy(logit, scored.correct)
-        hit = ((logit > 0) == scored.correct).astype(logit.dtype)
+        cross_entropy = terms.outcome_cross_entropy(logit, scored.correct)
+        accurate = ((logit > 0) == scored.correct).astype(logit.dtype)
         present = jnp.any(scored.completion, axis=-1)
         mean = lambda x: jnp.sum(x, where=present) / counts.all.sequences
-        loss = mean(entropy)
-        return loss, {"token_reward/loss": loss, "token_reward/accuracy": mean(hit)}
+        loss = mean(cross_entropy)
+        accuracy = mean(accurate)
+        return loss, {"token_reward/loss": loss, "token_reward/accuracy": accuracy}

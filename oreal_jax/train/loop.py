@@ -3,14 +3,15 @@
     for each step:
         generate K completions of each prompt with the current policy
         verify them: correct or incorrect
-        take advantages over the K, select one correct and one incorrect
+        compute advantages over all K; select one correct and one incorrect
         add the reference model's log-probabilities
         update the token reward model and the policy
 
 Everything random is a function of (seed, step), and a checkpoint records how many
-prompts were used, so a resumed run continues as if it had not been stopped. Each of
-several processes generates and verifies its share of the prompts; from then on all of
-them have all completions and compute the same.
+prompts were used, so a resumed run matches an
+uninterrupted one. With
+several processes, each generates and verifies its share of the prompts; the completions
+are then gathered, and every process computes the same update.
 """
 
 from pathlib import Path

@@ -13,7 +13,7 @@ from oreal_jax.console import Screen
 
 
 class Profile:
-    """Traces `steps` steps into a directory, from the second on (the first compiles)."""
+    """Traces `steps` steps into a directory, from the second on: the first compiles."""
 
     def __init__(self, directory: Path, steps: int, screen: Screen):
         """Trace nothing before the first step is finished."""

@@ -26,8 +26,8 @@ Verified = list[tuple[Completion, Verdict]]  # of one prompt
 
 
 class StepPrompt(NamedTuple):
-    """A prompt of a step: its number in the step, its tokens, and the number of its
-    first sample in the run."""
+    """A prompt of a step, with its index in the step (`group`), its tokens, and the
+    run-wide index of its first sample."""
 
     prompt: Prompt
     group: int
@@ -38,7 +38,7 @@ class StepPrompt(NamedTuple):
 def step_prompts(
     config: TrainConfig, chat: Chat, order: PromptOrder, taken: int
 ) -> list[StepPrompt]:
-    """Return the prompts of the step before which `taken` prompts were consumed."""
+    """Return the prompts of the next step, after `taken` prompts have been used."""
     return [
         StepPrompt(
             prompt,
@@ -54,8 +54,8 @@ def step_prompts(
 class Rollouts:
     """Generates completions with the current policy and verifies them.
 
-    Each process does so for its share of the prompts; `all_trajectories` then gives all
-    processes the trajectories of all.
+    Each process handles its share of the prompts; `all_trajectories` then gathers the
+    trajectories in every process.
     """
 
     config: TrainConfig
@@ -71,8 +71,8 @@ class Rollouts:
     ) -> list[Verified]:
         """Return K verified completions of each of this process's prompts.
 
-        An interruption leaves the finished completions in RUN/interrupted; the step
-        will be run again and generate the same.
+        If interrupted, writes the finished completions to RUN/interrupted; on resuming,
+        the step is rerun and generates the same completions.
         """
         completions: dict[tuple[int, int], Completion] = {}
         try:
@@ -102,7 +102,7 @@ class Rollouts:
             text = self.chat.decode(completion.tokens)
             completions[n, k] = completion._replace(text=text)
             if completion.finish_reason == "stop":
-                # The pool remembers the verdict.
+                # Starts verification now; `_verify` gets the cached verdict.
                 self.pool.submit(text, prompts[n].prompt.gold_answer)
 
         config, samples = self.config, self.config.samples_per_prompt
@@ -177,10 +177,10 @@ class Rollouts:
         path = interrupted_path(self.run, step, distributed.process_index())
         write_lines(path, rows)
         total = len(prompts) * self.config.samples_per_prompt
-        self.screen.log(f"{len(rows)} of {total} completions are in {path}")
+        self.screen.log(f"saved {len(rows)} of {total} completions to {path}")
 
     def metrics(self) -> dict[str, float]:
-        """Return speed and counters of this step's engines and judges, over all
+        """Return engine throughput and judge counters of this step, summed over all
         processes."""
         judge = self.judge
         parts = distributed.gather_values(
@@ -196,8 +196,8 @@ class Rollouts:
 def all_trajectories(
     prompts: Sequence[StepPrompt], mine: Sequence[Verified]
 ) -> list[Group]:
-    """Return the trajectories of all processes, still without advantages; `mine` are
-    the completions of this process's share of `prompts`."""
+    """Gather the trajectories of all processes, without advantages; `mine` holds the
+    completions of this process's share of `prompts`."""
     groups = distributed.gather_shares(list(mine), encode, decode)
     return [
         [
@@ -227,13 +227,13 @@ def encode(groups: Sequence[Verified]) -> bytes:
         [(tuple(c), dataclasses.astuple(verdict)) for c, verdict in group]
         for group in groups
     ]
-    # A tokenizer may decode half of a surrogate pair.
+    # Decoded text may contain an unpaired surrogate.
     packer = msgpack.Packer(default=plain, unicode_errors="surrogatepass")
     return packer.pack(rows)
 
 
 def decode(encoded: bytes) -> list[Verified]:
-    """Return the completions that were encoded."""
+    """Return the verified completions that `encode` serialised."""
 
     def array(value: dict[str, Any]) -> np.ndarray:
         return np.frombuffer(value["data"], value["dtype"])

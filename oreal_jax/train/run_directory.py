@@ -13,7 +13,7 @@
     RUN/best/              the best policy by them, if the config has evaluations
 
 Opening a run that has checkpoints resumes it from the newest one; files of later steps
-are removed, because these steps will be run again. Several processes share the
+are removed, because those steps are rerun. Several processes share the
 directory: all write their part of checkpoints and of the reference, process 0 writes
 the rest.
 """
@@ -56,19 +56,19 @@ class NoLog:
     """The metrics log of processes other than 0."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Process 0 writes it."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 class RunDirectory:
     """An open run directory.
 
-    `state` is the last finished training state: the one that the run starts from, then
-    what `hold` is given. Leaving the `with` block waits for all writes; after an
-    interruption or an error it first saves `state`. `taken` counts the prompts or
-    examples that finished steps have used.
+    `state` is the training state after the last finished step: the initial or restored
+    state, then the argument of `hold`. Leaving the `with` block waits for all writes;
+    after an interruption or an error it first saves `state`. `taken` counts the prompts
+    or examples used by finished steps.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class RunDirectory:
         """
         if jax.process_count() != distributed.process_count():
             raise InputError(
-                f"the devices are those of {jax.process_count()} processes, which do "
-                "not know of each other: --processes auto on each host"
+                f"JAX sees {jax.process_count()} processes that are not connected: "
+                "pass --processes auto on every host"
             )
         self.config, self.path, self.screen = config, path, screen
         self.mesh, self.data, self.steps = mesh, data, steps
@@ -154,14 +154,14 @@ class RunDirectory:
         distributed.barrier(f"{path} was written")
         if not path.exists():
             raise InputError(
-                f"{path}: written by process 0 and not visible here; --run must be on "
+                f"{path}: written by process 0 but not found by this one; put --run on "
                 "a file system that all processes share"
             )
 
     def _initialize(
         self, source: ModelSource, chat: Chat, params: Params
     ) -> TrainState:
-        """Save what the run will need of the model; return the state at step 0."""
+        """Save the model files and the reference policy; return the state at step 0."""
         if distributed.is_first():
             copy_files(source, self.path / "model")
             if self.config.chat_template:
@@ -183,7 +183,7 @@ class RunDirectory:
         )
 
     def hold(self, state: TrainState) -> None:
-        """Make the state after a step the one that is saved if an error follows."""
+        """Set the state that is saved if a later step fails; count its prompts."""
         self.state = state
         self.taken += self.data.per_step
 
@@ -209,8 +209,8 @@ class RunDirectory:
         """Record a step: metrics, a line on the screen, a checkpoint if one is due.
 
         `tokens` are all tokens of the step; throughput is per second and device.
-        `totals` are the tokens and FLOPs of its phases. `excluded_seconds` since the
-        previous step are not of this one.
+        `totals` holds the tokens and FLOPs of each phase. `excluded_seconds` (for
+        evaluation) are subtracted from the step time.
         """
         now, step = time.perf_counter(), int(self.state.step)
         seconds = now - self._step_started - excluded_seconds
@@ -237,9 +237,9 @@ class RunDirectory:
     def _save(self) -> None:
         """Save state and progress in the background.
 
-        First the files of the steps up to it are complete, since a resumed run does not
-        write them again. One that cannot be written ends the run afterwards: steps are
-        not lost for it, and all processes save together.
+        Waits for pending trajectory files first, because a resumed run does not rewrite
+        them. An error of such a write is raised by the next `submit` or on closing, not
+        here: no step is lost, and all processes save together.
         """
         self._writer.wait()
         step = int(self.state.step)
@@ -253,7 +253,8 @@ class RunDirectory:
     def __exit__(self, kind, error, trace) -> None:
         ignoring = contextlib.nullcontext()
         if error and kind is not KeyboardInterrupt:
-            ignoring = ignoring_interrupts("closing the run")  # which replace no error
+            # An interrupt must not replace the original error.
+            ignoring = ignoring_interrupts("closing the run")
         with uninterrupted(), ignoring, contextlib.ExitStack() as closing:
             for part in (self._profile, self._metrics, self._checkpoints):
                 closing.callback(part.close)
@@ -266,7 +267,7 @@ class RunDirectory:
                 self._save_after(error)
 
     def _close_writer(self, error: BaseException | None) -> None:
-        """Raise the error of the last write, unless there is another already."""
+        """Close the writer; raise its error, or log it if `error` is already set."""
         try:
             self._writer.close()
         except Exception as failure:
@@ -277,13 +278,13 @@ class RunDirectory:
     def _save_after(self, error: BaseException) -> None:
         """Save the last finished step.
 
-        Nothing here may replace the error: neither a save that fails, nor other
-        processes that wait for this one in a collective and cannot save.
+        Nothing here may mask the original error: neither a failed save, nor a timeout
+        because other processes are blocked in a collective.
         """
         log = self.screen.log if distributed.is_first() else distributed.warn
         step = int(self.state.step)
         if step == self._first:
-            return  # nothing is new
+            return  # no new step to save
         try:
             distributed.report(error)
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
