@@ -282,10 +282,10 @@ class RunDirectory:
         because other processes are blocked in a collective.
         """
         log = self.screen.log if distributed.is_first() else distributed.warn
-        step = int(self.state.step)
-        if step == self._first:
-            return  # no new step to save
         try:
+            step = int(self.state.step)  # raises where a failed update consumed it
+            if step == self._first:
+                return  # no new step to save
             distributed.report(error)
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             distributed.stop_together(
