@@ -21,7 +21,7 @@ def initialize_arguments(
     """Return arguments for `jax.distributed.initialize`; None for a single process.
 
     An option that is None is looked up in the environment. With `processes` "auto", in
-    a SLURM step of several tasks and under Open MPI, JAX detects what is not returned.
+    a SLURM step of several tasks and under Open MPI, JAX detects the other arguments.
 
     Raises:
         InputError: an option is missing or invalid.

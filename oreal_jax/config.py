@@ -95,7 +95,7 @@ class Evaluation:
 
     `data` are the sets (files, or presets in `folder`); none: no evaluation. The policy
     with the highest mean over the sets is kept in RUN/best. One sample per problem is
-    greedy; with more `samples`, they are drawn as in training.
+    greedy; several are sampled as in training.
     """
 
     data: tuple[str, ...] = ()

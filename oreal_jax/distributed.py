@@ -36,7 +36,7 @@ import jax
 from jax._src.distributed import global_state
 
 from oreal_jax import interrupts
-from oreal_jax.errors import Failure, InputError
+from oreal_jax.errors import Failure, InputError, summarize
 
 # Seconds without a heartbeat after which a process counts as dead. Long compilations on
 # all cores delay heartbeats; JAX's default is 100.
@@ -247,7 +247,7 @@ def initialized(arguments: dict[str, Any] | None, timeout: float) -> Iterator[No
         text = str(error)
         if not isinstance(error, InputError | Failure):
             report(error)
-            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            text = summarize(error)
         code = 2 if isinstance(error, InputError) else 1
         _exit_all(code, f"{_name(process_index())}: {text}")
     finally:
@@ -286,6 +286,8 @@ def _connect(arguments: dict[str, Any], timeout: float) -> None:
             "--processes auto: neither a TPU pod nor a SLURM step, no Open MPI and no "
             "Kubernetes job is detected here"
         ) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise Failure(f"the processes cannot connect: {summarize(error)}") from None
 
 
 def _check_port(port: int) -> None:
@@ -307,7 +309,7 @@ def _watch(ended: threading.Event) -> None:
                 client.key_value_set(STOP, "", allow_overwrite=True)
             notices = dict(client.key_value_dir_get(NOTICES))
         except jax.errors.JaxRuntimeError:
-            return  # the service is gone; JAX aborts this process
+            continue  # if the service is gone, JAX aborts this process
         if ERROR in notices:
             _exit(*json.loads(notices[ERROR]))
         if STOP in notices and not (_state.stop_requested or interrupted):

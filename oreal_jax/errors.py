@@ -6,14 +6,13 @@ class InputError(ValueError):
 
 
 class Failure(RuntimeError):
-    """Valid input, but the work cannot continue: what was observed and the limit that
-    it violates (exit code 1)."""
+    """The work cannot continue although the input is valid (exit code 1)."""
 
 
 class Diverged(Failure):
     """The models are no longer usable: their state must not be saved."""
 
 
-def summarize(error: Exception) -> str:
+def summarize(error: BaseException) -> str:
     """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

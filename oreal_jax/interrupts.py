@@ -47,9 +47,8 @@ def exit_process(code: int) -> NoReturn:
     thread uses the devices of XLA's client. The client's destructor frees the devices
     before it joins that thread (SIGSEGV with jaxlib 0.10.2).
     """
-    if code == INTERRUPTED:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
-    else:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # would change the exit code
+    if code != INTERRUPTED:
         threading._shutdown()  # pyright: ignore
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

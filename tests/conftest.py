@@ -192,6 +192,27 @@ def script(start, monkeypatch):
 
 
 @pytest.fixture
+def policy(start, monkeypatch):
+    """A scripted policy in place of every engine (scripted_runs.py)."""
+    from scripted_runs import Policy
+
+    from oreal_jax.sampling import Engine
+
+    policy = Policy(start / "hf")
+    sample = lambda engine, *given, **named: policy.sample(engine, *given, **named)
+    monkeypatch.setattr(Engine, "sample", sample)
+    return policy
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    """A folder with prompts, solutions and an exam."""
+    from scripted_runs import write_files
+
+    return write_files(tmp_path)
+
+
+@pytest.fixture
 def oreal(start):
     """`oreal VERB ... --model tiny`."""
     from oreal_jax.cli import main

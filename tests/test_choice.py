@@ -19,19 +19,10 @@ from oreal_jax.sampling import (
     sampled_from,
     token_table,
 )
-from oreal_jax.sampling.choice import (
-    MAX_FACTOR,
-    MAX_SHIFT,
-    Seen,
-    SlotSampling,
-    Uses,
-    adjusted,
-    block_sums,
-    choose,
-    invert,
-    truncated,
-)
+from oreal_jax.sampling.choice import Seen, Uses, adjusted, choose, truncated
+from oreal_jax.sampling.parameters import MAX_FACTOR, MAX_SHIFT, SlotSampling
 from oreal_jax.sampling.stops import FOUND, START
+from oreal_jax.sampling.truncation import block_sums, invert
 
 HISTORY = [[5, 5, 9], [1, 2, 3], [9, 9, 9]]  # drawn so far, after prompts of token 7
 

@@ -75,6 +75,26 @@ def test_a_process_ends_with_its_code_after_threads_and_handlers(end, code):
     assert ("RuntimeError: a bug" in process.stderr) == (code == 1)
 
 
+INTERRUPTED_EXIT = """
+import atexit, os, signal
+from oreal_jax.interrupts import exit_process
+
+atexit.register(print, "closed")
+atexit.register(os.kill, os.getpid(), signal.SIGINT)  # handlers run last to first
+exit_process(2)
+"""
+
+
+def test_ctrl_c_during_exit_changes_no_exit_code():
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_EXIT],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (2, "closed\n", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_training_interrupted_at_any_moment_ends_with_130(tiny, tmp_path, cached):

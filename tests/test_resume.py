@@ -1,111 +1,20 @@
-"""What a resumed run does after changed settings, a kill, an error or a damaged
-checkpoint. The model is scripted, and learns only where that matters: a step without a
-pair compiles nothing."""
+"""What a resumed run does after changed settings, a kill or a damaged checkpoint."""
 
-import json
 import shutil
-import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from scripted import Script, read_lines, write_lines
-from tiny_runs import ROOT, Result, arrays, oreal_in_process
+from scripted import read_lines, write_lines
+from scripted_runs import COUNT, remove_progress, saved_steps, sft, train
+from tiny_runs import ROOT, arrays
 
 from oreal_jax.checkpoints import run as checkpoints
-from oreal_jax.config import SftConfig, TrainConfig
+from oreal_jax.config import TrainConfig
 from oreal_jax.config_loading import load
-from oreal_jax.console import Screen
 from oreal_jax.data import PromptOrder, load_prompts
-from oreal_jax.errors import Diverged
-from oreal_jax.sampling import Engine
-from oreal_jax.train import run_directory
 from oreal_jax.train import sft as fine_tuning
 
 pytestmark = pytest.mark.usefixtures("judges")
-
-COUNT, EXAM = 24, range(90, 94)
-RIGHT = "99"
-
-
-class Policy:
-    """Solves `score` problems of an exam, and the odd samples of "max A 99?" where
-    there is something to learn; `error` is raised when step `fails_at` is sampled."""
-
-    def __init__(self, model: Path):
-        self.script = Script(model, self.answer)
-        self.learns, self.score = False, 1
-        self.fails_at, self.error = -1, RuntimeError("a bug")
-
-    def answer(self, a: int, sample: int) -> str:
-        correct = a - EXAM[0] < self.score if a in EXAM else self.learns and sample % 2
-        return RIGHT if correct else str(a)
-
-    def sample(self, engine, *given, step=0, **named):
-        if step == self.fails_at:
-            raise self.error
-        return self.script.sample(engine, *given, step=step, **named)
-
-    def take_prompts(self) -> list[int]:
-        """The prompts sampled since the last call, in order."""
-        asked = self.script.requests
-        self.script.requests = []
-        return [a for a, sample, _ in asked if sample == 0 and a not in EXAM]
-
-
-@pytest.fixture
-def policy(start, monkeypatch) -> Policy:
-    policy = Policy(start / "hf")
-    sample = lambda engine, *given, **named: policy.sample(engine, *given, **named)
-    monkeypatch.setattr(Engine, "sample", sample)
-    return policy
-
-
-@pytest.fixture
-def files(tmp_path) -> Path:
-    """A folder with prompts, solutions and an exam."""
-    question = lambda a: {"question": f"max {a} 99?"}
-    numbers = range(10, 10 + COUNT)
-    for name, rows in {
-        "prompts": [question(a) | {"gold_answer": RIGHT} for a in numbers],
-        "solutions": [question(a) | {"solution": f"\\boxed{{{a}}}"} for a in numbers],
-        "exam": [question(a) | {"gold_answer": RIGHT} for a in EXAM],
-    }.items():
-        write_lines(tmp_path / f"{name}.jsonl", rows)
-    return tmp_path
-
-
-def run_verb(verb: str, config: Path, run: Path, settings: Sequence[str]) -> Result:
-    flags = [word for setting in settings for word in ("--set", setting)]
-    return oreal_in_process(verb, config, *flags, "--run", run)
-
-
-def train(start: Path, files: Path, *settings: str, run: str = "run") -> Result:
-    own = [f"model={start / 'hf'}", f"prompts={files / 'prompts.jsonl'}"]
-    own += ["prompts_per_step=4", "samples_per_prompt=4", "saving.keep=9"]
-    # A script has no probabilities, and one program of the update is enough.
-    own += ["max_disagreement=2.0", "freeze_steps=0"]
-    config = ROOT / "configs/tiny.py"
-    return run_verb("train", config, files / run, [*own, *settings])
-
-
-def sft(start: Path, files: Path, *settings: str, config=ROOT / "configs/tiny_sft.py"):
-    own = [f"model={start / 'hf'}", f"examples={files / 'solutions.jsonl'}"]
-    own += ["examples_per_step=4", "steps=0", "saving.every=1", "saving.keep=9"]
-    return run_verb("sft", config, files / "run", [*own, *settings])
-
-
-def remove_progress(checkpoint: Path) -> None:
-    """Makes a checkpoint what it was before progress was recorded."""
-    shutil.rmtree(checkpoint / "progress")
-    path = checkpoint / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    del metadata["item_handlers"]["progress"]
-    path.write_text(json.dumps(metadata))
-
-
-def saved_steps(run: Path) -> list[int]:
-    return checkpoints.steps(run, checkpoints.ITEMS)
 
 
 # Prompts, learning rates and data.
@@ -420,120 +329,3 @@ def test_an_ordinary_resume_removes_nothing(start, files, policy):
     assert code == 0 and "removed" not in output and "best.abandoned" not in output
     assert [path.read_text() for path in kept] == texts
     assert checkpoints.steps(run / "best") == [0]
-
-
-# Errors.
-
-
-def test_an_error_saves_the_last_finished_step(start, files, policy):
-    policy.fails_at = 3
-    with pytest.raises(RuntimeError, match="a bug"):
-        train(start, files, "steps=5")
-    assert saved_steps(files / "run") == [3]
-    policy.fails_at = -1
-    code, output, _ = train(start, files, "steps=5")
-    assert code == 0 and f"resuming {files / 'run'} after step 3" in output
-    assert len(set(policy.take_prompts())) == 20
-
-
-def test_an_error_after_the_update_saves_the_updated_state(
-    start, files, policy, monkeypatch
-):
-    """Its record is lost, not its learning: the update has replaced the old state.
-
-    A file that cannot be written is an error of the step after it.
-    """
-    policy.learns = True
-    assert train(start, files, "steps=3", "saving.every=2", run="whole").code == 0
-    write = run_directory.write_trajectories
-
-    def fail(run, step, *given):
-        if step == 1:
-            raise OSError("no route to the file system")
-        write(run, step, *given)
-
-    monkeypatch.setattr(run_directory, "write_trajectories", fail)
-    with pytest.raises(OSError, match="no route"):
-        train(start, files, "steps=3")
-    assert saved_steps(files / "run") == [3]
-    whole = arrays(files / "whole", 3)
-    for ours, theirs in zip(arrays(files / "run", 3), whole, strict=True):
-        assert ours.tobytes() == theirs.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "saved"),
-    [(KeyboardInterrupt(), 130, [1]), (Diverged("x"), 1, [])],
-)
-def test_a_file_that_cannot_be_written_hides_no_other_end(
-    start, files, policy, error, code, saved
-):
-    run = files / "run"
-    run.mkdir()
-    (run / "trajectories").touch()  # a file where a folder should be
-    policy.fails_at, policy.error = 1, error
-    result = train(start, files, "steps=3")
-    assert result.code == code
-    assert "step_000000.jsonl: cannot be written: " in result.output
-    assert saved_steps(run) == saved
-
-
-def test_an_error_before_any_step_saves_nothing(start, files, policy):
-    policy.fails_at = 0
-    with pytest.raises(RuntimeError, match="a bug"):
-        train(start, files, "steps=5")
-    assert saved_steps(files / "run") == []
-
-
-@pytest.fixture
-def log_of_error(start, files, policy, monkeypatch):
-    """`log_of_error(save)`: the lines of a run that ends with a bug in its third step
-    and saves by `save`."""
-
-    def run(save) -> list[str]:
-        policy.fails_at = 2
-        monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
-        lines = []
-        monkeypatch.setattr(Screen, "log", lambda self, text: lines.append(text))
-        with pytest.raises(RuntimeError, match="a bug"):
-            train(start, files, "steps=5")
-        return lines
-
-    return run
-
-
-def test_a_save_that_fails_too_does_not_replace_the_error(log_of_error):
-    def fail(*_):
-        raise OSError("disk full")
-
-    assert "not saved: OSError: disk full" in log_of_error(fail)[-1]
-
-
-def test_ctrl_c_while_an_error_is_saved_does_not_replace_it(files, log_of_error):
-    save = checkpoints.Checkpoints.save
-
-    def interrupted(*given):
-        signal.raise_signal(signal.SIGINT)
-        save(*given)
-
-    assert log_of_error(interrupted)[-1] == "RuntimeError: a bug; saved step 2"
-    assert saved_steps(files / "run") == [2]
-
-
-# Losses that SFT cannot compute.
-
-
-def test_sft_refuses_a_loss_that_reads_what_it_does_not_have(start, files):
-    config = files / "own.py"
-    shutil.copy(ROOT / "configs/tiny_sft.py", files)
-    text = """
-import dataclasses, tiny_sft
-from oreal_jax.losses import Reinforce
-config = dataclasses.replace(tiny_sft.config, loss=Reinforce())
-"""
-    config.write_text(text)
-    code, _, errors = sft(start, files, config=config)
-    assert code == 2 and errors.count("\n") == 1
-    assert "reads reference_log_probs, which SFT does not compute" in errors
-    assert not (files / "run").exists()
-    fine_tuning.check_loss(load(config, SftConfig, ["loss.kl_weight=0.0"]))

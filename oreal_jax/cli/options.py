@@ -211,18 +211,21 @@ class GenerationModel:
 
 
 def in_background(work: Callable[[], T]) -> Callable[[], T]:
-    """Start `work` in a thread that does not keep the process alive; returns a function
-    that waits for its result or raises its error."""
-    future: Future[T] = Future()
+    """Start `work` in a thread that does not keep the process alive.
 
-    def run() -> None:
+    Returns a function that waits for the result, or raises the error; it can be called
+    once and keeps no reference to the result.
+    """
+    futures: list[Future[T]] = [Future()]
+
+    def run(future: Future[T]) -> None:
         try:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return future.result
+    threading.Thread(target=run, args=futures, daemon=True).start()
+    return lambda: futures.pop().result()
 
 
 def make_sampling(args: argparse.Namespace, greedy: bool):

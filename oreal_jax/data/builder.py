@@ -185,7 +185,7 @@ def download(source: str, pattern: str = "*") -> list[Path]:
             f"{source}: neither a file nor a data set that could be downloaded "
             f"({type(error).__name__})"
         ) from None
-    # The folder also contains what was downloaded earlier for other patterns.
+    # The folder also contains earlier downloads for other patterns.
     matches = lambda path: any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
     files = sorted(
         path

@@ -90,7 +90,7 @@ def published_table(model: str, reports: Mapping[str, Report]) -> Table:
         (row, *(f"{values[SETS.index(name)]:.1f}" for name in names))
         for row, values in PASS_AT_1.items()
     ]
-    title = "pass@1 beside arXiv:2502.06781 (greedy, its own prompts)"
+    title = "pass@1 compared with arXiv:2502.06781 (greedy, its own prompts)"
     table = make_table(title, ["model", *(PRESETS[n].title for n in names)], rows)
     table.add_section()
     measures = ", ".join(sorted({reports[name].name for name in names}))

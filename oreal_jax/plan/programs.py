@@ -1,4 +1,4 @@
-"""The programs of a run, with the shapes of their arguments and what is held beside.
+"""The programs of a run, the shapes of their arguments, and other arrays in memory.
 
 The training loop makes its programs by the same functions (train/programs.py).
 """

@@ -88,7 +88,7 @@ def _table(first: str, *others: str, caption: str) -> Table:
 
 
 def _programs(findings: Findings) -> Table:
-    titles = "arguments", "temporary", "beside", "peak"
+    titles = "arguments", "temporary", "others", "peak"
     table = _table("program", *titles, caption="GiB on a device")
     for program in findings.programs:
         sizes = (program.arguments, program.temporary, program.beside, program.peak)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oreal_jax.sampling.choice import Sampling
+from oreal_jax.sampling.parameters import Sampling
 
 
 class Request(NamedTuple):

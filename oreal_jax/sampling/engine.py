@@ -25,8 +25,8 @@ from oreal_jax import sharding
 from oreal_jax.errors import Diverged, Failure, InputError
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
-from oreal_jax.sampling.choice import Sampling
 from oreal_jax.sampling.completion import NOTHING_DRAWN, Completion, Request
+from oreal_jax.sampling.parameters import Sampling
 from oreal_jax.sampling.programs import Size, Stops, programs_for
 from oreal_jax.sampling.scheduler import Job
 from oreal_jax.sampling.work import PAGE, Work

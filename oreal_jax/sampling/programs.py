@@ -20,7 +20,8 @@ from oreal_jax.metrics import compilations
 from oreal_jax.model import ModelConfig, Params, decoding, exact, float8
 from oreal_jax.model.decoding import Cache, Weights
 from oreal_jax.model.kernels import pages_for
-from oreal_jax.sampling.choice import Seen, SlotSampling, Uses, choose
+from oreal_jax.sampling.choice import Seen, Uses, choose
+from oreal_jax.sampling.parameters import SlotSampling
 from oreal_jax.sampling.stops import FOUND, START
 from oreal_jax.shapes import bucket
 from oreal_jax.sharding import EngineMeshes

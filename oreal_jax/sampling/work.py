@@ -14,8 +14,8 @@ import numpy as np
 
 from oreal_jax import sharding
 from oreal_jax.model.decoding import Weights
-from oreal_jax.sampling.choice import SlotSampling
 from oreal_jax.sampling.completion import Completion, Request, Statistics
+from oreal_jax.sampling.parameters import SlotSampling
 from oreal_jax.sampling.programs import Decoding, Programs, Size, Starts, Stops
 from oreal_jax.sampling.scheduler import Admission, Job, Prefill, Scheduler, Swap
 from oreal_jax.shapes import bucket

@@ -104,6 +104,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                         selected, indices, batch, token_scores
                     )
                     metrics |= step_metrics.agreement(selected, config, step + 1)
+                    del batch, measured, token_scores  # frees memory of the devices
                 else:
                     state = state._replace(step=state.step + 1)
                     directory.hold(state)

@@ -39,7 +39,7 @@ from oreal_jax.console import Screen
 from oreal_jax.data import Chat
 from oreal_jax.distributed import uninterrupted
 from oreal_jax.efficiency import PhaseTotals
-from oreal_jax.errors import Diverged, InputError
+from oreal_jax.errors import Diverged, InputError, summarize
 from oreal_jax.files import BackgroundWriter, write_bytes, write_text
 from oreal_jax.interrupts import ignoring_interrupts
 from oreal_jax.metrics import MetricsLog, compilations
@@ -273,7 +273,7 @@ class RunDirectory:
         except Exception as failure:
             if error is None:
                 raise
-            self.screen.log(f"{type(failure).__name__}: {failure}")
+            self.screen.log(summarize(failure))
 
     def _save_after(self, error: BaseException) -> None:
         """Save the last finished step.
@@ -287,7 +287,7 @@ class RunDirectory:
             if step == self._first:
                 return  # no new step to save
             distributed.report(error)
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = summarize(error)
             distributed.stop_together(
                 f"saving the run after {reason}", distributed.STOP_LIMIT
             )
@@ -295,7 +295,7 @@ class RunDirectory:
             self._checkpoints.wait()
             log(f"{reason}; saved step {step}")
         except Exception as failure:
-            log(f"not saved: {type(failure).__name__}: {failure}")
+            log(f"not saved: {summarize(failure)}")
 
 
 def write_trajectories(

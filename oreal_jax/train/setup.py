@@ -51,9 +51,7 @@ def set_up(config: TrainConfig, run: Path, screen: Screen) -> Setup:
     Raises:
         InputError: the config, model, prompts or evaluation sets cannot be used.
     """
-    source = open_source(config, run)
-    mesh = make_run_mesh(config, source.config)
-    program_cache.enable()
+    source, mesh = open_run_model(config, run)
     check_loss(config)
     chat = load_chat(config, run, source, config.stop_strings)
     prompts = load_run_prompts(config, run, screen)
@@ -87,6 +85,20 @@ def set_up(config: TrainConfig, run: Path, screen: Screen) -> Setup:
             config=config, run=run, screen=screen, chat=chat, engine=engine, sets=sets
         ),
     )
+
+
+def open_run_model(
+    config: TrainConfig | SftConfig, run: Path
+) -> tuple[ModelSource, Mesh]:
+    """Return the model of a run, without its weights, and its mesh.
+
+    Raises:
+        InputError: they cannot be used, alone or together.
+    """
+    source = open_source(config, run)
+    mesh = make_run_mesh(config, source.config)
+    program_cache.enable()
+    return source, mesh
 
 
 def check_loss(config: TrainConfig) -> None:

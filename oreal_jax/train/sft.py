@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from oreal_jax import distributed, efficiency, losses, program_cache, sharding
+from oreal_jax import distributed, efficiency, losses, sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
@@ -19,11 +19,11 @@ from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
 from oreal_jax.train.metrics import finite
-from oreal_jax.train.programs import make_run_mesh, make_run_step
-from oreal_jax.train.resume import Data, open_source, read_progress
+from oreal_jax.train.programs import make_run_step
+from oreal_jax.train.resume import Data, read_progress
 from oreal_jax.train.run_directory import RunDirectory
 from oreal_jax.train.scoring import put_batch
-from oreal_jax.train.setup import load_chat
+from oreal_jax.train.setup import load_chat, open_run_model
 
 
 def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
@@ -33,9 +33,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     Raises:
         InputError: the config, model, examples or run directory cannot be used.
     """
-    source = open_source(config, run)
-    mesh = make_run_mesh(config, source.config)
-    program_cache.enable()
+    source, mesh = open_run_model(config, run)
     check_loss(config)
     chat = load_chat(config, run, source)
     rows = read_examples(Path(config.examples))
