@@ -40,7 +40,7 @@ def ratio(log_probs: PerToken, old_log_probs: PerToken) -> PerToken:
 
 
 def reinforce(log_probs: PerToken, advantage: Float[Array, "B"]) -> PerToken:
-    """-A pi / stop(pi): policy gradient on-policy, the release's form of L2.
+    """-A pi / stop(pi): policy gradient on-policy (L2, as released).
 
     The ratio is 1 and its gradient that of log pi.
     """
