@@ -21,7 +21,7 @@ from oreal_jax.model.functional import (
 )
 from oreal_jax.model.head import (
     Distribution,
-    full_distribution,
+    full_softmax,
     log_probs,
     logits,
     token_scores,
@@ -40,7 +40,7 @@ __all__ = [
     "cast",
     "cast_matrices",
     "exact_matmuls",
-    "full_distribution",
+    "full_softmax",
     "hidden",
     "init",
     "log_probs",

@@ -21,7 +21,7 @@ from oreal_jax.model.execution import ONE_DEVICE, Execution
 
 # Maps logits [B, C, V] and targets [B, C] to scores [B, C, V], whose softmax is meant.
 Distribution = Callable[[Array, Array], Array]
-full_distribution: Distribution = lambda logits, targets: logits
+full_softmax: Distribution = lambda logits, targets: logits
 
 # Rows of logits that a device holds at once when log-probabilities are computed.
 HEAD_CHUNK = 1024
@@ -60,7 +60,7 @@ def log_probs(
     params: Any,
     states: Float[Array, "B C D"],
     targets: Int[Array, "B C"],
-    distribution: Distribution = full_distribution,
+    distribution: Distribution = full_softmax,
     execution: Execution = ONE_DEVICE,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Return the log-probability of each target, and the entropy at it.
