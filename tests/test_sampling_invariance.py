@@ -149,9 +149,11 @@ def test_a_swap_moves_a_slots_whole_state_and_changes_nothing_else():
     put = lambda state: jax.device_put(state, shardings)
     by_engine = sharding.of_rows(programs.mesh)
     array = lambda *engines: jax.device_put(np.array(engines, np.int32), by_engine)
-    row = programs.swap_out(put(source), array([2], [1]), array([3, 5], [1, 2]))
+    row = programs.swap_out(put(source), array([2], [1]), array([[3, 5]], [[1, 2]]))
     # Into the first engine alone; page 0 is unused.
-    result = programs.swap_in(put(target), row, array([0], [-1]), array([7, 1], [0, 0]))
+    result = programs.swap_in(
+        put(target), row, array([0], [-1]), array([[7, 1]], [[0, 0]])
+    )
 
     def check(result, source, target, new, old, first=0):
         expected = target.copy()

@@ -192,7 +192,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     if config.cache_tokens:  # rows may be swapped out
         pages = size.table_pages
         row = programs.abstract(size._replace(slots=1, pages=pages))
-        place = array(1), array(pages)
+        place = array(1), array(1, pages)
         name, inputs = f"swap-out of {pages} pages", (state, *place)
         yield Program(name, "gen", programs.swap_out, inputs, beside_weights)
         name, inputs = f"swap-in of {pages} pages", (state, row, *place)

@@ -57,15 +57,9 @@ class Statistics(NamedTuple):
     @classmethod
     def combine(cls, parts: "Sequence[Statistics]") -> "Statistics":
         """Combine the statistics of processes that sampled at the same time."""
-        prompt, new, swap_outs, prefill, decode, occupancy = zip(*parts, strict=True)
-        return cls(
-            sum(prompt),
-            sum(new),
-            sum(swap_outs),
-            max(prefill),
-            max(decode),
-            sum(occupancy) / len(parts),
-        )
+        *counts, prefill, decode, occupancy = zip(*parts, strict=True)
+        mean = sum(occupancy) / len(parts)
+        return cls(*map(sum, counts), max(prefill), max(decode), mean)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of a run; throughputs in tokens per second."""

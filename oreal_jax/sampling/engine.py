@@ -141,8 +141,8 @@ class Engine:
             requests,
             samples,
             self._size(requests, samples),
-            step=step,
-            renormalise=renormalise,
+            step,
+            renormalise,
             resumable=self.longest is not None,
         )
         reported = 0

@@ -71,11 +71,8 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether a token's probability depends on the penalties of earlier ones."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or any(penalties)
 
 
 class SlotSampling(NamedTuple):

@@ -357,17 +357,20 @@ def _put(arrays: Any, slots: Int[Array, "A"], values: Any) -> Any:
 
 
 def _swap_out(
-    state: DecodeState, slot: Int[Array, "1"], pages: Int[Array, "M"]
+    state: DecodeState, slot: Int[Array, "1"], pages: Int[Array, "1 M"]
 ) -> DecodeState:
-    """Return a slot and its pages, as an engine of one slot."""
-    return DecodeState(_take(state.cache, pages), _take(state.slots, slot))
+    """Return a slot and its pages, as the state of an engine of one slot."""
+    return DecodeState(_take(state.cache, pages[0]), _take(state.slots, slot))
 
 
 def _swap_in(
-    state: DecodeState, row: DecodeState, slot: Int[Array, "1"], pages: Int[Array, "M"]
+    state: DecodeState,
+    row: DecodeState,
+    slot: Int[Array, "1"],
+    pages: Int[Array, "1 M"],
 ) -> DecodeState:
     """Write the result of `_swap_out` to a slot, -1 for none, and other pages."""
-    fill = lambda array, values: array.at[pages].set(values)
+    fill = lambda array, values: array.at[pages[0]].set(values)
     cache = jax.tree.map(fill, state.cache, row.cache)
     return DecodeState(cache, _put(state.slots, slot, row.slots))
 

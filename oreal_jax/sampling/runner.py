@@ -4,9 +4,11 @@ Letters: E engines, A samples or slots of a batch, R prompts, S tokens of a prom
 pages of a block table.
 """
 
+import dataclasses
 import itertools
+import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,42 +36,42 @@ PAGE = 64  # tokens
 PREFILL = 2048  # maximum per batch of prompts, or one prompt
 
 
+@dataclasses.dataclass
 class Runner:
-    """The scheduler and the state on the devices, until all samples are finished."""
+    """Generates `samples` completions of each request on engines of `size`.
 
-    def __init__(
-        self,
-        programs: Programs,
-        weights: Weights,
-        stops: Stops,
-        requests: Sequence[Request],
-        samples: int,
-        size: Size,
-        *,
-        step: int,
-        renormalise: bool,
-        resumable: bool,
-    ):
-        """Prepare to generate `samples` completions of each request."""
-        self.programs, self.weights, self.requests = programs, weights, requests
-        self.size, self.step = size, step
-        self.renormalise, self.resumable = renormalise, resumable
-        self.stop_tokens = stops.tokens
-        self.stops = jax.device_put(stops, sharding.replicated(programs.mesh))
-        self.engines = sharding.row_ways(programs.mesh)
-        # Prompts of similar length are prefilled together.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        lengths = [len(request.prompt) for request in requests]
-        limits = [request.sampling.max_tokens for request in requests]
+    The scheduler plans rounds on the host; the state of slots and cache stays on the
+    devices.
+    """
+
+    programs: Programs
+    weights: Weights
+    stops: Stops
+    requests: Sequence[Request]
+    samples: int
+    size: Size
+    step: int
+    renormalise: bool
+    resumable: bool
+
+    def __post_init__(self):
+        self.stop_tokens = self.stops.tokens
+        self.stops = jax.device_put(self.stops, sharding.replicated(self.programs.mesh))
+        self.engines = sharding.row_ways(self.programs.mesh)
+        jobs = [
+            Job(i, len(prompt), len(prompt) + sampling.max_tokens, self.samples)
+            for i, (prompt, sampling, *_) in enumerate(self.requests)
+        ]
         self.scheduler = Scheduler(
-            [Job(i, lengths[i], lengths[i] + limits[i], samples) for i in order],
+            # Prompts of similar length are prefilled together.
+            sorted(jobs, key=lambda job: job.prompt_tokens),
             engines=self.engines,
-            slots=size.slots,
-            pages=size.pages,
+            slots=self.size.slots,
+            pages=self.size.pages,
             page_size=PAGE,
             steps=DISPATCH,
         )
-        self.state = programs.empty(size)
+        self.state = self.programs.empty(self.size)
         self.swapped: dict[SampleId, DecodeState] = {}  # in host memory
         self.prompt_tokens = self.new_tokens = self.swap_outs = 0
         self.prefill_seconds = self.decode_seconds = self.step_seconds = 0.0
@@ -92,110 +94,90 @@ class Runner:
             self.decode_seconds += time.perf_counter() - middle
             yield finished
 
-    def _put(self, values: Any) -> Any:
-        """Put arrays [E, ...] on the engines."""
-        return jax.device_put(values, sharding.of_rows(self.programs.mesh))
-
     def _prefill(self, admissions: list[Admission]) -> None:
-        """Run new prompts in batches of similar length."""
-        stored = lambda admission: self.requests[admission.sample[0]].prompt[:-1]
-        queues = self._by_engine(a for a in admissions if a.prefill)
+        """Run new prompts, without their last tokens, in batches of similar length."""
+        stored = lambda admission: len(self.requests[admission.sample[0]].prompt) - 1
+        new = [admission for admission in admissions if admission.prefill]
+        self.prompt_tokens += sum(map(stored, new))
+        queues = self._by_engine(new)
         while any(queues):
-            width = prompt_width(
-                max(len(stored(queue[0])) for queue in queues if queue)
-            )
+            width = prompt_width(max(stored(queue[0]) for queue in queues if queue))
             count = prompt_batch(max(1, PREFILL // width))
-            fits = lambda admission, width=width: len(stored(admission)) <= width
+            fits = lambda admission, width=width: stored(admission) <= width
             batch = [[*itertools.takewhile(fits, queue[:count])] for queue in queues]
             queues = [q[len(taken) :] for q, taken in zip(queues, batch, strict=True)]
-            rows = prompt_batch(4 * max(map(len, batch)) - 3)  # at least this many
-            prompts = np.zeros((self.engines, rows, width), np.int32)
-            lengths = np.ones((self.engines, rows), np.int32)
-            table = np.zeros((self.engines, rows, -(-width // PAGE)), np.int32)
-            for engine, row, admission in _indexed(batch):
-                tokens = stored(admission)
-                prompts[engine, row, : len(tokens)] = tokens
-                lengths[engine, row] = len(tokens)
-                table[engine, row, : len(admission.prefill)] = admission.prefill
-                self.prompt_tokens += len(tokens)
-            self.state = self.programs.prefill(
-                self.weights, self.state, *self._put((prompts, lengths, table))
-            )
+            self._prefill_batch(batch, width)
+
+    def _prefill_batch(self, batch: list[list[Admission]], width: int) -> None:
+        pages = -(-width // PAGE)
+
+        def entry(admission: Admission):
+            prompt = self.requests[admission.sample[0]].prompt[:-1]
+            return _pad(prompt, width), len(prompt), _pad(admission.prefill, pages)
+
+        rows = prompt_batch(4 * max(map(len, batch)) - 3)  # at least this many
+        padding = _pad([], width), 1, _pad([], pages)
+        prompts = self._stack(batch, rows, entry, padding)
+        self.state = self.programs.prefill(self.weights, self.state, *prompts)
 
     def _admit(self, admissions: list[Admission]) -> None:
         count = slot_batch(self.size.slots)
         for batch in self._batches(admissions, count):
-            queues = [
-                [self._start(admission) for admission in queue] for queue in batch
-            ]
-            first = next(itertools.chain(*queues))
-            padding = first._replace(slot=-1, source=0, target=0)
-            rows = [queue + [padding] * (count - len(queue)) for queue in queues]
-            stack = lambda *x: np.stack(x).reshape(self.engines, count, *np.shape(x[0]))
-            starts = self._put(jax.tree.map(stack, *itertools.chain(*rows)))
+            some = next(itertools.chain(*batch))
+            padding = self._start(some)._replace(slot=-1, source=0, target=0)
+            starts = self._stack(batch, count, self._start, padding)
             self.state = self.programs.admit(self.state, starts, self.step)
 
     def _start(self, admission: Admission) -> Starts:
         """Return one entry of `Starts`."""
-        request_index, sample = admission.sample
-        request = self.requests[request_index]
-        prompts = np.full(self.size.table_pages * PAGE, self.programs.config.vocab)
-        prompts[: len(request.prompt)] = request.prompt
+        index, sample = admission.sample
+        prompt, sampling, key, first_sample, seed = self.requests[index]
         return Starts(
             slot=admission.slot,
-            token=request.prompt[-1],
-            position=len(request.prompt) - 1,
-            limit=request.sampling.max_tokens,
-            seed=request.seed,
-            key=np.uint32(request.key),
-            sample=request.first_sample + sample,
+            token=prompt[-1],
+            position=len(prompt) - 1,
+            limit=sampling.max_tokens,
+            seed=seed,
+            key=np.uint32(key),
+            sample=first_sample + sample,
             source=admission.source,
             target=admission.target,
-            prompts=prompts,
-            sampling=SlotSampling.one(
-                request.sampling, self.size.biases, self.renormalise
+            prompts=_pad(
+                prompt, self.size.table_pages * PAGE, self.programs.config.vocab
             ),
+            sampling=SlotSampling.one(sampling, self.size.biases, self.renormalise),
         )
 
     def _swap_out(self, swaps: list[Swap]) -> None:
         """Move sequences to host memory, with their slot's whole state."""
         self.swap_outs += len(swaps)
         for batch in self._batches(swaps, 1):
-            rows = self.programs.swap_out(self.state, *self._swap_indices(batch))
-            rows = jax.device_get(rows)
+            slots, pages = self._swap_indices(batch)
+            rows = jax.device_get(self.programs.swap_out(self.state, slots, pages))
             for engine, _, swap in _indexed(batch):
-                one = lambda x, engine=engine: x[engine].copy()
-                used = lambda x, at=(engine, slice(len(swap.pages))): x[at].copy()
-                self.swapped[swap.sample] = DecodeState(
-                    jax.tree.map(used, rows.cache), jax.tree.map(one, rows.slots)
-                )
+                used = operator.itemgetter((engine, slice(max(1, len(swap.pages)))))
+                row = jax.tree.map(np.copy, jax.tree.map(used, rows))
+                self.swapped[swap.sample] = row
 
     def _swap_in(self, swaps: list[Swap]) -> None:
         """Move sequences from host memory to slots."""
         for batch in self._batches(swaps, 1):
             slots, pages = self._swap_indices(batch)
-            size = self.size._replace(slots=1, pages=pages.shape[1])
+            size = self.size._replace(slots=1, pages=pages.shape[-1])
             shapes = self.programs.abstract(size)
             rows = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
             for engine, _, swap in _indexed(batch):
-                for x, own in zip(
-                    jax.tree.leaves(rows),
-                    jax.tree.leaves(self.swapped.pop(swap.sample)),
-                    strict=True,
-                ):
+                row = self.swapped.pop(swap.sample)
+                for x, own in zip(*map(jax.tree.leaves, (rows, row)), strict=True):
                     x[engine, : len(own)] = own
             rows = jax.device_put(rows, jax.tree.map(lambda x: x.sharding, shapes))
             self.state = self.programs.swap_in(self.state, rows, slots, pages)
 
     def _swap_indices(self, batch: list[list[Swap]]) -> tuple[jax.Array, jax.Array]:
         """Return the slot of at most one sequence per engine, and its pages."""
-        slots = np.full((self.engines, 1), -1, np.int32)
         length = bucket(max(len(swap.pages) for _, _, swap in _indexed(batch)))
-        pages = np.zeros((self.engines, length), np.int32)
-        for engine, _, swap in _indexed(batch):
-            slots[engine] = swap.slot
-            pages[engine, : len(swap.pages)] = swap.pages
-        return self._put((slots, pages))
+        entry = lambda swap: (swap.slot, _pad(swap.pages, length))
+        return self._stack(batch, 1, entry, padding=(-1, _pad([], length)))
 
     def _shrink(self, schedule: Schedule) -> None:
         """Continue in smaller engines, with the same pages."""
@@ -206,8 +188,10 @@ class Runner:
             self.size = self.size._replace(slots=schedule.kept_slots.shape[1])
 
     def _should_shrink(self, slots: int) -> bool:
-        """Whether the program of smaller engines is compiled, or saves more time than
-        compiling takes (in resumable runs: enough steps)."""
+        """Whether smaller engines save more time than compiling their program takes.
+
+        In resumable runs: enough steps.
+        """
         if self.resumable:
             return self.scheduler.saves_enough(slots)
         if self.size._replace(slots=slots) in self.programs.compiled_sizes(self.stops):
@@ -221,8 +205,7 @@ class Runner:
         active = np.zeros(shape, bool)
         tables = np.zeros((*shape, self.size.table_pages), np.int32)
         for at, pages in schedule.block_tables.items():
-            active[at] = True
-            tables[at][: len(pages)] = pages
+            active[at], tables[at][: len(pages)] = True, pages
         waiting = self.scheduler.waiting
         before = jax.device_get(self.state.slots.generated)
         arguments = (
@@ -253,10 +236,8 @@ class Runner:
         """Read finished completions from the devices."""
         count = slot_batch(self.size.slots)
         for batch in self._batches(finished, count):
-            slots = np.zeros((self.engines, count), np.int32)
-            for engine, row, sequence in _indexed(batch):
-                slots[engine, row] = sequence.slot
-            outputs = self.programs.take(self.state.slots.outputs, self._put(slots))
+            slots = self._stack(batch, count, lambda sequence: sequence.slot, 0)
+            outputs = self.programs.take(self.state.slots.outputs, slots)
             outputs = jax.device_get(outputs)
             for engine, row, sequence in _indexed(batch):
                 *arrays, stop_state = (x[engine, row] for x in outputs)
@@ -293,6 +274,26 @@ class Runner:
         queues = self._by_engine(items)
         for first in range(0, max(map(len, queues)), size):
             yield [queue[first : first + size] for queue in queues]
+
+    def _stack(
+        self, batch: list[list], rows: int, entry: Callable[[Any], Any], padding: Any
+    ) -> Any:
+        """Stack the entries of a batch to arrays [E, rows, ...] on the engines."""
+        entries = [
+            [*map(entry, queue), *[padding] * (rows - len(queue))] for queue in batch
+        ]
+        stack = lambda *x: np.stack(x).reshape(self.engines, rows, *np.shape(x[0]))
+        return self._put(jax.tree.map(stack, *itertools.chain(*entries)))
+
+    def _put(self, values: Any) -> Any:
+        """Put arrays [E, ...] on the engines."""
+        return jax.device_put(values, sharding.of_rows(self.programs.mesh))
+
+
+def _pad(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:
+    padded = np.full(size, fill, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _indexed(batch: list[list]) -> Iterator[tuple[int, int, Any]]:

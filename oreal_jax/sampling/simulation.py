@@ -37,9 +37,9 @@ class Simulation(NamedTuple):
 
     finished: list[SampleId]
     rounds: list[Round]
+    occupancy: float
     steps: int
     tokens: int
-    occupancy: float
     swap_outs: int
     max_swapped_tokens: int
 
@@ -134,12 +134,7 @@ def simulate(
             assert end.tokens == lengths[end.sample]
             samples[end.engine, end.slot] = -1
             finished.append(end.sample)
-    return Simulation(
-        finished=finished,
-        rounds=rounds,
-        steps=sum(round.steps for round in rounds),
-        tokens=tokens,
-        occupancy=used_slots / offered_slots if offered_slots else 1.0,
-        swap_outs=swap_outs,
-        max_swapped_tokens=max_swapped_tokens,
-    )
+    occupancy = used_slots / offered_slots if offered_slots else 1.0
+    total = sum(round.steps for round in rounds)
+    counts = total, tokens, swap_outs, max_swapped_tokens
+    return Simulation(finished, rounds, occupancy, *counts)
