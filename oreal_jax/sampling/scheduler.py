@@ -104,16 +104,17 @@ class SharedPrompt:
 class SequenceState:
     """A completion that is decoded or swapped out.
 
-    `position` is where its next token is fed: the number of tokens in the cache. Its
-    own `pages` follow the full pages of `prompt`, which is None after a swap.
+    `position` is where its next token is fed: the number of tokens in the cache. The
+    first `shared` pages of its block table are those of `prompt` (None after a swap).
     """
 
     job: Job
     sample: SampleId
     age: int
     position: int
+    block_table: list[int]
+    shared: int
     prompt: SharedPrompt | None
-    pages: list[int]
 
 
 class EngineState:
@@ -139,7 +140,7 @@ class EngineState:
         """Free a slot and the pages that no other sequence uses."""
         sequence, self.slots[slot] = self.slots[slot], None
         assert sequence
-        self.free += sequence.pages
+        self.free += sequence.block_table[sequence.shared :]
         if prompt := sequence.prompt:
             prompt.users -= 1
             self.free += [] if prompt.users else prompt.pages
@@ -202,7 +203,7 @@ class Scheduler:
                 if not schedule.swap_outs or sequence in engine.slots:
                     self._grow(engine, sequence, schedule)
         schedule.block_tables = {
-            (engine.index, slot): self._block_table(sequence)
+            (engine.index, slot): list(sequence.block_table)
             for engine in self._engines
             for slot, sequence in enumerate(engine.slots)
             if sequence
@@ -233,7 +234,7 @@ class Scheduler:
     def _fill_slots(self, schedule: Schedule) -> None:
         for engine in self._engines:
             engine.reserved = sum(
-                self._growth(sequence.job, len(self._block_table(sequence)))
+                self._growth(sequence.job, len(sequence.block_table))
                 for sequence in engine.running
             )
         candidates = list(self._engines)
@@ -259,10 +260,10 @@ class Scheduler:
     def _swap_in(self, engine: EngineState, schedule: Schedule) -> None:
         """Resume the oldest sequence that is swapped out."""
         sequence, slot = self._swapped.pop(0), engine.slots.index(None)
-        sequence.pages = engine.allocate(self._pages(sequence.position))
-        engine.reserved += self._growth(sequence.job, len(sequence.pages))
+        pages = engine.allocate(self._pages(sequence.position))
+        sequence.block_table = list(pages)
+        engine.reserved += self._growth(sequence.job, len(pages))
         engine.slots[slot] = sequence
-        pages = list(sequence.pages)
         schedule.swap_ins.append(Swap(engine.index, slot, sequence.sample, pages))
 
     def _admit(self, engine: EngineState, schedule: Schedule) -> bool:
@@ -277,14 +278,16 @@ class Scheduler:
             return False
         prefill = engine.allocate(need)
         prompt = prompt or SharedPrompt(self._queue.popleft(), prefill, job.samples)
-        slot, pages = engine.slots.index(None), engine.allocate(1)
-        sample, is_partial = (job.request, prompt.admitted), stored % self._page_size
-        copy = (prompt.pages[-1], pages[0]) if is_partial else (0, 0)
+        slot, (page,) = engine.slots.index(None), engine.allocate(1)
+        shared, partial = divmod(stored, self._page_size)
+        table = [*prompt.pages[:shared], page]
+        copy = (prompt.pages[-1], page) if partial else (0, 0)
+        sample = job.request, prompt.admitted
         prompt.admitted += 1
         engine.prompt = prompt if prompt.admitted < job.samples else None
-        engine.reserved += self._growth(job, stored // self._page_size + 1)
+        engine.reserved += self._growth(job, len(table))
         engine.slots[slot] = SequenceState(
-            job, sample, next(self._ages), stored, prompt, pages
+            job, sample, next(self._ages), stored, table, shared, prompt
         )
         schedule.admissions.append(
             Admission(engine.index, slot, sample, prefill, *copy)
@@ -308,26 +311,21 @@ class Scheduler:
     ) -> None:
         """Allocate a round's pages; if too few are free, preempt the youngest."""
         length = min(sequence.position + self._steps, sequence.job.max_length)
-        need = self._pages(length) - len(self._block_table(sequence))
+        need = self._pages(length) - len(sequence.block_table)
         while need > len(engine.free):
             youngest = max(engine.running, key=lambda s: s.age)
             schedule.swap_outs.append(self._swap_out(engine, youngest))
             if youngest is sequence:
                 return
-        sequence.pages += engine.allocate(need)
+        sequence.block_table += engine.allocate(need)
 
     def _swap_out(self, engine: EngineState, sequence: SequenceState) -> Swap:
         slot = engine.slots.index(sequence)
-        pages = self._block_table(sequence)[: self._pages(sequence.position)]
+        pages = sequence.block_table[: self._pages(sequence.position)]
         engine.release(slot)
-        sequence.prompt, sequence.pages = None, []
+        sequence.block_table, sequence.shared, sequence.prompt = [], 0, None
         bisect.insort(self._swapped, sequence, key=lambda s: s.age)
         return Swap(engine.index, slot, sequence.sample, pages)
-
-    def _block_table(self, sequence: SequenceState) -> list[int]:
-        full = (sequence.job.prompt_tokens - 1) // self._page_size
-        shared = sequence.prompt.pages[:full] if sequence.prompt else []
-        return shared + sequence.pages
 
     def _min_finished(self) -> int:
         """Return how many sequences must finish before the next round pays; 0: all.
@@ -370,13 +368,10 @@ class Scheduler:
         Steps are of the present engines. A completion is expected to double its length,
         up to its limit, as usual for heavy-tailed lengths.
         """
-        expected = 0
-        for engine in self._engines:
-            for sequence in engine.running:
-                job = sequence.job
-                generated = sequence.position - job.prompt_tokens + 1
-                remaining = job.max_length - job.prompt_tokens - generated
-                expected = max(expected, min(generated, remaining))
+        generated = lambda s: s.position + 1 - s.job.prompt_tokens
+        remaining = lambda s: s.job.max_length - s.position - 1
+        running = [s for engine in self._engines for s in engine.running]
+        expected = max((min(generated(s), remaining(s)) for s in running), default=0)
         return expected * (1 - slots / self._slots)
 
     def saves_enough(self, slots: int) -> bool:
