@@ -59,7 +59,7 @@ class Slots(NamedTuple):
     def idle(cls, size: Size, vocab: int) -> "Slots":
         """Return idle slots."""
         B, N = size.slots, size.new_tokens
-        greedy = SlotSampling.one(Sampling(max_tokens=1, temperature=0), size.biases)
+        greedy = SlotSampling.one(Sampling(max_tokens=1, temperature=0.0), size.biases)
         return cls(
             token=jnp.zeros(B, jnp.int32),
             position=jnp.zeros(B, jnp.int32),
