@@ -50,7 +50,14 @@ hypothesis.settings.load_profile("any machine")
 # The tests of these files are independent and go to whichever worker is free.
 SPREAD = {"tests/test_run.py"}
 # The longest files start first, so that both workers finish together.
-FIRST = ["test_processes", "test_run", "test_train_step", "test_sampling", "test_cli"]
+FIRST = [
+    "test_processes",
+    "test_run",
+    "test_train_step",
+    "test_sampling_invariance",
+    "test_sampling",
+    "test_cli",
+]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -110,6 +117,30 @@ def pair(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     theirs = families.write(request.param, directory)
     return theirs, hf.read_config(directory), hf.load(directory)
+
+
+@pytest.fixture(scope="session")
+def params():
+    """The weights of tiny_engine.py's model."""
+    import tiny_engine
+
+    return tiny_engine.make_params()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Five prompts for tiny_engine.py's model."""
+    import tiny_engine
+
+    return tiny_engine.make_prompts()
+
+
+@pytest.fixture(scope="session")
+def completions(params, prompts):
+    """Three completions of each prompt by tiny_engine.py's model."""
+    import tiny_engine
+
+    return tiny_engine.sample(params, prompts)
 
 
 @pytest.fixture(scope="session")

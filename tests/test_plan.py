@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from oreal_jax import efficiency, sharding, trajectory
+from oreal_jax import efficiency, trajectory
 from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.cli import main
 from oreal_jax.data.packing import fill_rows
+from oreal_jax.errors import InputError
 from oreal_jax.losses import Grpo
 from oreal_jax.plan import Plan, compiler, load_shape, make_plan
 from oreal_jax.plan.bounds import (
@@ -272,7 +273,7 @@ def test_a_mean_of_zero_tokens_is_rejected(config_file, capsys):
 def test_a_model_that_is_not_on_disk_is_planned_as_published():
     assert load_shape(config()).embed == 3584
     unknown = dataclasses.replace(config(), model="nobody/knows")
-    with pytest.raises(sharding.InputError, match="nobody/knows"):
+    with pytest.raises(InputError, match="nobody/knows"):
         load_shape(unknown)
 
 
@@ -411,16 +412,16 @@ def test_decoding_reads_all_weights_in_every_step_of_the_longest_completion():
 
 def test_rounds_add_up_to_the_work_of_decoding():
     lengths = np.random.default_rng(0).integers(1, 900, (24, 6))
-    simulated = simulate(lengths, shards=2, slots=64, prompt=50, longest=900)
+    simulated = simulate(lengths, engines=2, slots=64, prompt=50, longest=900)
     rounds = simulated.rounds
     work = efficiency.decode((50, int(size)) for size in lengths.flat)
     total = lambda each: sum(r.steps * each(r).sum() for r in rounds)
-    assert total(lambda r: r.rows) == pytest.approx(work.tokens)
+    assert total(lambda r: r.running) == pytest.approx(work.tokens)
     assert total(lambda r: r.cached) == pytest.approx(work.pairs)
     assert sum(r.steps for r in rounds) == simulated.steps
     slots = [r.slots for r in rounds]
     assert slots == sorted(slots, reverse=True) and {*slots} == {64, 16}
-    assert all((r.rows <= r.slots).all() for r in rounds)
+    assert all((r.running <= r.slots).all() for r in rounds)
 
 
 def test_the_bound_of_a_plan_exceeds_a_measured_throughput():
@@ -466,7 +467,7 @@ def test_a_decoding_step_on_an_h200_takes_up_to_three_bounds(
     tokens for prompts of 1,984 (256 rows: 500)."""
     findings = investigate(config(), SHAPE, "h200:1", PAIRS)._replace(slots=rows)
     cached = np.array([rows * context])
-    step = Round(steps=1, slots=rows, rows=np.array([rows]), cached=cached)
+    step = Round(steps=1, slots=rows, running=np.array([rows]), cached=cached)
     bound = decoding_bound(config(), QWEN_7B, findings, [step])
     assert bound.limit == "memory"
     assert 1.5 < milliseconds / 1000 / bound.seconds < 3

@@ -16,7 +16,7 @@ from oreal_jax.losses import Oreal
 from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig
 from oreal_jax.optimizer import Optimizer
-from oreal_jax.sampling import Sampling, sampled_from
+from oreal_jax.sampling import Sampling, sampling_distribution
 from oreal_jax.train.scoring import make_reference_scorer, put_batch
 from oreal_jax.train.step import make_train_step
 from oreal_jax.train_state import TrainedModels
@@ -215,7 +215,7 @@ def test_a_policy_that_is_its_reference_has_no_kl_whatever_it_is_sampled_from():
     even = lambda: [example._replace(advantage=0.0) for example in examples()]
     nucleus = Sampling(max_tokens=9, top_p=0.7, temperature=0.8)
     how = {"batch": even, "loss": losses.Reinforce(kl_weight=1.0), "scores": None}
-    _, metrics, said, _ = run(**how, distribution=sampled_from(nucleus))
+    _, metrics, said, _ = run(**how, distribution=sampling_distribution(nucleus))
     assert abs(metrics["actor/kl_loss"]) < 1e-9
     assert metrics["actor/grad_norm"] < 1e-5
     _, _, expected, _ = run(**how)

@@ -218,7 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(
         {
             f"simulated_occupancy_{slots}_slots": simulate(
-                published_lengths(), slots=slots, pages=40_000, size=64, longest=14_000
+                published_lengths(),
+                slots=slots,
+                pages=40_000,
+                page_size=64,
+                longest=14_000,
             ).occupancy
             for slots in (64, 256)
         }

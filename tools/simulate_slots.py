@@ -42,15 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lengths,
             slots=args.slots,
             pages=cache_tokens // page + 1,
-            size=page,
+            page_size=page,
             prompt=200,
             longest=14_000,
         )
         print(
             f"cache_tokens={cache_tokens}: {simulated.steps} steps for "
             f"{simulated.tokens / lengths.sum():.2f} x the tokens, "
-            f"{simulated.swapped} rows swapped out, at most "
-            f"{simulated.most_outside} tokens outside"
+            f"{simulated.swap_outs} rows swapped out, at most "
+            f"{simulated.max_swapped_tokens} tokens outside"
         )
 
 

@@ -180,7 +180,7 @@ class GenerationModel:
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
         from oreal_jax.mesh import MeshShape, make_mesh
-        from oreal_jax.sampling import Engine, token_table
+        from oreal_jax.sampling import Engine, make_stop_table
         from oreal_jax.train.programs import compute_dtype
 
         check_min(1, "--rows", args.rows)
@@ -201,7 +201,9 @@ class GenerationModel:
             source.config,
             mesh,
             self.chat.stop_tokens(words),
-            stop_table=token_table(strings, self.chat.token_bytes, source.config.vocab),
+            stop_table=make_stop_table(
+                strings, self.chat.token_bytes, source.config.vocab
+            ),
             rows=args.rows,
             dtype=dtype,
             weights=args.weights,

@@ -21,8 +21,8 @@ from oreal_jax.efficiency import PEAKS, Work
 from oreal_jax.model import ModelConfig
 from oreal_jax.plan.findings import Findings
 from oreal_jax.plan.programs import mean_prompt_tokens
+from oreal_jax.sampling.runner import DISPATCH, PAGE
 from oreal_jax.sampling.simulation import Round, heavy_tailed, simulate
-from oreal_jax.sampling.work import DISPATCH, PAGE
 
 
 class Phase(NamedTuple):
@@ -125,18 +125,18 @@ def estimate_decoding(
     for process in range(min(findings.processes, len(lengths))):
         simulated = simulate(
             lengths[process :: findings.processes],
-            shards=findings.devices // findings.processes // findings.tensor,
+            engines=findings.devices // findings.processes // findings.tensor,
             slots=findings.slots,
             pages=cache_tokens // PAGE + 1,  # as in `Engine.size`
-            size=PAGE,
-            dispatch=DISPATCH,
+            page_size=PAGE,
+            steps=DISPATCH,
             prompt=prompt,
             longest=config.sampling.max_tokens,
         )
         steps, rounds = simulated.steps, simulated.rounds
-        rows = sum(round.steps * float(round.rows.mean()) for round in rounds) / steps
+        rows = sum(r.steps * float(r.running.mean()) for r in rounds) / steps
         phase = decoding_bound(config, shape, findings, rounds)._replace(flops=flops)
-        estimates.append(DecodingEstimate(steps, rows, simulated.swapped, phase))
+        estimates.append(DecodingEstimate(steps, rows, simulated.swap_outs, phase))
     return max(estimates, key=lambda estimate: estimate.phase.seconds)
 
 

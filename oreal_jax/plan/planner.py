@@ -29,7 +29,7 @@ from oreal_jax.plan.programs import (
     programs,
     selected_lengths,
 )
-from oreal_jax.sampling.work import PAGE
+from oreal_jax.sampling.runner import PAGE
 
 HEADROOM = 0.1  # share of the memory to leave free
 MIN_GAIN = 0.01  # share of decoding's time that a proposed cache saves

@@ -17,9 +17,9 @@ from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, pack
 from oreal_jax.model import ModelConfig
-from oreal_jax.sampling import Engine, work
+from oreal_jax.sampling import Engine, runner
 from oreal_jax.sampling.programs import Size, Starts
-from oreal_jax.sampling.scheduler import smaller
+from oreal_jax.sampling.scheduler import smaller_engines
 from oreal_jax.train import programs as run_programs
 from oreal_jax.train.scoring import batch_shardings, make_reference_scorer
 from oreal_jax.train_state import TrainedModels, TrainState
@@ -167,42 +167,40 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
 
     reshard = programs.reshard
     yield Program("reshard", "gen", reshard, (params,), held - device_bytes(params))
-    width = work.prompt_width(config.max_prompt_tokens - 1)
-    count = work.prompt_batch(max(1, work.PREFILL // width))
-    prompts = array(count, width), array(count), array(count, -(-width // work.PAGE))
+    width = runner.prompt_width(config.max_prompt_tokens - 1)
+    count = runner.prompt_batch(max(1, runner.PREFILL // width))
+    pages = -(-width // runner.PAGE)
+    prompts = array(count, width), array(count), array(count, pages)
     name, inputs = f"prefill of {count} x {width}", (weights, state, *prompts)
     yield Program(name, "prefill", programs.prefill, inputs, held)
 
-    batch = work.slot_batch(size.slots)
+    batch = runner.slot_batch(size.slots)
     starts = Starts(
         *(array(batch) for _ in Starts._fields[:-2]),
-        prompts=array(batch, size.table_pages * work.PAGE),
-        sampling=programs.abstract(size._replace(slots=batch)).sampling,
+        prompts=array(batch, size.table_pages * runner.PAGE),
+        sampling=programs.abstract(size._replace(slots=batch)).slots.sampling,
     )._replace(key=array(batch, dtype=jnp.uint32))
     name, inputs = f"admission of {batch}", (state, starts, 0)
     yield Program(name, "gen", programs.admit, inputs, beside_weights)
 
     everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), run.engine.stops)
     stops = sharding.with_shardings(run.engine.stops, everywhere)
-    min_slots = size.slots
-    while smaller(min_slots):
-        min_slots = smaller(min_slots)
-    for slots in dict.fromkeys([size.slots, min_slots]):
+    for slots in [size.slots, *smaller_engines(size.slots)[-1:]]:
         rows = programs.abstract(size._replace(slots=slots))
         table, runs = array(slots, size.table_pages), array(slots, dtype=bool)
-        inputs = weights, rows, table, runs, work.DISPATCH, 0, stops
+        inputs = weights, rows, table, runs, runner.DISPATCH, 0, stops
         name = f"decode in {slots} slots"
         yield Program(name, "decode", programs.decode, inputs, held)
 
     if config.cache_tokens:  # rows may be swapped out
         pages = size.table_pages
         row = programs.abstract(size._replace(slots=1, pages=pages))
-        place = array(1), array(pages)
+        place = array(1), array(1, pages)
         name, inputs = f"swap-out of {pages} pages", (state, *place)
         yield Program(name, "gen", programs.swap_out, inputs, beside_weights)
         name, inputs = f"swap-in of {pages} pages", (state, row, *place)
         yield Program(name, "gen", programs.swap_in, inputs, beside_weights)
-    name, inputs = f"collection of {batch}", (state, array(batch))
+    name, inputs = f"collection of {batch}", (state.slots.outputs, array(batch))
     yield Program(name, "gen", programs.take, inputs, beside_weights)
 
 

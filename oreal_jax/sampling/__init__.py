@@ -1,10 +1,10 @@
-"""The sampling room: an engine that draws completions, and how a token is chosen."""
+"""Sampling of completions: engine, scheduler, sampler and stop strings."""
 
-from oreal_jax.sampling.choice import sampled_from
 from oreal_jax.sampling.completion import Completion, Request, Statistics
 from oreal_jax.sampling.engine import Engine
 from oreal_jax.sampling.parameters import Sampling
-from oreal_jax.sampling.stops import token_table
+from oreal_jax.sampling.sampler import sampling_distribution
+from oreal_jax.sampling.stops import make_stop_table
 
 __all__ = [
     "Completion",
@@ -12,6 +12,6 @@ __all__ = [
     "Request",
     "Sampling",
     "Statistics",
-    "sampled_from",
-    "token_table",
+    "make_stop_table",
+    "sampling_distribution",
 ]

@@ -1,4 +1,4 @@
-"""What an engine is asked for, what it gives, and how it went."""
+"""Requests to an engine, their completions, and statistics of a call."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from oreal_jax.sampling.parameters import Sampling
 
 
 class Request(NamedTuple):
-    """One prompt and how to complete it.
+    """A prompt and its sampling parameters.
 
-    `seed` and `key`, which identifies the prompt, determine its random numbers. Its
-    samples are numbered from `first_sample`: two copies of a prompt in a batch get
-    different completions.
+    Random numbers are functions of `seed`, the step, `key` (which identifies the
+    prompt) and the sample's index, counted from `first_sample`: two copies of a prompt
+    in a batch get different completions.
     """
 
     prompt: Sequence[int]
@@ -24,11 +24,11 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Sampled tokens, with the stop token or those that end in a stop string.
+    """Generated tokens, including the stop token or the tokens of a stop string.
 
     `log_probs` are those of the full distribution at temperature 1, `sampled_log_probs`
-    those of the distribution that the tokens were sampled from (None unless requested).
-    `finish_reason` is "stop", or "length" if the limit came first. The engine knows no
+    those of the distribution that tokens were sampled from (None unless requested).
+    `finish_reason` is "stop", or "length" if the limit came first. The engine has no
     tokenizer and leaves `text` empty.
     """
 
@@ -40,42 +40,33 @@ class Completion(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of a call of `Engine.sample`: what was decoded, and how well slots were used.
+    """Tokens, seconds and use of slots of a call of `Engine.sample`.
 
-    `swapped_rows` left the cache for a while because it had no room for them; a row
-    counts as often as it left. `occupancy` is the share of slots that drew a token,
-    over all decoding steps while samples were still waiting (1 if there were none).
+    `swap_outs` counts sequences that were swapped out for lack of cache pages, once for
+    each time. `occupancy` is the share of slots that generated a token, over all
+    decoding steps while samples were waiting (1 if there were none).
     """
 
-    prompt_tokens: int
-    new_tokens: int
-    swapped_rows: int
-    prefill_seconds: float
-    decode_seconds: float
-    occupancy: float
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    swap_outs: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    occupancy: float = 1.0
 
     @classmethod
-    def together(cls, parts: "Sequence[Statistics]") -> "Statistics":
-        """Of engines that worked side by side: until the slowest was done."""
-        prompt, new, swapped, prefill, decode, occupancy = zip(*parts, strict=True)
-        return cls(
-            sum(prompt),
-            sum(new),
-            sum(swapped),
-            max(prefill),
-            max(decode),
-            sum(occupancy) / len(parts),
-        )
+    def combine(cls, parts: "Sequence[Statistics]") -> "Statistics":
+        """Combine the statistics of processes that sampled at the same time."""
+        *counts, prefill, decode, occupancy = zip(*parts, strict=True)
+        mean = sum(occupancy) / len(parts)
+        return cls(*map(sum, counts), max(prefill), max(decode), mean)
 
     def metrics(self) -> dict[str, float]:
-        """For the record of a run; rates in tokens a second."""
+        """Return the metrics of a run; throughputs in tokens per second."""
         rate = lambda tokens, seconds: tokens / seconds if seconds else 0.0
         return {
             "perf/prefill_throughput": rate(self.prompt_tokens, self.prefill_seconds),
             "perf/decode_throughput": rate(self.new_tokens, self.decode_seconds),
             "rollout/occupancy": self.occupancy,
-            "rollout/swapped_rows": float(self.swapped_rows),
+            "rollout/swapped_rows": float(self.swap_outs),
         }
-
-
-NOTHING_DRAWN = Statistics(0, 0, 0, 0.0, 0.0, 1.0)

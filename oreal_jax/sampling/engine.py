@@ -1,14 +1,13 @@
-"""The engine: K completions of each prompt, drawn from the trainer's own weights.
+"""The engine: K completions of each prompt, from the trainer's own weights.
 
-A process makes engines of its devices and waits for no other process. Each has a fixed
-number of slots. A prompt is prefilled once and its pages shared by its samples; the
-devices decode many tokens per dispatch and hand back when rows have finished, whose
-slots are refilled at once. A completion depends on its request and the step (its
-random numbers on seed, step, prompt, sample and position) and on nothing else: not on
-its slot, its neighbours or the devices.
+The devices of a process make one or more engines (copies of the model) with a fixed
+number of slots each; processes do not wait for each other. A prompt is prefilled once
+and its pages are shared by its samples. The devices decode many tokens per dispatch and
+return when sequences have finished, whose slots are refilled at once. A completion
+depends on its request and the step (its random numbers on seed, step, prompt, sample
+and position) and on nothing else: not on its slot, its neighbours or the devices.
 
 Requests of one call may differ in all parameters; they share the compiled programs.
-work.py runs one call.
 """
 
 import math
@@ -26,16 +25,16 @@ from oreal_jax.errors import Diverged, Failure, InputError
 from oreal_jax.mesh import make_engine_meshes
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
-from oreal_jax.sampling.completion import NOTHING_DRAWN, Completion, Request
+from oreal_jax.sampling.completion import Completion, Request, Statistics
 from oreal_jax.sampling.parameters import Sampling
-from oreal_jax.sampling.programs import Size, Stops, programs_for
-from oreal_jax.sampling.scheduler import Job
-from oreal_jax.sampling.work import PAGE, Work
+from oreal_jax.sampling.programs import Size, programs_for
+from oreal_jax.sampling.runner import PAGE, Runner
+from oreal_jax.sampling.stops import Stops
 from oreal_jax.shapes import bucket
 
 
 class Engine:
-    """Draws completions; compiled once per bucket of prompts and of table lengths."""
+    """Generates completions; compiled once per bucket of prompts and block tables."""
 
     def __init__(
         self,
@@ -53,16 +52,21 @@ class Engine:
         devices: Sequence | None = None,
         longest: tuple[int, int] | None = None,
     ):
-        """`rows` slots on all devices of the trainer's `mesh`, of which every `tensor`
-        are an engine (0: as in the mesh); `devices` are this process's (None: as JAX
-        says). Each engine has `cache_tokens` of cache (0: enough for the longest
-        completion in every slot) and decodes in `dtype`. `stop_table` is
-        `stops.token_table` of stop strings. `weights` "int8" and `cache` "float8"
-        (e4m3) take half the memory of bfloat16, and of what decoding a token reads;
-        prompts are then prefilled in these formats too. `longest` (tokens of a prompt,
-        of a completion) is for a run that must resume bit for bit: its programs follow
-        from these numbers and the requests, not from the clock or from what is compiled
-        already, because another number of slots changes the last bit of a logit.
+        """Make the engines of a process; nothing is compiled or allocated yet.
+
+        stop_table: result of `make_stop_table` for stop strings.
+        rows: decoding slots, over all devices of the trainer's `mesh`.
+        cache_tokens: capacity of each engine's cache (0: enough for the longest
+            completion in every slot).
+        dtype: of decoding.
+        weights, cache: "int8" and "float8" (e4m3) take half the memory of bfloat16, and
+            halve what is read per token; they apply to prefill too.
+        tensor: devices per engine (0: as in the mesh).
+        devices: of this process (None: as JAX says).
+        longest: maximum tokens of a prompt and of a completion, for runs that resume
+            bit for bit. Programs then follow from these numbers and the requests, not
+            from the clock or what is compiled already, because another number of slots
+            changes the last bit of a logit.
 
         Raises:
             InputError: no stop token, a stop token outside the vocabulary, or a number
@@ -76,22 +80,24 @@ class Engine:
         self.engines = sharding.count_row_shards(meshes.own)
         self.slots = -(-rows // sharding.count_row_shards(meshes.all))
         self.cache_tokens, self.longest = cache_tokens, longest
-        self.stops = Stops.of(stop_tokens, stop_table, config.vocab)
+        self.stops = Stops.padded(stop_tokens, stop_table, config.vocab)
         self.programs = programs_for(
             config,
             meshes,
-            page=PAGE,
+            page_size=PAGE,
             dtype=jnp.dtype(dtype),
             weights=weights,
             cache_dtype=jnp.dtype(jnp.float8_e4m3fn if cache == "float8" else dtype),
         )
         self.formats = f"in {jnp.dtype(dtype)}, weights={weights!r}, cache={cache!r}"
-        self.statistics = NOTHING_DRAWN
+        self.statistics = Statistics()
 
     def weights(self, params: Params) -> Weights:
-        """The trainer's parameters as decoding reads them, for `sample`. Where they lie
-        on the devices of several processes, all of them must ask for it together; each
-        then samples by itself."""
+        """Return the trainer's parameters as decoding reads them, for `sample`.
+
+        If they are on the devices of several processes, all of them must call this
+        together; each then samples by itself.
+        """
         return self.programs.weights(params)
 
     def sample(
@@ -105,89 +111,93 @@ class Engine:
         on_progress: Callable[[int, int], None] = lambda tokens, finished: None,
         on_finished: Callable[[int, int, Completion], None] = lambda *_: None,
     ) -> list[list[Completion]]:
-        """`samples` completions of each request, in order.
+        """Return `samples` completions of each request, in order.
 
-        `renormalise` also requests `Completion.sampled_log_probs`: finding all of a
-        nucleus costs a few passes over the vocabulary that sampling alone avoids.
-        `on_progress(tokens, finished)` receives the tokens generated and rows finished
-        since its last call; `on_finished(request, sample, completion)` each completion
-        once it is finished, in any order.
+        `renormalise` also requests `Completion.sampled_log_probs`: the mass of a
+        nucleus takes a few passes over the vocabulary that sampling alone avoids.
+        `on_progress(tokens, finished)` receives the tokens generated and completions
+        finished since its last call; `on_finished(request, sample, completion)` each
+        completion once it is finished, in any order.
 
         Raises:
             InputError: an empty prompt, a prompt or logit bias with a token outside the
                 vocabulary, or a prompt and completion longer than the model or the
                 cache allows.
-            Diverged: a token without a probability, of weights that are not finite.
+            Diverged: a token without a probability, from weights that are not finite.
             Failure: the same though they are finite: decoding overflows.
         """
         completions: list[list[Completion]] = [[None] * samples for _ in requests]  # pyright: ignore
+        self.statistics = Statistics()
         if samples == 0 or not requests:
-            self.statistics = NOTHING_DRAWN
             return completions
-        jobs = self._jobs(requests, samples)
-        work = Work(
+        for sampling in {request.sampling for request in requests}:
+            self.check_sampling(sampling)
+        for request in requests:
+            self.check_length(len(request.prompt), request.sampling.max_tokens)
+            self.config.check_tokens(request.prompt, "prompt")
+        runner = Runner(
             self.programs,
             weights,
             self.stops,
             requests,
-            jobs,
+            samples,
             self._size(requests, samples),
             step,
             renormalise,
-            self.longest is not None,
+            resumable=self.longest is not None,
         )
-        seen = 0
-        for finished in work.rounds():
+        reported = 0
+        for finished in runner.rounds():
             for request, sample, completion in finished:
                 if not _has_probabilities(completion):
                     raise self._no_probability(weights)
                 completions[request][sample] = completion
                 on_finished(request, sample, completion)
-            on_progress(work.drawn_tokens - seen, len(finished))
-            seen = work.drawn_tokens
-        self.statistics = work.statistics()
+            on_progress(runner.new_tokens - reported, len(finished))
+            reported = runner.new_tokens
+        self.statistics = runner.statistics()
         return completions
 
     def size(
         self, completions: int, prompt_tokens: int, new_tokens: int, biases: int = 0
     ) -> Size:
-        """The shapes of a call for `completions` completions of at most `new_tokens`
-        tokens each, with prompts of at most `prompt_tokens`."""
+        """Return the shapes of a call for so many completions.
+
+        `prompt_tokens`, `new_tokens` and `biases` are the maxima per completion.
+        """
         slots = min(self.slots, bucket(-(-completions // self.engines)))
         table_pages = bucket(-(-(prompt_tokens + new_tokens) // PAGE))
         pages = slots * (table_pages + 1) + table_pages + 1
         if self.cache_tokens:
             pages = min(pages, self.cache_tokens // PAGE + 1)
-        return Size(
-            slots, pages, table_pages, bucket(new_tokens, PAGE), bucket(biases, 16)
-        )
+        new_tokens, biases = bucket(new_tokens, PAGE), bucket(biases, 16)
+        return Size(slots, pages, table_pages, new_tokens, biases)
 
     def _size(self, requests: Sequence[Request], samples: int) -> Size:
         maximum = lambda count: max(map(count, requests))
-        longest = maximum(lambda r: len(r.prompt) + r.sampling.max_tokens)
+        length = maximum(lambda r: len(r.prompt) + r.sampling.max_tokens)
         new_tokens = maximum(lambda r: r.sampling.max_tokens)
         biases = maximum(lambda r: len(r.sampling.logit_bias))
         if self.longest:
-            longest = max(longest, sum(self.longest))
+            length = max(length, sum(self.longest))
             new_tokens = max(new_tokens, self.longest[1])
-        size = self.size(
-            len(requests) * samples, longest - new_tokens, new_tokens, biases
-        )
+        completions = len(requests) * samples
+        size = self.size(completions, length - new_tokens, new_tokens, biases)
         if self.longest:
             return size
         # A larger size that is already compiled costs memory, but no compilation.
-        limit = self.cache_tokens // PAGE + 1 if self.cache_tokens else math.inf
+        max_pages = self.cache_tokens // PAGE + 1 if self.cache_tokens else math.inf
         reusable = [
             known
-            for known in self.programs.sizes(self.stops)
+            for known in self.programs.compiled_sizes(self.stops)
             if known.slots == size.slots
-            and known.pages <= limit
+            and known.pages <= max_pages
             and all(has >= need for has, need in zip(known, size, strict=True))
         ]
         return min(reusable, key=lambda known: known.pages, default=size)
 
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Checks that prompt and completion fit the model and the cache.
+        """Check that prompt and completion fit the model and the cache.
 
         Raises:
             InputError: the prompt is empty, or the two exceed the model or the cache.
@@ -203,7 +213,7 @@ class Engine:
             raise InputError(f"{text} does not fit cache_tokens={self.cache_tokens}")
 
     def check_sampling(self, sampling: Sampling) -> None:
-        """Checks the tokens of `logit_bias`.
+        """Check the tokens of `logit_bias`.
 
         Raises:
             InputError: one is outside the vocabulary, or all of it is banned.
@@ -217,7 +227,8 @@ class Engine:
             )
 
     def _no_probability(self, weights: Weights) -> Failure:
-        """Why a token has no probability: its weights, or else decoding."""
+        """Return the error for a token without a probability, with its cause."""
+        message = "sampled a token with a non-finite log-probability"
         names = [
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, weight in jax.tree.leaves_with_path(weights)
@@ -225,32 +236,13 @@ class Engine:
         ]
         if names:
             return Diverged(
-                "sampled a token with a non-finite log-probability: "
-                f"{len(names)} weight arrays are not finite; the first is {names[0]}"
+                f"{message}: {len(names)} weight arrays are not finite; the first is "
+                f"{names[0]}"
             )
         return Failure(
-            "sampled a token with a non-finite log-probability although all weights "
-            f"are finite: decoding {self.formats} overflowed; try float32 with weights "
-            "and cache 'full'"
+            f"{message} although all weights are finite: decoding {self.formats} "
+            "overflowed; try float32 with weights and cache 'full'"
         )
-
-    def _jobs(self, requests: Sequence[Request], samples: int) -> list[Job]:
-        for sampling in {request.sampling for request in requests}:
-            self.check_sampling(sampling)
-        for request in requests:
-            self.check_length(len(request.prompt), request.sampling.max_tokens)
-            self.config.check_tokens(request.prompt, "prompt")
-        # Prompts of like length are prefilled together.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        return [
-            Job(
-                i,
-                len(requests[i].prompt),
-                len(requests[i].prompt) + requests[i].sampling.max_tokens,
-                tuple(range(samples)),
-            )
-            for i in order
-        ]
 
 
 def _has_probabilities(completion: Completion) -> bool:

@@ -1,8 +1,7 @@
-"""How completions are sampled: parameters of a request, and of all slots as arrays."""
+"""Sampling parameters: of one request, and of all slots as arrays."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,23 +9,24 @@ from jaxtyping import Bool, Float, Int
 
 from oreal_jax.errors import InputError
 
-# Limits of summands and factors of a logit: within them, biases and penalties together
+# Limits of terms and factors of a logit: within them, biases and penalties together
 # stay finite in float32. Infinite logits would become NaN.
 MAX_SHIFT, MAX_FACTOR = 1e30, 1e6
+MAX_INT32 = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0
-    are off. Each leaves fewer tokens than the one before: top_k the likeliest k, top_p
-    the likeliest that hold so much of what is left, min_p (arXiv:2407.01082) those at
-    least so likely as that share of the likeliest.
+    """Parameters of sampling, applied in the order in which they are described here.
 
-    `logit_bias` is added to the logits of these tokens: (token, bias) pairs. Penalties
-    come next: `repetition_penalty` (arXiv:1909.05858) divides positive logits of tokens
-    that prompt or completion have, and multiplies negative ones; `presence_penalty` is
-    taken from the logits of tokens that the completion has, `frequency_penalty` once
-    for each time it has them (OpenAI's definitions).
+    `logit_bias`, (token, bias) pairs, is added to the logits of these tokens.
+    `repetition_penalty` (arXiv:1909.05858) divides positive logits of tokens in the
+    prompt or the completion, and multiplies negative ones; `presence_penalty` is
+    subtracted from the logits of tokens in the completion, `frequency_penalty` once per
+    occurrence (OpenAI's definitions). `temperature` divides logits; 0 is greedy.
+    `top_k` keeps the k likeliest tokens (0: off), `top_p` the likeliest that hold this
+    share of the remaining probability (1: off), `min_p` (arXiv:2407.01082) those with
+    at least this share of the likeliest token's probability (0: off).
 
     Raises:
         InputError: a value outside its range.
@@ -43,54 +43,44 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
-        for name, value, fits, range_ in [
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                self.temperature,
-                0 <= self.temperature < math.inf,
-                "at least 0 and finite",
-            ),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: off)"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                1 / MAX_FACTOR <= self.repetition_penalty <= MAX_FACTOR,
-                f"from {1 / MAX_FACTOR} to {MAX_FACTOR} (1: off)",
-            ),
+        factors = f"from {1 / MAX_FACTOR} to {MAX_FACTOR} (1: off)"
+        shifts = f"from {-MAX_SHIFT} to {MAX_SHIFT}"
+        is_factor = 1 / MAX_FACTOR <= self.repetition_penalty <= MAX_FACTOR
+        for name, is_valid, range_ in [
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "at least 0 (0: off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", is_factor, factors),
+            ("presence_penalty", abs(self.presence_penalty) <= MAX_SHIFT, shifts),
+            ("frequency_penalty", abs(self.frequency_penalty) <= MAX_SHIFT, shifts),
         ]:
-            if not fits:
+            if not is_valid:
+                value = getattr(self, name)
                 raise InputError(f"sampling: {name}={value} must be {range_}")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if not abs(value) <= MAX_SHIFT:
-                raise InputError(
-                    f"sampling: {name}={value} must be from {-MAX_SHIFT} to {MAX_SHIFT}"
-                )
-        for token, value in self.logit_bias:
+        for token, bias in self.logit_bias:
             if token < 0:
                 raise InputError(f"sampling: logit_bias: no token {token}")
-            if not abs(value) <= MAX_SHIFT and value != -math.inf:
+            if not abs(bias) <= MAX_SHIFT and bias != -math.inf:
                 raise InputError(
-                    f"sampling: logit_bias of token {token} is {value}; it must be "
-                    f"from {-MAX_SHIFT} to {MAX_SHIFT}, or -inf, which bans the token"
+                    f"sampling: logit_bias of token {token} is {bias}; it must be "
+                    f"{shifts}, or -inf, which bans the token"
                 )
 
     @property
     def penalises(self) -> bool:
-        """Whether a token's chance depends on those before it, beyond the model."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-        )
+        """Whether a token's probability depends on the penalties of earlier ones."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or any(penalties)
 
 
 class SlotSampling(NamedTuple):
-    """`Sampling` as arrays over slots, with K biases per slot (unused ones have a token
-    beyond the vocabulary). `renormalise` requests `Chosen.sampled`."""
+    """`Sampling` as arrays, over any axes of slots, with K biases per slot.
+
+    Unused biases have a token beyond the vocabulary. `renormalise` requests the
+    log-probabilities of the distribution that tokens are sampled from.
+    """
 
     temperature: Float[Any, "*B"]
     top_p: Float[Any, "*B"]
@@ -104,40 +94,21 @@ class SlotSampling(NamedTuple):
     renormalise: Bool[Any, "*B"]
 
     @classmethod
-    def off(cls, shape: tuple[int, ...], biases: int) -> "SlotSampling":
-        """Greedy choice without any option, with room for `biases` per slot."""
-        floats = lambda x: np.full(shape, x, np.float32)
-        integers = lambda shape, x: np.full(shape, x, np.int32)
-        no_token = np.iinfo(np.int32).max
-        return cls(
-            temperature=floats(0),
-            top_p=floats(1),
-            top_k=integers(shape, 0),
-            min_p=floats(0),
-            repetition_penalty=floats(1),
-            presence_penalty=floats(0),
-            frequency_penalty=floats(0),
-            bias_tokens=integers((*shape, biases), no_token),
-            bias_values=np.zeros((*shape, biases), np.float32),
-            renormalise=np.zeros(shape, bool),
-        )
-
-    @classmethod
-    def of(
-        cls, samplings: Sequence[Sampling], biases: int, renormalise: bool = False
+    def one(
+        cls, sampling: Sampling, biases: int, renormalise: bool = False
     ) -> "SlotSampling":
-        """One slot for each of `samplings`, each with at most `biases` biases."""
-        slots = cls.off((len(samplings),), biases)
-        for slot, sampling in enumerate(samplings):
-            slots.put(slot, sampling, renormalise)
-        return slots
-
-    def put(self, slot: Any, sampling: Sampling, renormalise: bool) -> None:
-        """Writes one slot of NumPy arrays in place."""
-        for name in self._fields:
-            if hasattr(sampling, name) and name != "top_k":
-                getattr(self, name)[slot] = getattr(sampling, name)
-        self.top_k[slot] = min(sampling.top_k, np.iinfo(np.int32).max)
-        for k, (token, value) in enumerate(sampling.logit_bias):
-            self.bias_tokens[slot][k], self.bias_values[slot][k] = token, value
-        self.renormalise[slot] = renormalise
+        """Return the parameters of one slot, with room for `biases` biases."""
+        padding = ((MAX_INT32, 0.0),) * (biases - len(sampling.logit_bias))
+        tokens, values = zip(*sampling.logit_bias, *padding, strict=True)
+        return cls(
+            temperature=np.float32(sampling.temperature),
+            top_p=np.float32(sampling.top_p),
+            top_k=np.int32(min(sampling.top_k, MAX_INT32)),
+            min_p=np.float32(sampling.min_p),
+            repetition_penalty=np.float32(sampling.repetition_penalty),
+            presence_penalty=np.float32(sampling.presence_penalty),
+            frequency_penalty=np.float32(sampling.frequency_penalty),
+            bias_tokens=np.array(tokens, np.int32),
+            bias_values=np.array(values, np.float32),
+            renormalise=np.bool_(renormalise),
+        )

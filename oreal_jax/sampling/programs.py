@@ -1,18 +1,17 @@
-"""What runs on the devices: prompts into pages, samples into slots, tokens into rows.
+"""Compiled programs of the engines: prefill, admission, decoding, swapping.
 
-Every data shard of the mesh is an engine of its own; arrays have a leading axis of
-engines, which the programs of one engine do not see. How tokens are chosen and when a
-completion ends are arrays too, so requests of every kind share the compiled programs.
+Every data shard of the mesh is an engine; arrays have a leading axis of engines, which
+the functions of one engine do not see. Sampling parameters and stop conditions are
+arrays too, so requests of every kind share the compiled programs.
 """
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oreal_jax import model_parallel, sharding
@@ -21,17 +20,16 @@ from oreal_jax.metrics import compilations
 from oreal_jax.model import ModelConfig, Params, decoding, exact_matmuls, float8
 from oreal_jax.model.decoding import Cache, Weights
 from oreal_jax.model.kernels import choose_pages
-from oreal_jax.sampling.choice import Seen, Uses, choose
-from oreal_jax.sampling.parameters import SlotSampling
-from oreal_jax.sampling.stops import FOUND, START
-from oreal_jax.shapes import bucket
+from oreal_jax.sampling.parameters import Sampling, SlotSampling
+from oreal_jax.sampling.sampler import History, Stages, sample_tokens
+from oreal_jax.sampling.stops import MATCHED, START, Stops
 
 
 class Size(NamedTuple):
-    """Static shapes of a call, on each engine; powers of two, so that programs are few.
+    """Static shapes of each engine in a call; powers of two, so that programs are few.
 
-    `pages` is the size of the cache, `table_pages` that of the longest row;
-    `new_tokens` and `biases` (of logits) are the maxima per row.
+    `pages` is the size of the cache; `table_pages` (the length of a block table),
+    `new_tokens` and `biases` (of logits) are maxima per slot.
     """
 
     slots: int
@@ -41,48 +39,63 @@ class Size(NamedTuple):
     biases: int
 
 
-class Stops(NamedTuple):
-    """Stop tokens (padded with -1), and the automaton of stop strings
-    (`stops.token_table`)."""
+class Slots(NamedTuple):
+    """The state of B slots, each with at most N new tokens."""
 
-    tokens: Int[Any, "T"]
-    table: Int[Any, "V S"]
-
-    @classmethod
-    def of(
-        cls, tokens: Sequence[int], table: Int[np.ndarray, "V S"] | None, vocab: int
-    ) -> "Stops":
-        """Stops padded to few shapes; without a table no stop string matches."""
-        padded = np.full(bucket(len(tokens), 8), -1, np.int32)
-        padded[: len(tokens)] = sorted(tokens)
-        if table is None:
-            return cls(padded, np.full((vocab, 1), START, np.int32))
-        states = bucket(table.shape[1])
-        table = np.pad(table, ((0, 0), (0, states - table.shape[1])))
-        return cls(padded, table)
-
-
-class Decoding(NamedTuple):
-    """The slots of an engine: B rows, at most N new tokens each."""
-
-    cache: Cache
-    token: Int[Array, "B"]  # not yet fed to the model
-    position: Int[Array, "B"]  # where that token stands
-    drawn: Int[Array, "B"]  # tokens drawn so far
-    limit: Int[Array, "B"]  # maximum of `drawn`
+    token: Int[Array, "B"]  # to be fed next
+    position: Int[Array, "B"]  # of that token
+    generated: Int[Array, "B"]  # number of tokens
+    limit: Int[Array, "B"]  # maximum of `generated`
     done: Bool[Array, "B"]  # finished, or idle
-    matched: Int[Array, "B"]  # how much of a stop string there is: a state of `stops`
+    stop_state: Int[Array, "B"]  # of the automaton of stop strings
     sampling: SlotSampling
-    seen: Seen
+    history: History
     keys: UInt32[Array, "B 2"]
     tokens: Int[Array, "B N"]
     log_probs: Float[Array, "B N"]
     sampled_log_probs: Float[Array, "B N"]
 
+    @classmethod
+    def idle(cls, size: Size, vocab: int) -> "Slots":
+        """Return idle slots."""
+        B, N = size.slots, size.new_tokens
+        greedy = SlotSampling.one(Sampling(max_tokens=1, temperature=0.0), size.biases)
+        return cls(
+            token=jnp.zeros(B, jnp.int32),
+            position=jnp.zeros(B, jnp.int32),
+            generated=jnp.zeros(B, jnp.int32),
+            limit=jnp.zeros(B, jnp.int32),
+            done=jnp.ones(B, bool),
+            stop_state=jnp.full(B, START, jnp.int32),
+            sampling=jax.tree.map(lambda x: jnp.full((B, *x.shape), x), greedy),
+            history=History(
+                jnp.zeros((B, vocab), bool), jnp.zeros((B, vocab), jnp.int32)
+            ),
+            keys=jnp.zeros((B, 2), jnp.uint32),
+            tokens=jnp.zeros((B, N), jnp.int32),
+            log_probs=jnp.zeros((B, N)),
+            sampled_log_probs=jnp.zeros((B, N)),
+        )
+
+    @property
+    def outputs(self) -> tuple[Array, Array, Array, Array]:
+        """The arrays that completions are made of."""
+        return self.tokens, self.log_probs, self.sampled_log_probs, self.stop_state
+
+
+class DecodeState(NamedTuple):
+    """The cache and the slots of an engine."""
+
+    cache: Cache
+    slots: Slots
+
 
 class Starts(NamedTuple):
-    """Samples to start; slot -1 is none. Page `source` is copied to page `target`.
-    `prompts` are tokens for the penalties, padded with one beyond the vocabulary."""
+    """Samples to start in slots; slot -1 is padding.
+
+    Page `source` is copied to page `target`. `prompts` are tokens for the penalties,
+    padded with one beyond the vocabulary.
+    """
 
     slot: Int[Any, "*A"]
     token: Int[Any, "*A"]  # the last of the prompt
@@ -98,7 +111,7 @@ class Starts(NamedTuple):
 
 
 class Programs:
-    """The jitted programs of a sampler; each compiled once per shape.
+    """The jitted programs of a process's engines; each compiled once per shape.
 
     `compile_seconds` is the longest compilation of a decoding program so far.
     """
@@ -108,269 +121,265 @@ class Programs:
         config: ModelConfig,
         meshes: EngineMeshes,
         *,
-        page: int,
+        page_size: int,
         dtype: Any,
         weights: Literal["full", "int8"],
         cache_dtype: Any,
     ):
-        """`page` tokens a page; the others as in `Engine`. Only the weights' way from
-        the trainer concerns the engines of other processes."""
-        mesh = meshes.own
-        self.mesh, self.page, self.cache_dtype = mesh, page, cache_dtype
+        """Make programs for a cache of `page_size` tokens per page.
+
+        The other arguments are as in `Engine`. Only resharding of the weights concerns
+        the engines of other processes.
+        """
+        mesh = self.mesh = meshes.own
+        self.page_size, self.cache_dtype = page_size, cache_dtype
         self.config = decoding.repeat_kv_heads(config, mesh.shape["tensor"])
-        int8 = weights == "int8"
-        is_float8 = cache_dtype.itemsize == 1
-        fit = float8.fold_scales if is_float8 else lambda _, params: params
         heads = self.config.kv_heads // mesh.shape["tensor"]
         self.form = choose_pages(platform(mesh), heads, config.head_dim, cache_dtype)
         self.attend = model_parallel.shard_over_heads(self.form.attend, mesh)
-        self.choose = model_parallel.shard_over_slots(choose, mesh)
-        axes = decoding.axes(self.config, int8=int8)
-        each = lambda work, *engines: model_parallel.map_engines(work, mesh, engines)
+        self.sample_tokens = model_parallel.shard_over_slots(sample_tokens, mesh)
         self.execution = model_parallel.make_prompt_execution(mesh)
+
+        int8 = weights == "int8"
+        fit = (
+            float8.fold_scales
+            if cache_dtype.itemsize == 1
+            else lambda _, params: params
+        )
+        axes = decoding.axes(self.config, int8=int8)
+        self.own = sharding.decoding_shardings(axes, mesh)
         self.reshard = jax.jit(
             lambda params: decoding.lay_out(
                 self.config, fit(self.config, params), dtype, int8=int8
             ),
             out_shardings=sharding.decoding_shardings(axes, meshes.all),
         )
-        self.own = sharding.decoding_shardings(axes, mesh)
-        self.shardings = self._shardings()
-        self.empty = jax.jit(
-            self._empty, static_argnums=0, out_shardings=self.shardings
-        )
+
         # A decoder compiled for a size must accept the state from all these programs.
-        prefill = each(
-            exact_matmuls(self._prefill, dtype), False, True, True, True, True
+        by_engine = sharding.make_sharding(mesh, "rows")
+        page = sharding.page_shardings(self.form, mesh)
+        shapes = jax.eval_shape(lambda: Slots.idle(Size(1, 1, 1, 1, 1), config.vocab))
+        self.shardings = DecodeState(
+            (page,) * config.layers, jax.tree.map(lambda _: by_engine, shapes)
         )
-        self.prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self.shardings)
-        admit = each(self._admit, True, True, False)
-        self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.shardings)
-        results = self.shardings, sharding.replicated(mesh)
+        jit = functools.partial(jax.jit, out_shardings=self.shardings)
+        per_engine = lambda function, *split: model_parallel.map_engines(
+            function, mesh, split
+        )
+        self.empty = jit(self._empty, static_argnums=0)
+        prefill = exact_matmuls(self._prefill, dtype)
+        prefill = per_engine(prefill, False, True, True, True, True)
+        self.prefill = jit(prefill, donate_argnums=1)
+        self.admit = jit(per_engine(self._admit, True, True, False), donate_argnums=0)
         self.decode = jax.jit(
-            exact_matmuls(self._decode, dtype), donate_argnums=1, out_shardings=results
+            exact_matmuls(self._decode, dtype),
+            donate_argnums=1,
+            out_shardings=(self.shardings, sharding.replicated(mesh)),
         )
-        rows = self.shardings._replace(cache=())
-        self.shrink = jax.jit(each(self._shrink, True, True), out_shardings=rows)
-        self.take = jax.jit(each(self._take, True, True))
-        self.swap_out = jax.jit(each(self._swap_out, True, True, True))
-        swap_in = each(self._swap_in, True, True, True, True)
-        self.swap_in = jax.jit(swap_in, donate_argnums=0, out_shardings=self.shardings)
-        self._decoders: dict[tuple, Callable] = {}
+        self.take = jax.jit(per_engine(_take, True, True), out_shardings=by_engine)
+        self.swap_out = jax.jit(per_engine(_swap_out, True, True, True))
+        swap_in = per_engine(_swap_in, True, True, True, True)
+        self.swap_in = jit(swap_in, donate_argnums=0)
+        self._compiled: dict[tuple, Callable] = {}
         self.compile_seconds = 0.0
 
     def weights(self, params: Params) -> Weights:
-        """The trainer's parameters as decoding reads them, on engines of our own."""
+        """Return the trainer's parameters as decoding reads them, on our engines."""
         return jax.tree.map(sharding.local_part, self.reshard(params), self.own)
 
-    def decoder(self, size: Size, *arguments) -> Callable:
-        """`_decode` bound to these arguments, compiled once per size and shape of the
-        stops."""
-        key = size, *_shapes(arguments[-1])
-        if key not in self._decoders:
-            # A program that is loaded from disk counts with the seconds it once took.
+    def compiled_decode(self, size: Size, *arguments) -> Callable:
+        """Return `decode`, compiled once for each size and shape of the stops."""
+        key = size, arguments[-1].shapes
+        if key not in self._compiled:
+            # A program loaded from disk counts with the seconds it once took.
             saved, start = compilations.saved_seconds, time.perf_counter()
-            self._decoders[key] = self.decode.lower(*arguments).compile()
+            self._compiled[key] = self.decode.lower(*arguments).compile()
             seconds = time.perf_counter() - start + compilations.saved_seconds - saved
             self.compile_seconds = max(self.compile_seconds, seconds)
-        return functools.partial(self._decoders[key], *arguments)
+        return self._compiled[key]
 
-    def sizes(self, stops: Stops) -> list[Size]:
-        """Sizes that decoding is compiled for, with stops of these shapes."""
-        return [size for size, *shapes in self._decoders if shapes == _shapes(stops)]
+    def compiled_sizes(self, stops: Stops) -> list[Size]:
+        """Return the sizes that decoding with stops of these shapes is compiled for."""
+        return [size for size, shapes in self._compiled if shapes == stops.shapes]
 
-    def abstract(self, size: Size) -> Decoding:
-        """Shapes, types and shardings of `empty`."""
+    def abstract(self, size: Size) -> DecodeState:
+        """Return the shapes, types and shardings of `empty`."""
         shapes = jax.eval_shape(lambda: self._empty(size))
         return sharding.with_shardings(shapes, self.shardings)
 
-    def _shardings(self) -> Decoding:
-        """The shardings of `Decoding`, the same for all sizes."""
-        shapes = jax.eval_shape(lambda: self._empty(Size(1, 1, 1, 1, 1)))
-        rows = sharding.make_sharding(self.mesh, "rows")
-        shardings = jax.tree.map(lambda _: rows, shapes)
-        page = sharding.page_shardings(self.form, self.mesh)
-        return shardings._replace(cache=(page,) * self.config.layers)
-
-    def _empty(self, size: Size) -> Decoding:
-        """Idle slots and an empty cache on every engine."""
+    def _empty(self, size: Size) -> DecodeState:
+        """Return idle slots and an empty cache on every engine."""
         config, engines = self.config, sharding.count_row_shards(self.mesh)
-        B, N, V = size.slots, size.new_tokens, config.vocab
         page = self.form.empty(
-            size.pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
+            size.pages,
+            self.page_size,
+            config.kv_heads,
+            config.head_dim,
+            self.cache_dtype,
         )
-        one = Decoding(
-            cache=(page,) * config.layers,
-            token=jnp.zeros(B, jnp.int32),
-            position=jnp.zeros(B, jnp.int32),
-            drawn=jnp.zeros(B, jnp.int32),
-            limit=jnp.zeros(B, jnp.int32),
-            done=jnp.ones(B, bool),
-            matched=jnp.full(B, START),
-            sampling=jax.tree.map(jnp.asarray, SlotSampling.off((B,), size.biases)),
-            seen=Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32)),
-            keys=jnp.zeros((B, 2), jnp.uint32),
-            tokens=jnp.zeros((B, N), jnp.int32),
-            log_probs=jnp.zeros((B, N)),
-            sampled_log_probs=jnp.zeros((B, N)),
-        )
-        alike = lambda x: jnp.broadcast_to(x[None], (engines, *x.shape))
-        return jax.tree.map(alike, one)
+        state = DecodeState((page,) * config.layers, Slots.idle(size, config.vocab))
+        repeat = lambda x: jnp.broadcast_to(x[None], (engines, *x.shape))
+        return jax.tree.map(repeat, state)
 
     def _prefill(
         self,
         weights: Weights,
-        state: Decoding,
+        state: DecodeState,
         prompts: Int[Array, "R S"],
         lengths: Int[Array, "R"],
         table: Int[Array, "R M"],
-    ) -> Decoding:
-        """Runs prompts and stores their keys and values in the pages of `table`."""
+    ) -> DecodeState:
+        """Run prompts and store their keys and values in the pages of `table`."""
         cache = decoding.prefill(
             self.config, weights, prompts, lengths, state.cache, table, self.execution
         )
         return state._replace(cache=cache)
 
-    def _admit(self, state: Decoding, starts: Starts, step) -> Decoding:
-        """Starts samples in slots."""
-        # Writes out of range are dropped.
-        slot = jnp.where(starts.slot < 0, state.token.size, starts.slot)
-        keys = jax.vmap(_row_key, in_axes=(0, None, 0, 0))(
-            starts.seed, step, starts.key, starts.sample
+    def _admit(self, state: DecodeState, starts: Starts, step) -> DecodeState:
+        """Start samples in slots."""
+        A, N = len(starts.slot), state.slots.tokens.shape[1]
+        size = Size(A, 0, 0, N, starts.sampling.bias_tokens.shape[1])
+        slots = Slots.idle(size, self.config.vocab)
+        in_prompt = slots.history.prompt.at[jnp.arange(A)[:, None], starts.prompts]
+        slots = slots._replace(
+            token=starts.token,
+            position=starts.position,
+            limit=starts.limit,
+            done=jnp.zeros(A, bool),
+            sampling=starts.sampling,
+            history=slots.history._replace(prompt=in_prompt.set(True, mode="drop")),
+            keys=jax.vmap(_sample_key, in_axes=(0, None, 0, 0))(
+                starts.seed, step, starts.key, starts.sample
+            ),
         )
-        put = lambda array, values: array.at[slot].set(values, mode="drop")
-        prompt = put(state.seen.prompt, False)
-        prompt = prompt.at[slot[:, None], starts.prompts].set(True, mode="drop")
-        return state._replace(
-            cache=jax.tree.map(
+        return DecodeState(
+            jax.tree.map(
                 lambda x: x.at[starts.target].set(x[starts.source]), state.cache
             ),
-            token=put(state.token, starts.token),
-            position=put(state.position, starts.position),
-            drawn=put(state.drawn, 0),
-            limit=put(state.limit, starts.limit),
-            done=put(state.done, False),
-            matched=put(state.matched, START),
-            sampling=jax.tree.map(put, state.sampling, starts.sampling),
-            seen=Seen(prompt, put(state.seen.drawn, 0)),
-            keys=put(state.keys, keys),
+            _put(state.slots, starts.slot, slots),
         )
 
     def _decode(
         self,
         weights: Weights,
-        state: Decoding,
+        state: DecodeState,
         table: Int[Array, "E B M"],
-        runs: Bool[Array, "E B"],
-        most,
-        enough,
+        active: Bool[Array, "E B"],
+        max_steps,
+        min_finished,
         stops: Stops,
-    ) -> tuple[Decoding, Int[Array, ""]]:
-        """Decodes until `most` tokens are drawn in each slot or, `enough` above 0, so
-        many rows have finished. Slots not in `runs` are idle. Also the steps taken."""
-        state = state._replace(done=state.done | ~runs)
-        wanted = jnp.sum(state.done) + enough
-        wanted = jnp.where(enough > 0, wanted, state.done.size)
-        wanted = jnp.minimum(wanted, state.done.size)
-        uses = Uses.of(state.sampling, ~state.done)
+    ) -> tuple[DecodeState, Int[Array, ""]]:
+        """Decode active slots; also returns the number of steps.
+
+        Ends when `max_steps` tokens have been generated in each slot, or `min_finished`
+        sequences have finished (0: all).
+        """
+        slots = state.slots._replace(done=state.slots.done | ~active)
+        target = jnp.sum(slots.done) + min_finished
+        target = jnp.where(min_finished > 0, target, slots.done.size)
+        target = jnp.minimum(target, slots.done.size)
+        stages = Stages.needed(slots.sampling, ~slots.done)
         advance = model_parallel.map_engines(
             self._advance, self.mesh, (False, True, True, False, False)
         )
 
-        def go_on(carry):
+        def is_unfinished(carry):
             state, steps = carry
-            return (steps < most) & (jnp.sum(state.done) < wanted)
+            return (steps < max_steps) & (jnp.sum(state.slots.done) < target)
 
-        def one(carry):
+        def decode_token(carry):
             state, steps = carry
-            return advance(weights, state, table, uses, stops), steps + 1
+            return advance(weights, state, table, stages, stops), steps + 1
 
-        return jax.lax.while_loop(go_on, one, (state, jnp.int32(0)))
+        start = state._replace(slots=slots), jnp.int32(0)
+        return jax.lax.while_loop(is_unfinished, decode_token, start)
 
     def _advance(
         self,
         weights: Weights,
-        state: Decoding,
+        state: DecodeState,
         table: Int[Array, "B M"],
-        uses: Uses,
+        stages: Stages,
         stops: Stops,
-    ) -> Decoding:
-        """One token in every slot; idle slots write to the page that is nobody's."""
-        positions = jnp.where(state.done, 0, state.position)
+    ) -> DecodeState:
+        """Decode a token in every slot; idle slots write to page 0, which is unused."""
+        slots = state.slots
+        positions = jnp.where(slots.done, 0, slots.position)
         order = jnp.argsort(-positions)  # longest first
         logits, cache = decoding.decode(
             self.config,
             weights,
-            state.token[order],
+            slots.token[order],
             positions[order],
             state.cache,
-            jnp.where(state.done[:, None], 0, table)[order],
+            jnp.where(slots.done[:, None], 0, table)[order],
             self.attend,
         )
         logits = logits[jnp.argsort(order)]
-        return self._draw(state._replace(cache=cache), logits, uses, stops)
+        return DecodeState(cache, self._sample(slots, logits, stages, stops))
 
-    def _draw(
-        self, state: Decoding, logits: Float[Array, "B V"], uses: Uses, stops: Stops
-    ) -> Decoding:
-        """Draws and records a token in every row that is not done."""
-        keys = jax.vmap(_fold)(state.keys, state.drawn)
-        chosen = self.choose(logits, uses, keys, state.sampling, state.seen)
-        running, rows = ~state.done, jnp.arange(state.done.size)
-        at = (rows, jnp.where(running, state.drawn, state.tokens.shape[1]))
+    def _sample(
+        self, slots: Slots, logits: Float[Array, "B V"], stages: Stages, stops: Stops
+    ) -> Slots:
+        """Sample and record a token in every slot that is not done."""
+        keys = jax.vmap(_fold)(slots.keys, slots.generated)
+        token, log_prob, sampled = self.sample_tokens(
+            logits, stages, keys, slots.sampling, slots.history
+        )
+        running, rows = ~slots.done, jnp.arange(slots.done.size)
+        at = (rows, jnp.where(running, slots.generated, slots.tokens.shape[1]))
         put = lambda array, values: array.at[at].set(values, mode="drop")
-        stopped = jnp.any(chosen.token[:, None] == stops.tokens[None], axis=-1)
-        matched = stops.table[chosen.token, state.matched]
-        stopped |= matched == FOUND
-        stopped |= ~jnp.isfinite(chosen.log_prob)  # `Engine.sample` raises its error
-        seen = state.seen.drawn.at[rows, chosen.token].add(running)
-        drawn = state.drawn + running
-        return state._replace(
-            token=jnp.where(running, chosen.token, state.token),
-            position=state.position + running,
-            drawn=drawn,
-            done=state.done | stopped | (drawn >= state.limit),
-            matched=jnp.where(running, matched, state.matched),
-            seen=state.seen._replace(drawn=seen),
-            tokens=put(state.tokens, chosen.token),
-            log_probs=put(state.log_probs, chosen.log_prob),
-            sampled_log_probs=put(state.sampled_log_probs, chosen.sampled),
+        stopped = jnp.any(token[:, None] == stops.tokens[None], axis=-1)
+        stop_state = stops.table[token, slots.stop_state]
+        stopped |= stop_state == MATCHED
+        stopped |= ~jnp.isfinite(log_prob)  # `Engine.sample` raises its error
+        counts = slots.history.generated.at[rows, token].add(running)
+        generated = slots.generated + running
+        return slots._replace(
+            token=jnp.where(running, token, slots.token),
+            position=slots.position + running,
+            generated=generated,
+            done=slots.done | stopped | (generated >= slots.limit),
+            stop_state=jnp.where(running, stop_state, slots.stop_state),
+            history=slots.history._replace(generated=counts),
+            tokens=put(slots.tokens, token),
+            log_probs=put(slots.log_probs, log_prob),
+            sampled_log_probs=put(slots.sampled_log_probs, sampled),
         )
 
-    def _shrink(self, state: Decoding, slots: Int[Array, "A"]) -> Decoding:
-        """These slots alone, of a state without its cache."""
-        return jax.tree.map(lambda x: x[slots], state)
 
-    def _swap_out(
-        self, state: Decoding, slot: Int[Array, "1"], pages: Int[Array, "M"]
-    ) -> Decoding:
-        """A row with its pages, as an engine of one slot."""
-        row = self._shrink(state._replace(cache=()), slot)
-        return row._replace(cache=jax.tree.map(lambda x: x[pages], state.cache))
-
-    def _swap_in(
-        self,
-        state: Decoding,
-        row: Decoding,
-        slot: Int[Array, "1"],
-        pages: Int[Array, "M"],
-    ) -> Decoding:
-        """Puts such a row into a slot, -1 for none, and other pages."""
-        there = jnp.where(slot < 0, state.token.size, slot)  # out of range: dropped
-        put = lambda array, values: array.at[there].set(values, mode="drop")
-        fill = lambda array, values: array.at[pages].set(values)
-        slots = jax.tree.map(put, state._replace(cache=()), row._replace(cache=()))
-        return slots._replace(cache=jax.tree.map(fill, state.cache, row.cache))
-
-    def _take(self, state: Decoding, slots: Int[Array, "A"]):
-        """What has been drawn in these slots, and whether a stop string ended it."""
-        drawn = (state.tokens, state.log_probs, state.sampled_log_probs)
-        found = state.matched == FOUND
-        return tuple(values[slots] for values in (*drawn, found))
+def _take(arrays: Any, indices: Int[Array, "A"]) -> Any:
+    """Return these slots or pages of a tree of arrays."""
+    return jax.tree.map(lambda x: x[indices], arrays)
 
 
-def _shapes(stops: Stops) -> list[tuple[int, ...]]:
-    return [x.shape for x in stops]
+def _put(arrays: Any, slots: Int[Array, "A"], values: Any) -> Any:
+    """Write trees of values to slots; slot -1 is dropped."""
+
+    def put(array, values):
+        there = jnp.where(slots < 0, len(array), slots)
+        return array.at[there].set(values, mode="drop")
+
+    return jax.tree.map(put, arrays, values)
+
+
+def _swap_out(
+    state: DecodeState, slot: Int[Array, "1"], pages: Int[Array, "1 M"]
+) -> DecodeState:
+    """Return a slot and its pages, as the state of an engine of one slot."""
+    return DecodeState(_take(state.cache, pages[0]), _take(state.slots, slot))
+
+
+def _swap_in(
+    state: DecodeState,
+    row: DecodeState,
+    slot: Int[Array, "1"],
+    pages: Int[Array, "1 M"],
+) -> DecodeState:
+    """Write the result of `_swap_out` to a slot, -1 for none, and other pages."""
+    fill = lambda array, values: array.at[pages[0]].set(values)
+    cache = jax.tree.map(fill, state.cache, row.cache)
+    return DecodeState(cache, _put(state.slots, slot, row.slots))
 
 
 def _fold(key: UInt32[Array, "2"], number) -> UInt32[Array, "2"]:
@@ -378,13 +387,12 @@ def _fold(key: UInt32[Array, "2"], number) -> UInt32[Array, "2"]:
     return jax.random.key_data(folded)
 
 
-def _row_key(seed, step, prompt, sample) -> UInt32[Array, "2"]:
-    """The key of a sample: seed, then step, prompt and sample folded in."""
+def _sample_key(seed, step, prompt, sample) -> UInt32[Array, "2"]:
+    """Return the key of a sample: seed, then step, prompt and sample folded in."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     key = jax.random.fold_in(jax.random.fold_in(key, prompt.astype(jnp.uint32)), sample)
     return jax.random.key_data(key)
 
 
-# The same `Programs` for the same arguments: engines of a process that differ in
-# nothing else share the compiled programs.
+# Engines of a process with equal arguments share the compiled programs.
 programs_for = functools.lru_cache(maxsize=8)(Programs)

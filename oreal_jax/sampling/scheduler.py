@@ -1,363 +1,382 @@
-"""Who decodes where: the queue, the slots and the pages. Host-side, without JAX.
+"""Scheduling of slots and cache pages (continuous batching); on the host, without JAX.
 
-A shard is one data-parallel engine: so many slots, each decoding one completion, and so
-many pages of cache. A prompt is prefilled once, on the shard that takes it; its samples
-share its full pages there and copy the one that is not full. A finished row's slot is
-free for the next sample at once. Rows get pages as they grow. Where pages run out, the
-row that came last is swapped out, with all it has, and goes on when there is room
-again, before any sample that has not begun.
+A process has one or more engines (copies of the model). Each has a fixed number of
+slots, which decode one sequence each, and a pool of cache pages. A prompt is prefilled
+once, on the engine that admits it; its samples share its full pages and copy the page
+that is partly filled. The slot of a finished sequence is free for the next sample.
+Sequences get pages as they grow. If an engine runs out of pages, its youngest sequence
+is preempted: it is swapped out to host memory, and swapped in before any new sample is
+admitted. When no sample waits, the last sequences continue in smaller engines.
 """
 
+import bisect
 import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
-HAND_BACK = 32  # rows of so many are waited for before free slots are filled
-# When no sample waits, the last rows go on in so much smaller an engine, down to a few.
-SHRINK, FEWEST = 4, 8
-MIN_SAVED_STEPS = 16  # for which the engine of a resumable run shrinks
+REFILL = 32  # while samples wait, a round ends when 1/32 of the slots have finished
+SHRINK, MIN_SLOTS = 4, 8  # engines shrink to a quarter of their slots, at least 8
+MIN_SAVED_STEPS = 16  # for which the engines of a resumable run shrink
 
 
 class Job(NamedTuple):
-    """A prompt and the samples still to be drawn of it.
+    """A prompt and its number of samples.
 
-    `request` is its place in the caller's list, `length` its tokens; `longest` bounds
+    `request` is its index in the caller's list; `max_length` bounds the tokens of
     prompt and completion together.
     """
 
     request: int
-    length: int
-    longest: int
-    samples: tuple[int, ...]
+    prompt_tokens: int
+    max_length: int
+    samples: int
 
 
-class Prefill(NamedTuple):
-    """A prompt to be run on a shard, all but its last token, into these pages."""
-
-    shard: int
-    request: int
-    pages: list[int]
+SampleId = tuple[int, int]  # request, sample
 
 
 class Admission(NamedTuple):
-    """A sample that starts in a slot; `source` is a page to copy to `target`, or both
-    are 0."""
+    """A sample that starts in a slot.
 
-    shard: int
+    Before it, the prompt without its last token is prefilled into pages `prefill`
+    (none for later samples), and page `source` is copied to `target` (0: no copy).
+    """
+
+    engine: int
     slot: int
-    request: int
-    sample: int
+    sample: SampleId
+    prefill: list[int]
     source: int
     target: int
 
 
 class Swap(NamedTuple):
-    """A row that leaves its slot for now, or comes back to one: its keys and values are
-    read from these pages, or written to them."""
+    """A sequence to move from a slot and these pages to host memory, or back."""
 
-    shard: int
+    engine: int
     slot: int
-    request: int
-    sample: int
+    sample: SampleId
     pages: list[int]
 
 
-@dataclasses.dataclass(eq=False)
-class Shared:
-    """The pages of a prompt, in use by `users` rows and samples that wait."""
+class Finished(NamedTuple):
+    """A finished sequence and the number of tokens generated."""
+
+    engine: int
+    slot: int
+    sample: SampleId
+    tokens: int
+
+
+@dataclasses.dataclass
+class Schedule:
+    """A round's work, in the order in which the devices must do it.
+
+    `kept_slots` are the old slots that smaller engines continue with (None: no change).
+    Then the slots of `block_tables`, by (engine, slot), are decoded until
+    `min_finished` sequences have finished (0: all of them).
+    """
+
+    admissions: list[Admission]
+    swap_ins: list[Swap]
+    kept_slots: Int[np.ndarray, "E B"] | None
+    swap_outs: list[Swap]
+    block_tables: dict[tuple[int, int], list[int]]
+    min_finished: int
+
+
+@dataclasses.dataclass
+class SharedPrompt:
+    """The pages of a prompt, in use by `users` samples, waiting ones included."""
 
     job: Job
     pages: list[int]
-    waiting: list[int]
     users: int
+    admitted: int = 0
 
 
 @dataclasses.dataclass(eq=False)
-class Row:
-    """A completion being decoded: `position` is where its next token is fed."""
+class SequenceState:
+    """A completion that is decoded or swapped out.
 
-    prompt: Shared
-    sample: int
-    position: int
-    pages: list[int]
+    `position` is where its next token is fed: the number of tokens in the cache. The
+    first `shared` pages of its block table are those of `prompt` (None after a swap).
+    """
+
+    job: Job
+    sample: SampleId
     age: int
+    position: int
+    block_table: list[int]
+    shared: int
+    prompt: SharedPrompt | None
 
 
-class Shard:
-    """Slots and pages of one engine. Page 0 is never given out."""
+class EngineState:
+    """Slots and free pages of an engine; page 0 is never allocated."""
 
-    def __init__(self, slots: int, pages: int):
-        self.rows: list[Row | None] = [None] * slots
+    def __init__(self, index: int, slots: int, pages: int):
+        self.index = index
+        self.slots: list[SequenceState | None] = [None] * slots
         self.free = list(range(pages - 1, 0, -1))
-        self.reserved = 0  # pages that the running rows may take in the next round
-        self.current: Shared | None = None
+        self.reserved = 0  # pages that running sequences may take in the next round
+        self.prompt: SharedPrompt | None = None  # with samples that wait
 
     @property
-    def running(self) -> int:
-        """Slots in use."""
-        return sum(row is not None for row in self.rows)
+    def running(self) -> list[SequenceState]:
+        """The sequences in slots."""
+        return [sequence for sequence in self.slots if sequence]
+
+    def allocate(self, pages: int) -> list[int]:
+        """Take free pages."""
+        return [self.free.pop() for _ in range(pages)]
+
+    def release(self, slot: int) -> None:
+        """Free a slot and the pages that no other sequence uses."""
+        sequence, self.slots[slot] = self.slots[slot], None
+        assert sequence
+        self.free += sequence.block_table[sequence.shared :]
+        if prompt := sequence.prompt:
+            prompt.users -= 1
+            self.free += [] if prompt.users else prompt.pages
 
 
-def smaller(slots: int) -> int:
-    """The slots of the next smaller engine, 0 if there is none."""
-    return slots // SHRINK if slots // SHRINK >= FEWEST else 0
+def smaller_engines(slots: int) -> list[int]:
+    """Return the slots of the engines that `slots` slots shrink to, descending."""
+    sizes = []
+    while (slots := slots // SHRINK) >= MIN_SLOTS:
+        sizes.append(slots)
+    return sizes
 
 
 class Scheduler:
-    """Plans one round at a time: `place`, then `grow`, then decode, then `advance`."""
+    """Plans rounds: `schedule` one, run it on the devices, then `update`."""
 
     def __init__(
         self,
         jobs: Sequence[Job],
         *,
-        shards: int,
+        engines: int,
         slots: int,
         pages: int,
-        size: int,
-        dispatch: int,
+        page_size: int,
+        steps: int,
     ):
-        """`slots` and `pages` of each shard; `size` tokens a page, at most `dispatch`
-        decoded a round."""
+        """Schedule `jobs` on engines of `slots` slots and `pages` pages each.
+
+        A page holds `page_size` tokens; a round decodes at most `steps` per slot.
+        """
         self._queue = collections.deque(jobs)
-        self._shards = [Shard(slots, pages) for _ in range(shards)]
-        self._size, self._slots, self._dispatch = size, slots, dispatch
-        self._swapped: list[Row] = []  # to go on, the oldest first
-        self._age = 0
+        self._engines = [EngineState(i, slots, pages) for i in range(engines)]
+        self._page_size, self._slots, self._steps = page_size, slots, steps
+        self._swapped: list[SequenceState] = []  # oldest first
+        self._ages = itertools.count()
 
     @property
     def waiting(self) -> bool:
-        """Whether samples wait for a slot."""
-        held = any(s.current and s.current.waiting for s in self._shards)
-        return bool(self._queue or self._swapped) or held
+        """Whether samples wait for a slot, new or swapped out."""
+        partly_admitted = any(engine.prompt for engine in self._engines)
+        return bool(self._queue or self._swapped or partly_admitted)
 
     @property
     def running(self) -> int:
-        """Slots in use, on all shards."""
-        return sum(shard.running for shard in self._shards)
+        """The number of slots in use, on all engines."""
+        return sum(len(engine.running) for engine in self._engines)
 
-    def place(self) -> tuple[list[Prefill], list[Admission], list[Swap]]:
-        """Fills free slots: the prompts to run first, then the samples that start; and
-        the rows that come back."""
-        placed: tuple[list[Prefill], list[Admission], list[Swap]] = [], [], []
-        for shard in self._shards:
-            rows = filter(None, shard.rows)
-            growth = (self._growth(r.prompt.job, len(self._table(r))) for r in rows)
-            shard.reserved = sum(growth)
-        open_shards = list(range(len(self._shards)))
-        while open_shards:
-            # The emptiest shard takes next, so that the load is even.
-            number = min(open_shards, key=lambda i: self._shards[i].running)
-            if not self._place_one(number, *placed):
-                open_shards.remove(number)
-        return placed
+    def schedule(self, should_shrink: Callable[[int], bool]) -> Schedule:
+        """Plan the next round.
 
-    def _place_one(
-        self,
-        number: int,
-        prefills: list[Prefill],
-        admissions: list[Admission],
-        returning: list[Swap],
-    ) -> bool:
-        """Whether the shard took a row."""
-        shard = self._shards[number]
-        if shard.running == len(shard.rows):
+        Fills free slots, shrinks the engines to the fewest slots for which
+        `should_shrink(slots)` holds, and allocates pages for new tokens.
+        """
+        schedule = Schedule([], [], None, [], {}, 0)
+        self._fill_slots(schedule)
+        schedule.kept_slots = self._shrink(should_shrink)
+        schedule.min_finished = self._min_finished()
+        for engine in self._engines:
+            for sequence in sorted(engine.running, key=lambda s: s.age):
+                if not schedule.swap_outs or sequence in engine.slots:
+                    self._grow(engine, sequence, schedule)
+        schedule.block_tables = {
+            (engine.index, slot): list(sequence.block_table)
+            for engine in self._engines
+            for slot, sequence in enumerate(engine.slots)
+            if sequence
+        }
+        return schedule
+
+    def update(
+        self, done: Bool[np.ndarray, "E B"], generated: Int[np.ndarray, "E B"]
+    ) -> list[Finished]:
+        """Record a round: `done`, and the tokens `generated` so far, of every slot.
+
+        Returns the finished sequences, whose slots are free now.
+        """
+        finished = []
+        for engine in self._engines:
+            for slot, sequence in enumerate(engine.slots):
+                if sequence is None:
+                    continue
+                tokens = int(generated[engine.index, slot])
+                sequence.position = sequence.job.prompt_tokens - 1 + tokens
+                if done[engine.index, slot]:
+                    finished.append(
+                        Finished(engine.index, slot, sequence.sample, tokens)
+                    )
+                    engine.release(slot)
+        return finished
+
+    def _fill_slots(self, schedule: Schedule) -> None:
+        for engine in self._engines:
+            engine.reserved = sum(
+                self._growth(sequence.job, len(sequence.block_table))
+                for sequence in engine.running
+            )
+        candidates = list(self._engines)
+        while candidates:
+            # The engine with the fewest sequences gets the next: the load is even.
+            engine = min(candidates, key=lambda engine: len(engine.running))
+            if not self._fill_slot(engine, schedule):
+                candidates.remove(engine)
+
+    def _fill_slot(self, engine: EngineState, schedule: Schedule) -> bool:
+        """Put a sequence into a free slot; returns whether it was possible."""
+        if None not in engine.slots:
             return False
         if self._swapped:
-            row = self._swapped[0]
-            if self._fits(shard, row.prompt.job, self._pages(row.position)):
-                returning.append(self._swap_in(number, self._swapped.pop(0)))
+            oldest = self._swapped[0]
+            if self._fits(engine, oldest.job, self._pages(oldest.position)):
+                self._swap_in(engine, schedule)
                 return True
-            if shard.running:
-                return False  # what comes free is kept for that row
-        admission = self._admit(number, prefills)
-        admissions += [admission] if admission else []
-        return admission is not None
+            if engine.running:
+                return False  # pages that become free are kept for the oldest
+        return self._admit(engine, schedule)
 
-    def _swap_in(self, number: int, row: Row) -> Swap:
-        """A row goes on, in pages that are all its own."""
-        shard, job = self._shards[number], row.prompt.job
-        pages = [shard.free.pop() for _ in range(self._pages(row.position))]
-        slot = shard.rows.index(None)
-        shard.reserved += self._growth(job, len(pages))
-        prompt = Shared(job, [], [], 1)
-        shard.rows[slot] = Row(prompt, row.sample, row.position, pages, row.age)
-        return Swap(number, slot, job.request, row.sample, list(pages))
+    def _swap_in(self, engine: EngineState, schedule: Schedule) -> None:
+        """Resume the oldest sequence that is swapped out."""
+        sequence, slot = self._swapped.pop(0), engine.slots.index(None)
+        pages = engine.allocate(self._pages(sequence.position))
+        sequence.block_table = list(pages)
+        engine.reserved += self._growth(sequence.job, len(pages))
+        engine.slots[slot] = sequence
+        schedule.swap_ins.append(Swap(engine.index, slot, sequence.sample, pages))
 
-    def _admit(self, number: int, prefills: list[Prefill]) -> Admission | None:
-        shard = self._shards[number]
-        if not (shard.current and shard.current.waiting):
-            if not self._queue:
-                return None
-            stored = self._queue[0].length - 1  # the last token is fed by decoding
-            need = self._pages(stored)
-            if not self._fits(shard, self._queue[0], need):
-                return None
-            job = self._queue.popleft()
-            pages = [shard.free.pop() for _ in range(need)]
-            shard.current = Shared(job, pages, list(job.samples), len(job.samples))
-            if pages:
-                prefills.append(Prefill(number, job.request, pages))
-        elif not self._fits(shard, shard.current.job, 0):
-            return None
-        prompt = shard.current
-        sample = prompt.waiting.pop(0)
-        slot = shard.rows.index(None)
-        stored = prompt.job.length - 1
-        target = shard.free.pop()
-        shard.reserved += self._growth(prompt.job, stored // self._size + 1)
-        source = prompt.pages[-1] if stored % self._size else 0
-        self._age += 1
-        shard.rows[slot] = Row(prompt, sample, stored, [target], self._age)
-        return Admission(
-            number, slot, prompt.job.request, sample, source, target if source else 0
+    def _admit(self, engine: EngineState, schedule: Schedule) -> bool:
+        """Start the next sample in a free slot; returns whether it was possible."""
+        prompt = engine.prompt
+        if not prompt and not self._queue:
+            return False
+        job = prompt.job if prompt else self._queue[0]
+        stored = job.prompt_tokens - 1  # the last token is fed by decoding
+        need = 0 if prompt else self._pages(stored)
+        if not self._fits(engine, job, need):
+            return False
+        prefill = engine.allocate(need)
+        prompt = prompt or SharedPrompt(self._queue.popleft(), prefill, job.samples)
+        slot, (page,) = engine.slots.index(None), engine.allocate(1)
+        shared, partial = divmod(stored, self._page_size)
+        table = [*prompt.pages[:shared], page]
+        copy = (prompt.pages[-1], page) if partial else (0, 0)
+        sample = job.request, prompt.admitted
+        prompt.admitted += 1
+        engine.prompt = prompt if prompt.admitted < job.samples else None
+        engine.reserved += self._growth(job, len(table))
+        engine.slots[slot] = SequenceState(
+            job, sample, next(self._ages), stored, table, shared, prompt
         )
+        schedule.admissions.append(
+            Admission(engine.index, slot, sample, prefill, *copy)
+        )
+        return True
 
     def _pages(self, tokens: int) -> int:
-        return -(-tokens // self._size)
+        return -(-tokens // self._page_size)
 
     def _growth(self, job: Job, pages: int) -> int:
-        """Pages that a row of so many may take in a round; none beyond its end."""
-        return min(self._pages(self._dispatch), self._pages(job.longest) - pages)
+        """Return the pages that a sequence of `pages` pages may take in a round."""
+        return min(self._pages(self._steps), self._pages(job.max_length) - pages)
 
-    def _fits(self, shard: Shard, job: Job, pages: int) -> bool:
-        """Whether so many pages are free, and those that this row and all others may
-        take in a round."""
-        shared = (job.length - 1) // self._size
-        growth = self._growth(job, shared)
-        return len(shard.free) >= pages + growth + shard.reserved
+    def _fits(self, engine: EngineState, job: Job, pages: int) -> bool:
+        """Whether pages are free for a sequence of this job and a round of all."""
+        growth = self._growth(job, (job.prompt_tokens - 1) // self._page_size)
+        return len(engine.free) >= pages + growth + engine.reserved
 
-    def grow(self) -> tuple[np.ndarray, np.ndarray, list[Swap]]:
-        """Gives every row the pages for the tokens of its next round.
-
-        Returns which slots run, [shards * slots], and their tables of pages, as lists
-        of page numbers, in an object array; and the rows that leave, which must be read
-        before anything is written.
-        """
-        leaving: list[Swap] = []
-        for number, shard in enumerate(self._shards):
-            for row in sorted(filter(None, shard.rows), key=lambda row: row.age):
-                if not leaving or row in shard.rows:  # not swapped out for an older one
-                    self._grow_row(number, row, leaving)
-        slots = [row for shard in self._shards for row in shard.rows]
-        tables = np.empty(len(slots), object)
-        for i, row in enumerate(slots):
-            tables[i] = self._table(row) if row else []
-        return np.array([row is not None for row in slots]), tables, leaving
-
-    def _grow_row(self, number: int, row: Row, leaving: list[Swap]) -> None:
-        shard = self._shards[number]
-        last = min(row.position + self._dispatch, row.prompt.job.longest)
-        need = self._pages(last) - len(self._table(row))
-        while need > len(shard.free):
-            youngest = max(filter(None, shard.rows), key=lambda row: row.age)
-            leaving.append(self._swap_out(number, youngest))
-            if youngest is row:
+    def _grow(
+        self, engine: EngineState, sequence: SequenceState, schedule: Schedule
+    ) -> None:
+        """Allocate a round's pages; if too few are free, preempt the youngest."""
+        length = min(sequence.position + self._steps, sequence.job.max_length)
+        need = self._pages(length) - len(sequence.block_table)
+        while need > len(engine.free):
+            youngest = max(engine.running, key=lambda s: s.age)
+            schedule.swap_outs.append(self._swap_out(engine, youngest))
+            if youngest is sequence:
                 return
-        row.pages += [shard.free.pop() for _ in range(need)]
+        sequence.block_table += engine.allocate(need)
 
-    def _shared(self, row: Row) -> list[int]:
-        """The prompt's full pages."""
-        return row.prompt.pages[: (row.prompt.job.length - 1) // self._size]
+    def _swap_out(self, engine: EngineState, sequence: SequenceState) -> Swap:
+        slot = engine.slots.index(sequence)
+        pages = sequence.block_table[: self._pages(sequence.position)]
+        engine.release(slot)
+        sequence.block_table, sequence.shared, sequence.prompt = [], 0, None
+        bisect.insort(self._swapped, sequence, key=lambda s: s.age)
+        return Swap(engine.index, slot, sequence.sample, pages)
 
-    def _table(self, row: Row) -> list[int]:
-        return self._shared(row) + row.pages
+    def _min_finished(self) -> int:
+        """Return how many sequences must finish before the next round pays; 0: all.
 
-    def _swap_out(self, number: int, row: Row) -> Swap:
-        """A row leaves its slot, to go on later."""
-        shard = self._shards[number]
-        pages = self._table(row)[: self._pages(row.position)]
-        slot = shard.rows.index(row)
-        self._release(shard, row)
-        self._swapped.append(row)
-        self._swapped.sort(key=lambda row: row.age)
-        return Swap(number, slot, row.prompt.job.request, row.sample, pages)
-
-    def _release(self, shard: Shard, row: Row) -> None:
-        shard.rows[shard.rows.index(row)] = None
-        shard.free += row.pages
-        row.prompt.users -= 1
-        if not row.prompt.users:
-            shard.free += row.prompt.pages
-            if shard.current is row.prompt:
-                shard.current = None
-
-    @property
-    def enough(self) -> int:
-        """How many rows must finish until the next round is worth its while; 0: all.
-
-        While samples wait, a few of the slots; then as many as let the rest go on in a
-        smaller engine, or all where that does not save enough yet.
+        While samples wait, a fraction of the slots; then as many as let the others fit
+        into smaller engines, or all where they fit already but shrinking does not pay.
         """
         if self.waiting:
-            return max(1, self._slots * len(self._shards) // HAND_BACK)
-        if self.fitting_slots:
+            return max(1, self._slots * len(self._engines) // REFILL)
+        sizes = smaller_engines(self._slots)
+        if not sizes or self.fitting_slots:
             return 0
-        fit = smaller(self._slots) * len(self._shards)
-        return max(1, self.running - fit) if fit else 0
+        return max(1, self.running - sizes[0] * len(self._engines))
 
     @property
     def fitting_slots(self) -> list[int]:
-        """Slots of the smaller engines that hold the running rows, ascending; none
-        while samples wait."""
-        sizes: list[int] = []
-        if not self.waiting:
-            rows, slots = max(shard.running for shard in self._shards), self._slots
-            while (slots := smaller(slots)) >= max(1, rows):
-                sizes.insert(0, slots)
-        return sizes
+        """Slots of the smaller engines that fit all sequences, ascending."""
+        if self.waiting:
+            return []
+        needed = max(len(engine.running) for engine in self._engines)
+        return [n for n in reversed(smaller_engines(self._slots)) if n >= needed]
 
-    @property
-    def expected_steps(self) -> int:
-        """Steps until the last row is expected to finish. A row is expected to double
-        its length, up to its limit, as usual for heavy-tailed lengths."""
-        rows = [row for shard in self._shards for row in shard.rows if row]
-        drawn = lambda row: row.position - row.prompt.job.length + 1
-        remaining = lambda row: (
-            row.prompt.job.longest - row.prompt.job.length - drawn(row)
-        )
-        return max((min(drawn(row), remaining(row)) for row in rows), default=0)
+    def _shrink(
+        self, should_shrink: Callable[[int], bool]
+    ) -> Int[np.ndarray, "E B"] | None:
+        slots = next(filter(should_shrink, self.fitting_slots), None)
+        if slots is None:
+            return None
+        kept = []
+        for engine in self._engines:
+            is_free = [sequence is None for sequence in engine.slots]
+            kept.append(sorted(range(self._slots), key=is_free.__getitem__)[:slots])
+            engine.slots = [engine.slots[slot] for slot in kept[-1]]
+        self._slots = slots
+        return np.array(kept, np.int32)
 
     def saved_steps(self, slots: int) -> float:
-        """Steps of the present size whose time an engine of `slots` slots is expected
-        to save."""
-        return self.expected_steps * (1 - slots / self._slots)
+        """Return the steps whose time engines of `slots` slots are expected to save.
+
+        Steps are of the present engines. A completion is expected to double its length,
+        up to its limit, as usual for heavy-tailed lengths.
+        """
+        generated = lambda s: s.position + 1 - s.job.prompt_tokens
+        remaining = lambda s: s.job.max_length - s.position - 1
+        running = [s for engine in self._engines for s in engine.running]
+        expected = max((min(generated(s), remaining(s)) for s in running), default=0)
+        return expected * (1 - slots / self._slots)
 
     def saves_enough(self, slots: int) -> bool:
-        """Whether a resumable engine continues with `slots` slots: a rule without
-        clock, so that a resumed run shrinks after the same steps."""
-        return self.saved_steps(slots) >= MIN_SAVED_STEPS
+        """Whether the engines of a resumable run shrink to `slots` slots.
 
-    def shrink(self, slots: int) -> np.ndarray:
-        """Continues with `slots` slots on each shard; returns the old slots of their
-        rows, [shards, slots]."""
-        old_slots = np.zeros((len(self._shards), slots), np.int32)
-        for row, shard in zip(old_slots, self._shards, strict=True):
-            order = sorted(range(self._slots), key=lambda slot: not shard.rows[slot])
-            row[:] = order[:slots]
-            shard.rows = [shard.rows[slot] for slot in row.tolist()]
-        self._slots = slots
-        return old_slots
-
-    def advance(
-        self, done: np.ndarray, drawn: np.ndarray
-    ) -> list[tuple[int, int, int, int]]:
-        """Takes note of what was decoded: `done` and tokens `drawn` of every slot.
-
-        Returns (place of the slot, request, sample, tokens) of finished rows, whose
-        slots are free from now on.
+        A rule without clock, so that a resumed run shrinks after the same steps.
         """
-        finished = []
-        for number, shard in enumerate(self._shards):
-            for slot, row in enumerate(shard.rows):
-                if row is None:
-                    continue
-                place = number * self._slots + slot
-                row.position = row.prompt.job.length - 1 + int(drawn[place])
-                if done[place]:
-                    name = (row.prompt.job.request, row.sample, int(drawn[place]))
-                    finished.append((place, *name))
-                    self._release(shard, row)
-        return finished
+        return self.saved_steps(slots) >= MIN_SAVED_STEPS

@@ -1,8 +1,7 @@
-"""The scheduler without a model: who decodes where, for completions of given lengths.
+"""The scheduler without a model, for completions of given lengths.
 
-`oreal plan` prices its rounds; tools/simulate_slots.py shows what a small cache costs.
-
-Letters: N prompts, K completions of each, E engines of a process.
+`oreal plan` estimates decoding from its rounds; tools/simulate_slots.py shows the cost
+of a small cache. Letters: N prompts, K completions of each, E engines, B slots.
 """
 
 from collections.abc import Callable
@@ -11,43 +10,46 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from oreal_jax.sampling.scheduler import Job, Scheduler
+from oreal_jax.sampling.scheduler import Job, SampleId, Schedule, Scheduler
 
 SIGMA = 0.8  # of the logarithm of a completion's length
 
 
 class Round(NamedTuple):
-    """`steps` tokens of each row between two looks of the host, by engines of `slots`
-    slots: the rows of each engine that decode, and the tokens of cache that they read,
-    both in a step on average."""
+    """A dispatch of `steps` decoding steps of engines with `slots` slots.
+
+    `running` sequences of each engine and `cached` tokens that they read are means over
+    the steps.
+    """
 
     steps: int
     slots: int
-    rows: Float[np.ndarray, "E"]
+    running: Float[np.ndarray, "E"]
     cached: Float[np.ndarray, "E"]
 
 
-class Simulated(NamedTuple):
-    """The order in which (prompt, sample) finished, how full the slots were while
-    samples were waiting, and all tokens drawn in how many steps; how many rows were
-    swapped out, and the most tokens that lay outside the cache at a time; and every
-    round."""
+class Simulation(NamedTuple):
+    """Samples in the order in which they finished, rounds, and totals.
 
-    finished: list[tuple[int, int]]
-    occupancy: float
-    tokens: int
-    steps: int
-    swapped: int
-    most_outside: int
+    `occupancy` is that of slots while samples waited; `max_swapped_tokens` the maximum
+    of tokens in host memory.
+    """
+
+    finished: list[SampleId]
     rounds: list[Round]
+    occupancy: float
+    steps: int
+    tokens: int
+    swap_outs: int
+    max_swapped_tokens: int
 
 
 def heavy_tailed(
     count: int, mean: int, longest: int, seed: int = 0
 ) -> Int[np.ndarray, "N"]:
-    """Log-normal lengths, cut at `longest`, `mean` on average after the cut."""
-    draw = np.random.default_rng(seed)
-    lengths = draw.lognormal(0, SIGMA, count)
+    """Return log-normal lengths, cut at `longest`, with this mean after the cut."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.lognormal(0, SIGMA, count)
     cut = lambda scale: np.clip(lengths * scale, 1, longest)
     low, high = mean / lengths.mean(), longest / lengths.min()
     for _ in range(50 if cut(low).mean() < mean else 0):
@@ -59,76 +61,80 @@ def heavy_tailed(
 def simulate(
     lengths: Int[np.ndarray, "N K"],
     *,
-    shards: int = 1,
+    engines: int = 1,
     slots: int = 8,
     pages: int = 10_000,
-    size: int = 16,
-    dispatch: int = 64,
+    page_size: int = 16,
+    steps: int = 64,
     prompt: int = 50,
     longest: int = 2000,
-    watch: Callable = lambda runs, tables: None,
-) -> Simulated:
-    """Decodes completions of given lengths as an engine of a training run does
-    (work.py), on `shards` engines; their prompts have `prompt` tokens. `watch` sees
-    which slots run and their tables of pages, each round."""
+    watch: Callable[[Schedule], None] = lambda schedule: None,
+) -> Simulation:
+    """Schedule completions of these lengths as the engines of a training run do.
+
+    Prompts have `prompt` tokens, completions at most `longest`; the other options are
+    those of `Scheduler`. `watch` is called with each round's schedule.
+    """
     N, K = lengths.shape
-    jobs = [Job(n, prompt, prompt + longest, tuple(range(K))) for n in range(N)]
     scheduler = Scheduler(
-        jobs, shards=shards, slots=slots, pages=pages, size=size, dispatch=dispatch
+        [Job(n, prompt, prompt + longest, K) for n in range(N)],
+        engines=engines,
+        slots=slots,
+        pages=pages,
+        page_size=page_size,
+        steps=steps,
     )
-    owner: dict[int, tuple[int, int]] = {}
-    drawn = np.zeros(shards * slots, int)
-    outside: dict[tuple[int, int], int] = {}
-    finished, rounds, busy, offered = [], [], 0, 0
-    tokens = steps_taken = swapped = most_outside = 0
+    samples = np.full((engines, slots), -1)  # in each slot, n * K + k; -1: free
+    index = lambda sample: sample[0] * K + sample[1]
+    generated, swapped = np.zeros(N * K, int), np.zeros(N * K, bool)
+    finished, rounds = [], []
+    tokens = swap_outs = max_swapped_tokens = used_slots = offered_slots = 0
     while scheduler.waiting or scheduler.running:
-        _, admissions, returning = scheduler.place()
-        for a in admissions + returning:
-            place, name = a.shard * slots + a.slot, (a.request, a.sample)
-            assert place not in owner
-            owner[place], drawn[place] = name, outside.pop(name, 0)
-        if fewer := next(filter(scheduler.saves_enough, scheduler.fitting_slots), None):
-            old = scheduler.shrink(fewer) + slots * np.arange(shards)[:, None]
-            new = {place: i for i, place in enumerate(old.reshape(-1).tolist())}
-            owner = {new[place]: name for place, name in owner.items()}
-            drawn, slots = drawn[old.reshape(-1)], fewer
-        enough = scheduler.enough
-        runs, tables, leaving = scheduler.grow()
-        for swap in leaving:
-            place = swap.shard * slots + swap.slot
-            assert len(swap.pages) * size >= prompt - 1 + drawn[place]
-            outside[owner.pop(place)] = int(drawn[place])
-        swapped += len(leaving)
-        most_outside = max(most_outside, sum(outside.values()))
-        watch(runs, tables)
-        waiting = scheduler.waiting
-        places = np.flatnonzero(runs).tolist()
-        if not places:  # the oldest row made room for itself: prompts held its pages
+        schedule = scheduler.schedule(scheduler.saves_enough)
+        watch(schedule)
+        for start in [*schedule.admissions, *schedule.swap_ins]:
+            assert samples[start.engine, start.slot] == -1
+            samples[start.engine, start.slot] = index(start.sample)
+            swapped[index(start.sample)] = False
+        generated[[index(start.sample) for start in schedule.admissions]] = 0
+        if schedule.kept_slots is not None:
+            samples = np.take_along_axis(samples, schedule.kept_slots, axis=1)
+        for swap in schedule.swap_outs:
+            stored = prompt - 1 + generated[index(swap.sample)]
+            assert len(swap.pages) * page_size >= stored
+            assert samples[swap.engine, swap.slot] == index(swap.sample)
+            samples[swap.engine, swap.slot] = -1
+            swapped[index(swap.sample)] = True
+        swap_outs += len(schedule.swap_outs)
+        max_swapped_tokens = max(max_swapped_tokens, int(generated[swapped].sum()))
+        waiting, tables = scheduler.waiting, schedule.block_tables
+        if not tables:  # the oldest was preempted: waiting samples hold the pages
             continue
-        left = np.array([lengths[owner[p]] - drawn[p] for p in places])
-        enough = min(enough or len(left), len(left))
-        steps = min(dispatch, int(np.sort(left)[enough - 1]))
-        taken = np.minimum(left, steps)
-        read = taken * (prompt + drawn[places]) + taken * (taken - 1) // 2
-        engine = np.array(places) // slots
-        rows, cached = (np.bincount(engine, x, shards) for x in (taken, read))
-        rounds.append(Round(steps, slots, rows / steps, cached / steps))
-        tokens += int(taken.sum())
-        for p, more in zip(places, taken, strict=True):
-            drawn[p] += more
-            covered = len(tables[p]) * size
-            assert covered >= prompt - 1 + drawn[p]  # every token had its page
-        steps_taken += steps
+        running = samples[tuple(np.transpose(list(tables)))]
+        left = lengths.reshape(-1)[running] - generated[running]
+        ending = min(schedule.min_finished or len(left), len(left))
+        round_steps = min(steps, int(np.sort(left)[ending - 1]))
+        new = np.minimum(left, round_steps)
+        read = new * (prompt + generated[running]) + new * (new - 1) // 2
+        engine = np.array([engine for engine, _ in tables])
+        totals = (np.bincount(engine, x, engines) for x in (new, read))
+        rounds.append(
+            Round(round_steps, samples.shape[1], *(x / round_steps for x in totals))
+        )
+        generated[running] += new
+        tokens += int(new.sum())
+        for sample, table in zip(running, tables.values(), strict=True):
+            assert len(table) * page_size >= prompt - 1 + generated[sample]
         if waiting:
-            busy += taken.sum()
-            offered += steps * slots * shards
-        done = np.zeros(shards * slots, bool)
-        done[places] = left <= steps
-        for place, request, sample, size_ in scheduler.advance(done, drawn):
-            assert owner.pop(place) == (request, sample)
-            assert size_ == lengths[request, sample]
-            finished.append((request, sample))
-    occupancy = busy / offered if offered else 1.0
-    return Simulated(
-        finished, occupancy, tokens, steps_taken, swapped, most_outside, rounds
-    )
+            used_slots += int(new.sum())
+            offered_slots += round_steps * samples.size
+        done = (generated >= lengths.reshape(-1))[samples] & (samples >= 0)
+        for end in scheduler.update(done, generated[samples]):
+            assert samples[end.engine, end.slot] == index(end.sample)
+            assert end.tokens == lengths[end.sample]
+            samples[end.engine, end.slot] = -1
+            finished.append(end.sample)
+    occupancy = used_slots / offered_slots if offered_slots else 1.0
+    total = sum(round.steps for round in rounds)
+    counts = total, tokens, swap_outs, max_swapped_tokens
+    return Simulation(finished, rounds, occupancy, *counts)

@@ -1,29 +1,54 @@
-"""Stop strings as an automaton over tokens, so that devices can watch for them.
+"""Stop tokens, and stop strings as an automaton over tokens that runs on the devices.
 
-A stop string may begin inside one token and end inside another. The matching state of
-Aho and Corasick (doi:10.1145/360825.360855), worked out over bytes, moves by whole
-tokens with one look into a table.
+A stop string may begin inside one token and end inside another. The Aho-Corasick
+automaton (doi:10.1145/360825.360855) over bytes is expanded to whole tokens, so that a
+token costs one table lookup.
 """
 
-import collections
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from oreal_jax.errors import InputError
+from oreal_jax.shapes import bucket
 
-START, FOUND = 0, 1  # states; the others lie between
+START, MATCHED = 0, 1  # states; the others are partial matches
 
 
-def token_table(
+class Stops(NamedTuple):
+    """Stop tokens, padded with -1, and the table of stop strings."""
+
+    tokens: Int[Any, "T"]
+    table: Int[Any, "V S"]
+
+    @classmethod
+    def padded(
+        cls, tokens: Sequence[int], table: Int[np.ndarray, "V S"] | None, vocab: int
+    ) -> "Stops":
+        """Pad to few shapes; without a table no stop string matches."""
+        padding = [-1] * (bucket(len(tokens), 8) - len(tokens))
+        if table is None:
+            table = np.full((vocab, 1), START, np.int32)
+        states = table.shape[1]
+        table = np.pad(table, ((0, 0), (0, bucket(states) - states)))
+        return cls(np.array([*sorted(tokens), *padding], np.int32), table)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of both arrays, on which compiled programs depend."""
+        return self.tokens.shape, self.table.shape
+
+
+def make_stop_table(
     strings: Sequence[str], token_bytes: Callable[[], list[bytes]], vocabulary: int
 ) -> Int[np.ndarray, "V S"] | None:
-    """The state after each token in each state; `FOUND` is never left. None where there
-    are no strings.
+    """Return the next state for each token and state, or None if there are no strings.
 
-    `token_bytes()` are the bytes of each token, none for tokens that leave no text;
-    tokens beyond them, up to the model's `vocabulary`, have none either.
+    `MATCHED` is never left. `token_bytes()` returns the bytes of each token of the
+    tokenizer, empty for special tokens; the remaining tokens of the model's
+    `vocabulary` are treated as empty.
 
     Raises:
         InputError: an empty string.
@@ -34,45 +59,33 @@ def token_table(
         return None
     pieces = token_bytes()
     by_byte = _byte_table([string.encode() for string in strings])
-    S = len(by_byte)
-    table = np.tile(np.arange(S, dtype=np.int32), (vocabulary, 1))
+    table = np.tile(np.arange(len(by_byte), dtype=np.int32), (vocabulary, 1))
     lengths = np.zeros(vocabulary, int)
     lengths[: len(pieces)] = [len(piece) for piece in pieces]
-    for place in range(lengths.max(initial=0)):
-        tokens = np.flatnonzero(lengths > place).tolist()
-        read = np.array([pieces[token][place] for token in tokens])
-        table[tokens] = by_byte[table[tokens], read[:, None]]
+    for index in range(lengths.max(initial=0)):
+        tokens = np.flatnonzero(lengths > index).tolist()
+        byte = np.array([pieces[token][index] for token in tokens])
+        table[tokens] = by_byte[table[tokens], byte[:, None]]
     return table
 
 
 def _byte_table(strings: Sequence[bytes]) -> Int[np.ndarray, "S 256"]:
-    """The automaton over bytes: a trie whose missing branches lead to where the longest
-    suffix that begins a string goes on."""
-    trie: list[dict[int, int]] = [{}, {}]
+    """Return the automaton over bytes.
+
+    The state of a text is its longest suffix that is a proper prefix of a string.
+    """
+    states = {b"": START}
     for string in strings:
-        state = START
-        for byte in string[:-1]:
-            if byte not in trie[state]:
-                trie[state][byte] = len(trie)
-                trie.append({})
-            state = trie[state][byte]
-            if state == FOUND:
-                break
-        if state != FOUND:
-            trie[state][string[-1]] = FOUND
-    table = np.zeros((len(trie), 256), np.int32)
-    table[FOUND] = FOUND
-    fallback = [START] * len(trie)
-    queue = collections.deque([START])
-    while queue:
-        state = queue.popleft()
-        shorter = table[fallback[state]].copy()  # where a later beginning would be
-        table[state] = shorter if state != START else START
-        for byte, follows in trie[state].items():
-            if follows == FOUND or table[state, byte] == FOUND:
-                table[state, byte] = FOUND
-                continue
-            fallback[follows] = table[state, byte]
-            table[state, byte] = follows
-            queue.append(follows)
+        for length in range(1, len(string)):
+            states.setdefault(string[:length], len(states) + 1)
+    table = np.full((len(states) + 1, 256), START, np.int32)
+    table[MATCHED] = MATCHED
+    for prefix, state in states.items():
+        for byte in set(b"".join(strings)):
+            text = prefix + bytes([byte])
+            suffixes = (text[start:] for start in range(len(text) + 1))
+            matched = text.endswith(tuple(strings))
+            table[state, byte] = (
+                MATCHED if matched else next(states[s] for s in suffixes if s in states)
+            )
     return table

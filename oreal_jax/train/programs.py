@@ -16,7 +16,7 @@ from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
 from oreal_jax.mesh import make_mesh, platform
 from oreal_jax.model import Distribution, ModelConfig
-from oreal_jax.sampling import Engine, sampled_from
+from oreal_jax.sampling import Engine, sampling_distribution
 from oreal_jax.train.step import TrainStep, make_train_step
 from oreal_jax.train_state import TrainedModels
 
@@ -79,7 +79,7 @@ def make_run_step(
 def loss_distribution(config: TrainConfig) -> Distribution:
     """Return the distribution whose probabilities the loss is about."""
     if config.log_probs == "sampled":
-        return sampled_from(config.sampling)
+        return sampling_distribution(config.sampling)
     return model.full_softmax
 
 

@@ -187,7 +187,7 @@ class Rollouts:
             [self.engine.statistics, judge and judge.take_counts()]
         )
         engines = [Statistics(*statistics) for statistics, _ in parts]
-        values = Statistics.together(engines).metrics()
+        values = Statistics.combine(engines).metrics()
         return values | (
             judge_metrics([counts for _, counts in parts]) if judge else {}
         )

@@ -24,7 +24,7 @@ from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
-from oreal_jax.sampling import Engine, token_table
+from oreal_jax.sampling import Engine, make_stop_table
 from oreal_jax.train.evaluator import PolicyEvaluator, load_evaluation_sets
 from oreal_jax.train.programs import make_engine, make_run_mesh, step_size_limits
 from oreal_jax.train.resume import Data, open_source
@@ -63,7 +63,7 @@ def set_up(config: TrainConfig, run: Path, screen: Screen) -> Setup:
         source.config,
         mesh,
         chat.stop_tokens(config.stop_words),
-        token_table(config.stop_strings, chat.token_bytes, source.config.vocab),
+        make_stop_table(config.stop_strings, chat.token_bytes, source.config.vocab),
         max(lengths),
     )
     sets = load_evaluation_sets(config, chat, prompts, engine)

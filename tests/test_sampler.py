@@ -1,4 +1,4 @@
-"""How a token is chosen: penalties, truncation, frequencies, and stop strings."""
+"""The sampler: penalties, truncation, frequencies of tokens, and stop strings."""
 
 import dataclasses
 import re
@@ -14,74 +14,75 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from oreal_jax.errors import InputError
-from oreal_jax.sampling import (
-    Sampling,
-    sampled_from,
-    token_table,
-)
-from oreal_jax.sampling.choice import Seen, Uses, adjusted, choose, truncated
+from oreal_jax.sampling import Sampling, make_stop_table, sampling_distribution
 from oreal_jax.sampling.parameters import MAX_FACTOR, MAX_SHIFT, SlotSampling
-from oreal_jax.sampling.stops import FOUND, START
+from oreal_jax.sampling.sampler import (
+    History,
+    Stages,
+    adjust,
+    sample_tokens,
+    truncate,
+)
+from oreal_jax.sampling.stops import MATCHED, START
 from oreal_jax.sampling.truncation import block_sums, invert
 
-HISTORY = [[5, 5, 9], [1, 2, 3], [9, 9, 9]]  # drawn so far, after prompts of token 7
+GENERATED = [[5, 5, 9], [1, 2, 3], [9, 9, 9]]  # after prompts of token 7
 
 
-def seen_of(vocabulary: int) -> Seen:
+def make_history(vocabulary: int) -> History:
     prompt = np.zeros((3, vocabulary), bool)
     prompt[:, 7] = True
-    drawn = np.stack([np.bincount(row, minlength=vocabulary) for row in HISTORY])
-    return Seen(jnp.asarray(prompt), jnp.asarray(drawn, jnp.int32))
+    counts = np.stack([np.bincount(row, minlength=vocabulary) for row in GENERATED])
+    return History(jnp.asarray(prompt), jnp.asarray(counts, jnp.int32))
 
 
-def make_slots(
-    sampling: Sampling, count: int, renormalise: bool = True
-) -> SlotSampling:
-    slots = SlotSampling.of([sampling] * count, 4, renormalise)
-    return jax.tree.map(jnp.asarray, slots)
+def make_slots(sampling: Sampling, count: int) -> SlotSampling:
+    """`count` slots that request renormalised log-probabilities."""
+    slot = SlotSampling.one(sampling, 4, renormalise=True)
+    return jax.tree.map(lambda x: jnp.stack([x] * count), slot)
 
 
-def choose_all(logits, keys, sampling, seen=None):
-    """Chooses for all rows with the same sampling."""
-    rows, V = logits.shape
-    slots = make_slots(sampling, rows)
-    if seen is None:
-        seen = Seen(jnp.zeros((rows, V), bool), jnp.zeros((rows, V), jnp.int32))
-    uses = Uses.of(slots, jnp.ones(rows, bool))
-    return choose(logits, uses, keys, slots, seen)
+def sample_all(logits, keys, sampling, history=None):
+    """Sample a token for every row with the same parameters."""
+    B, V = logits.shape
+    slots = make_slots(sampling, B)
+    if history is None:
+        history = History(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
+    stages = Stages.needed(slots, jnp.ones(B, bool))
+    return sample_tokens(logits, stages, keys, slots, history)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.5])
-def test_the_repetition_penalty_is_transformers(penalty):
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, repetition_penalty=penalty)
-    ours = adjusted(jnp.asarray(logits), make_slots(sampling, 3), seen_of(20))
+    ours = adjust(jnp.asarray(logits), make_slots(sampling, 3), make_history(20))
     processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
-    history = torch.tensor([[7, *row] for row in HISTORY])
+    history = torch.tensor([[7, *row] for row in GENERATED])
     theirs = processor(history, torch.tensor(logits))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_the_logit_bias_is_transformers():
+def test_the_logit_bias_is_that_of_transformers():
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     bias = ((4, 2.5), (11, -100.0))
     sampling = Sampling(max_tokens=1, logit_bias=bias)
-    ours = adjusted(jnp.asarray(logits), make_slots(sampling, 3), seen_of(20))
+    ours = adjust(jnp.asarray(logits), make_slots(sampling, 3), make_history(20))
     entries: Any = [[[token], value] for token, value in bias]
     processor: Any = SequenceBiasLogitsProcessor(entries)
-    history = torch.tensor([[7, *row] for row in HISTORY])
+    history = torch.tensor([[7, *row] for row in GENERATED])
     expected = processor(history, torch.tensor(logits))
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-def test_presence_is_punished_once_and_frequency_each_time():
+def test_presence_counts_once_and_frequency_each_time():
     """OpenAI's formula: logit - presence * (count > 0) - frequency * count, over the
     completion alone."""
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, presence_penalty=0.5, frequency_penalty=0.25)
     slots = make_slots(sampling, 3)
-    ours = np.asarray(adjusted(jnp.asarray(logits), slots, seen_of(20)))
-    for row, history in enumerate(HISTORY):
+    ours = np.asarray(adjust(jnp.asarray(logits), slots, make_history(20)))
+    for row, history in enumerate(GENERATED):
         for token in range(20):
             count = history.count(token)
             less = 0.5 * (count > 0) + 0.25 * count
@@ -89,7 +90,7 @@ def test_presence_is_punished_once_and_frequency_each_time():
 
 
 def sorted_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """The textbook: sort, keep tokens until their mass reaches top_p."""
+    """Sort and keep tokens until their mass reaches top_p."""
     kept = np.zeros_like(probabilities)
     for row, values in enumerate(probabilities):
         order = np.argsort(-values, kind="stable")
@@ -101,9 +102,9 @@ def sorted_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
-def test_the_nucleus_is_that_of_sorting(scale, top_p):
+def test_the_nucleus_equals_that_found_by_sorting(scale, top_p):
     logits = scale * jax.random.normal(jax.random.key(0), (5, 700))
-    kept = truncated(logits, Sampling(max_tokens=1, top_p=top_p))
+    kept = truncate(logits, Sampling(max_tokens=1, top_p=top_p))
     expected = sorted_nucleus(np.asarray(jax.nn.softmax(logits)), top_p)
     assert ((np.asarray(kept) > 0) == (expected > 0)).mean() > 0.999  # rounding of sums
 
@@ -122,19 +123,21 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
-    draws, V = 100_000, 300
+def test_frequencies_of_tokens_follow_the_distribution(options):
+    count, V = 100_000, 300
     sampling = Sampling(**({"max_tokens": 1} | options))
     logits = 2 * jax.random.normal(jax.random.key(0), (V,))
-    keys = jax.random.key_data(jax.random.split(jax.random.key(1), draws))
-    seen = Seen(jnp.arange(V)[None] % 3 == 0, jnp.arange(V)[None] % 5)
-    choose_one = lambda key: choose_all(logits[None], key[None], sampling, seen)[0][0]
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), count))
+    history = History(jnp.arange(V)[None] % 3 == 0, jnp.arange(V)[None] % 5)
+    sample_one = lambda key: sample_all(
+        logits[None], key[None], sampling, history
+    ).token[0]
     tokens = np.asarray(
-        jax.jit(lambda keys: jax.lax.map(choose_one, keys, batch_size=1000))(keys)
+        jax.jit(lambda keys: jax.lax.map(sample_one, keys, batch_size=1000))(keys)
     )
-    scores = adjusted(logits[None], make_slots(sampling, 1), seen)
-    kept = np.asarray(truncated(scores, sampling)[0], np.float64)
-    expected = draws * kept / kept.sum()
+    scores = adjust(logits[None], make_slots(sampling, 1), history)
+    kept = np.asarray(truncate(scores, sampling)[0], np.float64)
+    expected = count * kept / kept.sum()
     counts = np.bincount(tokens, minlength=V)
     assert not counts[expected == 0].any()
     common = expected >= 5
@@ -148,7 +151,7 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(options):
 @pytest.mark.parametrize("lowest", [0.0, 1e-3])
 def test_no_uniform_number_gives_a_token_of_weight_zero(lowest):
     """Rounding decides at the boundaries of blocks, so uniform numbers (multiples of
-    2^-23) next to all of them are tried; `lowest` masks tokens of other weights."""
+    2^-23) next to all of them are tried; `lowest` masks all other tokens."""
     rows, blocks, kept, one = 64, 16, 20, 2**23
     random = np.random.default_rng(0)
     weights = np.zeros((rows, blocks * 256), np.float32)
@@ -177,7 +180,7 @@ def test_the_largest_adjustments_leave_probabilities(greedy):
     rows, V = 8, 20
     logits = jax.random.normal(jax.random.key(0), (rows, V))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), rows))
-    seen = Seen(jnp.ones((rows, V), bool), jnp.full((rows, V), 10**5))
+    history = History(jnp.ones((rows, V), bool), jnp.full((rows, V), 10**5))
     temperature = 0.0 if greedy else 1.0
     for sign in (-1, 1):
         for factor in (1 / MAX_FACTOR, MAX_FACTOR):
@@ -189,7 +192,7 @@ def test_the_largest_adjustments_leave_probabilities(greedy):
                 frequency_penalty=sign * MAX_SHIFT,
                 logit_bias=((3, sign * MAX_SHIFT), (4, -np.inf)),
             )
-            token, log_prob, sampled = choose_all(logits, keys, sampling, seen)
+            token, log_prob, sampled = sample_all(logits, keys, sampling, history)
             assert np.all((token >= 0) & (token < V) & (token != 4))
             assert np.isfinite(log_prob).all() and np.isfinite(sampled).all()
 
@@ -207,11 +210,11 @@ def kept_by_sorting(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return kept
 
 
-def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
+def test_log_probs_are_of_the_full_model_and_of_the_sampled_distribution():
     logits = jax.random.normal(jax.random.key(0), (40, 50))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), 40))
     sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
-    token, log_prob, sampled = choose_all(logits, keys, sampling)
+    token, log_prob, sampled = sample_all(logits, keys, sampling)
     full = jax.nn.log_softmax(logits)
     expected = jnp.take_along_axis(full, token[:, None], -1)[:, 0]
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
@@ -220,20 +223,22 @@ def test_both_log_probs_are_returned_of_the_model_and_of_what_was_drawn_from():
         np.testing.assert_allclose(sampled[row], np.log(kept[chosen]), rtol=1e-4)
 
 
-def test_the_trainers_scores_are_those_of_the_distribution_drawn_from():
+def test_the_trainers_scores_are_those_of_the_sampled_distribution():
     logits = jax.random.normal(jax.random.key(0), (3, 4, 50))
     targets = jnp.argmax(logits, axis=-1)
     sampling = Sampling(max_tokens=1, temperature=0.7, top_k=20, top_p=0.8, min_p=0.1)
-    scores = sampled_from(sampling)(logits, targets)
+    scores = sampling_distribution(sampling)(logits, targets)
     ours = jax.nn.softmax(scores).reshape(12, 50)
     for row, values in zip(ours, logits.reshape(12, 50), strict=True):
         kept = kept_by_sorting(np.asarray(values, np.float64), sampling)
         np.testing.assert_allclose(row, kept, rtol=1e-4, atol=1e-7)
 
 
-def test_a_target_that_the_trainer_would_cut_off_still_has_a_finite_log_prob():
+def test_a_target_outside_the_trainers_truncation_has_a_finite_log_prob():
     logits = jnp.asarray([[[4.0, 3.0, -2.0]]])
-    scores = sampled_from(Sampling(max_tokens=1, top_k=1))(logits, jnp.asarray([[2]]))
+    scores = sampling_distribution(Sampling(max_tokens=1, top_k=1))(
+        logits, jnp.asarray([[2]])
+    )
     expected = np.exp(-2) / (np.exp(4) + np.exp(-2))
     np.testing.assert_allclose(jax.nn.softmax(scores)[0, 0, 2], expected, rtol=1e-5)
     assert jax.nn.softmax(scores)[0, 0, 1] == 0
@@ -245,20 +250,22 @@ def test_a_target_that_the_trainer_would_cut_off_still_has_a_finite_log_prob():
     pieces=st.lists(st.text("abc", max_size=3), min_size=6, max_size=6),
     tokens=st.lists(st.integers(0, 6), max_size=10),
 )
-def test_the_table_finds_stop_strings_where_the_text_has_them(strings, pieces, tokens):
-    table = token_table(strings, lambda: [p.encode() for p in pieces], 7)
+def test_the_stop_table_matches_where_the_text_contains_a_string(
+    strings, pieces, tokens
+):
+    table = make_stop_table(strings, lambda: [p.encode() for p in pieces], 7)
     assert table is not None
     state, text = START, ""
     for token in tokens:
         state = table[token, state]
         text += pieces[token] if token < 6 else ""  # token 6 is beyond the tokenizer
-        assert (state == FOUND) == any(string in text for string in strings)
+        assert (state == MATCHED) == any(string in text for string in strings)
 
 
-def test_stop_strings_that_cannot_be_are_refused():
-    assert token_table([], lambda: [], 5) is None
+def test_empty_stop_strings_are_rejected():
+    assert make_stop_table([], lambda: [], 5) is None
     with pytest.raises(InputError, match="empty"):
-        token_table(["x", ""], lambda: [b"x"], 1)
+        make_stop_table(["x", ""], lambda: [b"x"], 1)
 
 
 @pytest.mark.parametrize(
