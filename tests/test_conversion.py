@@ -222,11 +222,10 @@ def name_no_file(weight_map: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lack_a_tensor, "model.norm.weight of {last} is not in it"),
+        (lack_a_tensor, "lacks model.norm.weight of {last}"),
         (
             name_another_shard,
-            "model.norm.weight of {last} is not in it; model.norm.weight is not in "
-            "{first}",
+            "lacks model.norm.weight of {last}; model.norm.weight is not in {first}",
         ),
         (name_no_file, "model.norm.weight: 3, expected the name of a file"),
     ],

@@ -43,7 +43,6 @@ AUXILIARY = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
 AUXILIARY += ("chat_template", "generation_config")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")  # in headers of safetensors files
-Header = dict[str, tuple[tuple[int, ...], str]]  # name -> shape and type
 
 
 class Tensor(NamedTuple):
@@ -68,6 +67,14 @@ class Tensor(NamedTuple):
         if not self.transposed:
             return value.reshape(self.shape)
         return np.ascontiguousarray(value.reshape(self.shape[::-1]).T)
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
@@ -142,26 +149,24 @@ def load(
     """
     directory = Path(directory)
     config = read_config(directory)
-    paths = _locate_tensors(directory, config)
+    stored = _checked_tensors(directory, config)
     with contextlib.ExitStack() as stack:
         files = {
-            path: stack.enter_context(safe_open(path, framework="numpy"))
-            for path in set(paths.values())
+            file: stack.enter_context(safe_open(file, framework="numpy"))
+            for file in {tensor.file for tensor in stored.values()}
         }
 
         def read(name: str) -> np.ndarray:
-            value = files[paths[name]].get_tensor(name)
-            check_finite(value, f"{paths[name]}: {name}")
+            file = stored[name].file
+            value = files[file].get_tensor(name)
+            check_finite(value, f"{file}: {name}")
             return value
 
-        if (
-            config.tied
-            and HEAD in paths
-            and not np.array_equal(read(HEAD), read(EMBEDDING))
-        ):
+        has_both = config.tied and HEAD in stored
+        if has_both and not np.array_equal(read(HEAD), read(EMBEDDING)):
             raise InputError(
                 f"{directory}: {HEAD} differs from {EMBEDDING} although config.json "
-                "has tie_word_embeddings=true: set it to false, or remove the tensor"
+                "has tie_word_embeddings=true: set it to false or remove the tensor"
             )
         return build_params(
             config, lambda tensor: read(tensor.name), dtype, shardings, on_tensor
@@ -247,8 +252,8 @@ def _write_layer(stacked, value: Any, layer: int, sharding):
     return _write_program(sharding)(stacked, value, layer)
 
 
-def _locate_tensors(directory: Path, config: ModelConfig) -> dict[str, Path]:
-    """Return the file of each tensor, having compared the headers with the config.
+def _checked_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
+    """Return the tensors of a directory, having compared them with the config.
 
     Raises:
         InputError: they do not match, or a file is missing or not readable.
@@ -263,22 +268,13 @@ def _locate_tensors(directory: Path, config: ModelConfig) -> dict[str, Path]:
             f"{directory}: has {single.name} and {index.name}; remove the one that is "
             "not the model's"
         )
-    if index.is_file():
-        headers = _read_shards(index)
-    elif single.is_file():
-        headers = {single: _read_header(single)}
-    else:
+    if not index.is_file() and not single.is_file():
         raise InputError(f"{directory}: no {single.name} and no {index.name}")
-    paths = {name: path for path, header in headers.items() for name in header}
-    stored = {
-        name: entry for header in headers.values() for name, entry in header.items()
-    }
+    stored = _read_shards(index) if index.is_file() else _read_header(single)
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
-    unused = [HEAD] * config.tied
-    unused += [name for name in stored if name.endswith("rotary_emb.inv_freq")]
     problems = [f"missing {name}" for name in expected if name not in stored]
-    for name, (shape, dtype) in stored.items():
-        if name in unused:
+    for name, (_, shape, dtype) in stored.items():
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD):
             continue
         if name not in expected:
             problems.append(f"unknown {name}")
@@ -290,14 +286,14 @@ def _locate_tensors(directory: Path, config: ModelConfig) -> dict[str, Path]:
         raise InputError(
             f"{directory}: the weights do not match config.json: {_list(problems)}"
         )
-    return paths
+    return stored
 
 
-def _read_shards(index: Path) -> dict[Path, Header]:
-    """Return the headers of the files that an index names, having compared them.
+def _read_shards(index: Path) -> dict[str, Stored]:
+    """Return the tensors of the files that an index names.
 
     Raises:
-        InputError: the index names other tensors than its files have.
+        InputError: the index has other tensors than the files, or a file is missing.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -305,34 +301,32 @@ def _read_shards(index: Path) -> dict[Path, Header]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise InputError(f"{index}: {name}: {file!r}, expected the name of a file")
-    paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
-    missing = [file for file, path in paths.items() if not path.is_file()]
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
         raise InputError(f"{index}: names missing files: {_list(missing)}")
-    headers = {file: _read_header(path) for file, path in paths.items()}
+    headers = {file: _read_header(index.parent / file) for file in files}
     stored = {(name, file) for file, header in headers.items() for name in header}
     named = set(weight_map.items())
-    problems = [
-        f"{name} of {file} is not in it" for name, file in sorted(stored - named)
-    ]
+    problems = [f"lacks {name} of {file}" for name, file in sorted(stored - named)]
     problems += [f"{name} is not in {file}" for name, file in sorted(named - stored)]
     if problems:
         raise InputError(f"{index}: does not match its files: {_list(problems)}")
-    return {paths[file]: header for file, header in headers.items()}
+    return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _read_header(path: Path) -> Header:
-    """Return shape and type of each tensor of a file."""
+def _read_header(file: Path) -> dict[str, Stored]:
+    """Return the tensors of a file."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            parts = {name: file.get_slice(name) for name in names}
+        with safe_open(file, framework="numpy") as opened:
+            names = list(opened.keys())
+            slices = {name: opened.get_slice(name) for name in names}
             return {
-                name: (tuple(part.get_shape()), part.get_dtype())
-                for name, part in parts.items()
+                name: Stored(file, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a safetensors file: {error}") from None
+        raise InputError(f"{file}: not a safetensors file: {error}") from None
 
 
 def _list(items: list[str], limit: int = 20) -> str:
