@@ -177,8 +177,8 @@ def check_finite(value: np.ndarray, name: str) -> None:
     """Raise InputError if a weight is NaN or infinite.
 
     With their bits read as signed and as unsigned integers, such values are the
-    largest among the positive and among the negative numbers. Two maxima take less
-    time than `np.isfinite`, which is slow in bfloat16 and makes a copy.
+    largest among the positive and among the negative numbers. Two maxima take a sixth
+    of the time of `np.isfinite` in bfloat16, the same in float32.
     """
     limits = np.asarray([np.inf, -np.inf], value.dtype)
     for kind, limit in zip("iu", limits, strict=True):
