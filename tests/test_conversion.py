@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from safetensors.numpy import load_file, save_file
 
 from oreal_jax import model, sharding
 from oreal_jax.checkpoints import hf
-from oreal_jax.checkpoints.gguf import to_hugging_face_directory
+from oreal_jax.checkpoints.gguf import pre_tokenizer, to_hugging_face_directory
 from oreal_jax.checkpoints.source import import_model, open_model
+from oreal_jax.cli import main
+from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
 from oreal_jax.mesh import MeshShape, make_mesh
 
+INDEX = "model.safetensors.index.json"
 MESHES = [
     MeshShape(fsdp=8),
     MeshShape(fsdp=4, tensor=2),
@@ -158,7 +162,21 @@ def spoil_config(directory: Path) -> None:
 def spoil_index(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def spoil_value(value: Any) -> Callable[[Path], None]:
+    """Put a value into one weight, in place or as the array."""
+
+    def spoil(directory: Path) -> None:
+        values = tensors_of(directory)
+        if isinstance(value, np.ndarray):
+            values["model.norm.weight"] = value
+        else:
+            values["model.norm.weight"][3] = value
+        save_file(values, directory / "model.safetensors")
+
+    return spoil
 
 
 @pytest.mark.parametrize(
@@ -174,6 +192,13 @@ def spoil_index(directory: Path) -> None:
         (spoil_config, "config.json: not readable as JSON"),
         (spoil_index, "gone.safetensors"),
         (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+        (
+            lambda d: (d / INDEX).write_text("{}"),
+            f"has model.safetensors and {INDEX}; remove",
+        ),
+        (spoil_value(np.nan), "model.safetensors: model.norm.weight: has NaN"),
+        (spoil_value(-np.inf), "model.safetensors: model.norm.weight: has NaN"),
+        (spoil_value(np.zeros(32, np.int8)), "model.norm.weight has type I8, expected"),
     ],
 )
 def test_mismatched_weights_are_listed(spoil, message, tmp_path):
@@ -181,6 +206,75 @@ def test_mismatched_weights_are_listed(spoil, message, tmp_path):
     spoil(directory)
     with pytest.raises(InputError, match=message):
         hf.load(directory)
+
+
+def lack_a_tensor(weight_map: dict[str, Any]) -> None:
+    del weight_map["model.norm.weight"]
+
+
+def name_another_shard(weight_map: dict[str, Any]) -> None:
+    weight_map["model.norm.weight"] = weight_map["model.embed_tokens.weight"]
+
+
+def name_no_file(weight_map: dict[str, Any]) -> None:
+    weight_map["model.norm.weight"] = 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lack_a_tensor, "lacks model.norm.weight of {last}"),
+        (
+            name_another_shard,
+            "lacks model.norm.weight of {last}; model.norm.weight is not in {first}",
+        ),
+        (name_no_file, "model.norm.weight: 3, expected the name of a file"),
+    ],
+)
+def test_an_index_that_differs_from_its_shards_is_rejected(
+    spoil, message, tmp_path, capsys
+):
+    directory = tmp_path / "start"
+    families.write("qwen3", directory, max_shard_size="20KB")
+    index = json.loads((directory / INDEX).read_text())
+    weight_map = index["weight_map"]
+    files = {
+        "last": weight_map["model.norm.weight"],
+        "first": weight_map["model.embed_tokens.weight"],
+    }
+    spoil(weight_map)
+    (directory / INDEX).write_text(json.dumps(index))
+    assert main(["convert", "from-hf", str(directory), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{directory / INDEX}: " in error and message.format(**files) in error
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def test_a_head_that_should_be_tied_is_never_dropped(tmp_path):
+    families.write("qwen2-tied", tmp_path)
+    values = tensors_of(tmp_path)
+    params = hf.load(tmp_path)
+    values["lm_head.weight"] = values["model.embed_tokens.weight"].copy()
+    save_file(values, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path), params)
+    values["lm_head.weight"][5, 7] += 1
+    save_file(values, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="lm_head.weight differs from .*embed_tokens"):
+        hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_only_finite_weights_are_accepted(dtype):
+    dtype = jnp.dtype(dtype)
+    limits = jnp.finfo(dtype)
+    finite = [limits.max, limits.min, limits.smallest_subnormal, -0.0, 0.0, 1.5]
+    values = np.asarray(finite, dtype)
+    hf.check_finite(values, "w")
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        spoiled = values.copy()
+        spoiled[4] = bad
+        with pytest.raises(InputError, match="w: has NaN or infinite values"):
+            hf.check_finite(spoiled, "w")
 
 
 def test_an_export_never_overwrites(tmp_path):
@@ -238,8 +332,14 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(theirs, family: str, path: Path) -> None:
-    """A .gguf file as llama.cpp would write it."""
+def write_gguf(
+    theirs,
+    family: str,
+    path: Path,
+    *,
+    add: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
+    """A .gguf file as llama.cpp would write it; `add` adds to it."""
     config = theirs.config
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_hidden_layers)
@@ -252,12 +352,12 @@ def write_gguf(theirs, family: str, path: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if family == "qwen3":
         writer.add_key_length(config.head_dim)
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
     letters = [chr(33 + i) for i in range(config.vocab_size - len(marks) - 1)]
     tokens = [*marks, *letters, "!!"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(marks) + [1] * (len(tokens) - len(marks)))
+    writer.add_token_types([3, 3, 3, 4] + [1] * (len(tokens) - len(marks)))
     writer.add_token_merges(["! !"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -277,6 +377,7 @@ def write_gguf(theirs, family: str, path: Path) -> None:
         else:
             target = f"{GGUF_NAMES[core]}.{kind}"
         writer.add_tensor(target, np.ascontiguousarray(array))
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -297,6 +398,104 @@ def test_a_gguf_file_converts_to_its_original_model(name, family, tmp_path):
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert read.eos_token == "<|im_end|>" and read.chat_template
+
+
+def converted(path: Path, name: str, family: str, add) -> Path:
+    """Write a .gguf file and convert it."""
+    write_gguf(families.make(name), family, path / "model.gguf", add=add)
+    to_hugging_face_directory(path / "model.gguf", path / "hf", jnp.float32)
+    return path / "hf"
+
+
+def test_gguf_tokens_keep_their_ids_and_types(tmp_path):
+    def add(writer):
+        writer.add_tokenizer_pre("deepseek-r1-qwen")
+        writer.add_eot_token_id(1)
+
+    chat = Chat(load_tokenizer(converted(tmp_path, "qwen2-tied", "qwen2", add)))
+    tokens = chat.encode("5<think>7<|im_start|>")
+    letter = lambda x: 4 + ord(x) - 33
+    assert tokens == [letter("5"), 3, letter("7"), 1]
+    assert chat.decode(tokens) == "5<think>7"
+    assert chat.stop_tokens() == (1, 2)
+    states = [
+        pre_tokenizer(name).__getstate__() for name in ("qwen2", "deepseek-r1-qwen")
+    ]
+    assert states[0] == states[1]
+
+
+def llama3_divisors(config) -> np.ndarray:
+    """The tensor that llama.cpp's converter stores for Llama 3.1."""
+    rope, head_dim = config.rope_parameters, config.head_dim
+    length = rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wave = 2 * np.pi * rope["rope_theta"] ** (i / head_dim)
+        if wave < length / high:
+            divisors.append(1.0)
+        elif wave > length / low:
+            divisors.append(rope["factor"])
+        else:
+            smooth = (length / wave - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.asarray(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_a_gguf_file_of_llama_3_1_converts_with_its_rope(factor, tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = transformers.LlamaConfig(
+        **families.SIZES | {"hidden_size": 64}, rope_parameters=rope
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    add = lambda writer: writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
+    write_gguf(theirs, "llama", tmp_path / "model.gguf", add=add)
+    to_hugging_face_directory(tmp_path / "model.gguf", tmp_path / "hf", jnp.float32)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(90)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def add_parts(writer: gguf.GGUFWriter) -> None:
+    writer.add_uint16("split.no", 0)
+    writer.add_uint16("split.count", 3)
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (add_parts, "part 1 of 3 of a split model"),
+        (
+            lambda w: w.add_tensor("rope_freqs.weight", np.full(4, 2, np.float32)),
+            "rope_freqs.weight is not that of Llama 3.1",
+        ),
+        (
+            lambda w: w.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)),
+            "unknown tensor blk.0.attn_q.bias",
+        ),
+        (lambda w: w.add_tokenizer_pre("gpt-4o"), "pre='gpt-4o' is not supported"),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_converted_leaves_nothing_behind(
+    add, message, tmp_path, capsys
+):
+    write_gguf(families.make("llama"), "llama", tmp_path / "model.gguf", add=add)
+    arguments = [str(tmp_path / name) for name in ("model.gguf", "run")]
+    assert main(["convert", "from-hf", *arguments]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    with pytest.raises(InputError, match=f"model.gguf: .*{message}"):
+        to_hugging_face_directory(tmp_path / "model.gguf", tmp_path / "hf", jnp.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_a_gguf_file_of_another_family_is_rejected(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import make_tiny
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
@@ -68,6 +68,8 @@ def test_stop_tokens_are_those_of_model_and_stop_words(tmp_path):
     for own in (3, [3, end]):
         settings.write_text(json.dumps({"eos_token_id": own}))
         assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (3, end)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [4, end]}))
+    assert Chat(load_tokenizer(tmp_path)).stop_tokens() == (3, 4, end)
     settings.write_text("{")
     with pytest.raises(
         InputError, match="generation_config.json: not readable as JSON"
@@ -111,6 +113,29 @@ def test_a_template_file_replaces_the_tokenizers_template(directory, tmp_path):
         Chat(load_tokenizer(directory), None, file)
     with pytest.raises(InputError, match="gone.jinja: no such file"):
         Chat(load_tokenizer(directory), None, tmp_path / "gone.jinja")
+
+
+@pytest.mark.parametrize("label", ["Qwen2Tokenizer", "LlamaTokenizerFast"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_text_is_split_by_the_rules_of_tokenizer_json(kind, label, tmp_path):
+    """AutoTokenizer splits digits where the model is a Qwen2: it reads the vocabulary
+    alone."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*letters, "12"])}
+    core = Tokenizer(models.BPE(vocabulary, [("1", "2")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(str(tmp_path))
+    for name, fields in {
+        "tokenizer_config.json": {"tokenizer_class": label},
+        "config.json": {"model_type": kind},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(fields))
+    text = "12 It's e\u0301  \n"
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    assert expected[0] == vocabulary["12"]
+    assert load_tokenizer(tmp_path).encode(text) == expected
+    if kind == "qwen2":
+        assert AutoTokenizer.from_pretrained(tmp_path).encode(text) != expected
 
 
 @pytest.mark.parametrize(

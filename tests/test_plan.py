@@ -202,7 +202,7 @@ def model_file(tmp_path):
     """A directory with the config.json of a small model."""
     from oreal_jax.checkpoints.families import to_hugging_face
 
-    (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(SHAPE, "float32")))
+    (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(SHAPE)))
     return tmp_path
 
 

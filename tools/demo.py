@@ -24,7 +24,7 @@ from rich.table import Table
 
 from oreal_jax import config as configuration
 from oreal_jax import config_loading, evaluation, program_cache
-from oreal_jax.checkpoints import hf
+from oreal_jax.checkpoints.export import export
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer, read_prompts
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with screen.phase("export"):
                 source = open_model(run)
                 mesh = make_mesh(MeshShape(), source.config)
-                hf.save(source.load(mesh), source.config, exported, source=source.files)
+                export(source, source.load(mesh), exported)
     except InputError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

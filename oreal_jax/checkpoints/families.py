@@ -1,26 +1,59 @@
-"""Hugging Face's config.json to `ModelConfig` and back: Qwen2, Qwen3 and Llama.
+"""Conversion of Hugging Face's config.json to `ModelConfig` and back.
 
-Values that the decoder does not support are rejected by name, never ignored.
+The families are Qwen2, Qwen3 and Llama. Fields that are unknown, and values that the
+decoder does not support, are rejected by name.
 """
 
+import math
 from typing import Any
 
 from oreal_jax.errors import InputError
 from oreal_jax.model.config import ModelConfig, Rope
 
-FAMILIES = ("llama", "qwen2", "qwen3")
-
+# The families, each with its fields that have no effect on logits.
+FAMILIES: dict[str, set[str]] = {
+    "llama": {"is_llama_config"},
+    "qwen2": {"sliding_window", "max_window_layers"},  # used by use_sliding_window
+    "qwen3": {"sliding_window", "max_window_layers"},
+}
+# Fields of any family that have no effect on logits: where a model comes from, how it
+# was trained, defaults of generation, options of transformers.
+IGNORED = """
+    _name_or_path name_or_path _commit_hash architectures transformers_version
+    transformers.js_config unsloth_fixed unsloth_version tokenizer_class dtype
+    torch_dtype use_bfloat16 torchscript attn_implementation _attn_implementation
+    _attn_implementation_autoset _flash_attn_2_enabled
+    attention_dropout initializer_range gradient_checkpointing
+    finetuning_task problem_type task_specific_params
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id prefix
+    use_cache max_length max_new_tokens min_length do_sample early_stopping num_beams
+    num_beam_groups num_return_sequences temperature top_k top_p min_p typical_p
+    repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id
+    suppress_tokens begin_suppress_tokens exponential_decay_length_penalty
+    remove_invalid_values return_dict return_dict_in_generate output_scores
+    output_attentions output_hidden_states chunk_size_feed_forward is_decoder
+    tie_encoder_decoder id2label label2id num_labels
+"""
+OFF = (False, None)
 # The only supported values of these fields, where present.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "use_sliding_window": (False, None),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, 1.0, None),
+    "use_sliding_window": OFF,
+    "use_mrope": OFF,
+    "mlp_bias": OFF,
+    "rope_interleaved": OFF,
+    "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
+    "is_encoder_decoder": OFF,
+    "add_cross_attention": OFF,
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
 }
 ORIGINAL_LENGTH = "original_max_position_embeddings"
-# The parameters of each `rope_type`; those of llama3 have no defaults.
+# The parameters of each `rope_type`. Those of llama3 have no defaults, the others need
+# only `factor`.
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -28,46 +61,46 @@ ROPE_FIELDS = {
     "yarn": ("factor", ORIGINAL_LENGTH, "beta_fast", "beta_slow", "truncate")
     + ("attention_factor",),
 }
-ROPE_NUMBERS = {"rope_theta", *ROPE_FIELDS["llama3"], *ROPE_FIELDS["yarn"]}
-ROPE_NUMBERS -= {"truncate"}
 
 
 def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
     """Return the model shape of a config.json; `where` names the file in messages.
 
     Raises:
-        InputError: a field is missing or has an unsupported value.
+        InputError: a field is missing, unknown or has an unsupported value.
     """
-    family = fields.get("model_type")
-    if family not in FAMILIES:
+    remaining = dict(fields)  # without those that have been read
+    family = remaining.pop("model_type", None)
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{where}: model_type={family!r} is not supported, "
             f"only {', '.join(FAMILIES)}"
         )
-    # Qwen2 always has biases, without saying so.
-    bias = (False, None) if family != "qwen2" else (True, None)
+    # Qwen2 always has these biases; its config.json has no field for them.
+    bias = OFF if family != "qwen2" else (True, None)
     for name, supported in {**SUPPORTED, "attention_bias": bias}.items():
-        if fields.get(name) not in supported and name in fields:
-            raise InputError(f"{where}: {name}={fields[name]!r} is not supported")
-    layers = fields.get("layer_types") or []
+        if name in remaining and (value := remaining.pop(name)) not in supported:
+            raise InputError(f"{where}: {name}={value!r} is not supported")
+    layers = remaining.pop("layer_types", None) or []
     if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
         raise InputError(
             f"{where}: layer_types={layers!r} is not supported; only full_attention is"
         )
+    tied = remaining.pop("tie_word_embeddings", None)
+    if not isinstance(tied, bool | None):
+        raise InputError(
+            f"{where}: tie_word_embeddings={tied!r}, expected true or false"
+        )
 
-    def number(name: str, default: Any = None, kind: type = int) -> Any:
-        value = fields.get(name)
-        value = default if value is None else value
-        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        if not is_number or value <= 0:
-            expected = "number" if kind is float else "whole number"
-            raise InputError(
-                f"{where}: {name}={value!r}, expected a positive {expected}"
-            )
-        return value
+    def number(name: str, default: int | None = None) -> Any:
+        return _take_number(remaining, name, where, default)
 
     heads, embed = number("num_attention_heads"), number("hidden_size")
-    return ModelConfig(
+    length = number("max_position_embeddings")
+    rope = _take_rope(remaining, length, where)
+    if rope.kind == "yarn":  # the length after stretching, whatever the other field is
+        length = int(rope.factor * rope.original_max_length)
+    config = ModelConfig(
         vocab=number("vocab_size"),
         embed=embed,
         layers=number("num_hidden_layers"),
@@ -75,65 +108,114 @@ def from_hugging_face(fields: dict[str, Any], where: str) -> ModelConfig:
         kv_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", 128 if family == "qwen3" else embed // heads),
         mlp=number("intermediate_size"),
-        rope=_rope(fields, number("max_position_embeddings"), where),
-        norm_epsilon=number("rms_norm_eps", kind=float),
+        rope=rope,
+        norm_epsilon=_take_number(remaining, "rms_norm_eps", where, kind=float),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        tied=bool(fields.get("tie_word_embeddings", False)),
-        max_length=number("max_position_embeddings"),
+        tied=bool(tied),
+        max_length=length,
+    )
+    for name in sorted(remaining.keys() - {*IGNORED.split()} - FAMILIES[family]):
+        raise InputError(
+            f"{where}: unknown field {name}={remaining[name]!r}; if it does not change "
+            "the model, remove it"
+        )
+    return config
+
+
+def _take_number(
+    fields: dict[str, Any],
+    name: str,
+    where: str,
+    default: int | float | None = None,
+    kind: type = int,
+) -> Any:
+    """Remove a positive number from `fields` and return it."""
+    value = fields.pop(name, None)
+    value = default if value is None else value
+    is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        expected = "number" if kind is float else "whole number"
+        raise InputError(f"{where}: {name}={value!r}, expected a positive {expected}")
+    return value
+
+
+def _take_rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
+    """Remove `rope_theta`, `rope_scaling` and transformers 5's `rope_parameters`.
+
+    Where both are present, transformers reads `rope_scaling` and drops the other.
+    """
+    values = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        values[name] = fields.pop(name, None) or {}
+        if not isinstance(values[name], dict):
+            raise InputError(f"{where}: {name}={values[name]!r}, expected an object")
+    name = "rope_scaling" if values["rope_scaling"] else "rope_parameters"
+    dropped = values["rope_parameters"] if name == "rope_scaling" else {}
+    given = {"rope_theta": fields.pop("rope_theta", None), **values[name]}
+    given = {key: value for key, value in given.items() if value is not None}
+    number = lambda key, default=None: _take_number(
+        given, key, f"{where}: {name}", default, float
+    )
+    theta = float(number("rope_theta", 10_000.0))
+    if (dropped.get("rope_theta") or theta) != theta:
+        raise InputError(
+            f"{where}: rope_scaling replaces rope_parameters, whose rope_theta="
+            f"{dropped['rope_theta']!r} would become {theta}; add rope_theta to "
+            "rope_scaling and remove rope_parameters"
+        )
+    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]
+    kind, *others = kinds or ["default"]
+    if kind not in [*ROPE_FIELDS] or others not in ([], [kind]):
+        raise InputError(
+            f"{where}: {name}: rope_type={' and '.join(map(repr, kinds))} is not "
+            f"supported ({', '.join(ROPE_FIELDS)} are)"
+        )
+    if given.get("partial_rotary_factor") == 1:
+        given.pop("partial_rotary_factor")
+    for key in sorted(given.keys() - {*ROPE_FIELDS[kind]}):
+        raise InputError(
+            f"{where}: {name}: {key}={given[key]!r} is not supported with "
+            f"rope_type={kind!r}"
+        )
+    if kind == "default":
+        return Rope(theta=theta)
+    truncate = given.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise InputError(
+            f"{where}: {name}: truncate={truncate!r}, expected true or false"
+        )
+    required = ROPE_FIELDS[kind] if kind == "llama3" else ("factor",)
+    own = {key: float(number(key)) for key in sorted({*required, *given})}
+    return Rope(
+        theta=theta,
+        kind=kind,
+        original_max_length=int(own.pop(ORIGINAL_LENGTH, max_length)),
+        truncate=truncate,
+        **own,
     )
 
 
-def _rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
-    """Read `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError(f"{where}: rope_scaling={scaling!r}, expected an object")
-    scaling = {"rope_theta": fields.get("rope_theta"), **scaling}
-    scaling = {name: value for name, value in scaling.items() if value is not None}
-    for name, value in scaling.items():
-        is_number = isinstance(value, int | float) and value > 0
-        if name in ROPE_NUMBERS and not is_number:
-            raise InputError(f"{where}: {name}={value!r}, expected a positive number")
-        if name == "partial_rotary_factor" and value != 1:
-            raise InputError(f"{where}: {name}={value!r} is not supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_FIELDS:
-        raise InputError(
-            f"{where}: rope_type={kind!r} is not supported "
-            f"({', '.join(ROPE_FIELDS)} are)"
-        )
-    theta = float(scaling.get("rope_theta", 10_000.0))
-    if kind == "default":
-        return Rope(theta=theta)
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    own = {name: value for name, value in scaling.items() if name not in common}
-    for name in sorted(own.keys() - {*ROPE_FIELDS[kind]}):
-        raise InputError(
-            f"{where}: {name}={own[name]!r} is not supported with rope_type={kind!r}"
-        )
-    required = ROPE_FIELDS[kind] if kind == "llama3" else ["factor"]
-    for name in sorted({*required} - own.keys()):
-        raise InputError(f"{where}: rope_type={kind!r} without {name}")
-    original = own.pop(ORIGINAL_LENGTH, max_length)
-    return Rope(theta=theta, kind=kind, original_max_length=original, **own)
-
-
-def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return a config.json for a model that was not imported from one."""
-    if config.qk_norm:
-        family, name = "qwen3", "Qwen3ForCausalLM"
-    elif config.qkv_bias:
-        family, name = "qwen2", "Qwen2ForCausalLM"
-    else:
-        family, name = "llama", "LlamaForCausalLM"
-    rope, scaling = config.rope, None
+def rope_fields(rope: Rope) -> dict[str, Any]:
+    """Return the fields of rotary embedding that transformers 4 and 5 both read."""
+    scaling = None
     if rope.kind != "default":
         values = {**vars(rope), ORIGINAL_LENGTH: rope.original_max_length}
         scaling = {"rope_type": rope.kind}
         scaling |= {name: values[name] for name in ROPE_FIELDS[rope.kind]}
         if not rope.attention_factor:
             scaling.pop("attention_factor", None)
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """Return a config.json without type, for a model that was not imported from one."""
+    if config.qk_norm:
+        family, name = "qwen3", "Qwen3ForCausalLM"
+    elif config.qkv_bias:
+        family, name = "qwen2", "Qwen2ForCausalLM"
+    else:
+        family, name = "llama", "LlamaForCausalLM"
     return {
         "architectures": [name],
         "model_type": family,
@@ -146,9 +228,7 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "intermediate_size": config.mlp,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
+        **rope_fields(config.rope),
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
-        "dtype": dtype,
     }

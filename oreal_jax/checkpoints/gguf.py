@@ -1,7 +1,6 @@
 """Import of llama.cpp's .gguf files, dequantised into a Hugging Face directory."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.families import FAMILIES
 from oreal_jax.errors import InputError
+from oreal_jax.files import new_directory
 from oreal_jax.model import ModelConfig
 from oreal_jax.model.config import Rope
 
-SPECIAL = 3  # llama.cpp's type of special tokens
+SPECIAL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,8 +24,10 @@ SPLITS = {
     "default": "",
     "smollm": "",
     "qwen2": WORDS % "",
+    "deepseek-r1-qwen": WORDS % "",
     "llama-bpe": WORDS % "{1,3}",
 }
+ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def to_hugging_face_directory(
@@ -34,8 +36,9 @@ def to_hugging_face_directory(
     """Write config, weights and tokenizer of a .gguf file as a Hugging Face directory.
 
     Raises:
-        InputError: not a gguf file, an unsupported architecture, or tensors that are
-            missing or of another shape.
+        InputError: not a gguf file, one of several parts, an unsupported architecture
+            or tokenizer, or tensors that are missing, unknown, of another shape or not
+            finite.
     """
     import gguf
 
@@ -46,10 +49,19 @@ def to_hugging_face_directory(
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path}: not a gguf file: {error}") from None
     metadata = functools.partial(_metadata, path, reader)
+    parts = metadata(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1)
+    if parts > 1:
+        part = metadata(gguf.Keys.Split.LLM_KV_SPLIT_NO, 0) + 1
+        raise InputError(
+            f"{path}: part {part} of {parts} of a split model; join them first: "
+            "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+        )
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config, family = _config(path, metadata, stored)
+    tokenizer, token_ids = _tokenizer(path, metadata, config.max_length)
     architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[family], config.layers)
+    unknown = stored.keys() - {ROPE_DIVISORS}
     sources = {}
     for tensor in hf.tensors(config):
         name = names.get_name(tensor.name, (".weight", ".bias"))
@@ -61,30 +73,47 @@ def to_hugging_face_directory(
                 f"{path}: {name} has shape {shape}, expected {tensor.shape}"
             )
         sources[tensor.name] = stored[name]
+        unknown.remove(name)
+    if unknown:
+        raise InputError(f"{path}: unknown tensor {min(unknown)}")
 
     def read(tensor: hf.Tensor) -> np.ndarray:
-        source = sources[tensor.name]
-        value = gguf.dequantize(source.data, source.tensor_type).reshape(tensor.shape)
+        value = _dequantize(sources[tensor.name]).reshape(tensor.shape)
+        hf.check_finite(value, f"{path}: {sources[tensor.name].name}")
         if family == "llama" and ".q_proj." in tensor.name:
             return _split_halves(value, config.heads)
         if family == "llama" and ".k_proj." in tensor.name:
             return _split_halves(value, config.kv_heads)
         return value
 
-    params = hf.build_params(config, read, dtype, None, on_tensor)
-    hf.save(params, config, directory)
-    _write_tokenizer(path, metadata, directory, config.max_length)
+    with new_directory(directory) as scratch:
+        params = hf.build_params(config, read, dtype, None, on_tensor)
+        hf.save(params, config, scratch)
+        tokenizer.save_pretrained(str(scratch))
+        hf.write_json(scratch / "generation_config.json", token_ids)
+
+
+def _dequantize(tensor: Any) -> np.ndarray:
+    import gguf
+
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
 def _split_halves(value: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of each head's rows: planes (2i, 2i + 1) back to
-    (i, i + K/2)."""
+    """Return the rows of each head as Hugging Face stores them.
+
+    llama.cpp stores a plane's rows next to each other: (2i, 2i + 1) -> (i, i + K/2).
+    """
     rows = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:])
     return rows.swapaxes(1, 2).reshape(value.shape)
 
 
 def _metadata(path: Path, reader: Any, name: str, default: Any = None) -> Any:
-    """Return a value of a file's metadata; InputError where it has no default."""
+    """Return a value of a file's metadata.
+
+    Raises:
+        InputError: it is not there and has no default.
+    """
     field = reader.get_field(name)
     value = default if field is None else field.contents()
     if value is None:
@@ -104,11 +133,15 @@ def _config(
         )
     get = lambda name, default=None: metadata(f"{family}.{name}", default)
     scaling = get("rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in stored:
+    if scaling != "none":
         raise InputError(
             f"{path}: {family}.rope.scaling.type={scaling!r} is not supported"
         )
     embed, heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", embed // heads)
+    rope = Rope(theta=float(get("rope.freq_base", 10_000.0)))
+    if ROPE_DIVISORS in stored:
+        rope = _llama3_rope(path, rope.theta, head_dim, stored[ROPE_DIVISORS])
     epsilon = get("attention.layer_norm_rms_epsilon")
     config = ModelConfig(
         vocab=len(metadata("tokenizer.ggml.tokens")),
@@ -116,9 +149,9 @@ def _config(
         layers=get("block_count"),
         heads=heads,
         kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", embed // heads),
+        head_dim=head_dim,
         mlp=get("feed_forward_length"),
-        rope=Rope(theta=float(get("rope.freq_base", 10_000.0))),
+        rope=rope,
         norm_epsilon=float(f"{epsilon:.6g}"),  # stored as float32
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
@@ -128,14 +161,44 @@ def _config(
     return config, family
 
 
-def _write_tokenizer(
-    path: Path, metadata: Callable, directory: Path, max_length: int
-) -> None:
-    """Write the byte-level BPE tokenizer of the metadata, and its special tokens.
+def _llama3_rope(path: Path, theta: float, head_dim: int, tensor: Any) -> Rope:
+    """Return the embedding whose frequencies are divided by the values of `tensor`.
 
-    transformers' own reader of .gguf files needs torch.
+    The file does not have the parameters, which are the same in Llama 3.1 to 3.3 but
+    for the factor.
+
+    Raises:
+        InputError: the values are those of other parameters.
     """
-    from tokenizers import Tokenizer, decoders, models
+    divisors = _dequantize(tensor)
+    rope = Rope(
+        theta=theta,
+        kind="llama3",
+        factor=float(divisors.max()),
+        original_max_length=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    plain, scaled = (r.frequencies(head_dim)[0] for r in (Rope(theta=theta), rope))
+    expected = np.divide(plain, scaled)
+    same_shape = divisors.shape == expected.shape
+    if not same_shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise InputError(
+            f"{path}: {ROPE_DIVISORS} is not that of Llama 3.1 to 3.3, others are not "
+            "supported"
+        )
+    return rope
+
+
+def _tokenizer(
+    path: Path, metadata: Callable, max_length: int
+) -> tuple[Any, dict[str, Any]]:
+    """Return the byte-level BPE tokenizer of the metadata, and its special tokens.
+
+    The latter are those of generation_config.json. transformers' own reader of .gguf
+    files needs torch.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     get = lambda name, default=None: metadata(f"tokenizer.ggml.{name}", default)
@@ -150,9 +213,12 @@ def _write_tokenizer(
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     core.pre_tokenizer = pre_tokenizer(split)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(
-        [token for token, type in zip(tokens, types, strict=True) if type == SPECIAL]
-    )
+    whole = [
+        AddedToken(token, special=type == SPECIAL, normalized=False)
+        for token, type in zip(tokens, types, strict=True)
+        if type in (SPECIAL, USER_DEFINED)
+    ]
+    core.add_tokens(whole)  # they keep their ids
     ids = {
         "bos": int(get("bos_token_id", -1)),
         "eos": int(get("eos_token_id")),
@@ -165,9 +231,9 @@ def _write_tokenizer(
         model_max_length=max_length,
         **{f"{name}_token": tokens[id] for name, id in ids.items()},
     )
-    tokenizer.save_pretrained(str(directory))
-    text = json.dumps({f"{name}_token_id": id for name, id in ids.items()}, indent=2)
-    (directory / "generation_config.json").write_text(text + "\n")
+    turn = int(get("eot_token_id", ids["eos"]))  # ends a turn of a conversation
+    stops = {"eos": sorted({ids["eos"], turn})} if turn != ids["eos"] else {}
+    return tokenizer, {f"{name}_token_id": id for name, id in (ids | stops).items()}
 
 
 def pre_tokenizer(split: str) -> Any:

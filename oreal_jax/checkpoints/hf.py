@@ -22,9 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from oreal_jax import model
-from oreal_jax.checkpoints.families import from_hugging_face, to_hugging_face
+from oreal_jax.checkpoints.families import (
+    from_hugging_face,
+    rope_fields,
+    to_hugging_face,
+)
 from oreal_jax.errors import InputError
-from oreal_jax.files import new_directory, read_json
+from oreal_jax.files import new_directory, read_json, write_text
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.sharding import put
 
@@ -37,6 +41,8 @@ TreePath = tuple[str, ...]
 MAX_HOST_STACK_BYTES = 2**28
 AUXILIARY = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
 AUXILIARY += ("chat_template", "generation_config")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")  # in headers of safetensors files
 
 
 class Tensor(NamedTuple):
@@ -61,6 +67,14 @@ class Tensor(NamedTuple):
         if not self.transposed:
             return value.reshape(self.shape)
         return np.ascontiguousarray(value.reshape(self.shape[::-1]).T)
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
@@ -90,14 +104,14 @@ def tensors(config: ModelConfig) -> list[Tensor]:
             Tensor("self_attn.q_norm.weight", (K,), ("attention", "query_norm")),
             Tensor("self_attn.k_norm.weight", (K,), ("attention", "key_norm")),
         ]
-    table = [Tensor("model.embed_tokens.weight", (V, D), ("embedding",))]
+    table = [Tensor(EMBEDDING, (V, D), ("embedding",))]
     for layer in range(config.layers):
         for name, shape, path, transposed, _ in in_layer:
             name, path = f"model.layers.{layer}.{name}", ("layers", *path)
             table.append(Tensor(name, shape, path, transposed, layer))
     table.append(Tensor("model.norm.weight", (D,), ("final_norm",)))
     if not config.tied:
-        table.append(Tensor("lm_head.weight", (V, D), ("head",), True))
+        table.append(Tensor(HEAD, (V, D), ("head",), True))
     return table
 
 
@@ -130,18 +144,47 @@ def load(
     """Load the parameters of a Hugging Face directory in `dtype` and `shardings`.
 
     Raises:
-        InputError: lists tensors that are missing, unknown or of another shape.
+        InputError: names tensors that are missing, unknown, of another shape or type,
+            or not finite, and a vocabulary head that should be tied but differs.
     """
     directory = Path(directory)
     config = read_config(directory)
-    paths = _checked_files(directory, config)
+    stored = _checked_tensors(directory, config)
     with contextlib.ExitStack() as stack:
         files = {
-            path: stack.enter_context(safe_open(path, framework="numpy"))
-            for path in set(paths.values())
+            file: stack.enter_context(safe_open(file, framework="numpy"))
+            for file in {tensor.file for tensor in stored.values()}
         }
-        read = lambda tensor: files[paths[tensor.name]].get_tensor(tensor.name)
-        return build_params(config, read, dtype, shardings, on_tensor)
+
+        def read(name: str) -> np.ndarray:
+            file = stored[name].file
+            value = files[file].get_tensor(name)
+            check_finite(value, f"{file}: {name}")
+            return value
+
+        has_both = config.tied and HEAD in stored
+        if has_both and not np.array_equal(read(HEAD), read(EMBEDDING)):
+            raise InputError(
+                f"{directory}: {HEAD} differs from {EMBEDDING} although config.json "
+                "has tie_word_embeddings=true: set it to false or remove the tensor"
+            )
+        return build_params(
+            config, lambda tensor: read(tensor.name), dtype, shardings, on_tensor
+        )
+
+
+def check_finite(value: np.ndarray, name: str) -> None:
+    """Raise InputError if a weight is NaN or infinite.
+
+    With their bits read as signed and as unsigned integers, such values are the
+    largest among the positive and among the negative numbers. Two maxima take a sixth
+    of the time of `np.isfinite` in bfloat16, the same in float32.
+    """
+    limits = np.asarray([np.inf, -np.inf], value.dtype)
+    for kind, limit in zip("iu", limits, strict=True):
+        integer = f"{kind}{value.itemsize}"
+        if value.view(integer).max() >= limit.view(integer):
+            raise InputError(f"{name}: has NaN or infinite values")
 
 
 def build_params(
@@ -209,8 +252,8 @@ def _write_layer(stacked, value: Any, layer: int, sharding):
     return _write_program(sharding)(stacked, value, layer)
 
 
-def _checked_files(directory: Path, config: ModelConfig) -> dict[str, Path]:
-    """Return the file of each tensor, having compared names and shapes with the config.
+def _checked_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
+    """Return the tensors of a directory, having compared them with the config.
 
     Raises:
         InputError: they do not match, or a file is missing or not readable.
@@ -219,51 +262,71 @@ def _checked_files(directory: Path, config: ModelConfig) -> dict[str, Path]:
         directory / name
         for name in ("model.safetensors.index.json", "model.safetensors")
     )
-    files = [single]
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: no weight_map in it")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        missing = [path.name for path in files if not path.is_file()]
-        if missing:
-            raise InputError(f"{index}: names missing files: {_list(missing)}")
-    elif not single.is_file():
+    if index.is_file() and single.is_file():
+        # transformers loads the single file, vLLM those of the index.
+        raise InputError(
+            f"{directory}: has {single.name} and {index.name}; remove the one that is "
+            "not the model's"
+        )
+    if not index.is_file() and not single.is_file():
         raise InputError(f"{directory}: no {single.name} and no {index.name}")
-    paths: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        header = _read_header(path)
-        paths |= dict.fromkeys(header, path)
-        shapes |= header
+    stored = _read_shards(index) if index.is_file() else _read_header(single)
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
-    unused = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tied
-    problems = [f"missing {name}" for name in expected if name not in shapes]
-    problems += [
-        f"unknown {name}"
-        for name in shapes
-        if name not in expected and not name.endswith(unused)
-    ]
-    problems += [
-        f"{name} has shape {shapes[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
-    ]
+    problems = [f"missing {name}" for name in expected if name not in stored]
+    for name, (_, shape, dtype) in stored.items():
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD):
+            continue
+        if name not in expected:
+            problems.append(f"unknown {name}")
+        elif shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, expected {expected[name]}")
+        elif dtype not in FLOATS:
+            problems.append(f"{name} has type {dtype}, expected {', '.join(FLOATS)}")
     if problems:
         raise InputError(
             f"{directory}: the weights do not match config.json: {_list(problems)}"
         )
-    return paths
+    return stored
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors of a file."""
+def _read_shards(index: Path) -> dict[str, Stored]:
+    """Return the tensors of the files that an index names.
+
+    Raises:
+        InputError: the index has other tensors than the files, or a file is missing.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: no weight_map in it")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise InputError(f"{index}: {name}: {file!r}, expected the name of a file")
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (index.parent / file).is_file()]
+    if missing:
+        raise InputError(f"{index}: names missing files: {_list(missing)}")
+    headers = {file: _read_header(index.parent / file) for file in files}
+    stored = {(name, file) for file, header in headers.items() for name in header}
+    named = set(weight_map.items())
+    problems = [f"lacks {name} of {file}" for name, file in sorted(stored - named)]
+    problems += [f"{name} is not in {file}" for name, file in sorted(named - stored)]
+    if problems:
+        raise InputError(f"{index}: does not match its files: {_list(problems)}")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    """Return the tensors of a file."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        with safe_open(file, framework="numpy") as opened:
+            names = list(opened.keys())
+            slices = {name: opened.get_slice(name) for name in names}
+            return {
+                name: Stored(file, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a safetensors file: {error}") from None
+        raise InputError(f"{file}: not a safetensors file: {error}") from None
 
 
 def _list(items: list[str], limit: int = 20) -> str:
@@ -282,8 +345,9 @@ def save(
 ) -> None:
     """Write a Hugging Face directory in the parameters' dtype.
 
-    Config, tokenizer, chat template and generation config are copied from `source`. At
-    most `max_shard_size` bytes of weights are on the host at once.
+    Config, tokenizer, chat template and generation config are copied from `source`, in
+    a form that transformers 4 and 5 read. At most `max_shard_size` bytes of weights are
+    on the host at once.
 
     Raises:
         InputError: the directory is not empty or cannot be written.
@@ -292,14 +356,34 @@ def save(
     with new_directory(Path(directory)) as scratch:
         shards = list(_shards(config, dtype.itemsize, max_shard_size))
         _write_weights(params, shards, scratch, on_tensor)
-        fields = to_hugging_face(config, dtype.name)
+        fields = to_hugging_face(config)
         if source:
             fields = read_json(source / "config.json")
-            fields.pop("torch_dtype", None)
-            fields["dtype"] = dtype.name
+            if fields.pop("rope_parameters", None):  # unknown to transformers 4
+                fields |= rope_fields(config.rope)
             for name in auxiliary_files(source):
                 shutil.copy2(source / name, scratch / name)
-        (scratch / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+            _rename_tokenizer_fields(scratch / "tokenizer_config.json")
+        # The name in transformers 4, and the newer one.
+        fields |= {"torch_dtype": dtype.name, "dtype": dtype.name}
+        write_json(scratch / "config.json", fields)
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write a JSON file as transformers does."""
+    write_text(path, json.dumps(fields, indent=2) + "\n")
+
+
+def _rename_tokenizer_fields(path: Path) -> None:
+    """Rename what only transformers 5 knows, to names that both versions read."""
+    if not path.is_file():
+        return
+    fields = read_json(path)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    write_json(path, fields)
 
 
 def _write_weights(
@@ -322,13 +406,14 @@ def _write_weights(
         save_file(values, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path = directory / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _shards(config: ModelConfig, itemsize: int, limit: int) -> Iterator[list[Tensor]]:
-    """Group tensors in order into shards of at most `limit` bytes; a single tensor may
-    exceed it."""
+    """Group tensors in order into shards of at most `limit` bytes.
+
+    A single tensor may exceed it.
+    """
     shard, size = [], 0
     for tensor in tensors(config):
         tensor_bytes = math.prod(tensor.shape) * itemsize

@@ -61,8 +61,10 @@ class Checkpoints:
     """The numbered checkpoints of a run directory, saved in the background."""
 
     def __init__(self, run: Path, *, keep: int | None = None):
-        """Opens `run/checkpoints` for writing and removes remains of killed saves; the
-        newest `keep` checkpoints are kept (default: all)."""
+        """Open `run/checkpoints` for writing and remove remains of killed saves.
+
+        The newest `keep` checkpoints are kept (default: all).
+        """
         self._manager = ocp.CheckpointManager(
             (run / "checkpoints").resolve(),
             options=ocp.CheckpointManagerOptions(

@@ -1,9 +1,9 @@
 """Models on disk: Hugging Face and run directories; import of both and of .gguf."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -19,14 +19,14 @@ from oreal_jax.model import ModelConfig, Params
 class ModelSource(NamedTuple):
     """A model on disk.
 
-    `files` is the directory of its config.json and tokenizer, `system_prompt` that of
-    the run that trained it (None for other models).
+    `files` is the directory of its config.json and tokenizer, `settings` is the config
+    of the run that trained it (empty for other models).
     """
 
     path: Path
     config: ModelConfig
     files: Path
-    system_prompt: str | None = None
+    settings: Mapping[str, Any] = {}
 
     def load(
         self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = hf.ignore
@@ -59,9 +59,7 @@ def open_model(path: str | Path) -> ModelSource:
     run_config = path / "config.json"
     is_run = files != path and run_config.is_file()
     settings = read_json(run_config) if is_run else {}
-    return ModelSource(
-        path, hf.read_config(files), files, settings.get("system_prompt")
-    )
+    return ModelSource(path, hf.read_config(files), files, settings)
 
 
 def copy_files(source: ModelSource, destination: Path) -> None:

@@ -60,7 +60,7 @@ def to_hf(parsed: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from oreal_jax import program_cache
-    from oreal_jax.checkpoints import hf
+    from oreal_jax.checkpoints.export import export
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.console import Screen
     from oreal_jax.mesh import MeshShape, make_mesh
@@ -69,11 +69,10 @@ def to_hf(parsed: argparse.Namespace) -> None:
     source = open_model(parsed.source)
     program_cache.enable()
     with screen.phase("convert") as advance:
-        hf.save(
+        export(
+            source,
             source.load(make_mesh(MeshShape(), source.config), jnp.dtype(parsed.dtype)),
-            source.config,
             parsed.destination,
-            source=source.files,
             max_shard_size=parsed.max_shard_size,
             on_tensor=lambda name: advance(),
         )

@@ -170,9 +170,10 @@ def bias(text: str) -> tuple[int, float]:
 
 
 class GenerationModel:
-    """A model ready to complete prompts with `sampling`; `stops` are stop strings.
+    """A model ready to complete prompts with `sampling`.
 
-    `load` waits for its weights.
+    Completions end at the stop words and strings of the run that trained it, and at
+    `stops`. `load` waits for its weights.
     """
 
     def __init__(self, args: argparse.Namespace, sampling, stops=()):
@@ -192,10 +193,12 @@ class GenerationModel:
         self.load = in_background(lambda: source.load(mesh, dtype))
         system_prompt = args.system_prompt
         if system_prompt is None:
-            system_prompt = source.system_prompt
+            system_prompt = source.settings.get("system_prompt")
         tokenizer = load_tokenizer(source.files)
         words = [text for text in stops if text in tokenizer.all_special_tokens]
         strings = [text for text in stops if text not in words]
+        words += source.settings.get("stop_words", ())
+        strings += source.settings.get("stop_strings", ())
         self.chat = Chat(tokenizer, system_prompt, stop_strings=strings)
         self.engine = Engine(
             source.config,

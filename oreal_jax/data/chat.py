@@ -18,13 +18,17 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         InputError: there is none that transformers can read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not any((directory / name).is_file() for name in VOCABULARIES):
         names = ", ".join(VOCABULARIES)
         raise InputError(f"{directory}: no usable tokenizer: it has none of {names}")
+    # AutoTokenizer may take only the vocabulary from tokenizer.json and split text by
+    # the rules of the class that belongs to the type of the model.
+    has_rules = (directory / "tokenizer.json").is_file()
+    reader = PreTrainedTokenizerFast if has_rules else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return reader.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers passes on errors of many kinds
         reason = summarize(error)
         raise InputError(f"{directory}: no usable tokenizer: {reason}") from None
@@ -117,14 +121,17 @@ class Chat:
     def stop_tokens(self, words: Sequence[str] = ()) -> tuple[int, ...]:
         """Return the tokens that end a completion: the model's own and one per word.
 
+        The model's own are those of its tokenizer, config.json and
+        generation_config.json.
+
         Raises:
-            InputError: a word is not exactly one known token, or the model's
-                generation_config.json is invalid.
+            InputError: a word is not exactly one known token, or a file of the model is
+                invalid.
         """
         tokens = {self.tokenizer.eos_token_id}
-        path = Path(self.tokenizer.name_or_path) / "generation_config.json"
-        if path.is_file():
-            value = read_json(path).get("eos_token_id")
+        for name in ("config.json", "generation_config.json"):
+            path = Path(self.tokenizer.name_or_path) / name
+            value = read_json(path).get("eos_token_id") if path.is_file() else None
             model_tokens = value if isinstance(value, list) else [value]
             if not all(token is None or type(token) is int for token in model_tokens):
                 raise InputError(f"{path}: eos_token_id={value!r}, expected tokens")
