@@ -67,7 +67,7 @@ def test_rows_without_id_are_numbered(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"question": "a"}', "invalid.jsonl:2: field 'gold_answer' is None"),
+        ('{"question": "a"}', "invalid.jsonl:2: no field 'gold_answer'; its"),
         (
             '{"question": "", "gold_answer": "1"}',
             "invalid.jsonl:2: field 'question' is ''",
@@ -81,14 +81,15 @@ def test_rows_without_id_are_numbered(tmp_path):
             '{"question": "a", "gold_answer": "1", "pass_rate": "x"}',
             "'pass_rate' is 'x'",
         ),
-        ('{"question": "a", "gold_answer": "1", "id": "0"}', "'id' is '0', as in"),
+        ('{"question": "a", "gold_answer": "1", "id": "x"}', "'id' is 'x', as in"),
         ("{", "invalid.jsonl:2: not JSON"),
         ("[1]", "invalid.jsonl:2: not a JSON object"),
     ],
 )
 def test_invalid_rows_are_reported_with_file_line_and_field(tmp_path, row, message):
     path = tmp_path / "invalid.jsonl"
-    path.write_text('{"question": "good", "gold_answer": "1"}\n' + row + "\n")
+    good = '{"question": "good", "gold_answer": "1", "id": "x"}'
+    path.write_text(f"{good}\n{row}\n")
     with pytest.raises(InputError) as caught:
         read_prompts(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
@@ -113,7 +114,7 @@ def test_unreadable_files_are_reported(tmp_path, name, content, message):
 
 
 def test_sft_examples_need_a_solution(jsonl, tmp_path):
-    with pytest.raises(InputError, match="field 'solution' is None"):
+    with pytest.raises(InputError, match="no field 'solution'; its fields are gold"):
         read_examples(jsonl)
     solved = lines(tmp_path / "s.jsonl", [{"question": "a", "solution": "b"}])
     assert read_examples(solved)[0].solution == "b"
