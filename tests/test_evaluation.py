@@ -141,7 +141,7 @@ def test_a_problem_that_is_too_long_is_named_counted_and_incorrect(
     words = ["--data", "six.jsonl", "--k", 2, "--json", "r.json"]
     assert oreal("eval", *words, "--max-tokens", 9) == 0
     printed = capsys.readouterr()
-    message = "six: problem 'long' is too long and counts as incorrect: prompt of 3"
+    message = "six, sampled: problem 'long' is too long for a completion: prompt of 3"
     assert printed.err.count(message) == 1
     assert "on 7 problems" in printed.out and "1 problem too long" in printed.out
     written = json.loads(Path("r.json").read_text())

@@ -333,6 +333,7 @@ def _completions(
                 seed=seed,
                 records=records,
                 on_progress=lambda tokens, finished: advance(finished, tokens),
+                log=screen.log,
             )
         yield groups
 

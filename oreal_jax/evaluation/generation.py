@@ -16,7 +16,7 @@ from oreal_jax.checkpoints.run import newest_policy
 from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import InputError
-from oreal_jax.evaluation.completions import CompletionRecord
+from oreal_jax.evaluation.completions import TOO_LONG, CompletionRecord
 from oreal_jax.files import fingerprint, write_text
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
@@ -145,22 +145,37 @@ def generate(
     records: Records,
     part: str = "",
     on_progress: Callable[[int, int], None] = lambda tokens, finished: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> list[list[CompletionRecord]]:
     """Generate `samples` completions of each prompt that are not in `records` yet.
 
-    `weights` are the engine's; `part` names the evaluation within `records`.
+    `weights` are the engine's; `part` names the evaluation within `records`. A prompt
+    that is too long is logged, and its completions are `TOO_LONG`.
 
     Raises:
-        InputError: a prompt and its completion exceed the model.
+        InputError: every prompt with its completion exceeds the model.
     """
+    encoded = {prompt: chat.encode(prompt.question) for prompt in prompts}
+    too_long: dict[Prompt, InputError] = {}
+    for prompt, tokens in encoded.items():
+        try:
+            engine.check_length(len(tokens), sampling.max_tokens)
+        except InputError as error:
+            too_long[prompt] = error
+    if prompts and len(too_long) == len(encoded):
+        raise next(iter(too_long.values()))
+    where = f"{part}: " if part else ""
+    for prompt, error in too_long.items():
+        log(f"{where}problem {prompt.id!r} is too long for a completion: {error}")
     missing = {
         p: [k for k in range(samples) if (part, p.id, k) not in records]
         for p in prompts
+        if p not in too_long
     }
-    new = [(prompt, 0) for prompt in prompts if len(missing[prompt]) == samples]
+    new = [(prompt, 0) for prompt in missing if len(missing[prompt]) == samples]
     partial = [
         (prompt, k)
-        for prompt in prompts
+        for prompt in missing
         if len(missing[prompt]) < samples
         for k in missing[prompt]
     ]
@@ -176,7 +191,7 @@ def generate(
             )
 
         requests = [
-            Request(chat.encode(prompt.question), sampling, prompt.key, first, seed)
+            Request(encoded[prompt], sampling, prompt.key, first, seed)
             for prompt, first in first_samples
         ]
         engine.sample(
@@ -185,4 +200,10 @@ def generate(
 
     complete(partial, 1)
     complete(new, samples)
-    return [[records[part, p.id, k] for k in range(samples)] for p in prompts]
+    return [
+        [
+            TOO_LONG if prompt in too_long else records[part, prompt.id, k]
+            for k in range(samples)
+        ]
+        for prompt in prompts
+    ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oreal_jax.evaluation.completions import Groups, VerifiedCompletion
+from oreal_jax.evaluation.completions import TOO_LONG, Groups, VerifiedCompletion
 from oreal_jax.evaluation.statistics import Measure, majority, mean, pass_at
 from oreal_jax.verify.extract import answer
 from oreal_jax.verify.rule import canonical
@@ -22,7 +22,8 @@ class Report(NamedTuple):
     `truncated` is the share of completions without stop token; `tokens_correct` and
     `tokens_incorrect` are mean lengths, None if there are no such completions.
     `breakdown` has the number of problems and the main measure for each value of a
-    field.
+    field. `too_long` counts problems without space for a completion, which are
+    incorrect.
     """
 
     measures: dict[str, Measure]
@@ -34,6 +35,7 @@ class Report(NamedTuple):
     tokens_incorrect: float | None
     breakdown: dict[str, dict[str, tuple[int, Measure]]]
     items: list[dict[str, Any]]
+    too_long: int = 0
 
     @property
     def name(self) -> str:
@@ -61,13 +63,18 @@ class Report(NamedTuple):
         }
         measures = {name: m._asdict() for name, m in self.measures.items()}
         main = {"accuracy": self.accuracy, "low": self.main.low, "high": self.main.high}
-        return main | self._asdict() | {"measures": measures, "breakdown": breakdown}
+        own = self._asdict() | {"measures": measures, "breakdown": breakdown}
+        if not self.too_long:
+            del own["too_long"]
+        return main | own
 
     def __str__(self) -> str:
+        count = f"{self.too_long} problem{'s' * (self.too_long > 1)} too long"
         return (
             f"{self.name} {self.accuracy:.1%} (95% interval {self.main.low:.1%} to "
             f"{self.main.high:.1%}) on {self.problems} problems; {self.truncated:.1%} "
             f"without stop token, {self.undecided} undecided"
+            + (f", {count}" if self.too_long else "")
         )
 
 
@@ -86,7 +93,9 @@ def report(
     main = greedy or sampled
     completions = list(itertools.chain.from_iterable([*greedy, *sampled]))
     lengths = lambda outcome: [
-        each.record.tokens for each in completions if each.correct == outcome
+        each.record.tokens
+        for each in completions
+        if each.correct == outcome and each.record != TOO_LONG
     ]
     average = lambda numbers: float(np.mean(numbers)) if numbers else None
     truncated = [each.record.finish_reason == "length" for each in completions]
@@ -105,6 +114,7 @@ def report(
             for group in groups
             for each in group
         ],
+        too_long=sum(group[0].record == TOO_LONG for group in main),
     )
 
 
