@@ -199,7 +199,7 @@ def build(
 
 
 def check_prompts_writable(out: Path) -> None:
-    """Raise InputError where `write_prompts` would, before the work."""
+    """Raise InputError if `write_prompts` would, before the work."""
     if out.suffix in (".json", ".parquet", ".csv", ".txt"):
         raise InputError(f"{out}: expected a .jsonl file or the name of a data set")
     if out.suffix != ".jsonl" and out.exists():
@@ -210,7 +210,7 @@ def check_prompts_writable(out: Path) -> None:
 def write_prompts(
     prompts: Sequence[Prompt], out: Path, statistics: Mapping[str, Any] | None = None
 ) -> None:
-    """Write prompts as a .jsonl file, or as a data set where the suffix is another.
+    """Write prompts as a .jsonl file, or as a data set if the suffix is another.
 
     Raises:
         InputError: `out` cannot be written.

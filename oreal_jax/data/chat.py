@@ -8,7 +8,7 @@ from typing import Any
 from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import read_json, read_text
 
-# Without one of these, transformers silently makes a tokenizer that knows no word.
+# Without any of these, transformers silently makes a tokenizer without a vocabulary.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -45,8 +45,12 @@ class Chat:
         template: Path | None = None,
         stop_strings: Sequence[str] = (),
     ):
-        """Raises InputError where there is no chat template, or one that is invalid or
-        rejects these messages (some accept no system message)."""
+        """Check the template.
+
+        Raises:
+            InputError: there is none, or it is invalid or rejects these messages (some
+                accept no system message).
+        """
         if template:
             tokenizer.chat_template = read_text(template)
         source = template or tokenizer.name_or_path
@@ -95,6 +99,9 @@ class Chat:
 
         Byte-level vocabularies spell a byte as a printable letter, others a space as
         U+2581 and single bytes as <0x0A>.
+
+        Raises:
+            InputError: the tokenizer is not a fast one.
         """
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -77,8 +77,11 @@ class Shape(NamedTuple):
 
 
 class SizeLimits(NamedTuple):
-    """Upper bounds for every step of a run: completions, tokens of a prompt with its
-    completion, tokens of a completion; and the tokens of the shortest prompt."""
+    """Upper bounds for every step of a run.
+
+    Completions, tokens of a prompt with its completion, tokens of a completion; and
+    the tokens of the shortest prompt.
+    """
 
     completions: int
     sequence: int

@@ -60,7 +60,7 @@ def select_solutions(
             solutions.append(Solution(row["id"], row["question"], row["completion"]))
     selected, different = [], 0
     for question, solutions in correct.items():
-        # The first of equal ones, in the order of the last.
+        # Of equal solutions the first, at the place of the last.
         first = {words(s.solution): s for s in reversed(solutions)}
         candidates = list(reversed(first.values()))
         different += len(candidates)

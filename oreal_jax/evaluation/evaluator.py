@@ -90,7 +90,7 @@ class Evaluator:
 
 
 def check_fields(sets: Sequence[ProblemSet], by: Sequence[str]) -> None:
-    """Raise InputError if no set has a field to break the main measure down by."""
+    """Raise InputError if a field to break the main measure down by is in no set."""
     problems = [prompt for each in sets for prompt in each.problems]
     known = sorted({field for prompt in problems for field in prompt.labels})
     for field in by:

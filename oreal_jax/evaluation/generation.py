@@ -1,4 +1,4 @@
-"""Resumable generation: completions recorded in a journal as soon as they are finished.
+"""Resumable generation: a journal of completions, each written once it is finished.
 
 A completion is a function of (weights, sampling, seed, prompt, sample) and of nothing
 else, so a recorded one need not be generated again: an interrupted command resumes, and
@@ -26,7 +26,7 @@ Records = MutableMapping[Key, CompletionRecord]
 
 
 class Journal(dict[Key, CompletionRecord]):
-    """Records of completions that are on disk as soon as they are set.
+    """Records of completions, each written to disk when it is set.
 
     The first line of the file has the settings of their generation, each further line
     one record.
@@ -104,10 +104,8 @@ def resumable(
     try:
         yield journal
     except KeyboardInterrupt:
-        finished = "no completion is finished yet"
-        if journal:
-            finished = f"{len(journal)} completions are in {journal.path}"
-        log(f"{finished}; resume with the same command")
+        count = f"{len(journal) or 'no'} completions"
+        log(f"{count} are in {journal.path}; resume with the same command")
         raise
     journal.path.unlink(missing_ok=True)
 
@@ -118,7 +116,7 @@ def generation_settings(
     prompts: Sequence[Prompt],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that completions depend on, as JSON values.
+    """Return all that completions depend on, as JSON values.
 
     `options` are the generation options of a command.
     """

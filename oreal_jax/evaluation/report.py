@@ -1,4 +1,4 @@
-"""The measures of a model on one set of problems.
+"""Measures of a model on one set of problems.
 
 Greedy pass@1, or over K samples avg@K, pass@k and maj@K, each with a 95% interval over
 problems. A completion without its stop token is incorrect, as in training.
@@ -19,11 +19,10 @@ from oreal_jax.verify.rule import canonical
 class Report(NamedTuple):
     """Measures in [0, 1] by name, the main one first, and all verified completions.
 
-    `truncated` is the share of completions without stop token; `tokens_correct` and
-    `tokens_incorrect` are mean lengths, None if there are no such completions.
-    `breakdown` has the number of problems and the main measure for each value of a
-    field. `too_long` counts problems without space for a completion, which are
-    incorrect.
+    truncated: the share of completions without stop token.
+    tokens_correct, tokens_incorrect: mean lengths, None without such completions.
+    breakdown: number of problems and main measure for each value of a field.
+    too_long: number of problems without space for a completion; they are incorrect.
     """
 
     measures: dict[str, Measure]
@@ -53,7 +52,7 @@ class Report(NamedTuple):
         return self.main.value
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """Return the report as plain JSON values."""
         breakdown = {
             field: {
                 value: {"problems": count, **measure._asdict()}
@@ -119,7 +118,7 @@ def report(
 
 
 def sample_measures(groups: Groups, seed: int) -> dict[str, Measure]:
-    """avg@K, pass@k for k = 2, 4, ... K, and maj@K."""
+    """Compute avg@K, pass@k for k = 2, 4, ... K, and maj@K."""
     solved = correct(groups)
     samples = solved.shape[1]
     measures = {f"avg@{samples}": mean(solved.mean(axis=1), seed)}
@@ -137,12 +136,12 @@ def sample_measures(groups: Groups, seed: int) -> dict[str, Measure]:
 
 
 def correct(groups: Groups) -> np.ndarray:
-    """Which completions are correct: [problems, samples]."""
+    """Return which completions are correct: [problems, samples]."""
     return np.array([[each.correct for each in group] for group in groups])
 
 
 def vote(completion: VerifiedCompletion) -> str | None:
-    """The answer of a completion in one spelling; None if it has none."""
+    """Return the answer of a completion in one spelling; None if it has none."""
     if completion.record.finish_reason != "stop":
         return None
     text, _ = answer(completion.record.completion)
@@ -150,7 +149,7 @@ def vote(completion: VerifiedCompletion) -> str | None:
 
 
 def break_down(groups: Groups, field: str, seed: int) -> dict[str, tuple[int, Measure]]:
-    """The number of problems and their mean for each value of a field."""
+    """Return the number of problems and their mean for each value of a field."""
     shares: dict[str, list[float]] = {}
     for group, share in zip(groups, correct(groups).mean(axis=1), strict=True):
         for value in group[0].prompt.values(field):
@@ -162,12 +161,12 @@ def break_down(groups: Groups, field: str, seed: int) -> dict[str, tuple[int, Me
 
 
 def items(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
-    """All verified completions of all sets."""
+    """Return all verified completions of all sets."""
     return [{"set": name} | item for name, r in reports.items() for item in r.items]
 
 
 def as_json(model: str, reports: Mapping[str, Report]) -> dict[str, Any]:
-    """All reports as plain JSON values; that of a single set at the top level, too."""
+    """Return all reports as JSON values; that of a single set also at the top level."""
     single = next(iter(reports.values())).as_json() if len(reports) == 1 else {}
     sets = {name: r.as_json() for name, r in reports.items()}
     for values in sets.values():

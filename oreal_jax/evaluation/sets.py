@@ -23,19 +23,19 @@ from oreal_jax.files import check_local, read_rows
 
 
 def plain(value: Any) -> Any:
-    """All answers of a list as one, and 27.0 as 27."""
+    """Join the answers of a list, and return 27.0 as 27."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def last_answer(value: Any) -> Any:
-    """The answer at the end of a solution."""
+    """Return the answer at the end of a solution."""
     return normalise_answer(value) if isinstance(value, str) else value
 
 
 class Preset(NamedTuple):
-    """A set by name: its title, and its rows on the hub.
+    """A set by name: its title, and its place on the hub.
 
     `files` is a pattern of file names there, without their endings; `read_answer` turns
     the value of the field `gold_answer` into the answer.

@@ -1,5 +1,6 @@
 """Tables of evaluations and comparisons."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -10,14 +11,13 @@ from oreal_jax.evaluation.published import PASS_AT_1, SETS
 from oreal_jax.evaluation.report import Report
 from oreal_jax.evaluation.sets import PRESETS
 
-FILE_WIDTH = 200  # columns where there is no terminal to fit
+FILE_WIDTH = 200  # columns of a file or pipe
 
 
 def show(*items: Table | str) -> None:
     """Print to standard output."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=FILE_WIDTH)
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    console = Console(highlight=False, markup=False, width=width)
     for item in items:
         console.print(item, soft_wrap=isinstance(item, str))
 
@@ -35,19 +35,19 @@ def show_reports(model: str, reports: Mapping[str, Report]) -> None:
 
 
 def make_table(
-    title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], left: int = 1
+    title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], names: int = 1
 ) -> Table:
-    """A table; the first `left` columns are aligned left, the others right."""
+    """Make a table whose first columns, `names` of them, are aligned left."""
     table = Table(title=title)
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < left else "right")
+        table.add_column(column, justify="left" if position < names else "right")
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def measure_table(reports: Mapping[str, Report]) -> Table:
-    """Every measure of every set, with its 95% interval."""
+    """Show every measure of every set, with its 95% interval."""
     each = list(reports.values())
     measures = dict.fromkeys(name for report in each for name in report.measures)
     table = make_table(
@@ -69,7 +69,7 @@ def measure_table(reports: Mapping[str, Report]) -> Table:
 
 
 def breakdown_table(name: str, report: Report, field: str) -> Table:
-    """The main measure for each value of a field."""
+    """Show the main measure for each value of a field."""
     return make_table(
         f"{name}: {report.name} by {field}",
         [field, "problems", report.name],
@@ -81,9 +81,9 @@ def breakdown_table(name: str, report: Report, field: str) -> Table:
 
 
 def published_table(model: str, reports: Mapping[str, Report]) -> Table:
-    """The paper's results on those of our sets that it reports, and ours.
+    """Show the paper's results on those of our sets that it reports, and ours.
 
-    Ours is greedy pass@1 if that was measured, else avg@K; the row says which.
+    Ours is greedy pass@1 if that was measured, else avg@K, as named in the row.
     """
     names = [name for name in SETS if name in reports]
     rows = [
@@ -102,7 +102,7 @@ def published_table(model: str, reports: Mapping[str, Report]) -> Table:
 def comparison_table(
     first: str, second: str, comparisons: Sequence[Comparison]
 ) -> Table:
-    """Both models on each set, and the significance of their difference."""
+    """Show both models on each set, and the significance of their difference."""
     points = lambda share: f"{100 * share:+.1f}"
     gain = lambda d: f"{points(d.value)} ({points(d.low)} to {points(d.high)})"
     columns = {
@@ -117,7 +117,7 @@ def comparison_table(
         "p": lambda c: f"{c.paired.p_value:.2g}",
     }
     rows = [[cell(each) for cell in columns.values()] for each in comparisons]
-    table = make_table(f"A = {first}, B = {second}", columns, rows, left=2)
+    table = make_table(f"A = {first}, B = {second}", columns, rows, names=2)
     table.caption = "p: exact sign-flip test over problems, two-sided"
     if left_out := sum(each.left_out for each in comparisons):
         table.caption += f"; {left_out} problems that only one file has are left out"
