@@ -15,7 +15,7 @@ MAX_LABELS = 48  # tokens of a completion whose texts fit under its picture
 
 
 def make_tables(results: Mapping[str, LossResult]) -> list[Table]:
-    """The terms of each loss, the shares of its coefficients, and their agreement."""
+    """Show the terms of losses, shares of their coefficients, and their agreement."""
     names = {name for result in results.values() for name in result.terms}
     value = lambda x: "" if x is None else f"{x:+.5f}"
     terms = _table(
@@ -51,7 +51,7 @@ def make_tables(results: Mapping[str, LossResult]) -> list[Table]:
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], **titles) -> Table:
-    """A table whose first column names the rows."""
+    """Make a table whose first column names the rows."""
     table = Table("", **titles)
     for column in columns:
         table.add_column(column, justify="right")
@@ -63,7 +63,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], **titles) -> T
 def to_json(
     results: Mapping[str, LossResult], trajectories: Sequence[SavedTrajectory]
 ) -> dict[str, Any]:
-    """All numbers, as plain JSON values; coefficients by completion."""
+    """Return all numbers as plain JSON values; coefficients by completion."""
     names = [trajectory.name for trajectory in trajectories]
     return {
         "completions": len(trajectories),
@@ -131,5 +131,5 @@ def plot(
 
 
 def _label(piece: str) -> str:
-    """A token's text with visible spaces; escaped, so that it is no formula."""
+    """Return a token's text with visible spaces, escaped so that it is no formula."""
     return repr(piece)[1:-1].replace(" ", "␣").replace("$", "\\$") or "∅"

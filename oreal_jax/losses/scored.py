@@ -1,4 +1,4 @@
-"""The arrays that a loss receives, and the denominators of its means."""
+"""Arrays that a loss receives, and the denominators of its means."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable

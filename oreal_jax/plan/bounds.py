@@ -26,8 +26,7 @@ from oreal_jax.sampling.work import DISPATCH, PAGE
 
 
 class Phase(NamedTuple):
-    """FLOPs of all devices; seconds of products, memory and links at their peaks, and
-    of the phase."""
+    """FLOPs of all devices; seconds of each resource at its peak, and of the phase."""
 
     flops: float
     products: float
@@ -39,7 +38,7 @@ class Phase(NamedTuple):
     def overlapping(
         cls, flops: float, products: float, memory: float, links: float
     ) -> "Phase":
-        """A phase whose products, memory and links overlap throughout."""
+        """Return a phase whose products, memory and links overlap throughout."""
         return cls(flops, products, memory, links, max(products, memory, links))
 
     @property
@@ -55,8 +54,10 @@ def phases(
     selected: list[tuple[int, int]],
     decode: Phase,
 ) -> dict[str, Phase]:
-    """Bounds of the phases of a step that trains on sequences of these (prompt,
-    completion) lengths. Rows are computed with their padding."""
+    """Return the bounds of a step that trains on these (prompt, completion) lengths.
+
+    Rows are computed with their padding.
+    """
     peak, micros = PEAKS[findings.kind], findings.micros
     rows = config.packing.rows * findings.mesh["data"] * findings.mesh["fsdp"]
     packed = micros * rows * config.packing.row_length
@@ -93,8 +94,10 @@ def phases(
 
 
 class DecodingEstimate(NamedTuple):
-    """The slowest process: its decoding steps, mean running rows of an engine, rows
-    swapped out, and the bound, which does not include swapping."""
+    """The slowest process: decoding steps, mean running rows of an engine, swaps.
+
+    `swapped` counts rows; the bound `phase` does not include swapping.
+    """
 
     steps: int
     rows: float
@@ -103,7 +106,7 @@ class DecodingEstimate(NamedTuple):
 
 
 def completion_lengths(config: TrainConfig, mean: int) -> Int[np.ndarray, "N K"]:
-    """Tokens of a step's completions: log-normal, cut at `sampling.max_tokens`."""
+    """Return log-normal lengths of a step's completions, cut at the maximum."""
     shape = config.prompts_per_step, config.samples_per_prompt
     count, longest = shape[0] * shape[1], config.sampling.max_tokens
     return heavy_tailed(count, mean, longest).reshape(shape)
@@ -116,8 +119,10 @@ def estimate_decoding(
     lengths: Int[np.ndarray, "N K"],
     cache_tokens: int,
 ) -> DecodingEstimate:
-    """Decoding of completions of these lengths with `cache_tokens` per engine; process
-    i generates for prompts i, i + processes, ..."""
+    """Simulate decoding to these lengths with `cache_tokens` per engine.
+
+    Process i generates for prompts i, i + processes, ...
+    """
     prompt = mean_prompt_tokens(config)
     work = efficiency.decode((prompt, int(size)) for size in lengths.flat)
     flops = efficiency.forward_flops(shape, work)
@@ -143,7 +148,7 @@ def estimate_decoding(
 def decoding_bound(
     config: TrainConfig, shape: ModelConfig, findings: Findings, rounds: Sequence[Round]
 ) -> Phase:
-    """The bound of a process's rounds; its engines wait for the fullest."""
+    """Return the bound of a process's rounds; its engines wait for the fullest."""
     peak, tensor = PEAKS[findings.kind], findings.tensor
     copies = -(-tensor // shape.kv_heads)  # key-value heads are repeated if too few
 

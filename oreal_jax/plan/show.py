@@ -36,7 +36,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def conclusion(plan: Plan) -> str:
-    """One line: whether the run fits, by its largest program."""
+    """Return one line: whether the run fits, by its largest program."""
     largest, arrays = plan.largest, plan.findings.held
     bound = "" if largest.temporary is not None else "at least "
     needs = (
