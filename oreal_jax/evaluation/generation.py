@@ -91,23 +91,21 @@ def resumable(
     The journal is removed when the block ends without error. Without `out` the records
     are in memory only.
     """
-    if out is None:
-        try:
-            yield {}
-        except KeyboardInterrupt:
-            log("no completions are kept because no output file is named")
-            raise
-        return
-    journal = Journal(out.with_name(out.name + ".unfinished"), settings)
-    if journal:
-        log(f"{journal.path}: resuming after {len(journal)} completions")
+    path = out and out.with_name(f"{out.name}.unfinished")
+    records = Journal(path, settings) if path else {}
+    if records:
+        log(f"{path}: resuming after {len(records)} completions")
     try:
-        yield journal
+        yield records
     except KeyboardInterrupt:
-        count = f"{len(journal) or 'no'} completions"
-        log(f"{count} are in {journal.path}; resume with the same command")
+        log(
+            f"{len(records)} completions are in {path}; resume with the same command"
+            if path
+            else "no completions are kept because no output file is named"
+        )
         raise
-    journal.path.unlink(missing_ok=True)
+    if path:
+        path.unlink(missing_ok=True)
 
 
 def generation_settings(

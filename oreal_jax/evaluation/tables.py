@@ -1,11 +1,12 @@
 """Tables of evaluations and comparisons."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from oreal_jax.console import make_table
 from oreal_jax.evaluation.compare import Comparison
 from oreal_jax.evaluation.published import PASS_AT_1, SETS
 from oreal_jax.evaluation.report import Report
@@ -34,26 +35,14 @@ def show_reports(model: str, reports: Mapping[str, Report]) -> None:
         show(published_table(model, reports))
 
 
-def make_table(
-    title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], names: int = 1
-) -> Table:
-    """Make a table whose first columns, `names` of them, are aligned left."""
-    table = Table(title=title)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < names else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def measure_table(reports: Mapping[str, Report]) -> Table:
     """Show every measure of every set, with its 95% interval."""
     each = list(reports.values())
     measures = dict.fromkeys(name for report in each for name in report.measures)
     table = make_table(
-        "share of problems solved, with 95% intervals",
         ["", *reports],
         [(name, *(str(r.measures.get(name, "")) for r in each)) for name in measures],
+        title="share of problems solved, with 95% intervals",
     )
     table.add_section()
     length = lambda value: "" if value is None else f"{value:.1f}"
@@ -70,13 +59,11 @@ def measure_table(reports: Mapping[str, Report]) -> Table:
 
 def breakdown_table(name: str, report: Report, field: str) -> Table:
     """Show the main measure for each value of a field."""
+    values = report.breakdown[field].items()
     return make_table(
-        f"{name}: {report.name} by {field}",
         [field, "problems", report.name],
-        [
-            (value, str(count), str(measure))
-            for value, (count, measure) in report.breakdown[field].items()
-        ],
+        [(value, str(count), str(measure)) for value, (count, measure) in values],
+        title=f"{name}: {report.name} by {field}",
     )
 
 
@@ -86,12 +73,14 @@ def published_table(model: str, reports: Mapping[str, Report]) -> Table:
     Ours is greedy pass@1 if that was measured, else avg@K, as named in the row.
     """
     names = [name for name in SETS if name in reports]
-    rows = [
-        (row, *(f"{values[SETS.index(name)]:.1f}" for name in names))
-        for row, values in PASS_AT_1.items()
-    ]
-    title = "pass@1 compared with arXiv:2502.06781 (greedy, its own prompts)"
-    table = make_table(title, ["model", *(PRESETS[n].title for n in names)], rows)
+    table = make_table(
+        ["model", *(PRESETS[name].title for name in names)],
+        [
+            (row, *(f"{values[SETS.index(name)]:.1f}" for name in names))
+            for row, values in PASS_AT_1.items()
+        ],
+        title="pass@1 compared with arXiv:2502.06781 (greedy, its own prompts)",
+    )
     table.add_section()
     measures = ", ".join(sorted({reports[name].name for name in names}))
     ours = (f"{100 * reports[name].accuracy:.1f}" for name in names)
@@ -117,8 +106,8 @@ def comparison_table(
         "p": lambda c: f"{c.paired.p_value:.2g}",
     }
     rows = [[cell(each) for cell in columns.values()] for each in comparisons]
-    table = make_table(f"A = {first}, B = {second}", columns, rows, names=2)
-    table.caption = "p: exact sign-flip test over problems, two-sided"
+    caption = "p: exact sign-flip test over problems, two-sided"
     if left_out := sum(each.left_out for each in comparisons):
-        table.caption += f"; {left_out} problems that only one file has are left out"
-    return table
+        caption += f"; {left_out} problems that only one file has are left out"
+    title = f"A = {first}, B = {second}"
+    return make_table(columns, rows, names=2, title=title, caption=caption)

@@ -34,13 +34,6 @@ class Phase(NamedTuple):
     links: float
     seconds: float
 
-    @classmethod
-    def overlapping(
-        cls, flops: float, products: float, memory: float, links: float
-    ) -> "Phase":
-        """Return a phase whose products, memory and links overlap throughout."""
-        return cls(flops, products, memory, links, max(products, memory, links))
-
     @property
     def limit(self) -> str:
         """The slowest of products, memory and links."""
@@ -76,12 +69,12 @@ def phases(
     prompts = efficiency.prefill([mean_prompt_tokens(config)] * config.prompts_per_step)
 
     def bound(name: str, flops: float, memory_bytes: float) -> Phase:
-        return Phase.overlapping(
-            flops,
+        seconds = (
             flops / findings.devices / peak.flops,
             memory_bytes / peak.bandwidth,
             findings.moved[name] / peak.links,
         )
+        return Phase(flops, *seconds, seconds=max(seconds))  # they overlap completely
 
     prefill = efficiency.forward_flops(shape, prompts)
     update_bytes = 2 * state + passes * models * weights * micros
