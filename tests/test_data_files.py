@@ -59,6 +59,12 @@ def built(tmp_path_factory) -> Path:
 # Reading
 
 
+def test_parquet_equals_jsonl(tmp_path):
+    jsonl = write_lines(tmp_path / "p.jsonl", *ROWS)
+    parquet = write_parquet(tmp_path / "p.parquet", *ROWS)
+    assert read_prompts(parquet) == read_prompts(jsonl) == PROMPTS
+
+
 def test_blank_lines_windows_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
     path = tmp_path / "p.jsonl"
     text = "\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in ROWS) + "\r\n \r\n"
@@ -86,11 +92,17 @@ def test_keys_are_distinct_32_bit_checksums_of_ids():
             '{"question": "q", "gold_answer": ' + "1" * 5000 + "}",
             "p.jsonl:1: not JSON: Exceeds the limit",
         ),
+        (GOOD + "\n{", "p.jsonl:2: not JSON"),
+        ('{"question": "q"}', "p.jsonl:1: no field 'gold_answer'; its fields are que"),
         ('{"question": " ", "gold_answer": "1"}', "field 'question' is ' ', expected"),
+        ('{"question": "q", "gold_answer": []}', "field 'gold_answer' is [], expected"),
         ('{"question": "q", "gold_answer": true}', "'gold_answer' is True, expected"),
         ('{"question": "q", "gold_answer": NaN}', "'gold_answer' is nan, expected"),
         (GOOD[:-1] + ', "id": [1]}', "field 'id' is [1], expected text"),
         (GOOD[:-1] + ', "id": "\\ud800"}', "field 'id' is '\\ud800', not valid Uni"),
+        ("\n".join([GOOD[:-1] + ', "id": 0}'] * 2), "p.jsonl:2: field 'id' is '0', as"),
+        (GOOD[:-1] + ', "pass_rate": 1.5}', "'pass_rate' is 1.5, expected 0 to 1"),
+        (GOOD[:-1] + ', "pass_rate": "x"}', "'pass_rate' is 'x', expected 0 to 1"),
         (GOOD[:-1] + ', "pass_rate": NaN}', "'pass_rate' is nan, expected 0 to 1"),
         (GOOD[:-1] + ', "pass_rate": true}', "'pass_rate' is True, expected 0 to 1"),
     ],
@@ -119,11 +131,17 @@ def test_invalid_parquet_rows_are_reported_with_their_number(tmp_path):
     [
         ("folder", "folder: a directory, expected a .jsonl or .parquet file"),
         ("text.parquet", "text.parquet: not a parquet file"),
+        ("gone.jsonl", "gone.jsonl: no such file"),
+        ("empty.jsonl", "empty.jsonl: the file has no rows"),
+        ("blank.jsonl", "blank.jsonl: the file has no rows"),
+        ("table.csv", "table.csv: expected .jsonl or .parquet, not '.csv'"),
     ],
 )
 def test_unusable_files_are_reported(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "text.parquet").write_text(GOOD)
+    texts = {"text.parquet": GOOD, "empty.jsonl": "", "blank.jsonl": "\n\n"}
+    for file, text in (texts | {"table.csv": "a,b"}).items():
+        (tmp_path / file).write_text(text)
     with pytest.raises(InputError) as caught:
         load_prompts(str(tmp_path / name))
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -189,6 +207,11 @@ def test_rows_with_and_without_id_do_not_collide(tmp_path):
 # TFDS
 
 
+def test_a_data_set_contains_the_prompts_it_was_built_from(built):
+    assert load_prompts(str(built)) == PROMPTS
+    assert [path.name for path in built.parent.iterdir()] == ["data"]
+
+
 def test_pass_rates_are_stored_exactly(tmp_path):
     """A resumed run reads its own copy and must find the same difficulty bands."""
     prompts = [Prompt(str(i), "q", "1", i / 10) for i in range(11)]
@@ -211,7 +234,6 @@ def test_a_data_set_is_never_overwritten(built):
     with pytest.raises(InputError, match="data: exists and is not an empty directory"):
         build(PROMPTS[:1], built)
     assert load_prompts(str(built)) == PROMPTS
-    assert [path.name for path in built.parent.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "array_record"])
