@@ -138,7 +138,7 @@ def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsy
     for word in ("released", "grpo", "actor/positive_loss", "early", "agreement"):
         assert word in output
     written = json.loads(numbers.read_text())
-    assert (written["completions"], found["tokens"]) == (4, 18)
+    assert (written["completions"], written["tokens"]) == (4, 18)
     released = written["losses"]["released"]
     assert len(released["coefficients"]["0/a/1"]) == 7
     assert set(released["agreement"]) == {"released", "grpo"}
