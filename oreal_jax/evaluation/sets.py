@@ -44,35 +44,25 @@ class Preset(NamedTuple):
     title: str
     hub: str
     files: str
-    question: str
-    gold_answer: str
+    question: str = "question"
+    gold_answer: str = "answer"
     read_answer: Callable[[Any], Any] = plain
 
 
 PRESETS = {
-    "math500": Preset(
-        "MATH-500", "HuggingFaceH4/MATH-500", "*test*", "problem", "answer"
-    ),
-    "aime2024": Preset(
-        "AIME2024", "HuggingFaceH4/aime_2024", "*train-*", "problem", "answer"
-    ),
-    "aime2025-i": Preset(
-        "AIME2025-I", "opencompass/AIME2025", "*aime2025-I", "question", "answer"
-    ),
-    "aime2025": Preset(
-        "AIME2025", "opencompass/AIME2025", "*aime2025*", "question", "answer"
-    ),
-    "amc23": Preset("AMC23", "math-ai/amc23", "*test*", "question", "answer"),
+    "math500": Preset("MATH-500", "HuggingFaceH4/MATH-500", "*test*", "problem"),
+    "aime2024": Preset("AIME2024", "HuggingFaceH4/aime_2024", "*train-*", "problem"),
+    "aime2025-i": Preset("AIME2025-I", "opencompass/AIME2025", "*aime2025-I"),
+    "aime2025": Preset("AIME2025", "opencompass/AIME2025", "*aime2025*"),
+    "amc23": Preset("AMC23", "math-ai/amc23", "*test*"),
     "olympiadbench": Preset(
-        *("Olympiad", "Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*"),
-        *("question", "final_answer"),
+        "Olympiad",
+        "Hothan/OlympiadBench",
+        "*OE_TO_maths_en_COMP*",
+        gold_answer="final_answer",
     ),
-    "gsm8k": Preset(
-        "GSM8K", "openai/gsm8k", "main/test*", "question", "answer", last_answer
-    ),
-    "livemathbench": Preset(
-        "LiveMath", "opencompass/LiveMathBench", "*v202412*_en*", "question", "answer"
-    ),
+    "gsm8k": Preset("GSM8K", "openai/gsm8k", "main/test*", read_answer=last_answer),
+    "livemathbench": Preset("LiveMath", "opencompass/LiveMathBench", "*v202412*_en*"),
 }
 
 
