@@ -88,7 +88,7 @@ class Chat:
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Return the text of each token alone, special tokens included."""
+        """Return the text of each single token, special tokens included."""
         with self._lock:
             for token in set(map(int, tokens)) - self._pieces.keys():
                 self._pieces[token] = self.tokenizer.decode([token])

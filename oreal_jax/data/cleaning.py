@@ -100,7 +100,7 @@ def words(question: str) -> tuple[str, ...]:
 
 
 def remove_duplicates(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Removal]]:
-    """Keep the first of equal questions, and none where their answers differ."""
+    """Keep the first of equal questions, and none if their answers differ."""
     copies: dict[tuple[str, ...], list[Prompt]] = {}
     for prompt in prompts:
         copies.setdefault(words(prompt.question), []).append(prompt)

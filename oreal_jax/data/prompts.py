@@ -57,7 +57,7 @@ class SolvedQuestion:
 
 
 class Prediction(NamedTuple):
-    """An answer to verify, which may be empty; the question where it is known."""
+    """An answer to verify, which may be empty; the question if it is known."""
 
     prediction: str
     gold: str

@@ -26,7 +26,7 @@ class Solution(NamedTuple):
 
 
 class RftSet(NamedTuple):
-    """The selected solutions, and counts of what they were selected from."""
+    """The selected solutions, and counts of the completions that they are from."""
 
     solutions: list[Solution]
     completions: int
@@ -49,7 +49,7 @@ def select_solutions(
     """Select at most `limit` different correct completions of each question.
 
     `rows` have `id, question, completion, verdict`. Completions that differ only in
-    spacing or case are the same. The choice depends on (seed, question) alone.
+    spacing or case are the same. The choice depends only on (seed, question).
     """
     correct: dict[str, list[Solution]] = {}
     completions = 0

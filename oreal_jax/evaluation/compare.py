@@ -71,7 +71,7 @@ def compare_kind(
     """Compare the problems of one kind that both files have.
 
     Raises:
-        InputError: there are none, or they cannot be compared.
+        InputError: no id is common, or they cannot be compared.
     """
     name, greedy = kind
     (path, first), (other_path, second) = files

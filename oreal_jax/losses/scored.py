@@ -93,7 +93,7 @@ class Count(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Denominators of the whole batch, whichever part of it a loss receives."""
+    """Denominators of the whole batch, of which a loss may receive a part."""
 
     correct: Count
     incorrect: Count

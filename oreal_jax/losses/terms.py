@@ -124,5 +124,5 @@ def completion_mean(values: PerToken, where: TokenMask) -> Float[Array, "B"]:
 
 
 def _tangent(x: PerToken) -> PerToken:
-    """Return what the tangent of exp adds above `MAX_EXPONENT`."""
+    """Return the linear part of the continued exp, above `MAX_EXPONENT`."""
     return math.exp(MAX_EXPONENT) * jnp.maximum(x - MAX_EXPONENT, 0)

@@ -67,7 +67,7 @@ class ThresholdWeights:
 class TopKWeights:
     """The top int(ratio * length) credits, min-max normalised; 0 for other tokens.
 
-    All ones where the top credits are equal. At least one token has a weight (the
+    All ones if the top credits are equal. At least one token has a weight (the
     release crashes when ratio * length is below 1).
     """
 

@@ -5,7 +5,7 @@ FLOP/s, its reads and writes at memory bandwidth, its collectives at link bandwi
 bound assumes that the three overlap completely and reach their peaks.
 
 Decoding is the engine's own scheduler, run on lengths without a model. A step
-multiplies all slots of an engine and reads all weights, however few rows are running;
+multiplies all slots of an engine and reads all weights, even if few rows are running;
 a few long completions at the end are therefore nearly as expensive as full slots.
 """
 

@@ -46,8 +46,9 @@ class LargerCache(NamedTuple):
 class Plan:
     """A run on a topology, for completions of `mean_tokens` tokens on average.
 
-    `tokens` is those of a step, with prompts. `phases`, `decoding` and `larger_cache`
-    are missing where the run does not fit, the last also where it would not help.
+    tokens: of a step, with prompts.
+    phases, decoding, larger_cache: missing if the run does not fit, the last also if it
+        would not help.
     """
 
     topology: str
