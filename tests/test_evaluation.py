@@ -14,8 +14,7 @@ from oreal_jax.data import Prompt
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation import PRESETS, VerifiedCompletion, load_sets, report
 from oreal_jax.evaluation.completions import CompletionRecord
-from oreal_jax.evaluation.published import PASS_AT_1, SETS
-from oreal_jax.evaluation.tables import published_table
+from oreal_jax.evaluation.tables import PASS_AT_1, SETS, published_table
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.verdict import Outcome
 
