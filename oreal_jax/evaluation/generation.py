@@ -1,8 +1,8 @@
 """Resumable generation: a journal of completions, each written once it is finished.
 
-A completion depends only on (weights, sampling, seed, prompt, sample). Recorded ones are
-not generated again: an interrupted command resumes, and 16 samples begin with 4 that
-exist.
+A completion depends only on (weights, sampling, seed, prompt, sample). Those that are
+recorded are not generated again: an interrupted command resumes, and 16 samples begin
+with 4 that exist.
 """
 
 import contextlib
