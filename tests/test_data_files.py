@@ -357,32 +357,23 @@ def test_an_unreachable_or_empty_hub_data_set_is_reported(tmp_path, monkeypatch)
 # Object stores
 
 
-def test_files_of_object_stores_are_read_through_fsspec(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_files_of_object_stores_are_read_through_fsspec(tmp_path):
+    store, source = fsspec.filesystem("memory"), "memory://bucket/p.jsonl"
     path = write_lines(tmp_path / "p.jsonl", *ROWS, {"question": "q"})
-    store = fsspec.filesystem("memory")
-    store.put(str(path), "bucket/p.jsonl")
-    with pytest.raises(InputError, match="memory/bucket/p.jsonl:5: no field 'gold_an"):
-        load_prompts("memory://bucket/p.jsonl")
-    write_lines(path, *ROWS)
-    store.put(str(path), "bucket/p.jsonl")
-    assert load_prompts("memory://bucket/p.jsonl") == PROMPTS
+    store.put(str(path), source)
+    with pytest.raises(InputError, match=f"^{source}:5: no field 'gold_answer'"):
+        load_prompts(source)
+    store.put(str(write_lines(path, *ROWS)), source)
+    assert load_prompts(source) == PROMPTS
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("memory://bucket/gone.jsonl", "memory://bucket/gone.jsonl: not readable: "),
-        ("gs://bucket/p.jsonl", "gs://bucket/p.jsonl: not readable: "),
-        ("nowhere://p.jsonl", "nowhere://p.jsonl: not readable: "),
-    ],
+    "source", ["memory://bucket/gone.jsonl", "gs://b/p.jsonl", "nowhere://p.jsonl"]
 )
-def test_an_unreadable_object_is_named(tmp_path, monkeypatch, source, message):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=message) as caught:
+def test_an_unreadable_object_is_named(source):
+    with pytest.raises(InputError, match=f"^{source}: not readable: ") as caught:
         load_prompts(source)
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize(

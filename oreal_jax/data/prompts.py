@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,18 +64,13 @@ class Prediction(NamedTuple):
     question: str | None
 
 
-def read_prompts(
-    path: Path,
-    question: str = "question",
-    gold_answer: str = "gold_answer",
-    extract_answer: Callable[[Any], Any] = lambda value: value,
-) -> list[Prompt]:
-    """Read the prompts of a file, from rows as `make_prompts` takes.
+def read_prompts(path: Path, *fields: Any) -> list[Prompt]:
+    """Read the prompts of a file; `fields` are those of `make_prompts`.
 
     Raises:
         InputError: names file, line, field and value.
     """
-    return make_prompts(read_rows(path), question, gold_answer, extract_answer)
+    return make_prompts(_read_rows(path), *fields)
 
 
 def make_prompts(
@@ -92,7 +87,7 @@ def make_prompts(
     Raises:
         InputError: names row, field and value.
     """
-    rows = [(name, _in_our_fields(row)) for name, row in rows]
+    rows = list(rows)
     names: dict[str, str] = {}  # of the rows that have an id
     for name, row in rows:
         if row.get("id") is not None:
@@ -125,29 +120,29 @@ def make_prompts(
     return prompts
 
 
-def _in_our_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a row of verl or a chat as one with `question` and an answer or solution.
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows; those of verl and chats with `question` and an answer or solution.
 
     verl has messages in `prompt` and the answer in `reward_model.ground_truth`; chats
     have one question and its solution in `messages`. System messages are left out: a
     model's chat template or a config's `system_prompt` sets them.
     """
-    messages = row.get("prompt", row.get("messages"))
-    if "question" in row or not isinstance(messages, list):
-        return row
-    is_message = lambda m: isinstance(m, dict) and {"role", "content"} <= m.keys()
-    turns = [
-        (m["role"], m["content"])
-        for m in messages
-        if is_message(m) and m["role"] != "system"
-    ]
     fields = {"user": "question", "assistant": "solution"}
-    if [role for role, _ in turns] not in (["user"], ["user", "assistant"]):
-        return row  # a message then names the fields that are there
-    values = {fields[role]: content for role, content in turns}
-    if isinstance(reward := row.get("reward_model"), dict):
-        values["gold_answer"] = reward.get("ground_truth")
-    return values | dict(row)
+    for name, row in read_rows(path):
+        messages, reward = (
+            row.get("prompt", row.get("messages")),
+            row.get("reward_model"),
+        )
+        if "question" not in row and isinstance(messages, list):
+            turns = [m for m in messages if isinstance(m, dict)]
+            turns = [(m.get("role"), m.get("content")) for m in turns]
+            turns = [turn for turn in turns if turn[0] != "system"]
+            # Others are left as they are: a message then names their fields.
+            if [role for role, _ in turns] in (["user"], ["user", "assistant"]):
+                row = {fields[role]: text for role, text in turns} | row
+                if isinstance(reward, dict):
+                    row = {"gold_answer": reward.get("ground_truth")} | row
+        yield name, row
 
 
 def _is_label(value: Any) -> bool:
@@ -160,21 +155,17 @@ def _is_label(value: Any) -> bool:
 
 def read_examples(path: Path) -> list[SolvedQuestion]:
     """Read the rows `question, solution` of a file, or its chats."""
-    rows = [(name, _in_our_fields(row)) for name, row in read_rows(path)]
     return [
         SolvedQuestion(
             text_field(name, row, "question"), text_field(name, row, "solution")
         )
-        for name, row in rows
+        for name, row in _read_rows(path)
     ]
 
 
 def read_questions(path: Path) -> list[str]:
     """Read the `question` of every row of a file."""
-    return [
-        text_field(name, _in_our_fields(row), "question")
-        for name, row in read_rows(path)
-    ]
+    return [text_field(name, row, "question") for name, row in _read_rows(path)]
 
 
 def read_judgements(path: Path) -> list[Prediction]:
