@@ -52,10 +52,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a JSON or parquet file, each with "file:line" for messages.
 
     JSON is an object per line, or an array or sequence of objects over several lines.
+    A file in an object store (gs://, s3://) is downloaded.
 
     Raises:
         InputError: no such file, no rows, an unknown suffix, or invalid JSON.
     """
+    if url := store_url(path):
+        yield from _store_rows(url)
+        return
     if path.is_dir():
         raise InputError(f"{path}: a directory, expected a .jsonl or .parquet file")
     if not path.is_file():
@@ -80,6 +84,22 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
     if empty:
         raise InputError(f"{path}: the file has no rows")
+
+
+def _store_rows(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import fsspec
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, url.rpartition("/")[2])
+        try:
+            fsspec.url_to_fs(url)[0].get_file(url, str(copy))
+        except Exception as error:  # stores raise errors of many kinds
+            raise InputError(f"{url}: not readable: {summarize(error)}") from None
+        try:
+            for place, row in read_rows(copy):
+                yield place.replace(str(copy), url), row
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), url)) from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -130,44 +150,23 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-@contextlib.contextmanager
-def local_file(source: str) -> Iterator[Path]:
-    """Yield the path of a file; a temporary copy of one in an object store (gs://).
-
-    Errors raised in the block name the source.
-
-    Raises:
-        InputError: it is not readable, or fsspec lacks the library of the store.
-    """
-    protocol, separator, name = source.partition("://")
-    if not separator:
-        yield Path(source)
-        return
-    import fsspec
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, name.rpartition("/")[2])
-        try:
-            path.write_bytes(fsspec.filesystem(protocol).cat_file(source))
-        except Exception as error:  # stores raise errors of many kinds
-            raise InputError(f"{source}: not readable: {summarize(error)}") from None
-        try:
-            yield path
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), source)) from None
-
-
 def check_local(path: Path) -> None:
     """Check that a path is not in an object store: it would be a folder named "gs:".
 
     Raises:
         InputError: it is.
     """
-    if match := re.match(r"(\w+):/+(.+)", str(path)):
+    if url := store_url(path):
         raise InputError(
-            f"{match[1]}://{match[2]}: object stores are supported for data files "
-            "only: copy it to a disk, or mount the store"
+            f"{url}: object stores are supported for data files only: copy it to a "
+            "disk, or mount the store"
         )
+
+
+def store_url(path: Path) -> str | None:
+    """Return the URL of a path in an object store (gs://, s3://), None of others."""
+    match = re.match(r"(\w+):/+(.+)", str(path))  # a Path has no double slash
+    return f"{match[1]}://{match[2]}" if match else None
 
 
 def fingerprint(value: Any) -> str:
@@ -181,6 +180,7 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: it cannot.
     """
+    check_local(path)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{path}: cannot be written: {parent} is no writable folder")

@@ -376,19 +376,19 @@ def test_an_unreadable_object_is_named(source):
     assert "\n" not in str(caught.value)
 
 
+PRESET = ["--evaluation", "math500", "--folder", "gs://b/sets"]
+
+
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "gs://b/c.py"],
         ["train", "configs/tiny.py", "--run", "gs://b/run"],
         ["train", "configs/tiny.py", "--set", "model=s3://b/m"],
         ["sample", "--model", "gs://b/m", "--prompt", "1 + 1?"],
         ["eval", "--model", "m", "--data", "p.jsonl", "--json", "s3://b/r.json"],
         ["data", "build", "--data", "p.jsonl", "--out", "gs://b/prompts"],
-        ["data", "build", "--data", "p.jsonl", "--folder", "gs://b/sets", "--out", "o"],
+        ["data", "build", "--data", "p.jsonl", "--out", "o", *PRESET],
         ["convert", "to-hf", "gs://b/run", "out"],
-        ["losses", "gs://b/run/trajectories"],
-        ["verify", "--file", "gs://b/pairs.jsonl"],
     ],
 )
 def test_a_path_of_an_object_store_is_refused_by_name(

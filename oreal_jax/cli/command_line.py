@@ -6,13 +6,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from oreal_jax import hardware
 from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
 from oreal_jax.errors import Failure, InputError
-from oreal_jax.files import check_local
 from oreal_jax.interrupts import (
     INTERRUPTED,
     exit_process,
@@ -30,10 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 if interrupted."""
     try:
         args = parser().parse_args(arguments)
-        for value in vars(args).values():
-            for path in value if isinstance(value, list) else [value]:
-                if isinstance(path, Path):
-                    check_local(path)
         hardware.hide_absent_devices()
         with repeat_lost_interrupts():
             args.call(args)

@@ -25,7 +25,7 @@ import numpy as np
 
 from oreal_jax.data.prompts import Prompt, make_prompts, read_prompts
 from oreal_jax.errors import InputError, summarize
-from oreal_jax.files import check_writable, local_file, new_directory, write_lines
+from oreal_jax.files import check_writable, new_directory, write_lines
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -49,8 +49,7 @@ def load_prompts(
         files = download(name)
         splits = select_splits(source, files.values())
         return read_files([path for path in files if files[path] in splits], read)
-    with local_file(source) as path:
-        return read(path)
+    return read(Path(source))
 
 
 def split_source(source: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
 from oreal_jax.data.packing import Example, SizeLimits, pack
 from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
-from oreal_jax.files import fingerprint, local_file
+from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
 from oreal_jax.train.metrics import finite
 from oreal_jax.train.programs import make_run_step
@@ -36,8 +36,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
     source, mesh = open_run_model(config, run)
     check_loss(config)
     chat = load_chat(config, run, source)
-    with local_file(config.examples) as path:
-        rows = read_examples(path)
+    rows = read_examples(Path(config.examples))
     usable = usable_examples(config, source.config, chat, rows, screen)
     all_rows = fingerprint([dataclasses.astuple(row) for row in rows])
     distributed.assert_equal(f"{config.examples}: fingerprint", all_rows)
