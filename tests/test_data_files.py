@@ -276,9 +276,9 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
-        return {split: self._rows(split) for split in ("train", "test")}
+        return {split: self._generate_examples(split) for split in ("train", "test")}
 
-    def _rows(self, split: str):
+    def _generate_examples(self, split: str):
         yield 0, {"problem": split, "answer": 7}
 
 
