@@ -5,7 +5,7 @@ In a file or a pipe only the lines appear.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 Advance = Callable[..., None]  # advance(done=1, tokens=0)
 
@@ -88,3 +89,15 @@ class Screen:
         seconds = {f"timing_s/{name}": value for name, value in self.timings.items()}
         self.timings = {}
         return seconds
+
+
+def make_table(
+    columns: Iterable[str], rows: Iterable[Iterable[str]], names: int = 1, **titles: str
+) -> Table:
+    """Make a table; the first `names` columns are aligned left, the others right."""
+    table = Table(**titles)  # pyright: ignore[reportArgumentType]
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position < names else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table

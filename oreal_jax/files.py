@@ -1,17 +1,20 @@
 """Reading files with clear errors, and writing them completely or not at all."""
 
+import codecs
 import concurrent.futures
 import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from oreal_jax.errors import InputError
+from oreal_jax.errors import InputError, summarize
 
 
 def read_text(path: Path) -> str:
@@ -20,6 +23,7 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: the file does not exist or is not UTF-8.
     """
+    check_local(path)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -45,11 +49,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a jsonl or parquet file, each with "file:line" for messages.
+    """Yield the rows of a JSON or parquet file, each with "file:line" for messages.
+
+    JSON is an object per line, or an array or sequence of objects over several lines.
+    A file in an object store (gs://, s3://) is downloaded.
 
     Raises:
         InputError: no such file, no rows, an unknown suffix, or invalid JSON.
     """
+    if url := store_url(path):
+        yield from _store_rows(url)
+        return
     if path.is_dir():
         raise InputError(f"{path}: a directory, expected a .jsonl or .parquet file")
     if not path.is_file():
@@ -58,60 +68,105 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow.parquet
 
         try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            table = pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a parquet file: {error}") from None
-        named = ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
+        rows = ((f"{path}: row {i}", row) for i, row in enumerate(table, start=1))
     elif path.suffix in (".jsonl", ".json"):
-        named = _json_lines(path)
+        rows = _json_rows(path)
     else:
         raise InputError(f"{path}: expected .jsonl or .parquet, not {path.suffix!r}")
     empty = True
-    for name, row in named:
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: not a JSON object")
         empty = False
-        yield name, row
+        yield place, row
     if empty:
         raise InputError(f"{path}: the file has no rows")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Binary mode, so that the line number of invalid UTF-8 is known.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                # The parser's own message counts lines from this one.
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise InputError(f"{path}:{number}: not JSON: {reason}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: not a JSON object")
-            yield f"{path}:{number}", row
+def _store_rows(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import fsspec
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, url.rpartition("/")[2])
+        try:
+            fsspec.url_to_fs(url)[0].get_file(url, str(copy))
+        except Exception as error:  # stores raise errors of many kinds
+            raise InputError(f"{url}: not readable: {summarize(error)}") from None
+        try:
+            for place, row in read_rows(copy):
+                yield place.replace(str(copy), url), row
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), url)) from None
 
 
-def text_field(name: str, row: Mapping[str, Any], field: str) -> str:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 1
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if re.match(rb"\s*(\[|\{\s*\n)", content):  # not an object per line
+            text, end, rows = content.decode(), 0, []
+            while start := re.compile(r"\S").search(text, end):
+                value, end = json.JSONDecoder().raw_decode(text, start.start())
+                rows += value if isinstance(value, list) else [value]
+            yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
+            return
+        # Bytes, so that the line of invalid UTF-8 is known.
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if line.strip():
+                yield f"{path}:{number}", json.loads(line)
+    except json.JSONDecodeError as error:  # which counts lines from where it began
+        line = number + error.lineno - 1
+        raise InputError(f"{path}:{line}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{number}: not JSON: {error}") from None
+
+
+def text_field(place: str, row: Mapping[str, Any], field: str) -> str:
     """Return a field that must contain text; finite numbers are converted.
 
     Raises:
-        InputError: not text, empty, or lone surrogates, which tokenizers reject.
+        InputError: no such field, not text, empty, or lone surrogates, which
+            tokenizers reject.
     """
-    value = row.get(field)
+    if field not in row:
+        fields = ", ".join(sorted(row)) or "none"
+        raise InputError(f"{place}: no field {field!r}; its fields are {fields}")
+    value = row[field]
     if isinstance(value, int | float) and not isinstance(value, bool):
         # Python's JSON parser accepts NaN and Infinity, which are not answers.
         value = str(value) if abs(value) < math.inf else value
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{name}: field {field!r} is {value!r}, expected text")
+        raise InputError(f"{place}: field {field!r} is {value!r}, expected text")
     if not is_text(value):
-        raise InputError(f"{name}: field {field!r} is {value!r}, not valid Unicode")
+        raise InputError(f"{place}: field {field!r} is {value!r}, not valid Unicode")
     return value
 
 
 def is_text(value: Any) -> bool:
     """Return whether a value is a string that can be encoded: no lone surrogates."""
-    surrogate = lambda letter: "\ud800" <= letter <= "\udfff"
-    return isinstance(value, str) and not any(map(surrogate, value))
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def check_local(path: Path) -> None:
+    """Check that a path is not in an object store: it would be a folder named "gs:".
+
+    Raises:
+        InputError: it is.
+    """
+    if url := store_url(path):
+        raise InputError(
+            f"{url}: object stores are supported for data files only: copy it to a "
+            "disk, or mount the store"
+        )
+
+
+def store_url(path: Path) -> str | None:
+    """Return the URL of a path in an object store (gs://, s3://), None of others."""
+    match = re.match(r"(\w+):/+(.+)", str(path))  # a Path has no double slash
+    return f"{match[1]}://{match[2]}" if match else None
 
 
 def fingerprint(value: Any) -> str:
@@ -125,6 +180,7 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: it cannot.
     """
+    check_local(path)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{path}: cannot be written: {parent} is no writable folder")
@@ -147,11 +203,9 @@ def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> N
         for path in value if isinstance(value, list) else [value]:
             if path is None:
                 continue
-            resolved = Path(path).resolve()
-            if option in outputs and resolved in options:
-                raise InputError(
-                    f"{options[resolved]} and {option} are the same: {path}"
-                )
+            other = options.get(resolved := Path(path).resolve())
+            if other and option in outputs:
+                raise InputError(f"{other} and {option} are the same: {path}")
             options[resolved] = option
 
 
@@ -162,6 +216,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         InputError: `path` is not an empty or new directory, or cannot be written.
     """
+    check_local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: exists and is not an empty directory")
     target = path.absolute()
@@ -195,6 +250,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    check_local(path)
     path = path.resolve()
     scratch = path.with_name(f".{path.name}.incomplete")
     try:
@@ -206,7 +262,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 class BackgroundWriter:
-    """Runs writes in one thread, in order.
+    """A thread that runs writes in order.
 
     At most one write is pending, which bounds memory. Errors of a write are raised by
     the next `submit` or by `close`.

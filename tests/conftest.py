@@ -218,6 +218,9 @@ def script(start, monkeypatch):
     script = Script(start / "hf", answer)
     sample = lambda engine, *given, **named: script.sample(engine, *given, **named)
     monkeypatch.setattr(Engine, "sample", sample)
+    check = Engine.check_length  # the script's answers are short
+    short = lambda engine, prompt, new: check(engine, prompt, min(new, 99))
+    monkeypatch.setattr(Engine, "check_length", short)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # judging processes
     return script
 

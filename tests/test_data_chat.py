@@ -5,7 +5,7 @@ from pathlib import Path
 
 import make_tiny
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from oreal_jax.data import Chat, load_tokenizer
@@ -88,6 +88,14 @@ def test_a_stop_word_must_be_one_known_token(chat):
         of_words.example("a", "b")
 
 
+def test_a_tokenizer_without_template_is_rejected(tmp_path):
+    tokenizer = make_tiny.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match="no chat template"):
+        Chat(load_tokenizer(tmp_path))
+
+
 def test_a_template_that_rejects_a_system_prompt_is_reported_at_once():
     tokenizer = make_tiny.tokenizer()
     tokenizer.chat_template = NO_SYSTEM + make_tiny.TEMPLATE
@@ -154,3 +162,37 @@ def test_a_directory_without_a_usable_tokenizer_is_reported(tmp_path, files):
     ) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_completions_end_before_the_first_stop_string(chat):
+    tokens = chat.tokenizer.encode("one, two; three", add_special_tokens=False)
+    assert chat.decode(tokens) == "one, two; three"
+    stopping = Chat(chat.tokenizer, stop_strings=["; ", " two", "four"])
+    assert stopping.decode(tokens) == "one,"
+
+
+@pytest.mark.parametrize("text", ["a b\n", "∑ wörld 😀", "<|im_start|>x"])
+def test_token_bytes_spell_the_text_of_tokens(chat, text):
+    pieces = chat.token_bytes()
+    tokens = chat.tokenizer.encode(text, add_special_tokens=False)
+    spelled = b"".join(pieces[token] for token in tokens).decode()
+    assert spelled == chat.decode(tokens)
+
+
+def test_pieces_are_the_texts_of_single_tokens(chat):
+    tokens = chat.tokenizer.encode("two, two<|im_end|>", add_special_tokens=False)
+    for _ in range(2):
+        alone = [chat.tokenizer.decode([token]) for token in tokens]
+        assert chat.pieces(tokens) == alone
+
+
+def test_token_bytes_decode_sentencepiece_spelling():
+    vocabulary = {"<unk>": 0, "\u2581a": 1, "<0x0A>": 2, "b": 3}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", chat_template="{{ messages }}"
+    )
+    assert Chat(tokenizer).token_bytes() == [b"", b" a", b"\n", b"b"]

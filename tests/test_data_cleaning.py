@@ -185,7 +185,9 @@ def test_the_fields_of_question_and_answer_can_be_named(tmp_path):
     assert read_prompts(path, "problem", "answer") == [
         Prompt("0", "q", "1", labels={"level": 2})
     ]
-    with pytest.raises(InputError, match="p.jsonl:1: field 'Answer' is None, expected"):
+    with pytest.raises(
+        InputError, match="p.jsonl:1: no field 'Answer'; its fields are"
+    ):
         read_prompts(path, "problem", "Answer")
 
 

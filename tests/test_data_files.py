@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import huggingface_hub
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tensorflow_datasets as tfds
 
+from oreal_jax.cli import main
 from oreal_jax.data import (
     Prompt,
     build,
@@ -54,6 +59,12 @@ def built(tmp_path_factory) -> Path:
 # Reading
 
 
+def test_parquet_equals_jsonl(tmp_path):
+    jsonl = write_lines(tmp_path / "p.jsonl", *ROWS)
+    parquet = write_parquet(tmp_path / "p.parquet", *ROWS)
+    assert read_prompts(parquet) == read_prompts(jsonl) == PROMPTS
+
+
 def test_blank_lines_windows_ends_and_a_byte_order_mark_do_not_matter(tmp_path):
     path = tmp_path / "p.jsonl"
     text = "\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in ROWS) + "\r\n \r\n"
@@ -72,17 +83,26 @@ def test_keys_are_distinct_32_bit_checksums_of_ids():
     ("text", "message"),
     [
         (GOOD + "\n\n[1]", "p.jsonl:3: not a JSON object"),
+        ("[1]", "p.jsonl: row 1: not a JSON object"),
+        (f"[\n{GOOD},\n", "p.jsonl:3: not JSON: Expecting value"),
+        ('{"prompt": "q", "a": 1}', "p.jsonl:1: no field 'question'; its fields are a"),
         (b'{"question": "\xe9"}', "p.jsonl:1: not JSON: 'utf-8' codec can't decode"),
         ("[" * 100_000, "p.jsonl:1: not JSON: maximum recursion depth"),
         (
             '{"question": "q", "gold_answer": ' + "1" * 5000 + "}",
             "p.jsonl:1: not JSON: Exceeds the limit",
         ),
+        (GOOD + "\n{", "p.jsonl:2: not JSON"),
+        ('{"question": "q"}', "p.jsonl:1: no field 'gold_answer'; its fields are que"),
         ('{"question": " ", "gold_answer": "1"}', "field 'question' is ' ', expected"),
+        ('{"question": "q", "gold_answer": []}', "field 'gold_answer' is [], expected"),
         ('{"question": "q", "gold_answer": true}', "'gold_answer' is True, expected"),
         ('{"question": "q", "gold_answer": NaN}', "'gold_answer' is nan, expected"),
         (GOOD[:-1] + ', "id": [1]}', "field 'id' is [1], expected text"),
         (GOOD[:-1] + ', "id": "\\ud800"}', "field 'id' is '\\ud800', not valid Uni"),
+        ("\n".join([GOOD[:-1] + ', "id": 0}'] * 2), "p.jsonl:2: field 'id' is '0', as"),
+        (GOOD[:-1] + ', "pass_rate": 1.5}', "'pass_rate' is 1.5, expected 0 to 1"),
+        (GOOD[:-1] + ', "pass_rate": "x"}', "'pass_rate' is 'x', expected 0 to 1"),
         (GOOD[:-1] + ', "pass_rate": NaN}', "'pass_rate' is nan, expected 0 to 1"),
         (GOOD[:-1] + ', "pass_rate": true}', "'pass_rate' is True, expected 0 to 1"),
     ],
@@ -111,11 +131,17 @@ def test_invalid_parquet_rows_are_reported_with_their_number(tmp_path):
     [
         ("folder", "folder: a directory, expected a .jsonl or .parquet file"),
         ("text.parquet", "text.parquet: not a parquet file"),
+        ("gone.jsonl", "gone.jsonl: no such file"),
+        ("empty.jsonl", "empty.jsonl: the file has no rows"),
+        ("blank.jsonl", "blank.jsonl: the file has no rows"),
+        ("table.csv", "table.csv: expected .jsonl or .parquet, not '.csv'"),
     ],
 )
 def test_unusable_files_are_reported(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "text.parquet").write_text(GOOD)
+    texts = {"text.parquet": GOOD, "empty.jsonl": "", "blank.jsonl": "\n\n"}
+    for file, text in (texts | {"table.csv": "a,b"}).items():
+        (tmp_path / file).write_text(text)
     with pytest.raises(InputError) as caught:
         load_prompts(str(tmp_path / name))
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -131,7 +157,59 @@ def test_solutions_questions_and_judgements_are_read_from_rows(tmp_path):
     assert read_judgements(path) == [("p", "1", "q")]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_a_json_array_is_read_as_rows(tmp_path, name, indent):
+    path = tmp_path / name
+    path.write_text("\ufeff\n" + json.dumps(ROWS, indent=indent))
+    assert read_prompts(path) == PROMPTS
+
+
+def test_objects_over_several_lines_are_rows(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS))
+    assert read_prompts(path) == PROMPTS
+    path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
+    message = "p.json: row 1: no field 'question'; its fields are data, version"
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def test_conversations_are_read_as_verl_writes_them(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    user, assistant = ({"role": r, "content": r} for r in ("user", "assistant"))
+    row = {
+        "data_source": "gsm8k",
+        "prompt": [system, user],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": 72},
+        "extra_info": {"split": "train", "index": 5},
+    }
+    labels = {"data_source": "gsm8k", "ability": "math"}
+    expected = [Prompt("0", "user", "72", labels=labels)]
+    assert read_prompts(write_parquet(tmp_path / "p.parquet", row)) == expected
+    assert load_prompts(str(write_lines(tmp_path / "p.jsonl", row))) == expected
+    row = {"messages": [user, assistant]}
+    (example,) = read_examples(write_lines(tmp_path / "s.jsonl", row))
+    assert (example.question, example.solution) == ("user", "assistant")
+    path = write_lines(tmp_path / "turns.jsonl", {"messages": [user, assistant, user]})
+    with pytest.raises(InputError, match="no field 'question'; its fields are messag"):
+        read_examples(path)
+
+
+def test_rows_with_and_without_id_do_not_collide(tmp_path):
+    rows = [{"id": "1"}, {}, {"id": "_1"}, {}]
+    rows = [{"question": "q", "gold_answer": "1"} | row for row in rows]
+    prompts = read_prompts(write_lines(tmp_path / "p.jsonl", *rows))
+    assert [prompt.id for prompt in prompts] == ["1", "__1", "_1", "3"]
+
+
 # TFDS
+
+
+def test_a_data_set_contains_the_prompts_it_was_built_from(built):
+    assert load_prompts(str(built)) == PROMPTS
+    assert [path.name for path in built.parent.iterdir()] == ["data"]
 
 
 def test_pass_rates_are_stored_exactly(tmp_path):
@@ -156,7 +234,6 @@ def test_a_data_set_is_never_overwritten(built):
     with pytest.raises(InputError, match="data: exists and is not an empty directory"):
         build(PROMPTS[:1], built)
     assert load_prompts(str(built)) == PROMPTS
-    assert [path.name for path in built.parent.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "array_record"])
@@ -188,27 +265,76 @@ assert not {{"tensorflow", "torch"}} & sys.modules.keys()
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A set of another project, with two splits."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"problem": tfds.features.Text(), "answer": np.int64}
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str):
+        yield 0, {"problem": split, "answer": 7}
+
+
+def test_the_split_of_a_tfds_set_is_named(tmp_path, built):
+    tfds.disable_progress_bar()
+    builder = Rows(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    source = str(builder.data_dir)
+    load = lambda source: load_prompts(source, "problem", "answer")
+    assert load(f"{source}:test") == [Prompt("0", "test", "7")]
+    assert load_prompts(f"{built}:train") == PROMPTS
+    for name in (source, f"{source}:dev"):
+        message = f"{name}: name one of its splits (test, train), as in {source}:train"
+        with pytest.raises(InputError, match=re.escape(message)):
+            load(name)
+    with pytest.raises(InputError, match="no field 'question'; its fields are answer"):
+        load_prompts(f"{source}:test")
+
+
 # The hub, without a network
 
 
-def test_ids_of_hub_files_with_the_same_name_have_prefixes(tmp_path, monkeypatch):
-    for subset in ("algebra", "geometry"):
-        (tmp_path / subset).mkdir()
-        row = {"question": subset, "gold_answer": "1", "pass_rate": 0.5}
-        write_parquet(tmp_path / subset / "train.parquet", row)
-    write_lines(tmp_path / "more.jsonl", {"question": "more", "gold_answer": "2"})
-    downloads = []
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The folder of a downloaded set of the hub."""
     monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **_: downloads.append(name) or str(tmp_path),
+        huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path)
     )
-    assert load_prompts("someone/maths-v1.5") == [
-        Prompt("algebra/train/0", "algebra", "1", 0.5),
-        Prompt("geometry/train/0", "geometry", "1", 0.5),
-        Prompt("more/0", "more", "2"),
+    return tmp_path
+
+
+def test_the_split_of_a_hub_set_is_named(hub):
+    row = lambda text: {"question": text, "gold_answer": "1", "pass_rate": 0.5}
+    for name in ("main/train", "main/test", "socratic/train"):
+        (hub / name).parent.mkdir(exist_ok=True)
+        for part in range(2):
+            file = hub / f"{name}-0000{part}-of-00002.parquet"
+            write_parquet(file, row(f"{name} {part}"))
+    prompts = lambda *ids: [
+        Prompt(f"{id}-of-00002/0", id.replace("-0000", " "), "1", 0.5) for id in ids
     ]
-    assert downloads == ["someone/maths-v1.5"]
+    main = [f"main/train-0000{part}" for part in range(2)]
+    every = [*main, *(f"socratic/train-0000{part}" for part in range(2))]
+    source = "someone/maths-v1.5"
+    assert load_prompts(f"{source}:train") == prompts(*every)
+    ids = [prompt.id for prompt in load_prompts(f"{source}:main/train")]
+    assert ids == [f"{id}-of-00002/0".removeprefix("main/") for id in main]
+    for name in (source, f"{source}:dev"):
+        message = f"{name}: name one of its splits (main/test, main/train, socratic/"
+        with pytest.raises(InputError, match=re.escape(message)):
+            load_prompts(name)
+
+
+def test_a_hub_set_of_one_split_needs_no_name(hub):
+    write_lines(hub / "test.jsonl", {"question": "q", "gold_answer": "2"})
+    assert load_prompts("someone/maths") == [Prompt("test/0", "q", "2")]
 
 
 def test_an_unreachable_or_empty_hub_data_set_is_reported(tmp_path, monkeypatch):
@@ -226,3 +352,52 @@ def test_an_unreachable_or_empty_hub_data_set_is_reported(tmp_path, monkeypatch)
         InputError, match="someone/maths: the data set has no parquet or"
     ):
         load_prompts("someone/maths")
+
+
+# Object stores
+
+
+def test_files_of_object_stores_are_read_through_fsspec(tmp_path):
+    store, source = fsspec.filesystem("memory"), "memory://bucket/p.jsonl"
+    path = write_lines(tmp_path / "p.jsonl", *ROWS, {"question": "q"})
+    store.put(str(path), source)
+    with pytest.raises(InputError, match=f"^{source}:5: no field 'gold_answer'"):
+        load_prompts(source)
+    store.put(str(write_lines(path, *ROWS)), source)
+    assert load_prompts(source) == PROMPTS
+
+
+@pytest.mark.parametrize(
+    "source", ["memory://bucket/gone.jsonl", "gs://b/p.jsonl", "nowhere://p.jsonl"]
+)
+def test_an_unreadable_object_is_named(source):
+    with pytest.raises(InputError, match=f"^{source}: not readable: ") as caught:
+        load_prompts(source)
+    assert "\n" not in str(caught.value)
+
+
+PRESET = ["--evaluation", "math500", "--folder", "gs://b/sets"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "configs/tiny.py", "--run", "gs://b/run"],
+        ["train", "configs/tiny.py", "--set", "model=s3://b/m"],
+        ["sample", "--model", "gs://b/m", "--prompt", "1 + 1?"],
+        ["eval", "--model", "m", "--data", "p.jsonl", "--json", "s3://b/r.json"],
+        ["data", "build", "--data", "p.jsonl", "--out", "gs://b/prompts"],
+        ["data", "build", "--data", "p.jsonl", "--out", "o", *PRESET],
+        ["convert", "to-hf", "gs://b/run", "out"],
+    ],
+)
+def test_a_path_of_an_object_store_is_refused_by_name(
+    tmp_path, monkeypatch, capsys, words
+):
+    root = Path(__file__).parents[1]
+    words = [str(root / word) if word.startswith("configs") else word for word in words]
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"(gs|s3)://b/\S+: object stores are supported for data", error)
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())

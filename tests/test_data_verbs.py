@@ -171,8 +171,11 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*BUILD, "--evaluation", "exam"], "--evaluation exam: no such file, and no"),
         ([*BUILD, "--evaluation", "six.jsonl"], "six.jsonl: no prompt is left of 6"),
         ([*BUILD, "--ngram", "0"], "--ngram 0: must be at least 1"),
-        ([*BUILD, "--question", "text"], "six.jsonl:1: field 'text' is None, expected"),
-        ([*BUILD, "--answer", "text"], "six.jsonl:1: field 'text' is None, expected"),
+        (
+            [*BUILD, "--question", "text"],
+            "six.jsonl:1: no field 'text'; its fields are",
+        ),
+        ([*BUILD, "--answer", "text"], "six.jsonl:1: no field 'text'; its fields are"),
         ([*BUILD[:-1], "."], ".: exists; a data set is never overwritten"),
         ([*BUILD, "--removed", "six.jsonl/r.jsonl"], "r.jsonl: cannot be written"),
         ([*BUILD, "--removed", "new"], "--out and --removed are the same: new"),

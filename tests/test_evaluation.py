@@ -14,8 +14,7 @@ from oreal_jax.data import Prompt
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation import PRESETS, VerifiedCompletion, load_sets, report
 from oreal_jax.evaluation.completions import CompletionRecord
-from oreal_jax.evaluation.published import PASS_AT_1, SETS
-from oreal_jax.evaluation.tables import published_table
+from oreal_jax.evaluation.tables import PASS_AT_1, SETS, published_table
 from oreal_jax.verify import Verdict
 from oreal_jax.verify.verdict import Outcome
 
@@ -133,6 +132,29 @@ def test_completions_without_stop_token_are_incorrect_and_counted(home, script, 
     assert written["tokens_correct"] is None and written["tokens_incorrect"] == 7
 
 
+def test_a_problem_that_is_too_long_is_named_counted_and_incorrect(
+    home, script, oreal, capsys
+):
+    long = {"id": "long", "question": "max 1 7? " + 300 * "x", "gold_answer": "7"}
+    write_lines(home / "six.jsonl", [*read_lines(home / "six.jsonl"), long])
+    words = ["--data", "six.jsonl", "--k", 2, "--json", "r.json"]
+    assert oreal("eval", *words, "--max-tokens", 9) == 0
+    printed = capsys.readouterr()
+    message = "six, sampled: problem 'long' is too long for a completion: prompt of 3"
+    assert printed.err.count(message) == 1
+    assert "on 7 problems" in printed.out and "1 problem too long" in printed.out
+    written = json.loads(Path("r.json").read_text())
+    assert written["problems"] == 7 and written["too_long"] == 1
+    assert written["tokens_incorrect"] == 8 and written["truncated"] == 0
+    solved = sum(sum(correct(a, 2)) for a in range(6))
+    assert written["accuracy"] == pytest.approx(solved / 14)
+    assert [item["finish_reason"] for item in written["items"][-2:]] == ["too_long"] * 2
+    words = ["--data", "six.jsonl", "--out", "m.jsonl", "--k", 2, "--max-tokens", 9]
+    assert oreal("data", "pass-rate", *words) == 0
+    assert "problem 'long' is too long" in capsys.readouterr().out
+    assert "pass_rate" not in read_lines(home / "m.jsonl")[-1]
+
+
 def test_folders_of_output_files_are_created(home, script, oreal):
     words = ["--items", "a/b/i.jsonl", "--json", "c/d/r.json"]
     assert oreal("eval", "--data", "six.jsonl", *words) == 0
@@ -203,11 +225,13 @@ def test_presets_without_local_file_are_downloaded(name, tmp_path, monkeypatch):
     row = {preset.question: "q", preset.gold_answer: answer}
     inside = {
         "aime2025-i": "aime2025-I",
+        "aime2024": "data/train-00000",
+        "aime2025": "aime2025-II",
         "gsm8k": "main/test-00000",
         "olympiadbench": "OE/OE_TO_maths_en_COMP",
         "livemathbench": "data/v202412_AMC_en-test",
     }.get(name, "test")
-    for place in (inside, "train/other"):
+    for place in (inside, "train/other"):  # of another split
         file = tmp_path / f"{place}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_lines(file, [row])
@@ -219,7 +243,7 @@ def test_presets_without_local_file_are_downloaded(name, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     ((set_name, problems),) = load_sets([name], tmp_path / "data")
     assert set_name == name and problems[0].gold_answer == "7"
-    assert len(problems) == (2 if preset.files == "*" else 1)
+    assert len(problems) == 1
     patterns = [preset.files + ".parquet", preset.files + ".jsonl"]
     assert requests == [(preset.hub, patterns)]
 

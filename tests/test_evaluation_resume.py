@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("judges")
 def test_an_interrupted_evaluation_resumes(home, script, oreal, capsys):
     words = ["eval", "--data", "six.jsonl", "--k", 2, "--greedy", "--items", "i.jsonl"]
     assert oreal(*words) == 0
-    whole, calls = Path("i.jsonl").read_text(), len(script.requests)
+    complete, calls = Path("i.jsonl").read_text(), len(script.requests)
     Path("i.jsonl").unlink()
     script.requests.clear()
     for patience in (4, 5):  # within the greedy ones, then within a group of two
@@ -33,7 +33,7 @@ def test_an_interrupted_evaluation_resumes(home, script, oreal, capsys):
     script.patience = 10**9
     assert oreal(*words) == 0
     assert "resuming after 9 completions" in capsys.readouterr().err
-    assert Path("i.jsonl").read_text() == whole
+    assert Path("i.jsonl").read_text() == complete
     # Each completion was generated once.
     assert len(script.requests) == calls == len(set(script.requests))
     assert {path.name for path in home.iterdir()} == {"six.jsonl", "i.jsonl"}
@@ -64,12 +64,12 @@ def test_a_journal_with_another_seed_is_refused(home, script, oreal, capsys):
     words = ["eval", "--data", "six.jsonl", "--items", "i.jsonl", "--seed"]
     script.patience = 2
     assert oreal(*words, 1) == 130
-    left = Path("i.jsonl.unfinished").read_text()
+    journal = Path("i.jsonl.unfinished").read_text()
     capsys.readouterr()
     assert oreal(*words, 2) == 2
     message = "i.jsonl.unfinished: the unfinished work had seed=1, now it is 2"
     assert message in capsys.readouterr().err
-    assert Path("i.jsonl.unfinished").read_text() == left
+    assert Path("i.jsonl.unfinished").read_text() == journal
 
 
 def test_a_record_cut_by_a_kill_is_generated_again(tmp_path):
@@ -143,8 +143,8 @@ def test_the_tiny_model_resumes_after_a_real_interruption(start, tmp_path):
     def begin(*outs: str) -> subprocess.Popen:
         program = "import sys; from oreal_jax.cli import main; sys.exit(0"
         for out in outs:
-            given = [*words, f"{out}.jsonl", "--completions", f"{out}.all.jsonl"]
-            program += f" or main({list(map(str, given))})"
+            args = [*words, f"{out}.jsonl", "--completions", f"{out}.all.jsonl"]
+            program += f" or main({list(map(str, args))})"
         return subprocess.Popen(
             [sys.executable, "-c", program + ")"],
             cwd=tmp_path,
@@ -164,5 +164,5 @@ def test_the_tiny_model_resumes_after_a_real_interruption(start, tmp_path):
     printed, _ = (process := begin("stopped", "whole")).communicate(timeout=120)
     assert process.returncode == 0 and printed.count("resuming after") == 1
     for name in (".jsonl", ".all.jsonl"):
-        stopped, whole = (tmp_path / f"{n}{name}" for n in ("stopped", "whole"))
-        assert stopped.read_text() == whole.read_text()
+        stopped, expected = (tmp_path / f"{n}{name}" for n in ("stopped", "whole"))
+        assert stopped.read_text() == expected.read_text()

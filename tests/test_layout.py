@@ -1,7 +1,10 @@
-"""Imports point down the layout of the packages, and none go in circles."""
+"""Imports point down the layout without cycles; names and texts use plain words."""
 
 import ast
 import graphlib
+import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import oreal_jax
@@ -86,3 +89,57 @@ def test_imports_point_down_the_layout():
 
 def test_no_modules_import_each_other():
     graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError, which lists them
+
+
+# Names are nouns and verbs: no participles, no superlatives, no metaphors, and nothing
+# that a machine cannot do ("say").
+WORDS = re.compile(
+    r"found|made|drawn|said|given|asked|told|taken|wanted|left|rest|whole"
+    r"|(.*_)?(say|hear|ask|tell|heed)s?(_.*)?"
+    r"|(.*_)?(room|house|ear|laboratory|examination|[Pp]layer)(_.*)?"
+    r"|(.*_)?(MOST|LEAST|FEWEST|LARGEST|SMALLEST|LONGEST|SHORTEST|STEEPEST)(_.*)?"
+    r"|(of|require)_.*|.*_of"
+)
+# Of messages, docstrings and comments. (A problem may ask for something.)
+PHRASES = re.compile(
+    r"\b(anew|in vain|lies|go(es)? on|mends?|so many|behind|says?|said|hears?|heeds?"
+    r"|(?<!problem )asks?)\b"
+)
+
+
+def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines and names of definitions, without fields, which are part of formats."""
+    fields: set[ast.AST] = set()
+    for node in ast.walk(tree):  # classes come before what they contain
+        if isinstance(node, ast.ClassDef):
+            fields |= {n.target for n in node.body if isinstance(n, ast.AnnAssign)}
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            if node not in fields:
+                yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines and texts of strings and comments."""
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", 0)}
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type in kinds:
+                for offset, line in enumerate(token.string.split("\n")):
+                    yield token.start[0] + offset, line
+
+
+def test_names_and_texts_use_plain_words():
+    offences = []
+    for path in [*ROOT.rglob("*.py"), *(ROOT.parent / "tools").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        matches = [(line, WORDS.fullmatch(name)) for line, name in names(tree)]
+        matches += [(line, PHRASES.search(text)) for line, text in texts(path)]
+        place = path.relative_to(ROOT.parent)
+        offences += [f"{place}:{line}: {m[0]}" for line, m in matches if m]
+    assert not offences, "\n".join(offences)

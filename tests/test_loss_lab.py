@@ -105,12 +105,12 @@ def test_losses_agree_with_themselves_and_with_their_multiples(trajectories):
 @pytest.mark.parametrize("name", losses.presets.NAMED)
 def test_parts_of_bounded_size_change_nothing(trajectories, monkeypatch, name):
     loss = loss_lab.load_loss(name)
-    whole = loss_lab.evaluate_loss(loss, trajectories)
+    complete = loss_lab.evaluate_loss(loss, trajectories)
     monkeypatch.setattr(coefficients, "MAX_ENTRIES", 14)  # two rows of seven
     parts = loss_lab.evaluate_loss(loss, trajectories)
-    for a, b in zip(whole.coefficients, parts.coefficients, strict=True):
+    for a, b in zip(complete.coefficients, parts.coefficients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
-    for term, value in whole.terms.items():
+    for term, value in complete.terms.items():
         assert parts.terms[term] == pytest.approx(value, rel=1e-5, abs=1e-7)
 
 
@@ -132,14 +132,14 @@ def test_the_verb_prints_tables_and_writes_numbers_and_a_picture(tmp_path, capsy
     two_groups(tmp_path / "step_000000.jsonl")
     numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
     chosen = ["--loss", "released", "--loss", "grpo"]
-    written = ["--json", str(numbers), "--picture", str(picture)]
-    assert main(["losses", str(tmp_path), *chosen, *written]) == 0
+    outputs = ["--json", str(numbers), "--picture", str(picture)]
+    assert main(["losses", str(tmp_path), *chosen, *outputs]) == 0
     output = capsys.readouterr().out
     for word in ("released", "grpo", "actor/positive_loss", "early", "agreement"):
         assert word in output
-    found = json.loads(numbers.read_text())
-    assert (found["completions"], found["tokens"]) == (4, 18)
-    released = found["losses"]["released"]
+    written = json.loads(numbers.read_text())
+    assert (written["completions"], written["tokens"]) == (4, 18)
+    released = written["losses"]["released"]
     assert len(released["coefficients"]["0/a/1"]) == 7
     assert set(released["agreement"]) == {"released", "grpo"}
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -171,12 +171,12 @@ def enlarged(scored: Scored, places, garbage: float) -> Scored:
 
     def widen(x) -> Any:
         shape = (LARGE_B, LARGE_T)[: x.ndim]
-        whole = np.full(shape, False if x.dtype == bool else garbage, x.dtype)
+        large = np.full(shape, False if x.dtype == bool else garbage, x.dtype)
         if x.ndim == 1:
-            whole[places] = x
+            large[places] = x
         else:
-            whole[np.ix_(places, np.arange(T))] = x
-        return whole
+            large[np.ix_(places, np.arange(T))] = x
+        return large
 
     return poisoned(Scored(*map(widen, scored)), garbage)
 

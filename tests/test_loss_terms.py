@@ -157,10 +157,10 @@ def test_a_mean_over_tokens_weighs_completions_by_their_length():
 def test_counts_are_at_least_one():
     where = lengths_mask(3, 0, 5, 1)
     correct = jnp.asarray([True, True, False, False])
-    whole = Counts.of(where, correct)
-    assert whole == Counts(Count(3, 1), Count(6, 2), Count(9, 3))  # pyright: ignore
+    total = Counts.of(where, correct)
+    assert total == Counts(Count(3, 1), Count(6, 2), Count(9, 3))  # pyright: ignore
     split = Counts.of(where.reshape(2, 2, T), correct.reshape(2, 2))
-    assert split == whole
+    assert split == total
     nothing = Counts.of(lengths_mask(0, 0), jnp.asarray([True, False]))
     assert nothing == Counts(*[Count(1, 1)] * 3)  # pyright: ignore
 

@@ -12,7 +12,7 @@ from oreal_jax import model, sharding
 from oreal_jax.checkpoints import gguf, hf, run
 from oreal_jax.checkpoints.hf import OnTensor
 from oreal_jax.errors import InputError
-from oreal_jax.files import new_directory, read_json
+from oreal_jax.files import check_local, new_directory, read_json
 from oreal_jax.model import ModelConfig, Params
 
 
@@ -46,6 +46,7 @@ def open_model(path: str | Path) -> ModelSource:
         InputError: neither kind of directory, or an unsupported model.
     """
     path = Path(path)
+    check_local(path)
     if path.suffix == ".gguf":
         raise InputError(f"{path}: convert it first: oreal convert from-hf {path} DIR")
     if not path.is_dir():

@@ -40,8 +40,8 @@ def add(verb: Verb) -> None:
         action="append",
         required=True,
         metavar="SOURCE",
-        help="a jsonl or parquet file, a built data set or a Hugging Face data set; "
-        "may be repeated",
+        help="a jsonl or parquet file, a built data set or one of Hugging Face "
+        "(OWNER/NAME:SPLIT); may be repeated",
     )
     _add_out(command, OUT)
     command.add_argument(
@@ -333,6 +333,7 @@ def _completions(
                 seed=seed,
                 records=records,
                 on_progress=lambda tokens, finished: advance(finished, tokens),
+                log=screen.log,
             )
         yield groups
 

@@ -1,5 +1,6 @@
 """Prompts with gold answers: sources, cleaning, order, chat templates, packing."""
 
+# ruff: noqa: F401 (re-exports)
 from oreal_jax.data.builder import build, load_prompts
 from oreal_jax.data.chat import Chat, load_tokenizer
 from oreal_jax.data.order import PUBLISHED_BANDS, PromptOrder, repeat_by_difficulty
@@ -11,19 +12,3 @@ from oreal_jax.data.prompts import (
     read_prompts,
     read_questions,
 )
-
-__all__ = [
-    "PUBLISHED_BANDS",
-    "Chat",
-    "Prompt",
-    "PromptOrder",
-    "SolvedQuestion",
-    "build",
-    "load_prompts",
-    "load_tokenizer",
-    "read_examples",
-    "read_judgements",
-    "read_prompts",
-    "read_questions",
-    "repeat_by_difficulty",
-]

@@ -3,6 +3,9 @@
 Data sets are array_record files, which tensorflow-datasets reads and writes without
 TensorFlow. A run copies its prompts into one, so that it resumes with the same prompts
 when the original file has changed.
+
+A source is a file, SET or SET:SPLIT, where SET is a directory or OWNER/NAME on the hub.
+The split may be left out if there is only one.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,42 +23,74 @@ from typing import Any
 
 import numpy as np
 
-from oreal_jax.data.prompts import Prompt, read_prompts
+from oreal_jax.data.prompts import Prompt, make_prompts, read_prompts
 from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import check_writable, new_directory, write_lines
 
-SPLIT = "train"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def load_prompts(
     source: str, question: str = "question", gold_answer: str = "gold_answer"
 ) -> list[Prompt]:
-    """Load the prompts of a file, a data set that `build` wrote, or a hub data set.
+    """Load the prompts of a file, a data set in TFDS format, or a set of the hub.
 
-    `question` and `gold_answer` name the fields of a file that contain them.
+    `question` and `gold_answer` name the fields that contain them.
 
     Raises:
-        InputError: the source does not exist or has an invalid row.
+        InputError: the source does not exist or has an invalid row, or it has several
+            splits of which none is named.
     """
-    path = Path(source)
-    if (path / "dataset_info.json").is_file():
-        import tensorflow_datasets as tfds
-
-        try:
-            builder = tfds.builder_from_directory(path)
-            # Its decorator hides the signature from pyright.
-            rows = builder.as_data_source(split=SPLIT)  # pyright: ignore
-            return list(map(_prompt, rows))
-        except Exception as error:  # TFDS and array_record raise errors of many kinds
-            raise InputError(
-                f"{path}: not a data set of prompts: {summarize(error)}"
-            ) from None
     read = lambda file: read_prompts(file, question, gold_answer)
-    # A hub name may contain a dot ("MATH-v1.5"): only known suffixes mark a file.
-    if path.exists() or path.suffix in FILE_SUFFIXES or source.count("/") != 1:
-        return read(path)
-    return read_files(download(source), read)
+    name, _ = split_source(source)
+    if Path(name, "dataset_info.json").is_file():
+        return make_prompts(_tfds_rows(source), question, gold_answer)
+    if is_hub_name(source):
+        files = download(name)
+        splits = select_splits(source, files.values())
+        return read_files([path for path in files if files[path] in splits], read)
+    return read(Path(source))
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Return a source without its split, and the split; "" if none is named."""
+    name, separator, split = source.partition(":")
+    if Path(source).exists() or not separator or split.startswith("//"):
+        return source, ""
+    return name, split
+
+
+def source_name(source: str) -> str:
+    """Return a short name of a source, without folders and suffixes."""
+    name, split = split_source(source)
+    return "-".join([Path(name).stem, *filter(None, split.split("/"))])
+
+
+def is_hub_name(source: str) -> bool:
+    """Return whether a source is a set of the hub: OWNER/NAME or OWNER/NAME:SPLIT."""
+    name, _ = split_source(source)
+    # A name may contain a dot ("MATH-v1.5"): only known suffixes mark a file.
+    is_file = Path(source).exists() or Path(name).suffix in FILE_SUFFIXES
+    return not is_file and name.count("/") == 1
+
+
+def select_splits(source: str, splits: Iterable[str]) -> set[str]:
+    """Return which of the splits of a data set a source names: "train" or "main/train".
+
+    Raises:
+        InputError: none of them; or none is named, and there are several.
+    """
+    name, split = split_source(source)
+    known = sorted(set(splits))
+    matches = {each for each in known if split in (each, each.rpartition("/")[2])}
+    if len(known) == 1 and not split:
+        return set(known)
+    if not matches:
+        raise InputError(
+            f"{source}: name one of its splits ({', '.join(known)}), as in "
+            f"{name}:{known[-1]}"
+        )
+    return matches
 
 
 def load_all(
@@ -69,11 +105,40 @@ def load_all(
         return load_prompts(sources[0], question, gold_answer)
     prompts: dict[str, list[Prompt]] = {}
     for source in sources:
-        name = Path(source).stem
+        name = source_name(source)
         if name in prompts:
             raise InputError(f"{source}: a second source named {name!r}")
         prompts[name] = load_prompts(source, question, gold_answer)
     return _with_prefixes(prompts.items())
+
+
+def _tfds_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of a split, with their names and with texts instead of bytes."""
+    import tensorflow_datasets as tfds
+
+    path = Path(split_source(source)[0])
+    try:
+        builder = tfds.builder_from_directory(path)
+        (split,) = select_splits(source, builder.info.splits)
+        # Its decorator hides the signature from pyright.
+        rows = list(builder.as_data_source(split=split))  # pyright: ignore
+    except InputError:
+        raise
+    except Exception as error:  # TFDS and array_record raise errors of many kinds
+        reason = summarize(error)
+        raise InputError(f"{path}: not a data set of prompts: {reason}") from None
+    return [(f"{path}: row {i}", _plain(row)) for i, row in enumerate(rows, start=1)]
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row in plain values, without a missing pass rate."""
+    values = {
+        name: value.decode() if isinstance(value, bytes) else np.asarray(value).tolist()
+        for name, value in row.items()
+    }
+    if "gold_answer" in values:  # as `build` writes; older sets have no labels
+        values |= json.loads(values.pop("labels", "{}"))
+    return {name: value for name, value in values.items() if value == value}
 
 
 def build(
@@ -111,7 +176,7 @@ def build(
             )
 
         def _split_generators(self, dl_manager: Any):
-            return {SPLIT: self._generate_examples()}
+            return {"train": self._generate_examples()}
 
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
             for index, prompt in enumerate(prompts):
@@ -132,20 +197,8 @@ def build(
         shutil.rmtree(scratch / builder.name)
 
 
-def _prompt(row: dict[str, Any]) -> Prompt:
-    rate = float(row["pass_rate"])
-    text = lambda field: row[field].decode()
-    return Prompt(
-        text("id"),
-        text("question"),
-        text("gold_answer"),
-        None if math.isnan(rate) else rate,
-        json.loads(text("labels")) if "labels" in row else {},  # not in old data sets
-    )
-
-
 def check_prompts_writable(out: Path) -> None:
-    """Raise InputError where `write_prompts` would, before the work."""
+    """Raise InputError if `write_prompts` would, before the work."""
     if out.suffix in (".json", ".parquet", ".csv", ".txt"):
         raise InputError(f"{out}: expected a .jsonl file or the name of a data set")
     if out.suffix != ".jsonl" and out.exists():
@@ -156,7 +209,7 @@ def check_prompts_writable(out: Path) -> None:
 def write_prompts(
     prompts: Sequence[Prompt], out: Path, statistics: Mapping[str, Any] | None = None
 ) -> None:
-    """Write prompts as a .jsonl file, or as a data set where the suffix is another.
+    """Write prompts as a .jsonl file, or as a data set if the suffix is another.
 
     Raises:
         InputError: `out` cannot be written.
@@ -167,8 +220,11 @@ def write_prompts(
         build(prompts, out, statistics)
 
 
-def download(source: str, pattern: str = "*") -> list[Path]:
-    """Return the parquet and jsonl files of a hub data set that match a pattern.
+def download(source: str, pattern: str = "*") -> dict[Path, str]:
+    """Return the parquet and jsonl files of a hub data set, each with its split.
+
+    The split is the path without the number of a shard. Only files that match the
+    pattern are downloaded.
 
     Raises:
         InputError: the data set cannot be downloaded or has no such files.
@@ -186,18 +242,20 @@ def download(source: str, pattern: str = "*") -> list[Path]:
             f"({type(error).__name__})"
         ) from None
     # The folder also contains earlier downloads for other patterns.
-    matches = lambda path: any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-    files = sorted(
-        path
+    names = sorted(
+        path.relative_to(folder)
         for path in Path(folder).rglob("*")
-        if matches(path.relative_to(folder).as_posix())
+        if any(
+            fnmatch.fnmatch(path.relative_to(folder).as_posix(), p) for p in patterns
+        )
     )
-    if not files:
+    if not names:
         condition = "" if pattern == "*" else f" that match {pattern!r}"
         raise InputError(
             f"{source}: the data set has no parquet or jsonl files{condition}"
         )
-    return files
+    split = lambda name: re.sub(r"[-_/]\d{4,}.*", "", name.with_suffix("").as_posix())
+    return {Path(folder, name): split(name) for name in names}
 
 
 def read_files(

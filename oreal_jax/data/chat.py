@@ -8,7 +8,7 @@ from typing import Any
 from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import read_json, read_text
 
-# Without one of these, transformers silently makes a tokenizer that knows no word.
+# Without any of these, transformers silently makes a tokenizer without a vocabulary.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -49,8 +49,12 @@ class Chat:
         template: Path | None = None,
         stop_strings: Sequence[str] = (),
     ):
-        """Raises InputError where there is no chat template, or one that is invalid or
-        rejects these messages (some accept no system message)."""
+        """Check the template.
+
+        Raises:
+            InputError: there is none, or it is invalid or rejects these messages (some
+                accept no system message).
+        """
         if template:
             tokenizer.chat_template = read_text(template)
         source = template or tokenizer.name_or_path
@@ -88,7 +92,7 @@ class Chat:
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Return the text of each token alone, special tokens included."""
+        """Return the text of each single token, special tokens included."""
         with self._lock:
             for token in set(map(int, tokens)) - self._pieces.keys():
                 self._pieces[token] = self.tokenizer.decode([token])
@@ -99,6 +103,9 @@ class Chat:
 
         Byte-level vocabularies spell a byte as a printable letter, others a space as
         U+2581 and single bytes as <0x0A>.
+
+        Raises:
+            InputError: the tokenizer is not a fast one.
         """
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -1,11 +1,12 @@
 """Cleaning of prompts: bare answers, no duplicates, no evaluation questions.
 
-Questions are compared as lists of words. Case, spacing and the punctuation of prose do
-not count, but signs and numbers do: "2 + 3" is not "2 * 3".
+Questions are compared as lists of words. Case, spacing and the punctuation of prose are
+ignored, signs and numbers are not: "2 + 3" differs from "2 * 3".
 """
 
 import collections
 import dataclasses
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ WHOLE_NUMBER = re.compile(r"[-+]?\d+\.0+")
 
 
 class Removal(NamedTuple):
-    """A removed prompt, the reason, and the name of the prompt that it is like."""
+    """A removed prompt, the reason, and the name of the similar prompt."""
 
     prompt: Prompt
     reason: str
@@ -62,25 +63,21 @@ def clean(
 
     `evaluations` are the prompts of each set, by its name.
     """
-    answers = [normalise_answer(prompt.gold_answer) for prompt in prompts]
-    changed = sum(
-        answer != prompt.gold_answer
-        for answer, prompt in zip(answers, prompts, strict=True)
-    )
     normalised = [
-        dataclasses.replace(prompt, gold_answer=answer)
-        for answer, prompt in zip(answers, prompts, strict=True)
+        dataclasses.replace(prompt, gold_answer=normalise_answer(prompt.gold_answer))
+        for prompt in prompts
     ]
+    changed = sum(map(operator.ne, prompts, normalised))
     unique, duplicates = remove_duplicates(normalised)
     remaining, overlaps = remove_overlaps(unique, evaluations, ngram)
     return Cleaned(remaining, duplicates + overlaps, changed)
 
 
 def normalise_answer(text: str) -> str:
-    r"""Return the bare answer: of a solution what follows "####" or is boxed last,
-    without surrounding dollar signs or a final full stop, and 27.0 as 27.
+    r"""Return the bare answer.
 
-    Text of which nothing would remain is returned unchanged.
+    Of a solution, that after "####" or in the last box; without surrounding dollar
+    signs or a final full stop; 27.0 as 27. Text that would become empty is unchanged.
     """
     answer = text
     if "####" in answer:
@@ -98,12 +95,12 @@ def normalise_answer(text: str) -> str:
 
 
 def words(question: str) -> tuple[str, ...]:
-    """Return what different spellings of a question have in common."""
+    """Return the words of a question, the same for all of its spellings."""
     return tuple(WORD.findall(question.casefold()))
 
 
 def remove_duplicates(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Removal]]:
-    """Keep the first of equal questions, and none where their answers differ."""
+    """Keep the first of equal questions, and none if their answers differ."""
     copies: dict[tuple[str, ...], list[Prompt]] = {}
     for prompt in prompts:
         copies.setdefault(words(prompt.question), []).append(prompt)

@@ -1,4 +1,4 @@
-"""How often prompts are used (by difficulty) and in which order (by seed)."""
+"""Repetition of prompts by difficulty, and their order by seed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,27 +18,25 @@ PUBLISHED_BANDS: Bands = (
 
 
 def repeat_by_difficulty(prompts: Sequence[Prompt], bands: Bands) -> list[Prompt]:
-    """Repeat each prompt as its band says, and drop those outside all bands.
+    """Repeat each prompt as often as its band requires; drop those outside all bands.
 
     Prompts without a pass rate are used once.
 
     Raises:
         InputError: no prompt remains.
     """
-    repeated = [prompt for prompt in prompts for _ in range(_repeats(prompt, bands))]
+    repeats = lambda rate: next((n for low, high, n in bands if low <= rate < high), 0)
+    repeated = [
+        prompt
+        for prompt in prompts
+        for _ in range(1 if prompt.pass_rate is None else repeats(prompt.pass_rate))
+    ]
     if not repeated:
         raise InputError(
             f"all {len(prompts)} prompts have a pass_rate outside every difficulty "
             f"band {bands}"
         )
     return repeated
-
-
-def _repeats(prompt: Prompt, bands: Bands) -> int:
-    if prompt.pass_rate is None:
-        return 1
-    matches = (n for low, high, n in bands if low <= prompt.pass_rate < high)
-    return next(matches, 0)
 
 
 class PromptOrder:
@@ -49,15 +47,18 @@ class PromptOrder:
     """
 
     def __init__(self, items: Sequence[Any], *, batch: int, seed: int):
-        """Raises InputError where `batch` is larger than the data set, or the seed
-        larger than grain accepts."""
+        """Shuffle the items.
+
+        Raises:
+            InputError: `batch` is larger than the data set, or the seed too large.
+        """
         if batch > len(items):
             raise InputError(
                 f"a step takes {batch} prompts, the data set has {len(items)}"
             )
         if seed >= 2**32:
             raise InputError(f"seed={seed} must be below {2**32}")
-        import grain  # takes half a second, which `oreal --help` need not wait for
+        import grain  # half a second, too long for `oreal --help`
 
         self.batch_size = batch
         self._items = grain.MapDataset.source(items).shuffle(seed=seed).repeat()
@@ -65,8 +66,7 @@ class PromptOrder:
     def batch(self, start: int) -> list[tuple[Any, int]]:
         """Return the next items after `start`, each with its copy number in the batch.
 
-        Copies of a prompt have the same random key; the number tells their samples
-        apart.
+        Copies of a prompt have the same random key; the number distinguishes samples.
         """
         batch = [self._items[i] for i in range(start, start + self.batch_size)]
         return [(item, batch[:index].count(item)) for index, item in enumerate(batch)]

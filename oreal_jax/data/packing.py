@@ -2,7 +2,7 @@
 
 Only completion tokens are predicted, so each row lists the columns that predict one
 (`predicts`), and the vocabulary head computes no others. A completion is a range of
-that list, and losses see one row per completion, however it was packed.
+that list, and losses see one row per completion, independent of the packing.
 
 Letters: M micro-batches of R rows of S tokens, C predicting columns per row, N
 completions per micro-batch, T tokens per completion.
@@ -68,7 +68,7 @@ class BatchIndex(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The sizes of a batch besides those of its rows: M, C, N, T."""
+    """The sizes of a batch other than those of its rows: M, C, N, T."""
 
     micros: int
     columns: int
@@ -77,8 +77,11 @@ class Shape(NamedTuple):
 
 
 class SizeLimits(NamedTuple):
-    """Upper bounds for every step of a run: completions, tokens of a prompt with its
-    completion, tokens of a completion; and the tokens of the shortest prompt."""
+    """Upper bounds for every step of a run.
+
+    Completions, tokens of a prompt with its completion, tokens of a completion; and
+    the tokens of the shortest prompt.
+    """
 
     completions: int
     sequence: int
@@ -183,7 +186,7 @@ def pack(
     """Pack examples into micro-batches of `rows` rows of `row_length` tokens.
 
     Returns the batch, with reference log-probabilities 0, and the position of each
-    example. Without `limits`, the shape depends on these examples alone.
+    example. Without `limits`, the shape depends only on these examples.
     """
     sizes = [(len(e.prompt), len(e.completion)) for e in examples]
     groups, (M, C, N, T) = arrange(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,49 +57,92 @@ class SolvedQuestion:
 
 
 class Prediction(NamedTuple):
-    """An answer to verify, which may be empty; the question where it is known."""
+    """An answer to verify, which may be empty; the question if it is known."""
 
     prediction: str
     gold: str
     question: str | None
 
 
-def read_prompts(
-    path: Path,
+def read_prompts(path: Path, *fields: Any) -> list[Prompt]:
+    """Read the prompts of a file; `fields` are those of `make_prompts`.
+
+    Raises:
+        InputError: names file, line, field and value.
+    """
+    return make_prompts(_read_rows(path), *fields)
+
+
+def make_prompts(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
     question: str = "question",
     gold_answer: str = "gold_answer",
     extract_answer: Callable[[Any], Any] = lambda value: value,
 ) -> list[Prompt]:
-    """Read the prompts of a file of `question, gold_answer, pass_rate, id` rows.
+    """Return the prompts of named rows `question, gold_answer, pass_rate, id`.
 
     `question` and `gold_answer` name the fields, `extract_answer` turns the value of
     the latter into the answer. Rows without an id are numbered from 0.
 
     Raises:
-        InputError: names file, line, field and value.
+        InputError: names row, field and value.
     """
-    prompts, rows_by_id = [], {}
+    rows = list(rows)
+    names: dict[str, str] = {}  # of the rows that have an id
+    for name, row in rows:
+        if row.get("id") is not None:
+            id = text_field(name, row, "id")
+            if names.setdefault(id, name) != name:
+                raise InputError(f"{name}: field 'id' is {id!r}, as in {names[id]}")
+    prompts = []
     known = {"id", "pass_rate", question, gold_answer, "question", "gold_answer"}
-    for index, (name, row) in enumerate(read_rows(path)):
+    for index, (name, row) in enumerate(rows):
         rate = row.get("pass_rate")
         is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
         if rate is not None and not (is_number and 0 <= rate <= 1):
             raise InputError(f"{name}: field 'pass_rate' is {rate!r}, expected 0 to 1")
-        id = str(index) if row.get("id") is None else text_field(name, row, "id")
-        if id in rows_by_id:
-            raise InputError(f"{name}: field 'id' is {id!r}, as in {rows_by_id[id]}")
-        rows_by_id[id] = name
-        answer = {gold_answer: extract_answer(row.get(gold_answer))}
+        id = str(index)
+        if row.get("id") is not None:
+            id = text_field(name, row, "id")
+        else:
+            while id in names:
+                id = f"_{id}"
+        answer = {k: extract_answer(v) for k, v in row.items() if k == gold_answer}
         prompts.append(
             Prompt(
                 id,
                 text_field(name, row, question),
-                text_field(name, answer, gold_answer),
+                text_field(name, {**row, **answer}, gold_answer),
                 None if rate is None else float(rate),
                 {k: v for k, v in row.items() if k not in known and _is_label(v)},
             )
         )
     return prompts
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows; those of verl and chats with `question` and an answer or solution.
+
+    verl has messages in `prompt` and the answer in `reward_model.ground_truth`; chats
+    have one question and its solution in `messages`. System messages are left out: a
+    model's chat template or a config's `system_prompt` sets them.
+    """
+    fields = {"user": "question", "assistant": "solution"}
+    for name, row in read_rows(path):
+        messages, reward = (
+            row.get("prompt", row.get("messages")),
+            row.get("reward_model"),
+        )
+        if "question" not in row and isinstance(messages, list):
+            turns = [m for m in messages if isinstance(m, dict)]
+            turns = [(m.get("role"), m.get("content")) for m in turns]
+            turns = [turn for turn in turns if turn[0] != "system"]
+            # Others are left as they are: a message then names their fields.
+            if [role for role, _ in turns] in (["user"], ["user", "assistant"]):
+                row = {fields[role]: text for role, text in turns} | row
+                if isinstance(reward, dict):
+                    row = {"gold_answer": reward.get("ground_truth")} | row
+        yield name, row
 
 
 def _is_label(value: Any) -> bool:
@@ -111,18 +154,18 @@ def _is_label(value: Any) -> bool:
 
 
 def read_examples(path: Path) -> list[SolvedQuestion]:
-    """Read the rows `question, solution` of a file."""
+    """Read the rows `question, solution` of a file, or its chats."""
     return [
         SolvedQuestion(
             text_field(name, row, "question"), text_field(name, row, "solution")
         )
-        for name, row in read_rows(path)
+        for name, row in _read_rows(path)
     ]
 
 
 def read_questions(path: Path) -> list[str]:
     """Read the `question` of every row of a file."""
-    return [text_field(name, row, "question") for name, row in read_rows(path)]
+    return [text_field(name, row, "question") for name, row in _read_rows(path)]
 
 
 def read_judgements(path: Path) -> list[Prediction]:

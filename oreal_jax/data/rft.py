@@ -26,7 +26,7 @@ class Solution(NamedTuple):
 
 
 class RftSet(NamedTuple):
-    """The selected solutions, and counts of what they were selected from."""
+    """The selected solutions, and counts of the completions that they are from."""
 
     solutions: list[Solution]
     completions: int
@@ -49,7 +49,7 @@ def select_solutions(
     """Select at most `limit` different correct completions of each question.
 
     `rows` have `id, question, completion, verdict`. Completions that differ only in
-    spacing or case are the same. The choice depends on (seed, question) alone.
+    spacing or case are the same. The choice depends only on (seed, question).
     """
     correct: dict[str, list[Solution]] = {}
     completions = 0
@@ -60,7 +60,7 @@ def select_solutions(
             solutions.append(Solution(row["id"], row["question"], row["completion"]))
     selected, different = [], 0
     for question, solutions in correct.items():
-        # The first of equal ones, in the order of the last.
+        # Of equal solutions the first, at the place of the last.
         first = {words(s.solution): s for s in reversed(solutions)}
         candidates = list(reversed(first.values()))
         different += len(candidates)

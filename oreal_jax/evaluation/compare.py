@@ -1,7 +1,7 @@
 """Comparison of two evaluations of the same problems: a real gain, or chance?"""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     left_out: int
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "set": self.name,
             "measure": self.measure,
@@ -62,51 +62,43 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
             f"{first} and {second} have nothing in common: "
             f"{', '.join(map(name, old))} against {', '.join(map(name, new))}"
         )
-    return [
-        compare_kind(kind, (first, second), (old[kind], new[kind]), seed)
-        for kind in common
-    ]
+    return [compare_kind(k, [(first, old[k]), (second, new[k])], seed) for k in common]
 
 
 def compare_kind(
-    kind: Kind, paths: tuple[Path, Path], items: tuple[Items, Items], seed: int
+    kind: Kind, files: Sequence[tuple[Path, Items]], seed: int
 ) -> Comparison:
-    """Compare the problems of one kind that both have; `paths` are for messages.
+    """Compare the problems of one kind that both files have.
 
     Raises:
-        InputError: there are none, or they cannot be compared.
+        InputError: no id is common, or they cannot be compared.
     """
     name, greedy = kind
-    first, second = items
-    files = f"{paths[0]} and {paths[1]}"
+    (path, first), (other_path, second) = files
     common = [id for id in first if id in second]
     if not common:
-        raise InputError(f"{files}: no id of set {name!r} in common")
+        raise InputError(f"{path} and {other_path}: no id of set {name!r} in common")
     for id in common:
         if first[id].question != second[id].question:
-            raise InputError(f"{files}: id {id!r} of set {name!r} has two questions")
-    samples = (
-        count_samples(paths[0], (first[id] for id in common)),
-        count_samples(paths[1], (second[id] for id in common)),
-    )
-    correct = lambda items: np.array([sum(items[id].correct) for id in common])
+            raise InputError(
+                f"{path} and {other_path}: id {id!r} of set {name!r} has two questions"
+            )
+    samples, correct = [], []
+    for path, items in files:
+        sizes = sorted({len(items[id].correct) for id in common})
+        if len(sizes) > 1:
+            raise InputError(
+                f"{path}: problems with {sizes[0]} and with {sizes[-1]} samples"
+            )
+        samples += sizes
+        correct.append(np.array([sum(items[id].correct) for id in common]))
     measures = dict.fromkeys("pass@1" if greedy else f"avg@{k}" for k in samples)
     return Comparison(
         name,
         " against ".join(measures),
-        paired(correct(first), correct(second), samples, seed),
+        paired(*correct, (samples[0], samples[1]), seed),
         len(first.keys() ^ second.keys()),
     )
-
-
-def count_samples(path: Path, items: Iterable[Item]) -> int:
-    """The number of samples of each problem; InputError if it is not the same."""
-    sizes = sorted({len(item.correct) for item in items})
-    if len(sizes) > 1:
-        raise InputError(
-            f"{path}: problems with {sizes[0]} and with {sizes[-1]} samples"
-        )
-    return sizes[0]
 
 
 def read_items(path: Path) -> dict[Kind, Items]:
@@ -118,8 +110,8 @@ def read_items(path: Path) -> dict[Kind, Items]:
     kinds: dict[Kind, Items] = {}
     types = {"set": str, "id": str, "greedy": bool, "question": str}
     for where, row in _read_rows(path):
-        for field, type_ in types.items():
-            if not isinstance(row.get(field), type_):
+        for field, kind in types.items():
+            if not isinstance(row.get(field), kind):
                 raise InputError(
                     f"{where}: field {field!r} is {row.get(field)!r}, expected an item "
                     "of `oreal eval`"

@@ -11,11 +11,15 @@ from oreal_jax.verify.llm_judge import Judge
 
 
 class CompletionRecord(NamedTuple):
-    """A completion's text, its number of tokens, and how it ended."""
+    """A completion's text, its number of tokens, and the reason of its end."""
 
     completion: str
     tokens: int
     finish_reason: str
+
+
+# In place of a completion of a problem that leaves no space for one in the model.
+TOO_LONG = CompletionRecord("", 0, "too_long")
 
 
 class VerifiedCompletion(NamedTuple):
@@ -28,11 +32,11 @@ class VerifiedCompletion(NamedTuple):
 
     @property
     def correct(self) -> bool:
-        """Undecided counts as not correct."""
+        """Whether the verdict is correct; undecided counts as incorrect."""
         return self.verdict.outcome == "correct"
 
     def as_json(self) -> dict[str, Any]:
-        """One JSON line."""
+        """Return one JSON line."""
         return {
             "id": self.prompt.id,
             "sample": self.sample,
@@ -69,6 +73,14 @@ def verify(
 
 
 def with_pass_rates(groups: Groups) -> list[Prompt]:
-    """Each prompt with the share of its completions that are correct."""
+    """Return each prompt with the share of its completions that are correct.
+
+    Prompts that are too long are not measured.
+    """
     rate = lambda group: sum(each.correct for each in group) / len(group)
-    return [dataclasses.replace(g[0].prompt, pass_rate=rate(g)) for g in groups]
+    return [
+        g[0].prompt
+        if g[0].record == TOO_LONG
+        else dataclasses.replace(g[0].prompt, pass_rate=rate(g))
+        for g in groups
+    ]

@@ -41,7 +41,7 @@ class Evaluator:
         `kind` ("greedy" or "sampled") names them on the screen and in `records`.
 
         Raises:
-            InputError: a problem and its completion exceed the model.
+            InputError: every problem of a set with its completion exceeds the model.
         """
         groups = {}
         for name, problems in sets:
@@ -59,6 +59,7 @@ class Evaluator:
                     records=self.records,
                     part=part,
                     on_progress=lambda tokens, n, advance=advance: advance(n, tokens),
+                    log=self.screen.log,
                 )
             with self.screen.phase(*phase) as advance:
                 groups[name] = verify(self.pool, problems, records, advance, self.judge)
@@ -78,7 +79,7 @@ class Evaluator:
         they are given; `by` are fields to break the main measure down by.
 
         Raises:
-            InputError: a problem and its completion exceed the model.
+            InputError: every problem of a set with its completion exceeds the model.
         """
         once = self.complete(sets, greedy, 1, "greedy") if greedy else {}
         often = self.complete(sets, sampled, samples, "sampled") if sampled else {}
@@ -89,7 +90,7 @@ class Evaluator:
 
 
 def check_fields(sets: Sequence[ProblemSet], by: Sequence[str]) -> None:
-    """Raise InputError if no set has a field to break the main measure down by."""
+    """Raise InputError if a field to break the main measure down by is in no set."""
     problems = [prompt for each in sets for prompt in each.problems]
     known = sorted({field for prompt in problems for field in prompt.labels})
     for field in by:

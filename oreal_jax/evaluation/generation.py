@@ -1,8 +1,8 @@
-"""Resumable generation: completions recorded in a journal as soon as they are finished.
+"""Resumable generation: a journal of completions, each written once it is finished.
 
-A completion is a function of (weights, sampling, seed, prompt, sample) and of nothing
-else, so a recorded one need not be generated again: an interrupted command resumes, and
-16 samples begin with the 4 that exist.
+A completion depends only on (weights, sampling, seed, prompt, sample). Those that are
+recorded are not generated again: an interrupted command resumes, and 16 samples begin
+with 4 that exist.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from oreal_jax.checkpoints.run import newest_policy
 from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import InputError
-from oreal_jax.evaluation.completions import CompletionRecord
+from oreal_jax.evaluation.completions import TOO_LONG, CompletionRecord
 from oreal_jax.files import fingerprint, write_text
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
@@ -26,7 +26,7 @@ Records = MutableMapping[Key, CompletionRecord]
 
 
 class Journal(dict[Key, CompletionRecord]):
-    """Records of completions that are on disk as soon as they are set.
+    """Records of completions, each written to disk when it is set.
 
     The first line of the file has the settings of their generation, each further line
     one record.
@@ -91,25 +91,21 @@ def resumable(
     The journal is removed when the block ends without error. Without `out` the records
     are in memory only.
     """
-    if out is None:
-        try:
-            yield {}
-        except KeyboardInterrupt:
-            log("no completions are kept because no output file is named")
-            raise
-        return
-    journal = Journal(out.with_name(out.name + ".unfinished"), settings)
-    if journal:
-        log(f"{journal.path}: resuming after {len(journal)} completions")
+    path = out and out.with_name(f"{out.name}.unfinished")
+    records = Journal(path, settings) if path else {}
+    if records:
+        log(f"{path}: resuming after {len(records)} completions")
     try:
-        yield journal
+        yield records
     except KeyboardInterrupt:
-        finished = "no completion is finished yet"
-        if journal:
-            finished = f"{len(journal)} completions are in {journal.path}"
-        log(f"{finished}; resume with the same command")
+        log(
+            f"{len(records)} completions are in {path}; resume with the same command"
+            if path
+            else "no completions are kept because no output file is named"
+        )
         raise
-    journal.path.unlink(missing_ok=True)
+    if path:
+        path.unlink(missing_ok=True)
 
 
 def generation_settings(
@@ -118,7 +114,7 @@ def generation_settings(
     prompts: Sequence[Prompt],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that completions depend on, as JSON values.
+    """Return all that completions depend on, as JSON values.
 
     `options` are the generation options of a command.
     """
@@ -145,22 +141,37 @@ def generate(
     records: Records,
     part: str = "",
     on_progress: Callable[[int, int], None] = lambda tokens, finished: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> list[list[CompletionRecord]]:
     """Generate `samples` completions of each prompt that are not in `records` yet.
 
-    `weights` are the engine's; `part` names the evaluation within `records`.
+    `weights` are the engine's; `part` names the evaluation within `records`. A prompt
+    that is too long is logged, and its completions are `TOO_LONG`.
 
     Raises:
-        InputError: a prompt and its completion exceed the model.
+        InputError: every prompt with its completion exceeds the model.
     """
+    encoded = {prompt: chat.encode(prompt.question) for prompt in prompts}
+    too_long: dict[Prompt, InputError] = {}
+    for prompt, tokens in encoded.items():
+        try:
+            engine.check_length(len(tokens), sampling.max_tokens)
+        except InputError as error:
+            too_long[prompt] = error
+    if prompts and len(too_long) == len(encoded):
+        raise next(iter(too_long.values()))
+    where = f"{part}: " if part else ""
+    for prompt, error in too_long.items():
+        log(f"{where}problem {prompt.id!r} is too long for a completion: {error}")
     missing = {
         p: [k for k in range(samples) if (part, p.id, k) not in records]
         for p in prompts
+        if p not in too_long
     }
-    new = [(prompt, 0) for prompt in prompts if len(missing[prompt]) == samples]
+    new = [(prompt, 0) for prompt in missing if len(missing[prompt]) == samples]
     partial = [
         (prompt, k)
-        for prompt in prompts
+        for prompt in missing
         if len(missing[prompt]) < samples
         for k in missing[prompt]
     ]
@@ -176,7 +187,7 @@ def generate(
             )
 
         requests = [
-            Request(chat.encode(prompt.question), sampling, prompt.key, first, seed)
+            Request(encoded[prompt], sampling, prompt.key, first, seed)
             for prompt, first in first_samples
         ]
         engine.sample(
@@ -185,4 +196,10 @@ def generate(
 
     complete(partial, 1)
     complete(new, samples)
-    return [[records[part, p.id, k] for k in range(samples)] for p in prompts]
+    return [
+        [
+            TOO_LONG if prompt in too_long else records[part, prompt.id, k]
+            for k in range(samples)
+        ]
+        for prompt in prompts
+    ]

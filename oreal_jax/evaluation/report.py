@@ -1,4 +1,4 @@
-"""The measures of a model on one set of problems.
+"""Measures of a model on one set of problems.
 
 Greedy pass@1, or over K samples avg@K, pass@k and maj@K, each with a 95% interval over
 problems. A completion without its stop token is incorrect, as in training.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oreal_jax.evaluation.completions import Groups, VerifiedCompletion
+from oreal_jax.evaluation.completions import TOO_LONG, Groups, VerifiedCompletion
 from oreal_jax.evaluation.statistics import Measure, majority, mean, pass_at
 from oreal_jax.verify.extract import answer
 from oreal_jax.verify.rule import canonical
@@ -19,10 +19,10 @@ from oreal_jax.verify.rule import canonical
 class Report(NamedTuple):
     """Measures in [0, 1] by name, the main one first, and all verified completions.
 
-    `truncated` is the share of completions without stop token; `tokens_correct` and
-    `tokens_incorrect` are mean lengths, None if there are no such completions.
-    `breakdown` has the number of problems and the main measure for each value of a
-    field.
+    truncated: the share of completions without stop token.
+    tokens_correct, tokens_incorrect: mean lengths, None without such completions.
+    breakdown: number of problems and main measure for each value of a field.
+    too_long: number of problems without space for a completion; they are incorrect.
     """
 
     measures: dict[str, Measure]
@@ -34,6 +34,7 @@ class Report(NamedTuple):
     tokens_incorrect: float | None
     breakdown: dict[str, dict[str, tuple[int, Measure]]]
     items: list[dict[str, Any]]
+    too_long: int = 0
 
     @property
     def name(self) -> str:
@@ -51,7 +52,7 @@ class Report(NamedTuple):
         return self.main.value
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """Return the report as plain JSON values."""
         breakdown = {
             field: {
                 value: {"problems": count, **measure._asdict()}
@@ -61,13 +62,18 @@ class Report(NamedTuple):
         }
         measures = {name: m._asdict() for name, m in self.measures.items()}
         main = {"accuracy": self.accuracy, "low": self.main.low, "high": self.main.high}
-        return main | self._asdict() | {"measures": measures, "breakdown": breakdown}
+        own = self._asdict() | {"measures": measures, "breakdown": breakdown}
+        if not self.too_long:
+            del own["too_long"]
+        return main | own
 
     def __str__(self) -> str:
+        count = f"{self.too_long} problem{'s' * (self.too_long > 1)} too long"
         return (
             f"{self.name} {self.accuracy:.1%} (95% interval {self.main.low:.1%} to "
             f"{self.main.high:.1%}) on {self.problems} problems; {self.truncated:.1%} "
             f"without stop token, {self.undecided} undecided"
+            + (f", {count}" if self.too_long else "")
         )
 
 
@@ -86,7 +92,9 @@ def report(
     main = greedy or sampled
     completions = list(itertools.chain.from_iterable([*greedy, *sampled]))
     lengths = lambda outcome: [
-        each.record.tokens for each in completions if each.correct == outcome
+        each.record.tokens
+        for each in completions
+        if each.correct == outcome and each.record != TOO_LONG
     ]
     average = lambda numbers: float(np.mean(numbers)) if numbers else None
     truncated = [each.record.finish_reason == "length" for each in completions]
@@ -105,11 +113,12 @@ def report(
             for group in groups
             for each in group
         ],
+        too_long=sum(group[0].record == TOO_LONG for group in main),
     )
 
 
 def sample_measures(groups: Groups, seed: int) -> dict[str, Measure]:
-    """avg@K, pass@k for k = 2, 4, ... K, and maj@K."""
+    """Compute avg@K, pass@k for k = 2, 4, ... K, and maj@K."""
     solved = correct(groups)
     samples = solved.shape[1]
     measures = {f"avg@{samples}": mean(solved.mean(axis=1), seed)}
@@ -127,12 +136,12 @@ def sample_measures(groups: Groups, seed: int) -> dict[str, Measure]:
 
 
 def correct(groups: Groups) -> np.ndarray:
-    """Which completions are correct: [problems, samples]."""
+    """Return which completions are correct: [problems, samples]."""
     return np.array([[each.correct for each in group] for group in groups])
 
 
 def vote(completion: VerifiedCompletion) -> str | None:
-    """The answer of a completion in one spelling; None if it has none."""
+    """Return the answer of a completion in one spelling; None if it has none."""
     if completion.record.finish_reason != "stop":
         return None
     text, _ = answer(completion.record.completion)
@@ -140,7 +149,7 @@ def vote(completion: VerifiedCompletion) -> str | None:
 
 
 def break_down(groups: Groups, field: str, seed: int) -> dict[str, tuple[int, Measure]]:
-    """The number of problems and their mean for each value of a field."""
+    """Return the number of problems and their mean for each value of a field."""
     shares: dict[str, list[float]] = {}
     for group, share in zip(groups, correct(groups).mean(axis=1), strict=True):
         for value in group[0].prompt.values(field):
@@ -152,12 +161,12 @@ def break_down(groups: Groups, field: str, seed: int) -> dict[str, tuple[int, Me
 
 
 def items(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
-    """All verified completions of all sets."""
+    """Return all verified completions of all sets."""
     return [{"set": name} | item for name, r in reports.items() for item in r.items]
 
 
 def as_json(model: str, reports: Mapping[str, Report]) -> dict[str, Any]:
-    """All reports as plain JSON values; that of a single set at the top level, too."""
+    """Return all reports as JSON values; that of a single set also at the top level."""
     single = next(iter(reports.values())).as_json() if len(reports) == 1 else {}
     sets = {name: r.as_json() for name, r in reports.items()}
     for values in sets.values():

@@ -26,7 +26,7 @@ class Measure(NamedTuple):
 
 
 def pass_at(k: int, correct: Bool[np.ndarray, "N K"]) -> Float[np.ndarray, "N"]:
-    """The chance that one of k samples of a problem is correct.
+    """Estimate the chance that one of k samples of a problem is correct.
 
     1 - C(K-c, k) / C(K, k) where c of K are correct, the unbiased estimator of
     arXiv:2107.03374, eq. 1.
@@ -44,7 +44,7 @@ def pass_at(k: int, correct: Bool[np.ndarray, "N K"]) -> Float[np.ndarray, "N"]:
 
 
 def majority(votes: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
-    """The chance that the most frequent answer is correct, ties broken at random.
+    """Return the chance that the most frequent answer is correct; ties are random.
 
     All correct completions vote for one answer, however it is written; None is no vote.
     """
@@ -60,7 +60,7 @@ def majority(votes: Sequence[Hashable | None], correct: Sequence[bool]) -> float
 
 
 def mean(per_problem: Float[np.ndarray, "N"], seed: int = 0) -> Measure:
-    """The mean over problems with a percentile bootstrap interval.
+    """Return the mean over problems with a percentile bootstrap interval.
 
     Resampling problems that are all at 0 (or all at 1) shows no spread; the interval
     then is the exact one for 0 (or N) successes of N (Clopper and Pearson).
@@ -73,7 +73,7 @@ def mean(per_problem: Float[np.ndarray, "N"], seed: int = 0) -> Measure:
 
 
 def bootstrap(per_problem: Float[np.ndarray, "N"], seed: int) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean over problems."""
+    """Return the 95% percentile bootstrap interval of the mean over problems."""
     random, count = np.random.default_rng(seed), len(per_problem)
     resamples = random.integers(count, size=(RESAMPLES, count))
     tails = (1 - LEVEL) / 2, (1 + LEVEL) / 2
@@ -109,7 +109,7 @@ def paired(
     are counted exactly. With one sample per problem this is McNemar's exact test.
     """
     first_samples, second_samples = samples
-    scaled = second * first_samples - first * second_samples  # whole numbers
+    scaled = second * first_samples - first * second_samples  # integers
     differences = scaled / (first_samples * second_samples)
     return Paired(
         first=float(first.mean() / first_samples),
@@ -123,7 +123,7 @@ def paired(
 
 
 def sign_flip_p_value(differences: Int[np.ndarray, "N"]) -> float:
-    """The exact chance that random signs give a sum at least as far from 0.
+    """Compute the exact chance that random signs give a sum at least as far from 0.
 
     The distribution of the sum is built up one difference at a time.
     """

@@ -1,23 +1,34 @@
 """Tables of evaluations and comparisons."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from oreal_jax.console import make_table
 from oreal_jax.evaluation.compare import Comparison
-from oreal_jax.evaluation.published import PASS_AT_1, SETS
 from oreal_jax.evaluation.report import Report
 from oreal_jax.evaluation.sets import PRESETS
 
-FILE_WIDTH = 200  # columns where there is no terminal to fit
+# The paper's greedy pass@1 in percent, zero-shot, by OpenCompass; by preset.
+SETS = ("math500", "aime2024", "aime2025-i", "livemathbench", "olympiadbench")
+
+PASS_AT_1: dict[str, tuple[float, float, float, float, float]] = {
+    "OREAL-7B-SFT (start)": (86.4, 26.7, 26.7, 54.2, 56.0),
+    "OREAL-7B": (91.0, 33.3, 33.3, 62.6, 59.9),
+    "DeepSeek-R1-Distill-Qwen-7B (start)": (92.8, 55.5, 40.0, 65.6, 64.1),
+    "OREAL-DSR1-Distill-Qwen-7B": (94.0, 50.0, 40.0, 65.6, 66.1),
+    "OREAL-32B": (95.0, 60.0, 46.7, 74.8, 72.4),
+}
+
+FILE_WIDTH = 200  # columns of a file or pipe
 
 
 def show(*items: Table | str) -> None:
     """Print to standard output."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=FILE_WIDTH)
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    console = Console(highlight=False, markup=False, width=width)
     for item in items:
         console.print(item, soft_wrap=isinstance(item, str))
 
@@ -34,26 +45,14 @@ def show_reports(model: str, reports: Mapping[str, Report]) -> None:
         show(published_table(model, reports))
 
 
-def make_table(
-    title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], left: int = 1
-) -> Table:
-    """A table; the first `left` columns are aligned left, the others right."""
-    table = Table(title=title)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < left else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def measure_table(reports: Mapping[str, Report]) -> Table:
-    """Every measure of every set, with its 95% interval."""
+    """Show every measure of every set, with its 95% interval."""
     each = list(reports.values())
     measures = dict.fromkeys(name for report in each for name in report.measures)
     table = make_table(
-        "share of problems solved, with 95% intervals",
         ["", *reports],
         [(name, *(str(r.measures.get(name, "")) for r in each)) for name in measures],
+        title="share of problems solved, with 95% intervals",
     )
     table.add_section()
     length = lambda value: "" if value is None else f"{value:.1f}"
@@ -69,29 +68,29 @@ def measure_table(reports: Mapping[str, Report]) -> Table:
 
 
 def breakdown_table(name: str, report: Report, field: str) -> Table:
-    """The main measure for each value of a field."""
+    """Show the main measure for each value of a field."""
+    values = report.breakdown[field].items()
     return make_table(
-        f"{name}: {report.name} by {field}",
         [field, "problems", report.name],
-        [
-            (value, str(count), str(measure))
-            for value, (count, measure) in report.breakdown[field].items()
-        ],
+        [(value, str(count), str(measure)) for value, (count, measure) in values],
+        title=f"{name}: {report.name} by {field}",
     )
 
 
 def published_table(model: str, reports: Mapping[str, Report]) -> Table:
-    """The paper's results on those of our sets that it reports, and ours.
+    """Show the paper's results on those of our sets that it reports, and ours.
 
-    Ours is greedy pass@1 if that was measured, else avg@K; the row says which.
+    Ours is greedy pass@1 if that was measured, else avg@K, as named in the row.
     """
     names = [name for name in SETS if name in reports]
-    rows = [
-        (row, *(f"{values[SETS.index(name)]:.1f}" for name in names))
-        for row, values in PASS_AT_1.items()
-    ]
-    title = "pass@1 compared with arXiv:2502.06781 (greedy, its own prompts)"
-    table = make_table(title, ["model", *(PRESETS[n].title for n in names)], rows)
+    table = make_table(
+        ["model", *(PRESETS[name].title for name in names)],
+        [
+            (row, *(f"{values[SETS.index(name)]:.1f}" for name in names))
+            for row, values in PASS_AT_1.items()
+        ],
+        title="pass@1 compared with arXiv:2502.06781 (greedy, its own prompts)",
+    )
     table.add_section()
     measures = ", ".join(sorted({reports[name].name for name in names}))
     ours = (f"{100 * reports[name].accuracy:.1f}" for name in names)
@@ -102,7 +101,7 @@ def published_table(model: str, reports: Mapping[str, Report]) -> Table:
 def comparison_table(
     first: str, second: str, comparisons: Sequence[Comparison]
 ) -> Table:
-    """Both models on each set, and the significance of their difference."""
+    """Show both models on each set, and the significance of their difference."""
     points = lambda share: f"{100 * share:+.1f}"
     gain = lambda d: f"{points(d.value)} ({points(d.low)} to {points(d.high)})"
     columns = {
@@ -117,8 +116,8 @@ def comparison_table(
         "p": lambda c: f"{c.paired.p_value:.2g}",
     }
     rows = [[cell(each) for cell in columns.values()] for each in comparisons]
-    table = make_table(f"A = {first}, B = {second}", columns, rows, left=2)
-    table.caption = "p: exact sign-flip test over problems, two-sided"
+    caption = "p: exact sign-flip test over problems, two-sided"
     if left_out := sum(each.left_out for each in comparisons):
-        table.caption += f"; {left_out} problems that only one file has are left out"
-    return table
+        caption += f"; {left_out} problems that only one file has are left out"
+    title = f"A = {first}, B = {second}"
+    return make_table(columns, rows, names=2, title=title, caption=caption)

@@ -1,9 +1,8 @@
-"""The loss lab: what losses do to the tokens of saved trajectories.
+"""The loss lab: coefficients of losses for the tokens of saved trajectories.
 
 It needs no model: a loss is a function of per-token arrays, and a run saves those of
-every completion that it trains on. What a loss does to a token is one number, its
-coefficient d loss / d log pi: gradient descent raises pi where it is negative and
-lowers pi where it is positive.
+every completion that it trains on. A token's coefficient is d loss / d log pi:
+gradient descent raises pi where it is negative and lowers pi where it is positive.
 """
 
 # ruff: noqa: F401 (re-exports)

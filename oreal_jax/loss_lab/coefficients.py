@@ -15,7 +15,7 @@ MAX_ENTRIES = 2**22  # of an array [B, T] on the device
 
 
 class LossResult(NamedTuple):
-    """What a loss does to a batch.
+    """Values and gradients of a loss on a batch.
 
     terms: the loss and its metrics.
     coefficients: d loss / d log pi, one array per completion; where pi of the sampled
@@ -33,7 +33,7 @@ def evaluate_loss(
 ) -> LossResult:
     """Evaluate `loss` and its gradient on all of `trajectories` as one batch.
 
-    They are computed in parts of bounded size: losses add up over parts.
+    Computed in parts of bounded size: losses add up over parts.
     """
     lengths = np.array([trajectory.length for trajectory in trajectories])
     correct = jnp.asarray([trajectory.correct for trajectory in trajectories])
@@ -70,7 +70,7 @@ def evaluate_loss(
 
 
 def agreement(a: LossResult, b: LossResult) -> dict[str, float]:
-    """Cosine of two losses' coefficients, and the share of tokens of the same sign."""
+    """Return the cosine of two losses' coefficients, and the share of equal signs."""
     # In double: squares of small coefficients vanish in single precision.
     x, y = (np.concatenate(r.coefficients).astype(np.float64) for r in (a, b))
     norm = np.linalg.norm(x) * np.linalg.norm(y)
@@ -83,7 +83,7 @@ def agreement(a: LossResult, b: LossResult) -> dict[str, float]:
 def _scored(
     loss: PolicyLoss, trajectories: Sequence[SavedTrajectory], B: int, T: int
 ) -> Scored:
-    """The trajectories as the loss receives them, padded to [B, T]."""
+    """Return the trajectories as the loss receives them, padded to [B, T]."""
     per_token = np.zeros((6, B, T), np.float32)
     completion, correct = np.zeros((B, T), bool), np.zeros(B, bool)
     advantage = np.zeros(B, np.float32)
@@ -101,7 +101,7 @@ def _shares(
     trajectories: Sequence[SavedTrajectory],
     coefficients: Sequence[Float[np.ndarray, "_"]],
 ) -> dict[str, float]:
-    """Shares of the sum of |coefficient|; share of tokens with coefficient 0.
+    """Return shares of the sum of |coefficient|, and of tokens with coefficient 0.
 
     The middle token of a completion counts half as early, half as late.
     """

@@ -1,4 +1,4 @@
-"""Loads what the loss lab compares: saved trajectories, and losses by name."""
+"""Saved trajectories, and losses by name, for the loss lab."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class SavedTrajectory(NamedTuple):
     name: STEP/ID/SAMPLE.
     pieces: the text of each token.
     rewards: +1 or -1 of all samples of its group; its own is `rewards[sample_index]`.
-    per_token: the fields `PER_TOKEN`, then `full_log_probs`, which are `log_probs` but
-        for runs with `log_probs="sampled"`.
+    per_token: the fields `PER_TOKEN`, then `full_log_probs`, which differ from
+        `log_probs` in runs with `log_probs="sampled"`.
     """
 
     name: str
@@ -71,7 +71,7 @@ def load_trajectories(paths: Sequence[Path]) -> list[SavedTrajectory]:
     the same `step` and `group` (without `group`: the same `id`).
 
     Raises:
-        InputError: naming file, line, field and value; or no completion trained on.
+        InputError: names file, line, field and value; or no completion trained on.
     """
     trajectories: list[SavedTrajectory] = []
     for path in paths:
@@ -89,7 +89,7 @@ def load_trajectories(paths: Sequence[Path]) -> list[SavedTrajectory]:
 
 
 def select(trajectories: Sequence[SavedTrajectory], names: Sequence[str]) -> list[int]:
-    """Indices of the named completions; without names, of one of each outcome.
+    """Return the indices of named completions; without names, of one per outcome.
 
     Raises:
         InputError: no completion has one of the names.
@@ -149,7 +149,7 @@ def _per_token(where: str, row: dict[str, Any]) -> Float[np.ndarray, "6 T"]:
 
 
 def _pieces(row: dict[str, Any], size: int) -> list[str]:
-    """The text of each token; its number if the file has no texts."""
+    """Return the text of each token; its number if the file has no texts."""
     pieces = row.get("pieces")
     if not isinstance(pieces, list) or len(pieces) != size:
         pieces = range(size)

@@ -1,12 +1,13 @@
 """Results of losses as tables, JSON and a picture."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from oreal_jax.console import make_table
 from oreal_jax.errors import InputError
 from oreal_jax.loss_lab.coefficients import LossResult, agreement
 from oreal_jax.loss_lab.load import SavedTrajectory
@@ -15,55 +16,48 @@ MAX_LABELS = 48  # tokens of a completion whose texts fit under its picture
 
 
 def make_tables(results: Mapping[str, LossResult]) -> list[Table]:
-    """The terms of each loss, the shares of its coefficients, and their agreement."""
+    """Show the terms of losses, shares of their coefficients, and their agreement."""
     names = {name for result in results.values() for name in result.terms}
     value = lambda x: "" if x is None else f"{x:+.5f}"
-    terms = _table(
-        results,
-        (
-            (name, *(value(result.terms.get(name)) for result in results.values()))
-            for name in ["loss", *sorted(names - {"loss"})]
+    shares = next(iter(results.values())).shares
+    tables = [
+        make_table(
+            ["", *results],
+            (
+                (name, *(value(result.terms.get(name)) for result in results.values()))
+                for name in ["loss", *sorted(names - {"loss"})]
+            ),
+            title="terms",
         ),
-        title="terms",
-    )
-    shares = _table(
-        [name.replace("_", " ") for name in next(iter(results.values())).shares],
-        (
-            (loss, *(f"{x:.1%}" for x in result.shares.values()))
-            for loss, result in results.items()
+        make_table(
+            ["", *(name.replace("_", " ") for name in shares)],
+            (
+                (loss, *(f"{x:.1%}" for x in result.shares.values()))
+                for loss, result in results.items()
+            ),
+            title="shares of |d loss / d log pi|",
+            caption="early: the first half of a completion's tokens",
         ),
-        title="shares of |d loss / d log pi|",
-        caption="early: the first half of a completion's tokens",
-    )
-    if len(results) == 1:
-        return [terms, shares]
+    ]
     pair = lambda x: f"{x['cosine']:+.2f} {x['same_sign']:.0%}"
-    alike = _table(
-        results,
+    if len(results) == 1:
+        return tables
+    alike = make_table(
+        ["", *results],
         (
-            (loss, *(pair(agreement(result, other)) for other in results.values()))
-            for loss, result in results.items()
+            (loss, *(pair(agreement(a, b)) for b in results.values()))
+            for loss, a in results.items()
         ),
         title="agreement",
         caption="cosine of the coefficients; share of tokens with the same sign",
     )
-    return [terms, shares, alike]
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], **titles) -> Table:
-    """A table whose first column names the rows."""
-    table = Table("", **titles)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return [*tables, alike]
 
 
 def to_json(
     results: Mapping[str, LossResult], trajectories: Sequence[SavedTrajectory]
 ) -> dict[str, Any]:
-    """All numbers, as plain JSON values; coefficients by completion."""
+    """Return all numbers as plain JSON values; coefficients by completion."""
     names = [trajectory.name for trajectory in trajectories]
     return {
         "completions": len(trajectories),
@@ -131,5 +125,5 @@ def plot(
 
 
 def _label(piece: str) -> str:
-    """A token's text with visible spaces; escaped, so that it is no formula."""
+    """Return a token's text with visible spaces, escaped so that it is no formula."""
     return repr(piece)[1:-1].replace(" ", "␣").replace("$", "\\$") or "∅"

@@ -24,14 +24,14 @@ from oreal_jax.losses.scored import Advantage
 
 
 def outcome(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """The rewards themselves: REINFORCE without a baseline."""
+    """Return the rewards themselves: REINFORCE without a baseline."""
     return rewards
 
 
 def reshaped(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """R of correct samples, R* = (1 - p) R of incorrect ones (section 2.3).
+    """Return R of correct samples, R* = (1 - p) R of incorrect ones (section 2.3).
 
-    Best-of-N draws correct samples in proportion to (1-p)^(n-1) and incorrect ones to
+    Best-of-N selects correct samples in proportion to (1-p)^(n-1), incorrect ones to
     (1-p)^n: the factor makes the gradients of the two consistent.
     """
     correct = rewards > 0
@@ -40,14 +40,14 @@ def reshaped(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
 
 
 def rloo(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """R_RLOO: each reward minus the mean of the other K - 1 (section 2.3)."""
+    """Return R_RLOO: each reward minus the mean of the other K - 1 (section 2.3)."""
     K = rewards.shape[1]
     others = (rewards.sum(axis=1, keepdims=True) - rewards) / max(1, K - 1)
     return rewards - others
 
 
 def group_centred(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """Each reward minus the mean of all K (Dr. GRPO, arXiv:2503.20783).
+    """Return each reward minus the mean of all K (Dr. GRPO, arXiv:2503.20783).
 
     RLOO times (K-1)/K; GRPO without the division by the standard deviation, which
     favours easy and hard prompts.
@@ -56,7 +56,7 @@ def group_centred(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]
 
 
 def group_normalised(rewards: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """(reward - mean) / (unbiased standard deviation + 1e-8) (arXiv:2402.03300)."""
+    """Return (reward - mean) / (unbiased deviation + 1e-8) (arXiv:2402.03300)."""
     deviation = rewards.std(axis=1, ddof=1, keepdims=True)
     return group_centred(rewards) / (deviation + 1e-8)
 

@@ -17,17 +17,17 @@ Aggregate = Callable[[PerToken, TokenMask, Count], Scalar]
 
 
 def token_mean(values: PerToken, where: TokenMask, count: Count) -> Scalar:
-    """Mean over tokens: a long completion weighs more (OREAL as released, DAPO)."""
+    """Average over tokens: long completions weigh more (OREAL as released, DAPO)."""
     return jnp.sum(values, where=where) / count.tokens
 
 
 def sequence_sum(values: PerToken, where: TokenMask, count: Count) -> Scalar:
-    """Mean over completions of their sums: the expectations of OREAL's equations."""
+    """Average sums over completions: the expectations of OREAL's equations."""
     return jnp.sum(values, where=where) / count.sequences
 
 
 def sequence_mean(values: PerToken, where: TokenMask, count: Count) -> Scalar:
-    """Mean over completions of their means: tokens of long ones weigh less (GRPO)."""
+    """Average means over completions: tokens of long ones weigh less (GRPO)."""
     return jnp.sum(completion_mean(values, where)) / count.sequences
 
 

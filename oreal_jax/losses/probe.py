@@ -1,4 +1,4 @@
-"""What a loss depends on, found by evaluating it: valid for any user's loss.
+"""Inputs that a loss depends on, determined by evaluating it: for any user's loss.
 
 A probe is a small batch of random numbers. A field that a run cannot provide is 0 in
 `Scored`; a loss that reads it would train something else, or nothing, without notice.
@@ -15,7 +15,7 @@ LENGTHS = (5, 3, 4)  # tokens of the completions, in turn
 
 
 def fields_read(loss: PolicyLoss, *names: str) -> list[str]:
-    """The fields of `Scored`, among `names`, on which a loss or its gradient depends.
+    """Return the fields of `Scored`, among `names`, that change a loss or its gradient.
 
     All completions are correct with advantage 1, as in SFT.
     """
@@ -32,7 +32,7 @@ def fields_read(loss: PolicyLoss, *names: str) -> list[str]:
 
 
 def has_gradient(loss: PolicyLoss, group_size: int, *, token_scores: bool) -> bool:
-    """Whether any token of a group has a gradient while the policy is the reference.
+    """Return whether a token has a gradient while the policy is the reference.
 
     Half of the group is correct. Without `token_scores`, they are 0.
     """
@@ -51,7 +51,7 @@ def has_gradient(loss: PolicyLoss, group_size: int, *, token_scores: bool) -> bo
 def _evaluate(
     loss: PolicyLoss, scored: Scored
 ) -> tuple[Scalar, tuple[PerToken, PerToken]]:
-    """The loss, and its gradient with respect to what the policy computes."""
+    """Return the loss, and its gradient with respect to the policy's outputs."""
 
     def total(log_probs, entropy):
         own = scored._replace(log_probs=log_probs, entropy=entropy).masked()
@@ -61,7 +61,7 @@ def _evaluate(
 
 
 def _random(rewards: Float[np.ndarray, "1 K"], seed: int) -> Scored:
-    """Random completions with these rewards and advantage 1."""
+    """Make random completions with these rewards and advantage 1."""
     count, longest = rewards.size, max(LENGTHS)
     normal = np.random.default_rng(seed).normal(0, 1, (5, count, longest))
     policy, old, reference, scores, entropy = jnp.asarray(normal, jnp.float32)

@@ -1,4 +1,4 @@
-"""The arrays that a loss receives, and the denominators of its means."""
+"""Arrays that a loss receives, and the denominators of its means."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -93,7 +93,7 @@ class Count(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Denominators of the whole batch, whichever part of it a loss receives."""
+    """Denominators of the whole batch, of which a loss may receive a part."""
 
     correct: Count
     incorrect: Count

@@ -1,4 +1,4 @@
-"""The terms of the losses: one function each, one value per token.
+"""Terms of the losses: one function each, one value per token.
 
 Notation: pi is the policy's probability of a token, pi_old that of the policy which
 generated it, stop(x) is x without gradient, A the advantage of a completion. Gradients
@@ -19,28 +19,28 @@ MAX_EXPONENT = 20.0
 
 
 def clone(log_probs: PerToken) -> PerToken:
-    """-log pi: behaviour cloning of correct samples (L1, section 2.2)."""
+    """Compute -log pi: behaviour cloning of correct samples (L1, section 2.2)."""
     return -log_probs
 
 
 def suppress(
     log_probs: PerToken, old_log_probs: PerToken, factor: PerToken
 ) -> PerToken:
-    """F log(pi / pi_old): pushing incorrect samples down (L2, section 2.3).
+    """Compute F log(pi / pi_old), which pushes incorrect samples down (section 2.3).
 
-    `factor` is F(1-p); in Eq. 11, times omega-.
+    This is L2. `factor` is F(1-p); in Eq. 11, times omega-.
     """
     return factor * (log_probs - old_log_probs)
 
 
 def ratio(log_probs: PerToken, old_log_probs: PerToken) -> PerToken:
-    """pi / pi_old, continued as its tangent above exp(20)."""
+    """Compute pi / pi_old, continued as its tangent above exp(20)."""
     difference = log_probs - old_log_probs
     return jnp.exp(jnp.minimum(difference, MAX_EXPONENT)) + _tangent(difference)
 
 
 def reinforce(log_probs: PerToken, advantage: Float[Array, "B"]) -> PerToken:
-    """-A pi / stop(pi): policy gradient on-policy (L2, as released).
+    """Compute -A pi / stop(pi): policy gradient on-policy (L2, as released).
 
     The ratio is 1 and its gradient that of log pi.
     """
@@ -56,10 +56,10 @@ def clipped_surrogate(
     high: float,
     dual: float = math.inf,
 ) -> PerToken:
-    """PPO's -min(r A, clip(r, 1 - low, 1 + high) A) with r = pi / pi_old (1707.06347).
+    """Compute PPO's -min(r A, clip(r, 1 - low, 1 + high) A) with r = pi / pi_old.
 
-    Where A < 0, at most dual |A| (dual clip, arXiv:1912.09729), however much likelier
-    a token has become. A clipped token has no gradient.
+    From arXiv:1707.06347. Where A < 0, at most dual |A| (dual clip, arXiv:1912.09729),
+    however much the probability of a token has grown. Clipped tokens have no gradient.
     """
     advantage = jnp.broadcast_to(advantage[:, None], log_probs.shape)
     r = ratio(log_probs, old_log_probs)
@@ -73,7 +73,7 @@ def clipped_surrogate(
 def truncated_importance(
     log_probs: PerToken, old_log_probs: PerToken, cap: float | None
 ) -> PerToken:
-    """min(stop(pi) / pi_old, cap), or 1 without a cap.
+    """Compute min(stop(pi) / pi_old, cap), or 1 without a cap.
 
     Corrects for a sampler with other probabilities (other kernels, other precision).
     """
@@ -83,7 +83,7 @@ def truncated_importance(
 
 
 def kl_k1(log_probs: PerToken, other: PerToken) -> PerToken:
-    """KL(pi || other), estimator k1: log pi - log other.
+    """Estimate KL(pi || other) by k1: log pi - log other.
 
     Its expected gradient on-policy is 0. The released "kl" is its negative, which
     rewards divergence.
@@ -92,12 +92,12 @@ def kl_k1(log_probs: PerToken, other: PerToken) -> PerToken:
 
 
 def kl_k2(log_probs: PerToken, other: PerToken) -> PerToken:
-    """KL(pi || other), estimator k2: half the squared log-ratio (released: "mse")."""
+    """Estimate KL(pi || other) by k2: half the squared log-ratio (released: "mse")."""
     return 0.5 * jnp.square(other - log_probs)
 
 
 def kl_k3(log_probs: PerToken, other: PerToken) -> PerToken:
-    """KL(pi || other), estimator k3: exp(d) - d - 1 >= 0 (released: "unbias").
+    """Estimate KL(pi || other) by k3: exp(d) - d - 1 >= 0 (released: "unbias").
 
     d = log other - log pi (J. Schulman, "Approximating KL Divergence"); exp continues
     as its tangent above d = 20. The default for the KL of L1, L2 and Eq. 11.
@@ -110,7 +110,7 @@ def kl_k3(log_probs: PerToken, other: PerToken) -> PerToken:
 def outcome_cross_entropy(
     logit: Float[Array, "B"], correct: Bool[Array, "B"]
 ) -> Float[Array, "B"]:
-    """Binary cross-entropy of sigmoid(logit) and the outcome (Eq. 12).
+    """Compute the binary cross-entropy of sigmoid(logit) and the outcome (Eq. 12).
 
     `logit` is the mean token score of a completion.
     """
@@ -118,11 +118,11 @@ def outcome_cross_entropy(
 
 
 def completion_mean(values: PerToken, where: TokenMask) -> Float[Array, "B"]:
-    """Mean over the masked entries of each row; 0 for an empty row."""
+    """Average the masked entries of each row; 0 for an empty row."""
     size = jnp.sum(where, axis=-1).astype(values.dtype)
     return jnp.sum(values, axis=-1, where=where) / jnp.maximum(1, size)
 
 
 def _tangent(x: PerToken) -> PerToken:
-    """The linear part above `MAX_EXPONENT` of an exp that continues as its tangent."""
+    """Return the linear part of the continued exp, above `MAX_EXPONENT`."""
     return math.exp(MAX_EXPONENT) * jnp.maximum(x - MAX_EXPONENT, 0)

@@ -20,12 +20,12 @@ Weighting = Callable[[PerToken, TokenMask], PerToken]
 
 
 def token_credit(token_scores: PerToken, where: TokenMask) -> PerToken:
-    """sigmoid(w): the credit of each token's own score (Eq. 10 as printed)."""
+    """Compute sigmoid(w), the credit of each token's own score (Eq. 10 as printed)."""
     return jax.nn.sigmoid(token_scores)
 
 
 def running_credit(token_scores: PerToken, where: TokenMask) -> PerToken:
-    """Sigmoid of the mean score up to each token (Eq. 10 as released)."""
+    """Compute sigmoid of the mean score up to each token (Eq. 10 as released)."""
     size = jnp.cumsum(where, axis=-1).astype(token_scores.dtype)
     return jax.nn.sigmoid(jnp.cumsum(token_scores, axis=-1) / jnp.maximum(1, size))
 
@@ -36,7 +36,7 @@ def token_weights(
     weight_correct: Weighting,
     weight_incorrect: Weighting,
 ) -> PerToken:
-    """omega+ on correct completions, omega- on incorrect ones (Eq. 10).
+    """Compute omega+ on correct completions, omega- on incorrect ones (Eq. 10).
 
     Without gradient: the policy loss never trains the token reward model.
     """
@@ -67,7 +67,7 @@ class ThresholdWeights:
 class TopKWeights:
     """The top int(ratio * length) credits, min-max normalised; 0 for other tokens.
 
-    All ones where the top credits are equal. At least one token has a weight (the
+    All ones if the top credits are equal. At least one token has a weight (the
     release crashes when ratio * length is below 1).
     """
 
@@ -90,5 +90,5 @@ class TopKWeights:
 
 
 def unweighted(credit: PerToken, where: TokenMask) -> PerToken:
-    """Weight 1 for every token: OREAL without token rewards."""
+    """Weight every token by 1: OREAL without token rewards."""
     return jnp.ones_like(credit)

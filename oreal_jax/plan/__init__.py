@@ -1,4 +1,4 @@
-"""Plan a run before its devices are rented: does it fit, and what limits its speed."""
+"""Plans of runs for devices that are not there: memory, and bounds of the speed."""
 
 from oreal_jax.plan.planner import LargerCache, Plan, load_shape, make_plan
 

@@ -5,7 +5,7 @@ FLOP/s, its reads and writes at memory bandwidth, its collectives at link bandwi
 bound assumes that the three overlap completely and reach their peaks.
 
 Decoding is the engine's own scheduler, run on lengths without a model. A step
-multiplies all slots of an engine and reads all weights, however few rows are running;
+multiplies all slots of an engine and reads all weights, even if few rows are running;
 a few long completions at the end are therefore nearly as expensive as full slots.
 """
 
@@ -26,21 +26,13 @@ from oreal_jax.sampling.simulation import Round, heavy_tailed, simulate
 
 
 class Phase(NamedTuple):
-    """FLOPs of all devices; seconds of products, memory and links at their peaks, and
-    of the phase."""
+    """FLOPs of all devices; seconds of each resource at its peak, and of the phase."""
 
     flops: float
     products: float
     memory: float
     links: float
     seconds: float
-
-    @classmethod
-    def overlapping(
-        cls, flops: float, products: float, memory: float, links: float
-    ) -> "Phase":
-        """A phase whose products, memory and links overlap throughout."""
-        return cls(flops, products, memory, links, max(products, memory, links))
 
     @property
     def limit(self) -> str:
@@ -55,8 +47,10 @@ def phases(
     selected: list[tuple[int, int]],
     decode: Phase,
 ) -> dict[str, Phase]:
-    """Bounds of the phases of a step that trains on sequences of these (prompt,
-    completion) lengths. Rows are computed with their padding."""
+    """Return the bounds of a step that trains on these (prompt, completion) lengths.
+
+    Rows are computed with their padding.
+    """
     peak, micros = PEAKS[findings.kind], findings.micros
     rows = config.packing.rows * findings.mesh["data"] * findings.mesh["fsdp"]
     packed = micros * rows * config.packing.row_length
@@ -75,12 +69,12 @@ def phases(
     prompts = efficiency.prefill([mean_prompt_tokens(config)] * config.prompts_per_step)
 
     def bound(name: str, flops: float, memory_bytes: float) -> Phase:
-        return Phase.overlapping(
-            flops,
+        seconds = (
             flops / findings.devices / peak.flops,
             memory_bytes / peak.bandwidth,
             findings.moved[name] / peak.links,
         )
+        return Phase(flops, *seconds, seconds=max(seconds))  # they overlap completely
 
     prefill = efficiency.forward_flops(shape, prompts)
     update_bytes = 2 * state + passes * models * weights * micros
@@ -93,8 +87,10 @@ def phases(
 
 
 class DecodingEstimate(NamedTuple):
-    """The slowest process: its decoding steps, mean running rows of an engine, rows
-    swapped out, and the bound, which does not include swapping."""
+    """The slowest process: decoding steps, mean running rows of an engine, swaps.
+
+    `swapped` counts rows; the bound `phase` does not include swapping.
+    """
 
     steps: int
     rows: float
@@ -103,7 +99,7 @@ class DecodingEstimate(NamedTuple):
 
 
 def completion_lengths(config: TrainConfig, mean: int) -> Int[np.ndarray, "N K"]:
-    """Tokens of a step's completions: log-normal, cut at `sampling.max_tokens`."""
+    """Return log-normal lengths of a step's completions, cut at the maximum."""
     shape = config.prompts_per_step, config.samples_per_prompt
     count, longest = shape[0] * shape[1], config.sampling.max_tokens
     return heavy_tailed(count, mean, longest).reshape(shape)
@@ -116,8 +112,10 @@ def estimate_decoding(
     lengths: Int[np.ndarray, "N K"],
     cache_tokens: int,
 ) -> DecodingEstimate:
-    """Decoding of completions of these lengths with `cache_tokens` per engine; process
-    i generates for prompts i, i + processes, ..."""
+    """Simulate decoding to these lengths with `cache_tokens` per engine.
+
+    Process i generates for prompts i, i + processes, ...
+    """
     prompt = mean_prompt_tokens(config)
     work = efficiency.decode((prompt, int(size)) for size in lengths.flat)
     flops = efficiency.forward_flops(shape, work)
@@ -143,7 +141,7 @@ def estimate_decoding(
 def decoding_bound(
     config: TrainConfig, shape: ModelConfig, findings: Findings, rounds: Sequence[Round]
 ) -> Phase:
-    """The bound of a process's rounds; its engines wait for the fullest."""
+    """Return the bound of a process's rounds; its engines wait for the fullest."""
     peak, tensor = PEAKS[findings.kind], findings.tensor
     copies = -(-tensor // shape.kv_heads)  # key-value heads are repeated if too few
 

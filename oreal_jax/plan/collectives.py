@@ -35,7 +35,10 @@ _NAME = re.compile(r"%?([\w.\-]+)")
 
 
 def collective_bytes(text: str, repeats: int = 1) -> dict[str, int]:
-    """Bytes by kind of collective; a loop of unknown length runs `repeats` times."""
+    """Count bytes by kind of collective.
+
+    A loop of unknown length runs `repeats` times.
+    """
     _, *parts = _HEAD.split(text)
     entries, names, bodies = parts[::3], parts[1::3], parts[2::3]
     computations = dict(zip(names, bodies, strict=True))
@@ -71,7 +74,7 @@ def collective_bytes(text: str, repeats: int = 1) -> dict[str, int]:
 
 
 def _trip_count(line: str, computations: dict[str, str]) -> int | None:
-    """The number of iterations of a loop; None if its condition has no constant."""
+    """Return the iterations of a loop; None if its condition has no constant."""
     names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", line))
     condition = computations[names["condition"]]
     limit = max((int(n) for _, n in _CONSTANT.findall(condition)), default=None)
@@ -82,7 +85,7 @@ def _trip_count(line: str, computations: dict[str, str]) -> int | None:
 
 
 def _increment(body: str, counter: int) -> int:
-    """The constant that a loop's body adds to an element of its state; 1 if unknown."""
+    """Return what a loop's body adds to an element of its state; 1 if unknown."""
     lines = body.splitlines()
     root = next(line for line in lines if line.lstrip().startswith("ROOT"))
     _, _, state = re.sub(r"/\*.*?\*/", "", root).partition(" tuple(")
@@ -97,7 +100,7 @@ def _increment(body: str, counter: int) -> int:
 
 
 def _result_bytes(shape: str, operation: str) -> int:
-    """Bytes of a result; a started collective returns its operands and its result."""
+    """Count the bytes of a result; a started collective also returns its operands."""
     sizes = [
         math.prod(int(size) for size in dimensions.split(",") if size)
         * _BYTES.get(kind, 1 if "8" in kind else 4)  # f8..., s8, u8

@@ -1,4 +1,4 @@
-"""Compilation for TPUs that are not attached, and what the compiler reports.
+"""Compilation for TPUs that are not attached, and the compiler's report.
 
 libtpu compiles for any TPU topology on any machine (`pip install "oreal-jax[plan]"`).
 """
@@ -33,7 +33,7 @@ ENVIRONMENT = {
 
 
 def tpu_devices(topology: str) -> list:
-    """The devices of a TPU topology such as v5p:2x2x4.
+    """Return the devices of a TPU topology such as v5p:2x2x4.
 
     Raises:
         InputError: libtpu is not installed, or the topology is unknown.
@@ -60,8 +60,9 @@ def tpu_devices(topology: str) -> list:
 
 
 def tpu_host(topology: str, devices: list) -> list:
-    """The devices of one process as a topology of its own: programs for a part of a
-    topology do not compile.
+    """Return the devices of one process, as a topology of its own.
+
+    Programs for a part of a topology do not compile.
 
     Raises:
         InputError: as in `tpu_devices`.
@@ -75,11 +76,13 @@ def tpu_host(topology: str, devices: list) -> list:
 
 
 def tpu_memory(device) -> int:
-    """Bytes that programs may use on a TPU, read from the compiler's error about a
-    program that needs far more."""
-    where = SingleDeviceSharding(device)
-    huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=where)
-    double = jax.jit(lambda x: x + x, out_shardings=where)
+    """Return the bytes that programs may use on a TPU.
+
+    The compiler's error about a program that needs far more names them.
+    """
+    sharding = SingleDeviceSharding(device)
+    huge = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=sharding)
+    double = jax.jit(lambda x: x + x, out_shardings=sharding)
     try:
         with program_cache.disabled():
             double.lower(huge).compile()
@@ -101,44 +104,36 @@ def compile_program(program: Program) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return _too_large(program, str(error), time.perf_counter() - start)
-        texts = sorted(Path(folder).glob("*.after_optimizations.txt"))
-        assert texts, "the compiler wrote no text"
-        moved = collective_bytes(texts[-1].read_text(), program.repeats)
-    memory = compiled.memory_analysis()
-    assert memory, "the TPU's compiler reports memory"
-    return Compiled(
-        program.name,
-        program.phase,
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
-        beside=program.beside,
-        peak=memory.peak_memory_in_bytes + program.beside,
-        moved=moved,
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _too_large(program: Program, error: str, seconds: float) -> Compiled:
-    needed = (_sizes(error) or [0])[0]
-    arguments = device_bytes(program.arguments)
+            needed = (_sizes(str(error)) or [0])[0]
+            arguments, outputs = device_bytes(program.arguments), 0
+            temporary, moved = max(0, needed - arguments), {}
+            message = str(error).splitlines()[0]
+        else:
+            texts = sorted(Path(folder).glob("*.after_optimizations.txt"))
+            assert texts, "the compiler wrote no text"
+            moved = collective_bytes(texts[-1].read_text(), program.repeats)
+            memory = compiled.memory_analysis()
+            assert memory, "the TPU's compiler reports memory"
+            needed = memory.peak_memory_in_bytes
+            arguments = memory.argument_size_in_bytes
+            outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            temporary, message = memory.temp_size_in_bytes, ""
     return Compiled(
         program.name,
         program.phase,
         arguments=arguments,
-        outputs=0,
-        temporary=max(0, needed - arguments),
+        outputs=outputs,
+        temporary=temporary,
         beside=program.beside,
         peak=needed + program.beside,
-        moved={},
-        seconds=seconds,
-        error=error.splitlines()[0],
+        moved=moved,
+        seconds=time.perf_counter() - start,
+        error=message,
     )
 
 
 def _sizes(text: str) -> list[int]:
-    """Sizes such as 17.42G in a message, in order, in bytes."""
+    """Return the sizes in a message, such as 17.42G, in bytes and in order."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     matches = re.findall(r"([\d.]+)([KMGT])\b", text)
     return [int(float(number) * units[unit]) for number, unit in matches]

@@ -1,4 +1,4 @@
-"""What a plan learns about a run on a topology: programs, memory, collectives."""
+"""Measurements of a run on a topology: programs, memory, collectives."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ GENERATION = ("gen", "prefill", "decode")  # phases that hold the engine's array
 class Compiled(NamedTuple):
     """Memory of a program on one device, in bytes.
 
-    `outputs` excludes those that reuse an argument. `beside` is what the run holds that
-    is no argument of this program; `peak` includes it. `temporary` is None where no
-    compiler reports it, and `peak` then a lower bound. `moved` is by kind of
-    collective, for one execution. `error` is the compiler's where the program does not
-    fit; `peak` is then what it would need.
+    outputs: those that do not reuse an argument.
+    temporary: None if no compiler reports it; `peak` is then a lower bound.
+    beside: arrays of the run that are no arguments of this program; part of `peak`.
+    moved: by kind of collective, for one execution.
+    error: the compiler's if the program does not fit; `peak` is then its need.
     """
 
     name: str
@@ -30,10 +30,11 @@ class Compiled(NamedTuple):
 class Findings(NamedTuple):
     """A run on `devices` of a `kind` in `processes`. Sizes are bytes on one device.
 
-    `memory` is available to programs. A step's batch has `micros` micro-batches. An
-    engine has `tensor` devices, `slots` slots and `cache_tokens` tokens of cache.
-    `held` is kept from step to step, `sampling` is added while generating. `moved` is
-    what each phase sends through a device's links ("decode": one token per slot).
+    memory: available to programs.
+    micros: micro-batches of a step.
+    tensor, slots, cache_tokens: devices, slots and cache of an engine.
+    held, sampling: arrays between steps, and those added while generating.
+    moved: sent through a device's links by each phase ("decode": one token per slot).
     """
 
     kind: str

@@ -30,7 +30,7 @@ class _Memory(str):
 
 @dataclasses.dataclass(frozen=True)
 class AbsentGpu:
-    """A stand-in with the attributes that meshes and shardings read."""
+    """A stand-in for a GPU, with the attributes that meshes and shardings read."""
 
     id: int
     process_index: int
@@ -38,16 +38,16 @@ class AbsentGpu:
     platform: str = "gpu"
 
     def default_memory(self) -> _Memory:
-        """The GPU's own memory."""
+        """Return the GPU's own memory."""
         return _Memory("device")
 
     def addressable_memories(self) -> list[_Memory]:
-        """The GPU's memory and its host's."""
+        """Return the GPU's memory and its host's."""
         return [_Memory("device"), _Memory("pinned_host")]
 
 
 def gpu_devices(topology: str) -> list[AbsentGpu]:
-    """The devices of a topology such as h100:8.
+    """Return the devices of a topology such as h100:8.
 
     Raises:
         InputError: an unknown GPU, or a number of them that does not fill processes.
@@ -64,7 +64,7 @@ def gpu_devices(topology: str) -> list[AbsentGpu]:
 
 
 def gpu_memory(topology: str) -> int:
-    """Bytes that JAX allocates on a GPU of a topology.
+    """Return the bytes that JAX allocates on a GPU of a topology.
 
     Raises:
         InputError: one of `SHARE_VARIABLES` is not a share.
@@ -82,7 +82,7 @@ def gpu_memory(topology: str) -> int:
 
 
 def measure_arguments(program: Program) -> Compiled:
-    """The memory of a program without its temporaries and new outputs."""
+    """Return the memory of a program without its temporaries and new outputs."""
     size, beside = device_bytes(program.arguments), program.beside
     sizes = size, 0, None, beside, size + beside
     return Compiled(program.name, program.phase, *sizes, moved={}, seconds=0.0)

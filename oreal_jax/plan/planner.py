@@ -46,8 +46,9 @@ class LargerCache(NamedTuple):
 class Plan:
     """A run on a topology, for completions of `mean_tokens` tokens on average.
 
-    `tokens` is those of a step, with prompts. `phases`, `decoding` and `larger_cache`
-    are missing where the run does not fit, the last also where it would not help.
+    tokens: of a step, with prompts.
+    phases, decoding, larger_cache: missing if the run does not fit, the last also if it
+        would not help.
     """
 
     topology: str
@@ -70,8 +71,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether all programs compile and leave `HEADROOM`; None: what is known does,
-        temporary memory is not known."""
+        """Whether all programs leave `HEADROOM`; None without temporary memory."""
         if self.largest.error or self.headroom < HEADROOM:
             return False
         return None if self.largest.temporary is None else True
@@ -83,12 +83,11 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Upper bound per device over a whole step: prompts and completions of all
-        samples, as other projects count them."""
+        """Upper bound per device, of prompts and completions over the whole step."""
         return self.tokens / self.seconds / self.findings.devices
 
     def as_json(self) -> dict[str, Any]:
-        """The plan in plain values."""
+        """Return the plan in plain values."""
         larger = self.larger_cache
         return {
             "topology": self.topology,
@@ -122,8 +121,9 @@ def make_plan(
     mean_tokens: int,
     on_program: Callable[[str], None] = lambda name: None,
 ) -> Plan:
-    """Plan a run for completions of `mean_tokens` tokens on average; `on_program`
-    receives the name of each program before it is compiled.
+    """Plan a run for completions of `mean_tokens` tokens on average.
+
+    `on_program` receives the name of each program before it is compiled.
 
     Raises:
         InputError: an unknown model or topology, a mesh, engine or cache that does not
@@ -161,7 +161,7 @@ def make_plan(
 
 
 def _cache_limit(findings: Findings) -> int:
-    """Tokens of cache that leave `HEADROOM` while generating."""
+    """Return the tokens of cache that leave `HEADROOM` while generating."""
     peak = max(p.peak for p in findings.programs if p.phase in GENERATION)
     free = (1 - HEADROOM) * findings.memory - peak
     token_bytes = findings.sampling["cache"] / findings.cache_tokens
@@ -175,8 +175,10 @@ def investigate(
     selected: list[tuple[int, int]],
     on_program: Callable[[str], None] = lambda name: None,
 ) -> Findings:
-    """Lay a run out on a topology and measure its programs, up to the first that does
-    not fit. `selected` are (prompt, completion) lengths of what a step trains on."""
+    """Measure the programs of a run on a topology, up to the first that does not fit.
+
+    `selected` are (prompt, completion) lengths of the sequences that a step trains on.
+    """
     if topology.partition(":")[0] in gpus.GPUS:
         devices = gpus.gpu_devices(topology)
         own = devices[: gpus.PER_PROCESS]
@@ -215,10 +217,10 @@ def investigate(
 
 
 def load_shape(config: TrainConfig) -> ModelConfig:
-    """The shape of a config's model: of a local directory, else as published.
+    """Return the shape of a config's model, of a local directory or as published.
 
     Raises:
-        InputError: neither.
+        InputError: it is neither.
     """
     if not Path(config.model).exists() and config.model in PUBLISHED:
         return PUBLISHED[config.model]

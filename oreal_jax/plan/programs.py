@@ -28,8 +28,8 @@ from oreal_jax.train_state import TrainedModels, TrainState
 class Program(NamedTuple):
     """A jitted function of a phase and the shapes of its arguments.
 
-    `beside` is the bytes that a device holds in addition to the arguments. `repeats` is
-    the length of loops whose length is data: micro-batches; 1 token in decoding.
+    beside: bytes that a device holds in addition to the arguments.
+    repeats: length of loops whose length is data: micro-batches; 1 token in decoding.
     """
 
     name: str
@@ -78,8 +78,9 @@ def layout(
     own: list,
     selected: list[tuple[int, int]],
 ) -> Layout:
-    """The layout of a run on `devices`, of which `own` are one process's, training on
-    sequences of these (prompt, completion) lengths.
+    """Return the layout of a run on `devices`, of which `own` are one process's.
+
+    `selected` are (prompt, completion) lengths of the sequences that a step trains on.
 
     Raises:
         InputError: mesh, engines, cache and model do not go together.
@@ -121,22 +122,22 @@ def layout(
 def selected_lengths(
     config: TrainConfig, lengths: Int[np.ndarray, "N K"]
 ) -> list[tuple[int, int]]:
-    """(prompt, completion) lengths of the most that a step trains on, if its
-    completions have these lengths: as many per prompt as `keep` may select."""
-    per_prompt = (
-        run_programs.step_size_limits(config).completions // config.prompts_per_step
-    )
-    prompt = mean_prompt_tokens(config)
-    return [(prompt, int(size)) for size in lengths[:, :per_prompt].flat]
+    """Return (prompt, completion) lengths of the largest batch that a step trains on.
+
+    It has as many completions per prompt as `keep` may select, of these lengths.
+    """
+    completions = run_programs.step_size_limits(config).completions
+    selected = lengths[:, : completions // config.prompts_per_step]
+    return [(mean_prompt_tokens(config), int(size)) for size in selected.flat]
 
 
 def mean_prompt_tokens(config: TrainConfig) -> int:
-    """Mean tokens of a prompt: an assumption for competition problems."""
+    """Return the mean tokens of a prompt, assumed for competition problems."""
     return min(256, config.max_prompt_tokens)
 
 
 def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[Program]:
-    """All programs of a run, in the order of their first use."""
+    """Yield all programs of a run, in the order of their first use."""
     mesh, state, batch, held = run.mesh, run.state, run.batch, run.held
     training, reference = held["parameters"] + held["optimizer"], held["reference"]
     start = run.models.initializer(mesh)
@@ -154,7 +155,7 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
 
 
 def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
-    """The engine's programs, on the devices of one process."""
+    """Yield the engine's programs, on the devices of one process."""
     programs, mesh, size = run.engine.programs, run.engine.mesh, run.size
     params, weights = run.state.policy.params, run.weights
     state = programs.abstract(size)
@@ -205,8 +206,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on one device of the `ShapeDtypeStruct`s in a tree, without those in host
-    memory; other leaves do not count."""
+    """Count the bytes of `ShapeDtypeStruct`s on one device, not in host memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from oreal_jax.console import make_table
 from oreal_jax.plan.bounds import DecodingEstimate
 from oreal_jax.plan.findings import GENERATION, Findings
 from oreal_jax.plan.planner import HEADROOM, LargerCache, Plan
@@ -24,11 +25,15 @@ def show(plan: Plan, console: Console) -> None:
         + ", ".join(f"{name} {_gib(size)}" for name, size in arrays.items())
         + f"; capacity {_gib(findings.memory)}",
     )
-    console.print(_programs(findings))
+    tables = [_programs(findings)]
     if any(program.moved for program in findings.programs):
-        console.print(_collectives(findings))
+        tables.append(_collectives(findings))
     if plan.decoding:
-        console.print(_phases(plan))
+        tables.append(_phases(plan))
+    for table in tables:
+        table.columns[0].no_wrap = True
+        console.print(table)
+    if plan.decoding:
         lines(_decoding(plan, plan.decoding))
         if plan.larger_cache:
             lines(_advice(plan.decoding, plan.larger_cache))
@@ -36,7 +41,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def conclusion(plan: Plan) -> str:
-    """One line: whether the run fits, by its largest program."""
+    """Return one line: whether the run fits, by its largest program."""
     largest, arrays = plan.largest, plan.findings.held
     bound = "" if largest.temporary is not None else "at least "
     needs = (
@@ -79,51 +84,52 @@ def _advice(now: DecodingEstimate, larger: LargerCache) -> str:
     )
 
 
-def _table(first: str, *others: str, caption: str) -> Table:
-    table = Table(first, caption=caption)
-    table.columns[0].no_wrap = True
-    for title in others:
-        table.add_column(title, justify="right")
-    return table
-
-
 def _programs(findings: Findings) -> Table:
-    titles = "arguments", "temporary", "others", "peak"
-    table = _table("program", *titles, caption="GiB on a device")
-    for program in findings.programs:
-        sizes = (program.arguments, program.temporary, program.beside, program.peak)
-        table.add_row(program.name, *map(_gib, sizes))
-    return table
+    sizes = lambda program: (
+        program.arguments,
+        program.temporary,
+        program.beside,
+        program.peak,
+    )
+    return make_table(
+        ["program", "arguments", "temporary", "others", "peak"],
+        ((each.name, *map(_gib, sizes(each))) for each in findings.programs),
+        caption="GiB on a device",
+    )
 
 
 def _collectives(findings: Findings) -> Table:
     kinds = sorted({kind for program in findings.programs for kind in program.moved})
-    caption = "GiB moved by collectives on a device; decode: one token per slot"
-    table = _table("collectives", *kinds, caption=caption)
-    for program in findings.programs:
-        if program.moved:
-            sizes = (program.moved.get(kind, 0) for kind in kinds)
-            table.add_row(program.name, *map(_gib, sizes))
-    return table
+    return make_table(
+        ["collectives", *kinds],
+        (
+            (program.name, *(_gib(program.moved.get(kind, 0)) for kind in kinds))
+            for program in findings.programs
+            if program.moved
+        ),
+        caption="GiB moved by collectives on a device; decode: one token per slot",
+    )
 
 
 def _phases(plan: Plan) -> Table:
-    titles = "TFLOP", "products", "memory", "links", "at least", "limited by"
-    caption = (
-        f"a step takes {plan.seconds:,.0f} s at least, with completions of "
-        f"{plan.mean_tokens:,} tokens on average, {plan.findings.micros} micro-batches "
-        "and every part at its peak"
+    seconds = lambda phase: (phase.products, phase.memory, phase.links, phase.seconds)
+    return make_table(
+        ["phase", "TFLOP", "products", "memory", "links", "at least", "limited by"],
+        (
+            (
+                name,
+                f"{phase.flops / 1e12:,.0f}",
+                *(f"{each:,.2f} s" for each in seconds(phase)),
+                phase.limit,
+            )
+            for name, phase in plan.phases.items()
+        ),
+        caption=(
+            f"a step takes {plan.seconds:,.0f} s at least, with completions of "
+            f"{plan.mean_tokens:,} tokens on average, {plan.findings.micros} "
+            "micro-batches and every part at its peak"
+        ),
     )
-    table = _table("phase", *titles, caption=caption)
-    for name, phase in plan.phases.items():
-        times = (phase.products, phase.memory, phase.links, phase.seconds)
-        table.add_row(
-            name,
-            f"{phase.flops / 1e12:,.0f}",
-            *(f"{seconds:,.2f} s" for seconds in times),
-            phase.limit,
-        )
-    return table
 
 
 def _gib(size: int | None) -> str:

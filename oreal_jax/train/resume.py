@@ -19,7 +19,7 @@ from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import ModelSource, open_model
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.errors import InputError
-from oreal_jax.files import read_json, write_lines
+from oreal_jax.files import check_local, read_json, write_lines
 
 # Settings that make a run what it is; another value would make another run.
 IDENTITY = ("class", "model", "seed", "prompts", "examples", "chat_template")
@@ -46,6 +46,7 @@ def open_source(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
     Raises:
         InputError: it cannot be used, or is not the same in all processes.
     """
+    check_local(run)
     for name, value in configuration.as_json(config).items():
         distributed.assert_equal(f"config: {name}", value)
     newest = checkpoints.newest_step(run, checkpoints.ITEMS)
