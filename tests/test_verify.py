@@ -243,7 +243,7 @@ def run(command: list[str], directory: Path) -> None:
 def test_a_judge_that_hangs_dies_or_raises_loses_only_that_answer():
     pairs = [(word, "a") for word in ("a", "hang", "b", "die", "raise", "c", "a")]
     progress = []
-    with Pool(2, deadline=0.5, judge=misbehaving) as pool:
+    with Pool(2, deadline=0.5, verifiers=(misbehaving,)) as pool:
         verdicts = pool.verdicts(pairs, progress.append)
     assert [(v.outcome, v.by) for v in verdicts] == [
         ("correct", "rule"),
@@ -261,7 +261,7 @@ def test_a_judge_that_hangs_dies_or_raises_loses_only_that_answer():
 @pytest.mark.slow
 @pytest.mark.timed
 def test_answers_that_hang_time_out_in_parallel():
-    with Pool(2, deadline=1.0, judge=misbehaving) as pool:
+    with Pool(2, deadline=1.0, verifiers=(misbehaving,)) as pool:
         pool.verdicts([("a", "a"), ("b", "b")])  # ready
         start = time.monotonic()
         pool.verdicts([("hang", str(n)) for n in range(4)])
@@ -281,7 +281,7 @@ def test_completions_are_verified_in_order_by_rule_then_by_the_judge():
     endings = [("a", "stop"), ("hang", "length"), ("b", "stop")]
     candidates = [Candidate("q", "a", text, ending) for text, ending in endings]
     judge, progress = AcceptingJudge(), []
-    with Pool(1, judge=misbehaving) as pool:
+    with Pool(1, verifiers=(misbehaving,)) as pool:
         by_rule = verify_completions(candidates, pool, None, progress.append)
         by_judge = verify_completions(candidates, pool, judge)
     assert [(v.outcome, v.by) for v in by_rule] == [
@@ -294,7 +294,7 @@ def test_completions_are_verified_in_order_by_rule_then_by_the_judge():
 
 
 def test_pairs_can_be_submitted_one_by_one():
-    with Pool(2, deadline=0.5, judge=misbehaving) as pool:
+    with Pool(2, deadline=0.5, verifiers=(misbehaving,)) as pool:
         futures = [pool.submit(word, "a") for word in ("hang", "a", "die", "b")]
         assert futures[1].result().outcome == "correct"  # while another hangs
         assert [f.result().by for f in futures] == ["timeout", "rule", "crash", "rule"]
@@ -305,20 +305,20 @@ def test_verdicts_can_be_awaited():
         answers = [pool.submit(word, "a") for word in ("a", "b", "a")]
         return await asyncio.gather(*map(asyncio.wrap_future, answers))
 
-    with Pool(2, judge=misbehaving) as pool:
+    with Pool(2, verifiers=(misbehaving,)) as pool:
         verdicts = asyncio.run(submit())
     assert [v.outcome for v in verdicts] == ["correct", "incorrect", "correct"]
 
 
 def test_an_answer_over_the_memory_limit_is_undecided():
-    with Pool(1, judge=misbehaving, memory_bytes=2**30) as pool:
+    with Pool(1, verifiers=(misbehaving,), memory_bytes=2**30) as pool:
         large, following = pool.verdicts([("eat", "a"), ("a", "a")])
     assert (large.outcome, large.by) == ("undecided", "crash")
     assert following.outcome == "correct"
 
 
 def test_closing_a_pool_fails_pending_verdicts():
-    pool = Pool(1, deadline=60.0, judge=misbehaving)
+    pool = Pool(1, deadline=60.0, verifiers=(misbehaving,))
     futures = [pool.submit("hang", "a"), pool.submit("b", "a")]
     pool.close()
     for future in futures:
@@ -330,19 +330,19 @@ def test_closing_a_pool_fails_pending_verdicts():
 
 def test_a_judge_that_cannot_be_imported_raises():
     with (
-        Pool(1, judge=unimportable) as pool,
+        Pool(1, verifiers=(unimportable,)) as pool,
         pytest.raises(RuntimeError, match="never ready"),
     ):
         pool.verdicts([("a", "a")])
 
 
 def test_workers_see_no_accelerator():
-    with Pool(1, judge=misbehaving) as pool:
+    with Pool(1, verifiers=(misbehaving,)) as pool:
         assert pool.verdicts([("devices", "a")])[0].reason == "'' cpu"
 
 
 def test_a_pair_is_judged_once():
-    with Pool(1, judge=misbehaving) as pool:
+    with Pool(1, verifiers=(misbehaving,)) as pool:
         first = pool.verdicts([("count", "a"), ("count", "a")])
         assert len({*first, *pool.verdicts([("count", "a")])}) == 1
 
@@ -352,7 +352,7 @@ def test_a_pool_is_usable_after_an_interrupted_batch():
         if count:
             raise KeyboardInterrupt
 
-    with Pool(2, deadline=1.0, judge=misbehaving) as pool:
+    with Pool(2, deadline=1.0, verifiers=(misbehaving,)) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.verdicts([("a", "a"), ("hang", "b"), ("hang", "c")], interrupt)
         assert pool.verdicts([("d", "d")])[0].outcome == "correct"

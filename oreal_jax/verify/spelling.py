@@ -16,6 +16,7 @@ SIGNS = {
     "ℂ": r"\mathbb{C}", "∠": r"\angle ", "△": r"\triangle ", "∣": r"\mid ",
     "′": "'", "’": "'", "…": r"\ldots ", "∧": r"\wedge ", "∨": r"\vee ",
     "→": r"\to ", "⟨": r"\langle ", "⟩": r"\rangle ", "∑": r"\sum ", "∫": r"\int ",
+    "。": ".", "、": ",",
 }  # fmt: skip
 COMMANDS = {
     "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne",
@@ -44,6 +45,17 @@ ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z])")
 RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
 LOWERED = re.compile(r"[₀-₉₊₋]+")
+# Functions and constants without backslash; words in \text{} are none.
+PLAIN = re.compile(
+    r"\\text\{\s*infinity\s*\}|(?P<text>\\text\{[^{}]*\})|(?<![\\a-zA-Z_])(?:"
+    r"(?P<log>log)_?(?P<base>\d+)(?=\s*\()|(?P<infinity>infinity|inf|oo)"
+    r"|(?P<name>pi|sqrt|cbrt|theta|(?:sin|cos|tan|cot|a(?:rc)?(?:sin|cos|tan)|sinh|cosh"
+    r"|tanh|exp|ln|log)(?=\s*[({^_\d\\]|\s+[a-zA-Z](?![a-zA-Z]))|(?:sec|csc)(?=\())"
+    r")(?![a-zA-Z])"
+)
+PARENTHESIS = re.compile(r"[()]")
+ROOT_OF = re.compile(r"(\\sqrt(?:\[\d+\])?)\s*\(")
+OPERAND = r"[\w(\\{]"
 WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 
 
@@ -63,11 +75,41 @@ def normalised(text: str) -> str:
     text = re.sub(r"\^\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ", text)
     text = re.sub(r"\^\\circ\s*", r"^\\circ ", text)
     text = FONT.sub(font, text)
+    text = plain_text(text)
     for _ in range(3):  # fractions of fractions
         text = FRACTION.sub(fraction, text)
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}", text)
     text = re.sub(r"([\^_])\s*\{\s*(\w)\s*\}(?!\w)", r"\1\2", text)
     return unwrapped(re.sub(r"\s+", " ", text))
+
+
+def plain_text(text: str) -> str:
+    """LaTeX instead of what is written as in a programming language."""
+    text = re.sub(rf"(?<=[\w)}}])\s*\*\*\s*(?={OPERAND}|-)", "^", text)
+    text = re.sub(rf"(?<=[\w)}}!])\s*\*\s*(?={OPERAND})", r"\\cdot ", text)
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text).replace("+/-", r"\pm ")
+    text = PLAIN.sub(plain_name, text)
+    while match := ROOT_OF.search(text):
+        end = closing(text, match.end(), PARENTHESIS)
+        if end is None:
+            break
+        inner = text[match.end() : end]
+        text = f"{text[: match.start()]}{match[1]}{{{inner}}}{text[end + 1 :]}"
+    return text
+
+
+def plain_name(match: re.Match) -> str:
+    """The command of a function or constant."""
+    if match["text"]:
+        return match[0]
+    if match["log"]:
+        return rf"\log_{{{match['base']}}}"
+    if not match["name"]:
+        return r"\infty "
+    name = match["name"]
+    if name == "cbrt":
+        return r"\sqrt[3]"
+    return "\\" + re.sub(r"^a(?=[sct])", "arc", name) + " "
 
 
 def ascii_signs(text: str) -> str:
@@ -132,10 +174,11 @@ def fraction(match: re.Match) -> str:
 
 
 def unwrapped(text: str) -> str:
-    """Text without the signs that enclose a formula and the punctuation after it."""
+    """Text without the signs that enclose a formula and what ends a sentence."""
     previous = None
     while text != previous:
         previous = text = text.strip()
+        text = re.sub(r"(?:\\\\)+$", "", text)  # line ends
         if not text.endswith("\\"):
             text = text.rstrip(" .,;:\n")
         for before, after in WRAPS:

@@ -1,0 +1,294 @@
+"""The answer of a text that marks none: the value that its last statement states.
+
+A number inside a larger expression is not the answer, nor is one that the sentence
+denies, bounds, counts from or refers to. So one whole expression (or a list of them) is
+read in one of these places, or nothing:
+
+* on GSM8K's line "#### x", or after "answer is" or "answer:";
+* alone in the last statement;
+* after the last statement's verb or colon, as in "the area is x";
+* as the only formula of the last statement, as in "the point $(3, 8)$".
+
+Remarks without numbers after it ("I hope this is correct.") do not count.
+"""
+
+import re
+
+from oreal_jax.verify.numbers import UNITS, short_name
+from oreal_jax.verify.verdict import Verdict
+
+UNCLEAR = Verdict("undecided", "no answer found")
+NONE = Verdict("incorrect", "no answer found")
+
+TAIL = 2000  # characters at the end that are read
+FIRST = 0xE000  # the character that stands for the first formula of a text
+FORMULA = re.compile(
+    r"\\\[(.+?)\\\]|\$\$(.+?)\$\$|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)\$(?!\d)",
+    re.DOTALL,
+)
+PROSE = re.compile(r"\b[a-zA-Z]{2,} [a-zA-Z]{2,} [a-zA-Z]{2,}\b")
+IN_TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
+END_OF_SENTENCE = re.compile(r"(?<=[.!?])[\s)\"']+|\n+")
+PHRASE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?", re.IGNORECASE)
+QUANTITY = re.compile(r"[\d\ue000-\uf8ff]")
+
+FUNCTIONS = (
+    "sqrt|cbrt|exp|ln|log|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|sinh|cosh|tanh"
+    "|pi|mod|infinity"
+)
+WORD = re.compile(
+    rf"(?<![\\A-Za-z0-9_^])(?!(?:{FUNCTIONS})(?![A-Za-z]))"
+    r"(?:[A-Za-z]{2,}|[aAI](?=\s+[A-Za-z]{2,}|'))"
+)
+NUMERALS = (
+    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty"
+    "|fifty|hundred|thousand|million|billion|trillion|dozen|score|gross|half|halves"
+    "|third|thirds|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|tenths?"
+)
+# Words with which a sentence denies, doubts, limits or changes a value.
+DENIALS = (
+    "not|never|neither|nor|cannot|nobody|none|wrong|wrongly|incorrect|incorrectly|false"
+    "|mistake|mistaken|error|but|however|wait|actually|instead|oops|except|if|unless"
+    "|suppose|assume|assumes|assuming|would|could|might|may|should|maybe|perhaps"
+    "|possibly|probably|presumably|guess|hardly|almost|nearly|unlikely|impossible|doubt"
+)
+CHANGES = (
+    "less|more|fewer|greater|larger|bigger|smaller|higher|lower|least|most|than|or|times"
+    "|plus|minus|divided|multiplied|mod|modulo|base|squared|cubed|square root|factorial"
+    "|approximately|approx|about|around|roughly|twice|double|triple|when|where|provided"
+    "|given that|out of|percent|versus|choose|root|radians"
+)
+DENIED = re.compile(rf"\b(?:{DENIALS})\b|n['’]t\b", re.IGNORECASE)
+CHANGED = re.compile(
+    rf"\b(?:{CHANGES})\b|(?<!\bthe )(?<!\bthese )(?<!\bthose )(?<!\ball )"
+    rf"\b(?:{NUMERALS})\b",
+    re.IGNORECASE,
+)
+VERBS = (
+    "is|are|was|were|be|equals?|equal to|becomes?|gives?|gave|yields?|gets?|got"
+    "|obtains?|obtained|have|has|had|makes?|made|takes?|took|needs?|needed|costs?|earns?|earned"
+    "|pays?|paid|spends?|spent|sells|sold|buys|bought|finds?|leaves|remains?|totals?"
+    "|contains?|holds?|weighs?|eats?|ate|saves?|saved|runs?|ran|collects?|collected"
+    "|(?:comes?|amounts?|simplifies|evaluates|reduces|sums?|adds? up) to"
+)
+SEPARATOR = re.compile(
+    rf"(?<![\\-])\b(?:{VERBS})\b|(?<=[A-Za-z)\ue000-\uf8ff])\s*(?::|=)(?=\s|$)"
+    r"|⇒|⟹|=>",
+    re.IGNORECASE,
+)
+CLAUSE = re.compile(r"\b(?:which|so|thus|therefore|hence)\b|;", re.IGNORECASE)
+LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|hence|then|finally|now|and|consequently|i\.e\.|that is"
+    r"|in (?:total|summary|conclusion)|as a result)\b[,:]?\s*)+",
+    re.IGNORECASE,
+)
+ARTICLE = re.compile(
+    r"(?:(?:exactly|simply|just|only|indeed|therefore|thus|then|both|either|equal to"
+    r"|given by|a total of|option|choice"
+    r"|the (?:number|value|integer|fraction|expression|set|list|option|choice"
+    r"|interval|point|pair|ordered pair|function|polynomial|equation|matrix|vector))\b"
+    r"[,:]?\s*)+",
+    re.IGNORECASE,
+)
+# A number after one of these is part of what they begin.
+BEFORE = re.compile(
+    r"(?:^|\W)(?:of|by|in|from|with|on|at|for|than|under|over|below|above|between|per"
+    r"|within|until|after|before|to|and|or|via|as|step|page|case|equation|eq|theorem"
+    r"|lemma|part|problem|question|exercise|example|figure|section|line|day|week|year"
+    r"|base|level|row|column|number|rule|formula|using|modulo|mod|all|any|each|every)"
+    r"\W*$",
+    re.IGNORECASE,
+)
+SUBJECT = re.compile(  # the number before it is what the sentence is about
+    r"(?:is|are|was|were|be|has|have|had|does|do|did|will|can|divides?|appears?|occurs?"
+    r"|works?|fails?|satisf(?:y|ies)|of|to|in|into|by|at|from|through|th|st|nd|rd)\b",
+    re.IGNORECASE,
+)
+SOLUTION = re.compile(
+    r"(?:is|are) (?:the|our|my) (?:\w+ )?(?:answer|solution|result|total|value)s?\W*",
+    re.IGNORECASE,
+)
+UNIT = re.compile(
+    r"(?:(?:square|sq|cubic|cu)\.? )?([A-Za-z]+)(?: ?(?:/|per) ?[A-Za-z]+)?(?:\^\d)?"
+)
+AND = re.compile(r"(?:and|or|as well as)\s+", re.IGNORECASE)
+ARROW = re.compile(r"\\(?:Rightarrow|implies|Longrightarrow|therefore)(?![a-zA-Z])")
+OPERATORS = "+-*/=<>^_&|"
+
+
+def read(text: str) -> str | Verdict:
+    """The stated answer, or the verdict on a text without one."""
+    formulas: list[str] = []
+    statements = split(text, formulas)
+    explicit = explicit_answer(statements)
+    if explicit is None:
+        explicit = last_answer(statements)
+    if explicit is None:
+        return NONE
+    return restored(explicit, formulas) if explicit else UNCLEAR
+
+
+def split(text: str, formulas: list[str]) -> list[str]:
+    """The last sentences, with one character for each formula, which are collected."""
+    end = text[-TAIL:]
+    if len(text) > TAIL and "\n" in end:
+        end = end.split("\n", 1)[1]
+    end = SPECIAL_TOKEN.sub("\n", end).translate({0x3002: ". ", 0xFF0E: ". "})
+    end = re.sub(r"[\ue000-\uf8ff]", " ", end)
+    end = (
+        re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", end).replace("**", "").replace("`", "")
+    )
+
+    def replace(match: re.Match) -> str:
+        formula = next(group for group in match.groups() if group is not None)
+        if "answer" in formula.lower():
+            return "\n" + IN_TEXT.sub(r" \1 ", formula) + "\n"
+        if match[4] and PROSE.search(IN_TEXT.sub("", formula)):  # between two prices
+            return match[0]
+        formulas.append(ARROW.split(formula)[-1].strip())
+        return chr(FIRST + len(formulas) - 1)
+
+    sentences = END_OF_SENTENCE.split(FORMULA.sub(replace, end))
+    return [stripped for each in sentences if (stripped := each.strip(" \t>-*•"))]
+
+
+def restored(text: str, formulas: list[str]) -> str:
+    """Text with its formulas in place of the characters that stand for them."""
+    restore = lambda match: formulas[ord(match[0]) - FIRST]
+    return re.sub(r"[\ue000-\uf8ff]", restore, text)
+
+
+def explicit_answer(statements: list[str]) -> str | None:
+    """The value on a line "#### x" or after "answer is"; "" if it is unclear."""
+    for place in range(len(statements) - 1, -1, -1):
+        text = statements[place]
+        hashes = len(text) - len(text.lstrip("#"))
+        phrases = list(PHRASE.finditer(text))
+        if hashes != 4 and not phrases:
+            continue
+        if phrases:
+            before, after = text[: phrases[-1].start()], text[phrases[-1].end() :]
+            value = expression(after, words=True)
+            if not value and not after.strip(" .:") and place + 1 < len(statements):
+                value = expression(statements[place + 1], words=True)  # on its own line
+            if is_denied(before) or re.search(
+                rf"\b(?:{CHANGES}|of|{NUMERALS})\s+(?:\w+\s+)?$", before, re.I
+            ):
+                return ""
+            if not value and is_remark(after):
+                continue
+        else:
+            value = expression(text.lstrip("# "))
+            if not value:  # a heading
+                continue
+        later = " ".join(statements[place + 1 :])
+        return "" if not value or is_denied(later) else value
+    return None
+
+
+def last_answer(statements: list[str]) -> str | None:
+    """The value of the last statement, "" if it is unclear, None if there is none."""
+    for text in reversed(statements):
+        if is_remark(text) or text.startswith("#"):
+            continue
+        return stated(text)
+    return "" if any(map(QUANTITY.search, statements)) else None
+
+
+def stated(text: str) -> str:
+    """The value of one statement, or ""."""
+    if text.endswith("?"):
+        return ""
+    text = LEAD.sub("", text, count=1) if LEAD.match(text) else text
+    if value := expression(text, most_words=1):
+        return value
+    for separator in reversed(list(SEPARATOR.finditer(text))):
+        before = CLAUSE.split(text[: separator.start()])[-1]
+        if value := expression(text[separator.end() :]):
+            labelled = separator[0].strip() == ":" and re.search(r"\d", before)
+            return "" if is_denied(before) or labelled else value
+    return only_quantity(text)
+
+
+def only_quantity(text: str) -> str:
+    """The only formula of a statement, or after "final answer" the only number."""
+    if is_denied(text) or CHANGED.search(text):
+        return ""
+    label = re.match(r"final answer\s*:", text, re.IGNORECASE)
+    pattern = r"[\ue000-\uf8ff]|\$?\d[\d,./]*\d|\d" if label else r"[\ue000-\uf8ff]"
+    matches = list(re.finditer(pattern, text))
+    if len(matches) != 1 or BEFORE.search(text[: matches[0].start()]):
+        return ""
+    rest = text[: matches[0].start()] + text[matches[0].end() :]
+    return "" if re.search(r"\d", rest) else matches[0][0]
+
+
+def is_denied(text: str) -> bool:
+    """Whether words deny or doubt a value."""
+    return DENIED.search(text) is not None
+
+
+def is_remark(text: str) -> bool:
+    """Whether a sentence has no number and denies nothing."""
+    return not (QUANTITY.search(text) or is_denied(text) or CHANGED.search(text))
+
+
+def expression(text: str, words: bool = False, most_words: int = 30) -> str:
+    """The expression, or list of expressions, that a phrase is; "" if it is none.
+
+    Up to `most_words` words may follow, if they do not change its value. With `words`,
+    it may be up to three words.
+    """
+    text = text.strip().lstrip(":=").strip()
+    text = text[match.end() :] if (match := ARTICLE.match(text)) else text
+    if words and re.fullmatch(r"[A-Za-z]+(?: [A-Za-z]+){0,2}[.]?", text):
+        return text
+    values = []
+    while True:
+        word = WORD.search(IN_TEXT.sub(lambda m: "0" * len(m[0]), text))
+        end = word.start() if word else len(text)
+        chunk, text = text[:end], text[end:]
+        bare = chunk.rstrip(" ,.:;(-–—")
+        text = chunk[len(bare) :] + text
+        if not is_whole(bare):
+            return ""
+        values.append(bare)
+        if not (match := AND.match(text.lstrip(", "))):
+            break
+        following = text.lstrip(", ")[match.end() :]
+        if not QUANTITY.match(following.lstrip("-−+(\\$")):
+            break
+        text = following
+    if len(values) == 1:
+        values, text = with_unit(values[0], text)
+    safe = SOLUTION.fullmatch(text.strip()) or is_safe(text, most_words)
+    return ", ".join(values) if safe else ""
+
+
+def is_whole(text: str) -> bool:
+    """Whether a piece of text can be an expression: balanced and complete."""
+    if not re.search(r"[\w\ue000-\uf8ff]", text) or text[-1] in OPERATORS + "!\\":
+        return False
+    if text.count("(") + text.count("[") != text.count(")") + text.count("]"):
+        return False
+    return text.count("{") == text.count("}") and "?" not in text
+
+
+def with_unit(value: str, tail: str) -> tuple[list[str], str]:
+    """A value with the known unit or percent sign after it, and the text after that."""
+    text = tail.lstrip()
+    if match := re.match(r"per ?cent\b", text, re.IGNORECASE):
+        return [value + "%"], text[match.end() :]
+    match = UNIT.match(text)
+    if match and short_name(match[1].lower()) in UNITS and re.search(r"\d", value):
+        return [f"{value}\\text{{ {match[0]}}}"], text[match.end() :]
+    return [value], tail
+
+
+def is_safe(tail: str, most_words: int) -> bool:
+    """Whether the words after a value leave it as it is."""
+    tail = re.split(r"\b(?:because|since)\b", tail, maxsplit=1)[0]
+    if len(tail.split()) > most_words or not is_remark(tail):
+        return False
+    return not SUBJECT.match(tail.lstrip(" ,"))
