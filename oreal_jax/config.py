@@ -62,9 +62,9 @@ class Verification:
     completion and the prompt's row. `judge_hosts` are OpenAI-compatible APIs (".../v1")
     that serve `judge_model`. Each host receives `judge_concurrency` requests at once,
     with `judge_timeout` seconds and `judge_tries` tries, for replies of up to
-    `judge_max_tokens` tokens, thinking included. When all hosts have failed, the run waits ("pause") or continues without
-    judge ("rule"). `undecided` completions count as incorrect or are dropped from the
-    advantages and from training.
+    `judge_max_tokens` tokens, thinking included. When all hosts have failed, the run
+    waits ("pause") or continues without judge ("rule"). `undecided` completions count
+    as incorrect or are dropped from the advantages and from training.
     """
 
     workers: int = 8

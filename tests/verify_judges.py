@@ -29,6 +29,12 @@ def misbehaving(completion: str, prompt: Mapping[str, Any]) -> Verdict:
     return Verdict("correct" if equal else "incorrect", completion)
 
 
+def by_label(completion: str, prompt: Mapping[str, Any]) -> Verdict:
+    """Accept what the prompt's row accepts, leave the rest open."""
+    outcome = "correct" if completion in prompt["accepted"] else "undecided"
+    return Verdict(outcome, f"label of {prompt['id']}")
+
+
 def unimportable(completion: str, prompt: Mapping[str, Any]) -> Verdict:
     """A verifier that no worker can import."""
     raise AssertionError

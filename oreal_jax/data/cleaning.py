@@ -60,8 +60,9 @@ def clean(
     evaluations: Mapping[str, Sequence[Prompt]],
     ngram: int = NGRAM,
 ) -> Cleaned:
-    """Normalise answers; remove prompts without one, duplicates and overlaps with
-    evaluation sets.
+    """Normalise answers, then remove prompts that are not to be trained on.
+
+    Those are prompts without an answer, duplicates and overlaps with evaluation sets.
 
     `evaluations` are the prompts of each set, by its name.
     """

@@ -42,7 +42,7 @@ PIECEWISE = (
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> tuple | None:
-    """math-verify's readings of a LaTeX formula, or None."""
+    """Return math-verify's readings of a LaTeX formula, or None."""
     if TRIGONOMETRIC.search(text):  # where the reader takes degrees for radians
         text = DEGREES.sub(r"\\left(\\frac{\1\\pi}{180}\\right)", text)
         if r"^\circ" in text:
@@ -57,7 +57,7 @@ def read(text: str) -> tuple | None:
 
 
 def same(answer: str, gold: str) -> bool | None:
-    """Whether two formulas are equal; None if one is not understood."""
+    """Return whether two formulas are equal; None if one is not understood."""
     golds, answers = read(gold), read(answer)
     if not golds or not answers:
         return None
@@ -75,6 +75,8 @@ def same(answer: str, gold: str) -> bool | None:
     equal = verify(
         list(golds), list(answers), float_rounding=12, timeout_seconds=None, strict=True
     )
+    if both_values and not equal and at_points(first, second):
+        return None  # equal as numbers, but not proved
     agreed = agree(first, second)
     if equal and agreed is False and getattr(first, "is_Relational", False):
         return None
@@ -82,7 +84,7 @@ def same(answer: str, gold: str) -> bool | None:
 
 
 def equal_constants(first: sympy.Expr, second: sympy.Expr) -> bool:
-    """Whether two constants have equal values, with decimals as exact fractions."""
+    """Return whether constants are equal, with decimals as exact fractions."""
     first, second = rational(first), rational(second)
     if first.free_symbols or second.free_symbols:
         return False
@@ -90,7 +92,7 @@ def equal_constants(first: sympy.Expr, second: sympy.Expr) -> bool:
 
 
 def rational(formula: sympy.Expr) -> sympy.Expr:
-    """A formula with fractions for decimals."""
+    """Return a formula with fractions for decimals."""
     return formula.xreplace(
         {
             decimal: sympy.Rational(str(decimal))
@@ -107,14 +109,14 @@ def imaginary(side: Any) -> Any:
 
 
 def drops_letter(text: str, formula: Any) -> bool:
-    """Whether the reader took a letter after a number for a unit and dropped it."""
+    """Return whether the reader dropped a letter after a number, as a unit."""
     match = re.search(r"\d\s*([a-zA-Z]{1,2})$", text)
     names = {str(symbol) for symbol in getattr(formula, "free_symbols", ())}
     return match is not None and not set(match[1]) - set("ei") <= names
 
 
 def agree(gold: Any, answer: Any) -> bool | None:
-    """Whether the values of two sides agree; None if only some of them do.
+    """Return whether the values of two sides agree; None if only some of them do.
 
     Sides of different or other kinds agree, for there is nothing to compare.
     """
@@ -148,13 +150,13 @@ def agree(gold: Any, answer: Any) -> bool | None:
 
 
 def every(values: Iterable[bool | None]) -> bool | None:
-    """False if one is False, else None if one is None, else True."""
+    """Return False if one is False, else None if one is None, else True."""
     values = list(values)
     return False if False in values else None if None in values else True
 
 
 def some(values: Iterable[bool | None]) -> bool | None:
-    """True if one is True, else None if one is None, else False."""
+    """Return True if one is True, else None if one is None, else False."""
     values = list(values)
     return True if True in values else None if None in values else False
 
@@ -162,15 +164,17 @@ def some(values: Iterable[bool | None]) -> bool | None:
 def differ(
     gold: sympy.Expr, answer: sympy.Expr, points: tuple[str, ...] = POINTS
 ) -> bool:
-    """Whether the values of two formulas differ at one of the points."""
+    """Return whether the values of two formulas differ at one of the points."""
     decimals = gold.has(sympy.Float) or answer.has(sympy.Float)
     tolerance = ROUNDED if decimals else EXACT
     return any(apart(a, b, tolerance) for a, b in at_points(gold, answer, points))
 
 
 def has_positive_letters(gold: sympy.Expr, answer: sympy.Expr) -> bool:
-    """Whether all letters are positive by convention, and no value depends on where
-    its letters are."""
+    """Return whether all letters are positive by convention.
+
+    Not so if a formula is another one beyond some value, as |n - 10| is.
+    """
     if gold.has(*PIECEWISE) or answer.has(*PIECEWISE):
         return False
     names = map(str, gold.free_symbols | answer.free_symbols)
@@ -178,7 +182,7 @@ def has_positive_letters(gold: sympy.Expr, answer: sympy.Expr) -> bool:
 
 
 def comparable(first: Any, second: Any) -> bool:
-    """Whether `agree` can tell the two apart."""
+    """Return whether `agree` can tell the two apart."""
     kinds = (sympy.Expr, sympy.Tuple, sympy.Set, sympy.Eq)
     return any(isinstance(first, k) and isinstance(second, k) for k in kinds) or (
         not isinstance(first, kinds) or not isinstance(second, kinds)
@@ -186,7 +190,7 @@ def comparable(first: Any, second: Any) -> bool:
 
 
 def undefined(formula: Any) -> bool:
-    """Whether it has no value, not even an infinite one, as 1/0."""
+    """Return whether it has no value, not even an infinite one, as 1/0."""
     point = dict.fromkeys(formula.free_symbols, sympy.Rational(POINTS[0]))
     return evaluate(formula.subs(point)).has(sympy.zoo, sympy.nan)
 
@@ -195,7 +199,7 @@ def undefined(formula: Any) -> bool:
 def at_points(
     gold: Any, answer: Any, points: tuple[str, ...] = POINTS
 ) -> list[tuple[Any, Any]]:
-    """The values of both formulas at the same points, where both are finite."""
+    """Return the values of both formulas at the same points, where both are finite."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     pairs = []
     for point in points if symbols else points[:1]:
@@ -210,13 +214,13 @@ def at_points(
 
 
 def evaluate(constant: Any) -> Any:
-    """A rational number as it is, any other number to `DIGITS` digits."""
+    """Return a rational number as it is, any other number to `DIGITS` digits."""
     value = constant.doit()
     return value if value.is_Rational else sympy.N(constant, DIGITS)
 
 
 def apart(first: Any, second: Any, tolerance: str) -> bool:
-    """Whether two numbers differ by more than a tolerance relative to their size."""
+    """Return whether numbers differ by more than a relative tolerance."""
     if first.is_Rational and second.is_Rational and tolerance == EXACT:
         return bool(first != second)
     size = max(abs(first), abs(second))

@@ -57,21 +57,21 @@ class Mark(NamedTuple):
 
 
 def is_thinking_mark(text: str) -> bool:
-    """Whether a token begins or ends thinking."""
+    """Return whether a token begins or ends thinking."""
     return any(
         pattern.fullmatch(text) for pattern in (START_OF_THINKING, END_OF_THINKING)
     )
 
 
 def final_text(completion: str) -> str:
-    """The text after the last end of thinking; empty if thinking has not ended."""
+    """Return the text after thinking; empty if thinking has not ended."""
     end = max((m.end() for m in END_OF_THINKING.finditer(completion)), default=0)
     text = completion[end:]
     return "" if START_OF_THINKING.search(text) else text
 
 
 def answer(completion: str) -> str | Verdict:
-    """The answer, or the verdict on a completion without one."""
+    """Return the answer, or the verdict on a completion without one."""
     text = final_text(completion)
     headings = [match.end() for match in HEADING.finditer(text)]
     lists = mark_lists(text[headings[-1] :]) if headings else []
@@ -90,14 +90,14 @@ def answer(completion: str) -> str | Verdict:
 
 
 def final_sentence(text: str) -> str | None:
-    """The answer after "Final Answer: The final answer is", if it is one expression."""
+    """Return what follows "Final Answer: The final answer is", if one value."""
     sentences = FINAL_ANSWER.findall(text)
     stated = statement.read(sentences[-1]) if sentences else None
     return stated if isinstance(stated, str) else None
 
 
 def gold_answer(gold: str) -> str:
-    """The answer in a gold text, which may be a whole solution."""
+    """Return the answer in a gold text, which may be a whole solution."""
     if lists := mark_lists(gold):
         return join(gold, lists[-1])
     if "####" in gold:
@@ -109,7 +109,7 @@ def gold_answer(gold: str) -> str:
 
 
 def has_answer(gold: str) -> bool:
-    """Whether a gold text is an answer, rather than "proof" or "not found"."""
+    """Return whether a gold text is an answer, rather than "proof" or "not found"."""
     text = IGNORED.sub(" ", gold_answer(gold))
     if re.search(r"[\d\\+\-=<>^]|[^\x00-\x7f]", text):
         return True
@@ -117,12 +117,12 @@ def has_answer(gold: str) -> bool:
 
 
 def marked_answers(text: str) -> list[str]:
-    """The marked answers in order; joined boxes are one answer."""
+    """Return the marked answers in order; joined boxes are one answer."""
     return [join(text, marks) for marks in mark_lists(text)]
 
 
 def mark_lists(text: str) -> list[list[Mark]]:
-    """Boxes, and tags without boxes, in order; those joined to a list together."""
+    """Return boxes and tags without boxes; those joined to a list together."""
     marks = boxes(text)
     tagged = [
         tag
@@ -138,7 +138,7 @@ def mark_lists(text: str) -> list[list[Mark]]:
 
 
 def boxes(text: str) -> list[Mark]:
-    """The closed boxes."""
+    """Return the closed boxes."""
     marks, position = [], 0
     while match := BOX.search(text, position):
         end = closing(text, match.end())
@@ -150,7 +150,7 @@ def boxes(text: str) -> list[Mark]:
 
 
 def tags(text: str) -> list[Mark]:
-    """The texts in <answer> tags; the last may be open, because of a stop string."""
+    """Return the texts in <answer> tags; the last may be open."""
     marks, opening = [], None
     for match in TAG.finditer(text):
         if match[1] and opening:
@@ -164,13 +164,13 @@ def tags(text: str) -> list[Mark]:
 
 
 def tag_answer(content: str) -> str:
-    """What a sentence in tags states; any other content as it is."""
+    """Return what a sentence in tags states; any other content as it is."""
     stated = statement.read(content)
     return stated if isinstance(stated, str) else content
 
 
 def join(text: str, marks: list[Mark]) -> str:
-    """The answer that marks are together, with the names of different variables."""
+    """Return the answer of joined marks, with the names of several variables."""
     names = [BOX_NAME.search(text[max(0, m.start - 20) : m.start]) for m in marks]
     parts = [mark.text for mark in marks]
     if len({match and match[1] for match in names}) > 1 and all(names):
@@ -179,14 +179,14 @@ def join(text: str, marks: list[Mark]) -> str:
 
 
 def is_joint(between: str) -> bool:
-    """Whether the text between two boxes makes them one list."""
+    """Return whether the text between two boxes makes them one list."""
     if len(between) > MAX_JOINT:
         return False
     return JOINT.fullmatch(FILLER.sub("", between.lower())) is not None
 
 
 def closing(text: str, start: int, brackets: re.Pattern = BRACE) -> int | None:
-    """The position of the bracket that closes the one opened just before `start`."""
+    """Return where the bracket that is opened just before `start` closes."""
     depth = 1
     for match in brackets.finditer(text, start):
         depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(match.group(), 0)

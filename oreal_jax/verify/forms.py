@@ -28,7 +28,7 @@ CHOICE = re.compile(r"^(?:\\text\{)?\(?\s*([A-Za-z])\s*\)?[.:]?\}?$")
 
 
 def compare_bases(answer: str, gold: str) -> bool | None:
-    """Numbers in a base; ten may be left out."""
+    """Compare numbers in a base; ten may be left out."""
     first, second = BASE.match(answer), BASE.match(gold)
     if first and second:
         base = lambda match: str(BASES.get(match[2].lower(), match[2]))
@@ -45,13 +45,13 @@ def compare_bases(answer: str, gold: str) -> bool | None:
 
 
 def compare_numbers(answer: str, gold: str) -> bool | None:
-    """Numbers and percentages."""
+    """Compare numbers and percentages."""
     percent = lambda text: re.sub(r"\s*(?:percent|pct)$", "%", flat(text))
     return same_number(percent(answer), percent(gold))
 
 
 def compare_residues(answer: str, gold: str) -> bool | None:
-    """Residues with their modulus; one side may give the least residue alone."""
+    """Compare residues; one side may give the least residue alone."""
     first, second = RESIDUE.match(flat(answer)), RESIDUE.match(flat(gold))
     if first and second:
         modulus = int(second[2])
@@ -66,7 +66,7 @@ def compare_residues(answer: str, gold: str) -> bool | None:
 
 
 def compare_times(answer: str, gold: str) -> bool | None:
-    """Times of day and ratios; 14:64 and 7:32 are equal only as ratios."""
+    """Compare times and ratios; 14:64 and 7:32 are equal only as ratios."""
     first, second = (CLOCK.match(flat(text).lower()) for text in (answer, gold))
     if not first or not second:
         return None
@@ -84,7 +84,7 @@ def compare_times(answer: str, gold: str) -> bool | None:
 
 
 def compare_words(answer: str, gold: str) -> bool | None:
-    """Words, names and multiple choice, one or a list."""
+    """Compare words, names and choices, one or a list."""
     in_text = r"\text" in answer + gold
     answer, gold = flat(answer), flat(gold)
     first, second = CHOICE.match(answer), CHOICE.match(gold)

@@ -91,7 +91,7 @@ class Host:
             return response.status_code, content
 
     def is_healthy(self, client: httpx.Client) -> bool:
-        """Whether it lists its models."""
+        """Return whether it lists its models."""
         try:
             response = client.get(f"{self.url}/models")
             return response.status_code == 200 and isinstance(response.json(), dict)
@@ -100,7 +100,7 @@ class Host:
 
 
 def accepted_settings(settings: Mapping[str, int], complaint: bytes) -> dict[str, int]:
-    """Settings without what a complaint names, or with the name that it asks for."""
+    """Return settings without what a complaint names, or renamed."""
     changed = dict(settings)
     if b"max_completion_tokens" in complaint and "max_tokens" in changed:
         changed["max_completion_tokens"] = changed.pop("max_tokens")
@@ -120,7 +120,7 @@ def check_status(response: httpx.Response) -> None:
 
 
 def read_reply(reply: Any) -> tuple[str, dict[str, int]]:
-    """The text of a complete reply with a verdict, and its numbers of tokens.
+    """Return the text of a complete reply with a verdict, and its numbers of tokens.
 
     Raises:
         RequestFailed: it has no verdict.
@@ -144,7 +144,7 @@ def read_reply(reply: Any) -> tuple[str, dict[str, int]]:
 
 
 def is_address(url: str) -> bool:
-    """Whether a text is a web address."""
+    """Return whether a text is a web address."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:

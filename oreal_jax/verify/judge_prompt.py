@@ -25,7 +25,7 @@ VERDICT: UNSURE"""
 
 
 def make_messages(candidate: Candidate) -> list[dict[str, str]]:
-    """The chat messages; marks that the student cannot know enclose its text."""
+    """Return the chat messages; marks that the student cannot know enclose its text."""
     question, gold, text = candidate[:3]
     end = extract.final_text(text)[-MAX_ANSWER:]
     mark = hashlib.sha256(repr((question, gold, text)).encode()).hexdigest()[:12]
@@ -40,7 +40,7 @@ def make_messages(candidate: Candidate) -> list[dict[str, str]]:
 
 
 def find_verdict(reply: str) -> Outcome | None:
-    """The verdict on the last line, if it is the only one after thinking."""
+    """Return the verdict on the last line, if it is the only one after thinking."""
     reply = extract.final_text(reply).strip()
     words = VERDICT.findall(reply)
     if len(words) != 1 or not VERDICT.match(reply.splitlines()[-1]):
@@ -49,6 +49,6 @@ def find_verdict(reply: str) -> Outcome | None:
 
 
 def reason(reply: str) -> str:
-    """The beginning of a reply after thinking, as the reason of a verdict."""
+    """Return the beginning of a reply after thinking, as the reason of a verdict."""
     text = " ".join(VERDICT.sub("", extract.final_text(reply)).split())
     return text[:200] or "the judge gave no reason"

@@ -20,7 +20,7 @@ class Parts(NamedTuple):
 
     @property
     def ordered(self) -> bool:
-        """Whether it is a tuple or an interval."""
+        """Return whether it is a tuple or an interval."""
         return self.brackets not in ("", r"\{\}")
 
 
@@ -49,13 +49,13 @@ def parts(text: str) -> Parts | None:
 
 
 def both_signs(text: str) -> list[str]:
-    r"""The two values of a text with one \pm; any other text alone."""
+    r"""Return the two values of a text with one \pm; any other text alone."""
     if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1 or r"\pm" not in text:
         return [text]
     return [text.replace(r"\pm", sign) for sign in "+-"]
 
 
 def is_balanced(text: str) -> bool:
-    """Whether every bracket is closed, and none before it is opened."""
+    """Return whether every bracket is closed, and none before it is opened."""
     levels = depths(text)
     return min(levels) == levels[-1] == 0

@@ -285,7 +285,7 @@ class Judge:
 
 
 def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of a run, from the counts of the judges of its processes."""
+    """Return the metrics of a run, from the counts of the judges of its processes."""
     total: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
     for name in {name for each in counts for name in each}:
         combine = {"latency/max": max, "hosts_up": min}.get(name, sum)
@@ -296,7 +296,7 @@ def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def needs_judge(candidate: Candidate, by_rule: Verdict) -> bool:
-    """Whether there may be an answer that the rule does not call correct."""
+    """Return whether there may be an answer that the rule does not call correct."""
     if by_rule.outcome == "correct" or by_rule.by == "truncated":
         return False
     if not extract.has_answer(candidate.gold_answer):

@@ -86,7 +86,7 @@ def judge(completion: str, gold: str) -> Verdict:
 
 
 def canonical(answer: str) -> str:
-    """One text for answers that differ in spelling or are one number; no algebra."""
+    """Return one text for answers that differ in spelling or are one number."""
     text = normalised(answer[:MAX_LENGTH])
     value = number(flat(text))
     return bare(text) if value is None else str(value)
@@ -100,13 +100,13 @@ def warm_up() -> None:
 
 
 def shorten(text: str) -> str:
-    """Text for a message."""
+    """Shorten text for a message."""
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def same(answer: str, gold: str) -> bool | None:
-    """Whether two normalised answers are equal, by the first comparison that decides.
+    """Return whether normalised answers are equal; the first comparison decides.
 
     Raises:
         Undecided: one of them must not be read, or is ambiguous.
@@ -128,7 +128,7 @@ def same(answer: str, gold: str) -> bool | None:
 
 
 def bare(text: str) -> str:
-    """Text without spaces, and words without case; that of single letters matters."""
+    """Return text without spaces, and words without case."""
     text = flat(text)
     joined = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 1 2 is not 12
     joined = "".join(joined.split())
@@ -136,7 +136,7 @@ def bare(text: str) -> str:
 
 
 def compare_choice_with_text(answer: str, gold: str) -> bool | None:
-    """A choice and its text, as in (C) 12 or "C: no", against one of the two."""
+    """Compare a choice with text, as (C) 12 or "C: no", to one of the two."""
     first, second = CHOSEN.match(flat(answer)), CHOSEN.match(flat(gold))
     match, other = (first, gold) if first else (second, answer)
     if not match or (first and second) or HEDGED.search(match[3]):
@@ -147,7 +147,7 @@ def compare_choice_with_text(answer: str, gold: str) -> bool | None:
 
 
 def compare_approximations(answer: str, gold: str) -> bool | None:
-    """The exact value before a sign of approximation."""
+    """Compare the exact value before a sign of approximation."""
     if r"\approx" not in answer or r"\approx" in gold:
         return None
     if not same(answer.split(r"\approx", 1)[0].strip(), gold):
@@ -156,7 +156,7 @@ def compare_approximations(answer: str, gold: str) -> bool | None:
 
 
 def compare_units(answer: str, gold: str) -> bool | None:
-    """Values with units; a unit may be left out."""
+    """Compare values with units; a unit may be left out."""
     (value, unit), (gold_value, gold_unit) = split_unit(answer), split_unit(gold)
     if not unit and not gold_unit:
         return None
@@ -173,7 +173,7 @@ def compare_units(answer: str, gold: str) -> bool | None:
 
 
 def compare_named(answer: str, gold: str) -> bool | None:
-    """Values that one side names, as in x = 5 and 5."""
+    """Compare values that one side names, as in x = 5 and 5."""
     value, gold_value = named_value(answer), named_value(gold)
     if value == answer and gold_value == gold:
         return None
@@ -193,13 +193,13 @@ def compare_named(answer: str, gold: str) -> bool | None:
 
 
 def named_value(text: str) -> str:
-    """The value of a named value; any other text unchanged."""
+    """Return the value of a named value; any other text unchanged."""
     match = NAMED.match(text) or NAMED_LAST.match(text)
     return match[1].strip() if match else text
 
 
 def compare_computations(answer: str, gold: str) -> bool | None:
-    """A computation such as 1+1=2, all of whose sides must agree."""
+    """Compare a computation such as 1+1=2, all of whose sides must agree."""
     sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", named_value(answer))]
     if len(sides) < 2 or "=" in gold:
         return None
@@ -213,7 +213,7 @@ def compare_computations(answer: str, gold: str) -> bool | None:
 
 
 def compare_lists(answer: str, gold: str) -> bool | None:
-    """Sets and lists in any order, tuples in order; each part must have its equal."""
+    """Compare sets and lists in any order, tuples in order."""
     first, second = parts(answer), parts(gold)
     if first is None or second is None:
         several, single = (first, gold) if first else (second, answer)
@@ -231,7 +231,7 @@ def compare_lists(answer: str, gold: str) -> bool | None:
 
 
 def same_in_any_order(texts: list[str], golds: list[str]) -> bool:
-    """Whether each text has a gold text of its own that it equals."""
+    """Return whether each text has a gold text of its own that it equals."""
     remaining = list(texts)
     for expected in golds:
         match = next((text for text in remaining if same(text, expected)), None)
@@ -242,13 +242,13 @@ def same_in_any_order(texts: list[str], golds: list[str]) -> bool:
 
 
 def variables(listed: Parts) -> set[str]:
-    """The variables that the parts name, if they name several."""
+    """Return the variables that the parts name, if they name several."""
     names = {match[1] for text in listed.texts if (match := VARIABLE.match(text))}
     return names if len(names) > 1 else set()
 
 
 def compare_brackets(answer: str, gold: str) -> bool | None:
-    """A set is neither a point nor an interval, whatever its elements are."""
+    """Refuse to compare a set to a point or an interval."""
     first, second = parts(answer), parts(gold)
     kinds = {first.brackets, second.brackets} if first and second else set()
     if len(kinds) == 2 and r"\{\}" in kinds and "" not in kinds:
@@ -257,14 +257,14 @@ def compare_brackets(answer: str, gold: str) -> bool | None:
 
 
 def compare_regions(answer: str, gold: str) -> bool | None:
-    """Sets of real numbers."""
+    """Compare sets of real numbers."""
     from oreal_jax.verify.regions import same_region  # imports sympy, which is slow
 
     return same_region(answer, gold)
 
 
 def compare_formulas(answer: str, gold: str) -> bool | None:
-    """Formulas; words in them must be equal, because only letters commute."""
+    """Compare formulas; words in them must be equal, for only letters commute."""
     from oreal_jax.verify import algebra  # imports sympy, which is slow
 
     equal = algebra.same(flat(answer), flat(gold))
@@ -282,12 +282,12 @@ def compare_formulas(answer: str, gold: str) -> bool | None:
 
 
 def text_words(formula: str) -> set[str]:
-    r"""The words in \text{...}."""
+    r"""Return the words in \text{...}."""
     return set(re.findall(r"[a-z]+", " ".join(TEXT.findall(formula)).lower()))
 
 
 def has_base(text: str) -> bool:
-    """Whether a number has a subscript, such as a base."""
+    """Return whether a number has a subscript, such as a base."""
     return bool(re.search(r"\d\s*_", text))
 
 

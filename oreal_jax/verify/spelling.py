@@ -60,7 +60,7 @@ WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 
 
 def normalised(text: str) -> str:
-    r"""LaTeX in one spelling; words stay in \text{}."""
+    r"""Return LaTeX in one spelling; words stay in \text{}."""
     text = ascii_signs(text)
     if "begin{" not in text:  # where a matrix ends its rows with two
         text = re.sub(r"\\\\(?=[a-zA-Z({\[)}\]])", lambda m: "\\", text)
@@ -84,7 +84,7 @@ def normalised(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """LaTeX instead of what is written as in a programming language."""
+    """Replace what is written as in a programming language by LaTeX."""
     text = re.sub(rf"(?<=[\w)}}])\s*\*\*\s*(?={OPERAND}|-)", "^", text)
     text = re.sub(rf"(?<=[\w)}}!])\s*\*\s*(?={OPERAND})", r"\\cdot ", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text).replace("+/-", r"\pm ")
@@ -99,7 +99,7 @@ def plain_text(text: str) -> str:
 
 
 def plain_name(match: re.Match) -> str:
-    """The command of a function or constant."""
+    """Return the command of a function or constant."""
     if match["text"]:
         return match[0]
     if match["log"]:
@@ -113,7 +113,7 @@ def plain_name(match: re.Match) -> str:
 
 
 def ascii_signs(text: str) -> str:
-    """Commands and plain letters instead of Unicode characters."""
+    """Replace Unicode characters by commands and plain letters."""
     if text.isascii():
         return text
     plain = lambda match: "{" + unicodedata.normalize("NFKC", match[0]) + "}"
@@ -124,7 +124,7 @@ def ascii_signs(text: str) -> str:
 
 
 def ascii_sign(sign: str) -> str:
-    """The spelling of one character."""
+    """Return the spelling of one character."""
     if sign.isascii():
         return sign
     if sign in SIGNS:
@@ -145,7 +145,7 @@ def ascii_sign(sign: str) -> str:
 
 
 def command(match: re.Match) -> str:
-    """One name for a command."""
+    """Return one name for a command."""
     if match[1] not in COMMANDS:
         return match[0]
     name = COMMANDS[match[1]]
@@ -157,7 +157,7 @@ def command(match: re.Match) -> str:
 
 
 def font(match: re.Match) -> str:
-    """One font for words, none for letters and numbers."""
+    """Use one font for words, none for letters and numbers."""
     content = match[1]
     if len(content.strip()) == 1 and "text" not in match[0] and "box" not in match[0]:
         return content
@@ -167,14 +167,14 @@ def font(match: re.Match) -> str:
 
 
 def fraction(match: re.Match) -> str:
-    """A fraction with all its braces."""
+    """Return a fraction with all its braces."""
     top = match[1] if match[1] is not None else match[2]
     bottom = match[3] if match[3] is not None else match[4]
     return f"\\frac{{{top.strip()}}}{{{bottom.strip()}}}"
 
 
 def unwrapped(text: str) -> str:
-    """Text without the signs that enclose a formula and what ends a sentence."""
+    """Remove the signs that enclose a formula and what ends a sentence."""
     previous = None
     while text != previous:
         previous = text = text.strip()
@@ -192,6 +192,6 @@ def unwrapped(text: str) -> str:
 
 
 def flat(text: str) -> str:
-    """Text whose words have no font."""
+    """Return text whose words have no font."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     return re.sub(r"\s+", " ", text).strip()

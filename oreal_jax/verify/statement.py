@@ -29,7 +29,7 @@ FORMULA = re.compile(
 PROSE = re.compile(r"\b[a-zA-Z]{2,} [a-zA-Z]{2,} [a-zA-Z]{2,}\b")
 IN_TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
-END_OF_SENTENCE = re.compile(r"(?<=[.!?])[\s)\"']+|\n+")
+END_OF_SENTENCE = re.compile(r"(?<=[.!?])[\s)\"']+")
 PHRASE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?", re.IGNORECASE)
 QUANTITY = re.compile(r"[\d\ue000-\uf8ff]")
 
@@ -39,7 +39,7 @@ FUNCTIONS = (
 )
 WORD = re.compile(
     rf"(?<![\\A-Za-z0-9_^])(?!(?:{FUNCTIONS})(?![A-Za-z]))"
-    r"(?:[A-Za-z]{2,}|[aAI](?=\s+[A-Za-z]{2,}|'))"
+    r"(?:[A-Za-z]{2,}|[aAI](?=\s+[A-Za-z]{2,}|'|\s+\$?\d))"
 )
 NUMERALS = (
     "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty"
@@ -52,12 +52,13 @@ DENIALS = (
     "|mistake|mistaken|error|but|however|wait|actually|instead|oops|except|if|unless"
     "|suppose|assume|assumes|assuming|would|could|might|may|should|maybe|perhaps"
     "|possibly|probably|presumably|guess|hardly|almost|nearly|unlikely|impossible|doubt"
+    "|contradiction|contradicts|extraneous|invalid|reject|rejected|excluded|absurd"
 )
 CHANGES = (
     "less|more|fewer|greater|larger|bigger|smaller|higher|lower|least|most|than|or|times"
     "|plus|minus|divided|multiplied|mod|modulo|base|squared|cubed|square root|factorial"
     "|approximately|approx|about|around|roughly|twice|double|triple|when|where|provided"
-    "|given that|out of|percent|versus|choose|root|radians"
+    "|given that|out of|percent|versus|root|radians"
 )
 DENIED = re.compile(rf"\b(?:{DENIALS})\b|n['’]t\b", re.IGNORECASE)
 CHANGED = re.compile(
@@ -65,16 +66,25 @@ CHANGED = re.compile(
     rf"\b(?:{NUMERALS})\b",
     re.IGNORECASE,
 )
-VERBS = (
+STATES = (
     "is|are|was|were|be|equals?|equal to|becomes?|gives?|gave|yields?|gets?|got"
-    "|obtains?|obtained|have|has|had|makes?|made|takes?|took|needs?|needed|costs?|earns?|earned"
-    "|pays?|paid|spends?|spent|sells|sold|buys|bought|finds?|leaves|remains?|totals?"
-    "|contains?|holds?|weighs?|eats?|ate|saves?|saved|runs?|ran|collects?|collected"
+    "|obtains?|obtained|finds?|implies|means|that"
     "|(?:comes?|amounts?|simplifies|evaluates|reduces|sums?|adds? up) to"
 )
+ACTIONS = (
+    "have|has|had|makes?|made|takes?|took|needs?|needed|costs?|earns?|earned|pays?|paid"
+    "|spends?|spent|sells|sold|buys|bought|leaves|remains?|totals?|contains?|holds?"
+    "|weighs?|eats?|ate|saves?|saved|runs?|ran|collects?|collected"
+)
 SEPARATOR = re.compile(
-    rf"(?<![\\-])\b(?:{VERBS})\b|(?<=[A-Za-z)\ue000-\uf8ff])\s*(?::|=)(?=\s|$)"
-    r"|⇒|⟹|=>",
+    rf"(?<![\\-])\b(?:(?P<action>{ACTIONS})|{STATES})\b|⇒|⟹|=>"
+    r"|(?<=[A-Za-z)\ue000-\uf8ff])(?P<label>\s*:)(?=\s|$)|(?<=[A-Za-z]{2})\s*=(?=\s)",
+    re.IGNORECASE,
+)
+STATED = re.compile(rf"\b(?:{STATES})\s+[-−($]*[\d\ue000-\uf8ff]", re.IGNORECASE)
+HYPOTHESIS = re.compile(
+    r"(?:let|suppose|assume|consider|define|denote|given|recall|set|put|try|if)\b"
+    r"(?! me| us|['’]s)",
     re.IGNORECASE,
 )
 CLAUSE = re.compile(r"\b(?:which|so|thus|therefore|hence)\b|;", re.IGNORECASE)
@@ -101,8 +111,9 @@ BEFORE = re.compile(
     re.IGNORECASE,
 )
 SUBJECT = re.compile(  # the number before it is what the sentence is about
-    r"(?:is|are|was|were|be|has|have|had|does|do|did|will|can|divides?|appears?|occurs?"
-    r"|works?|fails?|satisf(?:y|ies)|of|to|in|into|by|at|from|through|th|st|nd|rd)\b",
+    rf"(?:{STATES}|{ACTIONS}|does|do|did|will|can|divides?|appears?|occurs?|works?"
+    r"|fails?|leads?|violates?|exceeds?|satisf(?:y|ies)|of|to|in|into|by|at|from"
+    r"|through)\b",
     re.IGNORECASE,
 )
 SOLUTION = re.compile(
@@ -114,11 +125,11 @@ UNIT = re.compile(
 )
 AND = re.compile(r"(?:and|or|as well as)\s+", re.IGNORECASE)
 ARROW = re.compile(r"\\(?:Rightarrow|implies|Longrightarrow|therefore)(?![a-zA-Z])")
-OPERATORS = "+-*/=<>^_&|"
+OPERATORS = "+-*/=<>^_&!\\"
 
 
 def read(text: str) -> str | Verdict:
-    """The stated answer, or the verdict on a text without one."""
+    """Return the stated answer, or the verdict on a text without one."""
     formulas: list[str] = []
     statements = split(text, formulas)
     explicit = explicit_answer(statements)
@@ -130,7 +141,7 @@ def read(text: str) -> str | Verdict:
 
 
 def split(text: str, formulas: list[str]) -> list[str]:
-    """The last sentences, with one character for each formula, which are collected."""
+    """Split off the last sentences; one character stands for each formula."""
     end = text[-TAIL:]
     if len(text) > TAIL and "\n" in end:
         end = end.split("\n", 1)[1]
@@ -149,18 +160,21 @@ def split(text: str, formulas: list[str]) -> list[str]:
         formulas.append(ARROW.split(formula)[-1].strip())
         return chr(FIRST + len(formulas) - 1)
 
-    sentences = END_OF_SENTENCE.split(FORMULA.sub(replace, end))
-    return [stripped for each in sentences if (stripped := each.strip(" \t>-*•"))]
+    sentences = []
+    for line in FORMULA.sub(replace, end).split("\n"):
+        line = line.strip(" \t>*•")
+        sentences += [line] if line.startswith("#") else END_OF_SENTENCE.split(line)
+    return list(filter(None, map(str.strip, sentences)))
 
 
 def restored(text: str, formulas: list[str]) -> str:
-    """Text with its formulas in place of the characters that stand for them."""
+    """Put formulas in place of the characters that stand for them."""
     restore = lambda match: formulas[ord(match[0]) - FIRST]
     return re.sub(r"[\ue000-\uf8ff]", restore, text)
 
 
 def explicit_answer(statements: list[str]) -> str | None:
-    """The value on a line "#### x" or after "answer is"; "" if it is unclear."""
+    """Return the value of "#### x" or after "answer is"; "" if unclear."""
     for place in range(len(statements) - 1, -1, -1):
         text = statements[place]
         hashes = len(text) - len(text.lstrip("#"))
@@ -170,6 +184,8 @@ def explicit_answer(statements: list[str]) -> str | None:
         if phrases:
             before, after = text[: phrases[-1].start()], text[phrases[-1].end() :]
             value = expression(after, words=True)
+            if not value and phrases[-1][0].strip().endswith(":"):
+                value = stated(after, labelled=True)
             if not value and not after.strip(" .:") and place + 1 < len(statements):
                 value = expression(statements[place + 1], words=True)  # on its own line
             if is_denied(before) or re.search(
@@ -179,7 +195,7 @@ def explicit_answer(statements: list[str]) -> str | None:
             if not value and is_remark(after):
                 continue
         else:
-            value = expression(text.lstrip("# "))
+            value = expression(text.lstrip("# "), most_words=0)
             if not value:  # a heading
                 continue
         later = " ".join(statements[place + 1 :])
@@ -188,7 +204,7 @@ def explicit_answer(statements: list[str]) -> str | None:
 
 
 def last_answer(statements: list[str]) -> str | None:
-    """The value of the last statement, "" if it is unclear, None if there is none."""
+    """Return the value of the last statement; "" if unclear, None if none."""
     for text in reversed(statements):
         if is_remark(text) or text.startswith("#"):
             continue
@@ -196,9 +212,10 @@ def last_answer(statements: list[str]) -> str | None:
     return "" if any(map(QUANTITY.search, statements)) else None
 
 
-def stated(text: str) -> str:
-    """The value of one statement, or ""."""
-    if text.endswith("?"):
+def stated(text: str, labelled: bool = False) -> str:
+    """Return the value of one statement, which a label may call the answer, or ""."""
+    text = text.strip()
+    if text.endswith("?") or HYPOTHESIS.match(text):
         return ""
     text = LEAD.sub("", text, count=1) if LEAD.match(text) else text
     if value := expression(text, most_words=1):
@@ -206,17 +223,21 @@ def stated(text: str) -> str:
     for separator in reversed(list(SEPARATOR.finditer(text))):
         before = CLAUSE.split(text[: separator.start()])[-1]
         if value := expression(text[separator.end() :]):
-            labelled = separator[0].strip() == ":" and re.search(r"\d", before)
-            return "" if is_denied(before) or labelled else value
-    return only_quantity(text)
+            if separator["action"] or separator["label"]:
+                unclear = QUANTITY.search(before)  # "5 and sold 3", "step 2: 3"
+            else:
+                unclear = STATED.search(before)  # "x is 3 and y is 5"
+            return "" if unclear or is_denied(before) else value
+    return only_quantity(text, labelled)
 
 
-def only_quantity(text: str) -> str:
-    """The only formula of a statement, or after "final answer" the only number."""
+def only_quantity(text: str, labelled: bool) -> str:
+    """Return the only formula of a statement, or a labelled only number."""
     if is_denied(text) or CHANGED.search(text):
         return ""
-    label = re.match(r"final answer\s*:", text, re.IGNORECASE)
-    pattern = r"[\ue000-\uf8ff]|\$?\d[\d,./]*\d|\d" if label else r"[\ue000-\uf8ff]"
+    pattern = r"[\ue000-\uf8ff]"
+    if labelled:
+        pattern += r"|\$?\d[\d,./]*\d|\d"
     matches = list(re.finditer(pattern, text))
     if len(matches) != 1 or BEFORE.search(text[: matches[0].start()]):
         return ""
@@ -225,17 +246,17 @@ def only_quantity(text: str) -> str:
 
 
 def is_denied(text: str) -> bool:
-    """Whether words deny or doubt a value."""
+    """Return whether words deny or doubt a value."""
     return DENIED.search(text) is not None
 
 
 def is_remark(text: str) -> bool:
-    """Whether a sentence has no number and denies nothing."""
+    """Return whether a sentence has no number and denies nothing."""
     return not (QUANTITY.search(text) or is_denied(text) or CHANGED.search(text))
 
 
 def expression(text: str, words: bool = False, most_words: int = 30) -> str:
-    """The expression, or list of expressions, that a phrase is; "" if it is none.
+    """Return the expression or list that a phrase is; "" if it is none.
 
     Up to `most_words` words may follow, if they do not change its value. With `words`,
     it may be up to three words.
@@ -267,8 +288,10 @@ def expression(text: str, words: bool = False, most_words: int = 30) -> str:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a piece of text can be an expression: balanced and complete."""
-    if not re.search(r"[\w\ue000-\uf8ff]", text) or text[-1] in OPERATORS + "!\\":
+    """Return whether a piece of text can be an expression: balanced and complete."""
+    if not re.search(r"[\w\ue000-\uf8ff]", text) or text[-1] in OPERATORS:
+        return False
+    if re.search(r"\d(?:st|nd|rd|th)\b", text):
         return False
     if text.count("(") + text.count("[") != text.count(")") + text.count("]"):
         return False
@@ -276,7 +299,7 @@ def is_whole(text: str) -> bool:
 
 
 def with_unit(value: str, tail: str) -> tuple[list[str], str]:
-    """A value with the known unit or percent sign after it, and the text after that."""
+    """Return a value with the unit after it, and the text after that."""
     text = tail.lstrip()
     if match := re.match(r"per ?cent\b", text, re.IGNORECASE):
         return [value + "%"], text[match.end() :]
@@ -287,7 +310,7 @@ def with_unit(value: str, tail: str) -> tuple[list[str], str]:
 
 
 def is_safe(tail: str, most_words: int) -> bool:
-    """Whether the words after a value leave it as it is."""
+    """Return whether the words after a value leave it as it is."""
     tail = re.split(r"\b(?:because|since)\b", tail, maxsplit=1)[0]
     if len(tail.split()) > most_words or not is_remark(tail):
         return False

@@ -40,7 +40,7 @@ class Verdict:
 
     @classmethod
     def truncated(cls) -> "Verdict":
-        """A completion without stop token is incorrect whatever its text."""
+        """Return the verdict on a completion without stop token, whatever its text."""
         return cls("incorrect", "no stop token", "truncated")
 
 
