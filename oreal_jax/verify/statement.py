@@ -46,13 +46,17 @@ NUMERALS = (
     "|fifty|hundred|thousand|million|billion|trillion|dozen|score|gross|half|halves"
     "|third|thirds|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|tenths?"
 )
-# Words with which a sentence denies, doubts, limits or changes a value.
+# Words that deny a value wherever they come, and words that doubt or change the value
+# of their own clause.
 DENIALS = (
-    "not|never|neither|nor|cannot|nobody|none|wrong|wrongly|incorrect|incorrectly|false"
-    "|mistake|mistaken|error|but|however|wait|actually|instead|oops|except|if|unless"
-    "|suppose|assume|assumes|assuming|would|could|might|may|should|maybe|perhaps"
-    "|possibly|probably|presumably|guess|hardly|almost|nearly|unlikely|impossible|doubt"
-    "|contradiction|contradicts|extraneous|invalid|reject|rejected|excluded|absurd"
+    "not(?! hesitate)|never|neither|nor|cannot|nobody|none|wrong|wrongly|incorrect"
+    "|incorrectly|false|mistaken?|error|but|however|wait|actually|instead|oops|except"
+    "|impossible|contradiction|contradicts|extraneous|invalid|reject|rejected|excluded"
+    "|absurd|maybe|perhaps|possibly|probably|unlikely|unsure|guess|doubt"
+)
+DOUBTS = (
+    "if|unless|suppose|assume|assumes|assuming|would|could|might|may|should|presumably"
+    "|hardly|almost|nearly"
 )
 CHANGES = (
     "less|more|fewer|greater|larger|bigger|smaller|higher|lower|least|most|than|or|times"
@@ -60,12 +64,14 @@ CHANGES = (
     "|approximately|approx|about|around|roughly|twice|double|triple|when|where|provided"
     "|given that|out of|percent|versus|root|radians"
 )
-DENIED = re.compile(rf"\b(?:{DENIALS})\b|n['’]t\b", re.IGNORECASE)
+DENIED = re.compile(rf"\b(?:{DENIALS})\b|n['’]t\b(?! hesitate)", re.IGNORECASE)
+DOUBTED = re.compile(rf"\b(?:{DOUBTS})\b", re.IGNORECASE)
 CHANGED = re.compile(
     rf"\b(?:{CHANGES})\b|(?<!\bthe )(?<!\bthese )(?<!\bthose )(?<!\ball )"
     rf"\b(?:{NUMERALS})\b",
     re.IGNORECASE,
 )
+PART_OF = re.compile(rf"\b(?:{CHANGES}|of|{NUMERALS})\s+(?:\w+\s+)?$", re.IGNORECASE)
 STATES = (
     "is|are|was|were|be|equals?|equal to|becomes?|gives?|gave|yields?|gets?|got"
     "|obtains?|obtained|finds?|implies|means|that"
@@ -83,8 +89,7 @@ SEPARATOR = re.compile(
 )
 STATED = re.compile(rf"\b(?:{STATES})\s+[-−($]*[\d\ue000-\uf8ff]", re.IGNORECASE)
 HYPOTHESIS = re.compile(
-    r"(?:let|suppose|assume|consider|define|denote|given|recall|set|put|try|if)\b"
-    r"(?! me| us|['’]s)",
+    r"(?:let|suppose|assume|consider|define|denote|try|if)\b(?! me| us|['’]s)",
     re.IGNORECASE,
 )
 CLAUSE = re.compile(r"\b(?:which|so|thus|therefore|hence)\b|;", re.IGNORECASE)
@@ -106,8 +111,8 @@ BEFORE = re.compile(
     r"(?:^|\W)(?:of|by|in|from|with|on|at|for|than|under|over|below|above|between|per"
     r"|within|until|after|before|to|and|or|via|as|step|page|case|equation|eq|theorem"
     r"|lemma|part|problem|question|exercise|example|figure|section|line|day|week|year"
-    r"|base|level|row|column|number|rule|formula|using|modulo|mod|all|any|each|every)"
-    r"\W*$",
+    r"|base|level|row|column|rule|formula|using|modulo|mod|all|any|each|every|given|let"
+    r"|where|when)\W*$",
     re.IGNORECASE,
 )
 SUBJECT = re.compile(  # the number before it is what the sentence is about
@@ -146,10 +151,8 @@ def split(text: str, formulas: list[str]) -> list[str]:
     if len(text) > TAIL and "\n" in end:
         end = end.split("\n", 1)[1]
     end = SPECIAL_TOKEN.sub("\n", end).translate({0x3002: ". ", 0xFF0E: ". "})
-    end = re.sub(r"[\ue000-\uf8ff]", " ", end)
-    end = (
-        re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", end).replace("**", "").replace("`", "")
-    )
+    end = re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", end)  # a power, not bold
+    end = re.sub(r"\*\*|`|[\ue000-\uf8ff]", "", end)
 
     def replace(match: re.Match) -> str:
         formula = next(group for group in match.groups() if group is not None)
@@ -176,31 +179,30 @@ def restored(text: str, formulas: list[str]) -> str:
 def explicit_answer(statements: list[str]) -> str | None:
     """Return the value of "#### x" or after "answer is"; "" if unclear."""
     for place in range(len(statements) - 1, -1, -1):
-        text = statements[place]
-        hashes = len(text) - len(text.lstrip("#"))
-        phrases = list(PHRASE.finditer(text))
-        if hashes != 4 and not phrases:
-            continue
-        if phrases:
-            before, after = text[: phrases[-1].start()], text[phrases[-1].end() :]
-            value = expression(after, words=True)
-            if not value and phrases[-1][0].strip().endswith(":"):
-                value = stated(after, labelled=True)
-            if not value and not after.strip(" .:") and place + 1 < len(statements):
-                value = expression(statements[place + 1], words=True)  # on its own line
-            if is_denied(before) or re.search(
-                rf"\b(?:{CHANGES}|of|{NUMERALS})\s+(?:\w+\s+)?$", before, re.I
-            ):
-                return ""
-            if not value and is_remark(after):
-                continue
+        text, later = statements[place], statements[place + 1 :]
+        if phrases := list(PHRASE.finditer(text)):
+            value = after_phrase(phrases[-1], later)
+        elif text.startswith("####"):
+            value = expression(text.lstrip("# "), most_words=0) or None
         else:
-            value = expression(text.lstrip("# "), most_words=0)
-            if not value:  # a heading
-                continue
-        later = " ".join(statements[place + 1 :])
-        return "" if not value or is_denied(later) else value
+            continue
+        if value is not None:
+            return "" if any(map(DENIED.search, later)) else value
     return None
+
+
+def after_phrase(phrase: re.Match, later: list[str]) -> str | None:
+    """Return the value after a phrase; "" if unclear, None after a remark."""
+    before = CLAUSE.split(phrase.string[: phrase.start()])[-1]
+    after = phrase.string[phrase.end() :]
+    if is_doubted(before) or PART_OF.search(before):
+        return ""
+    value = expression(after, words=True)
+    if not value and phrase[0].strip().endswith(":"):
+        value = stated(after, labelled=True)
+    if not value and later and not after.strip(" .:"):
+        value = expression(later[0], words=True)
+    return value or (None if is_remark(after) else "")
 
 
 def last_answer(statements: list[str]) -> str | None:
@@ -227,13 +229,13 @@ def stated(text: str, labelled: bool = False) -> str:
                 unclear = QUANTITY.search(before)  # "5 and sold 3", "step 2: 3"
             else:
                 unclear = STATED.search(before)  # "x is 3 and y is 5"
-            return "" if unclear or is_denied(before) else value
+            return "" if unclear or is_doubted(before) else value
     return only_quantity(text, labelled)
 
 
 def only_quantity(text: str, labelled: bool) -> str:
     """Return the only formula of a statement, or a labelled only number."""
-    if is_denied(text) or CHANGED.search(text):
+    if is_doubted(text) or CHANGED.search(text):
         return ""
     pattern = r"[\ue000-\uf8ff]"
     if labelled:
@@ -245,14 +247,14 @@ def only_quantity(text: str, labelled: bool) -> str:
     return "" if re.search(r"\d", rest) else matches[0][0]
 
 
-def is_denied(text: str) -> bool:
+def is_doubted(text: str) -> bool:
     """Return whether words deny or doubt a value."""
-    return DENIED.search(text) is not None
+    return bool(DENIED.search(text) or DOUBTED.search(text))
 
 
 def is_remark(text: str) -> bool:
     """Return whether a sentence has no number and denies nothing."""
-    return not (QUANTITY.search(text) or is_denied(text) or CHANGED.search(text))
+    return not (QUANTITY.search(text) or DENIED.search(text))
 
 
 def expression(text: str, words: bool = False, most_words: int = 30) -> str:
@@ -304,7 +306,8 @@ def with_unit(value: str, tail: str) -> tuple[list[str], str]:
     if match := re.match(r"per ?cent\b", text, re.IGNORECASE):
         return [value + "%"], text[match.end() :]
     match = UNIT.match(text)
-    if match and short_name(match[1].lower()) in UNITS and re.search(r"\d", value):
+    unit = short_name(match[1].lower()) if match else ""
+    if match and unit in UNITS and unit != "in" and re.search(r"\d", value):
         return [f"{value}\\text{{ {match[0]}}}"], text[match.end() :]
     return [value], tail
 
@@ -312,6 +315,7 @@ def with_unit(value: str, tail: str) -> tuple[list[str], str]:
 def is_safe(tail: str, most_words: int) -> bool:
     """Return whether the words after a value leave it as it is."""
     tail = re.split(r"\b(?:because|since)\b", tail, maxsplit=1)[0]
-    if len(tail.split()) > most_words or not is_remark(tail):
+    if len(tail.split()) > most_words or QUANTITY.search(tail):
         return False
-    return not SUBJECT.match(tail.lstrip(" ,"))
+    changed = is_doubted(tail) or CHANGED.search(tail)
+    return not changed and not SUBJECT.match(tail.lstrip(" ,"))
