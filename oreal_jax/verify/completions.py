@@ -15,8 +15,8 @@ def verify_completions(
 ) -> list[Verdict]:
     """Return a verdict for each candidate, in order.
 
-    A candidate without stop token is incorrect unread. The pool judges the others, by
-    rule as a rule, and `judge` those with an answer that is not correct by then.
+    A candidate without stop token is incorrect unread. The pool judges the others, and
+    `judge` those with an answer that the pool does not call correct.
     `on_progress(n)` reports n more candidates that the pool has judged.
     """
     verdicts = [Verdict.truncated()] * len(candidates)

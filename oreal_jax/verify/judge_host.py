@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +16,21 @@ TOKENS = "prompt_tokens", "completion_tokens"
 
 
 class RequestFailed(Exception):
-    """A failed request: its kind for the counts, and whether the host is to blame."""
+    """A failed request: its kind for the counts, and whether the host is to blame.
 
-    def __init__(self, kind: str, host: bool = True, retry_after: float = 0.0):
+    `tokens` are those of a reply without a verdict.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        host: bool = True,
+        retry_after: float = 0.0,
+        tokens: Mapping[str, int] = types.MappingProxyType({}),
+    ):
         super().__init__(kind)
         self.kind, self.host, self.retry_after = kind, host, retry_after
+        self.tokens = tokens
 
 
 @dataclasses.dataclass
@@ -129,18 +140,19 @@ def read_reply(reply: Any) -> tuple[str, dict[str, int]]:
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         message, finish_reason = choice["message"], choice["finish_reason"]
         text = message["content"]
-        tokens = {name: usage.get(name) for name in TOKENS}
+        counts = {name: usage.get(name) for name in TOKENS}
         if text is None and (message.get("reasoning_content") or message["reasoning"]):
             text = ""  # it has only thought
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed("garbage") from None
+    tokens = {name: n for name, n in counts.items() if type(n) is int and n > 0}
     if not isinstance(text, str):
-        raise RequestFailed("garbage")
+        raise RequestFailed("garbage", tokens=tokens)
     if finish_reason != "stop":
-        raise RequestFailed("cut_short", host=False)
+        raise RequestFailed("cut_short", host=False, tokens=tokens)
     if not find_verdict(text):
-        raise RequestFailed("no_verdict", host=False)
-    return text, {k: n for k, n in tokens.items() if type(n) is int and n > 0}
+        raise RequestFailed("no_verdict", host=False, tokens=tokens)
+    return text, tokens
 
 
 def is_address(url: str) -> bool:

@@ -174,7 +174,7 @@ class Judge:
                 kind = failure.kind
                 if kind == "cut_short":
                     self._log_cut_short()
-                self._count(**{f"failed_{kind}": 1})
+                self._count(**{f"failed_{kind}": 1}, **failure.tokens)
                 wait = self._backoff * 2**attempt * random.uniform(0.5, 1.0)
                 if attempt + 1 < self._tries:
                     self._closed.wait(max(wait, failure.retry_after))
