@@ -160,7 +160,7 @@ CORRECT = {
     "identities over positive letters": [
         ("\\boxed{2\\pi\\frac{\\sqrt{l}}{\\sqrt{g}}}", "2\\pi\\sqrt{\\frac{l}{g}}"),
         ("\\boxed{\\sqrt{r}\\sqrt{h}}", "\\sqrt{rh}"),
-        ("\\boxed{\\ln n + \\ln t}", "\\ln(nt)"),
+        ("\\boxed{\\ln n + \\ln r}", "\\ln(nr)"),
         ("\\boxed{t}", "\\sqrt{t^2}"),
         ("\\boxed{r\\sqrt{h}}", "\\sqrt{r^2h}"),
         ("\\boxed{2\\ln n}", "\\ln(n^2)"),
@@ -238,6 +238,7 @@ NOT_CORRECT = {
         ("The result is 8!", "8"),
         ("It is 50%", "50x"),
         ("x^2 + y^2 = 25", "25"),
+        ("2x = 10", "10"),
         ("I could not solve it, but see page 17.", "17"),
         ("The price is $3 or $4", "4"),
         ("It is |-5|", "-5"),

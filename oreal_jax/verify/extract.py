@@ -23,7 +23,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 TAG = re.compile("<(/?)answer>", re.IGNORECASE)
 HEADING = re.compile(r"\*\*Final Answer\b|^#+ *Final Answer\b", re.I | re.M)
 FINAL_ANSWER = re.compile(
-    r"final answer:[\s*]*the final answer is\b:?[^\n]*", re.IGNORECASE
+    r"final answer:[\s*]*the final answer is\b[^\n]*?(?:[.!](?=\s)|$)", re.I | re.M
 )
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # What may stand between boxes of one list, next to one comma, "and" or "or".
@@ -34,6 +34,7 @@ FILLER = re.compile(
     r"|[\s$.()\[\]{}\\]"
 )
 JOINT = re.compile("[,;]|[,;]?(?:and|or|&|aswellas)")
+UNIT_JOINT = re.compile(r"\W*(?!so|not|then|thus|hence)[a-z]+\W+(?:and|or)\W*")
 BOX_NAME = re.compile(rf"(?<!\w)({VARIABLE})\s*=[\s$\\({{]*$")
 MAX_JOINT = 60  # characters between boxes of one list
 MAX_BOXES = 3  # different answers; more is hedging
@@ -104,7 +105,9 @@ def gold_answer(gold: str) -> str:
         return gold.rsplit("####", 1)[1].strip()
     if BOX.search(gold):
         return BOX.split(gold)[-1]
-    stated = statement.read(gold) if statement.PHRASE.search(gold) else gold
+    stated = final_sentence(gold)
+    if stated is None and statement.PHRASE.search(gold):
+        stated = statement.read(gold)
     return stated if isinstance(stated, str) else gold
 
 
@@ -182,7 +185,8 @@ def is_joint(between: str) -> bool:
     """Return whether the text between two boxes makes them one list."""
     if len(between) > MAX_JOINT:
         return False
-    return JOINT.fullmatch(FILLER.sub("", between.lower())) is not None
+    text = FILLER.sub("", between.lower())
+    return not between or bool(JOINT.fullmatch(text) or UNIT_JOINT.fullmatch(between))
 
 
 def closing(text: str, start: int, brackets: re.Pattern = BRACE) -> int | None:

@@ -30,7 +30,7 @@ from oreal_jax.verify.verdict import Undecided, Verdict
 MAX_LENGTH = 1000  # characters of an answer that is read at all
 MAX_PARTS = 8  # of lists that are compared part by part
 
-NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\s*\([^()=]*\))?"
+NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\^\{-1\})?(?:\s*\([^()=]*\))?"
 NAMED = re.compile(
     rf"^(?:\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*\w+|{NAME}(?:\s*:\s*{NAME})?)\s*(?:=|\\in\b)(.*)$"
 )
@@ -250,8 +250,10 @@ def variables(listed: Parts) -> set[str]:
 def compare_brackets(answer: str, gold: str) -> bool | None:
     """Refuse to compare a set to a point or an interval."""
     first, second = parts(answer), parts(gold)
-    kinds = {first.brackets, second.brackets} if first and second else set()
-    if len(kinds) == 2 and r"\{\}" in kinds and "" not in kinds:
+    if not first or not second or first.ordered == second.ordered:
+        return None
+    unordered = second if first.ordered else first
+    if unordered.brackets or r"\pm" in answer + gold:
         raise Undecided(f"{answer} against {gold}: a set?")
     return None
 

@@ -47,17 +47,15 @@ NUMERALS = (
     "|third|thirds|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|tenths?"
 )
 # Words that deny a value wherever they come, and words that doubt or change the value
-# of their own clause.
+# of their clause.
 DENIALS = (
     "not(?! hesitate)|never|neither|nor|cannot|nobody|none|wrong|wrongly|incorrect"
     "|incorrectly|false|mistaken?|error|but|however|wait|actually|instead|oops|except"
     "|impossible|contradiction|contradicts|extraneous|invalid|reject|rejected|excluded"
     "|absurd|maybe|perhaps|possibly|probably|unlikely|unsure|guess|doubt"
 )
-DOUBTS = (
-    "if|unless|suppose|assume|assumes|assuming|would|could|might|may|should|presumably"
-    "|hardly|almost|nearly"
-)
+CONDITIONS = "if|unless|suppose|assume|assumes|assuming"
+DOUBTS = "would|could|might|may|should|presumably|hardly|almost|nearly"
 CHANGES = (
     "less|more|fewer|greater|larger|bigger|smaller|higher|lower|least|most|than|or|times"
     "|plus|minus|divided|multiplied|mod|modulo|base|squared|cubed|square root|factorial"
@@ -65,7 +63,11 @@ CHANGES = (
     "|given that|out of|percent|versus|root|radians"
 )
 DENIED = re.compile(rf"\b(?:{DENIALS})\b|n['’]t\b(?! hesitate)", re.IGNORECASE)
-DOUBTED = re.compile(rf"\b(?:{DOUBTS})\b", re.IGNORECASE)
+DOUBTED = re.compile(rf"\b(?:{CONDITIONS}|{DOUBTS})\b", re.IGNORECASE)
+# Before a verb, doubts are about the value only if they are next to it.
+LEAD_DOUBTED = re.compile(
+    rf"\b(?:{CONDITIONS})\b|\b(?:{DOUBTS})(?: \w+)?\s*$", re.IGNORECASE
+)
 CHANGED = re.compile(
     rf"\b(?:{CHANGES})\b|(?<!\bthe )(?<!\bthese )(?<!\bthose )(?<!\ball )"
     rf"\b(?:{NUMERALS})\b",
@@ -128,6 +130,7 @@ SOLUTION = re.compile(
 UNIT = re.compile(
     r"(?:(?:square|sq|cubic|cu)\.? )?([A-Za-z]+)(?: ?(?:/|per) ?[A-Za-z]+)?(?:\^\d)?"
 )
+SQUARE_UNIT = re.compile(r"^(-?[\d,.]+) ?(mm|cm|m|km|in|ft|yd|mi)(\^[23]|[²³])$")
 AND = re.compile(r"(?:and|or|as well as)\s+", re.IGNORECASE)
 ARROW = re.compile(r"\\(?:Rightarrow|implies|Longrightarrow|therefore)(?![a-zA-Z])")
 OPERATORS = "+-*/=<>^_&!\\"
@@ -195,7 +198,7 @@ def after_phrase(phrase: re.Match, later: list[str]) -> str | None:
     """Return the value after a phrase; "" if unclear, None after a remark."""
     before = CLAUSE.split(phrase.string[: phrase.start()])[-1]
     after = phrase.string[phrase.end() :]
-    if is_doubted(before) or PART_OF.search(before):
+    if is_denied(before) or PART_OF.search(before):
         return ""
     value = expression(after, words=True)
     if not value and phrase[0].strip().endswith(":"):
@@ -229,7 +232,7 @@ def stated(text: str, labelled: bool = False) -> str:
                 unclear = QUANTITY.search(before)  # "5 and sold 3", "step 2: 3"
             else:
                 unclear = STATED.search(before)  # "x is 3 and y is 5"
-            return "" if unclear or is_doubted(before) else value
+            return "" if unclear or is_denied(before) else value
     return only_quantity(text, labelled)
 
 
@@ -245,6 +248,11 @@ def only_quantity(text: str, labelled: bool) -> str:
         return ""
     rest = text[: matches[0].start()] + text[matches[0].end() :]
     return "" if re.search(r"\d", rest) else matches[0][0]
+
+
+def is_denied(before: str) -> bool:
+    """Return whether the words before a verb deny or doubt a value."""
+    return bool(DENIED.search(before) or LEAD_DOUBTED.search(before))
 
 
 def is_doubted(text: str) -> bool:
@@ -284,6 +292,7 @@ def expression(text: str, words: bool = False, most_words: int = 30) -> str:
             break
         text = following
     if len(values) == 1:
+        values[0] = SQUARE_UNIT.sub(r"\1\\text{ \2}\3", values[0])
         values, text = with_unit(values[0], text)
     safe = SOLUTION.fullmatch(text.strip()) or is_safe(text, most_words)
     return ", ".join(values) if safe else ""
