@@ -174,6 +174,8 @@ def tag_answer(content: str) -> str:
 
 def join(text: str, marks: list[Mark]) -> str:
     """Return the answer of joined marks, with the names of several variables."""
+    if len(marks) == 1:
+        return marks[0].text
     names = [BOX_NAME.search(text[max(0, m.start - 20) : m.start]) for m in marks]
     parts = [mark.text for mark in marks]
     if len({match and match[1] for match in names}) > 1 and all(names):
