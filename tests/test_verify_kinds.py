@@ -48,7 +48,9 @@ def test_a_text_whose_answer_is_unclear_is_undecided(text):
 
 
 @pytest.mark.parametrize(
-    "gold", ["no solution", "none", "A", "x", "undefined", "是", "π", "-1", "Q", "no"]
+    "gold",
+    ["no solution", "none", "A", "x", "undefined", "是", "π", "-1", "Q", "no"]
+    + ["cannot be determined", "does not exist", "\\emptyset", "all real numbers"],
 )
 def test_short_gold_answers_are_answers(gold):
     assert has_answer(gold)

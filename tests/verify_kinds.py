@@ -66,6 +66,7 @@ CORRECT = {
         ("<answer>2, 3</answer>", "3, 2"),
         ("First \\boxed{3}, then <answer>4</answer>", "4"),
         ("<answer>1,000</answer>", "1000"),
+        ("<answer>B. 12 cm</answer>", "B"),
     ],
     "a remark after the box": [
         ("\\boxed{12}. This final answer is reasonable for 5 people.", "12"),
@@ -119,6 +120,8 @@ CORRECT = {
         ("\\boxed{pi r^2}", "\\pi r^2"),
         ("\\boxed{sqrt(2+sqrt(3))}", "\\sqrt{2+\\sqrt{3}}"),
         ("The area is 25 pi.", "25\\pi"),
+        ("\\boxed{abs(x)}", "|x|"),
+        ("\\boxed{\\text{Infinity}}", "\\infty"),
     ],
     "named values against plus-minus": [
         ("\\boxed{x=3 \\text{ or } x=-3}", "\\pm 3"),
@@ -153,6 +156,7 @@ CORRECT = {
         ("\\boxed{42。}", "42"),
         ("答案是\\boxed{42}。", "42"),
         ("The answer is 42。", "42"),
+        ("答案是 42。", "42"),
         ("\\boxed{４２．}", "42"),
         ("### Final Answer: 18", "18"),
         ("#### 72\n\nQuestion: Tom has 5 apples. How many?", "72"),
@@ -247,6 +251,13 @@ NOT_CORRECT = {
         ("a 3-4-5 triangle", "5"),
         ("The date is 12/25", "25"),
         ("log base 2", "2"),
+        ("答案不是 42。", "42"),
+        ("The answer is 5x. Note that 5 is prime.", "5"),
+        ("He bought 5 and sold 3", "3"),
+        ("x is 3 and y is 5", "5"),
+        ("x = 3 gives a contradiction", "3"),
+        ("The maximum occurs at x = 3", "3"),
+        ("Let n be 5", "5"),
         ("The answer: see equation (5)", "5"),
     ],
     "answer is": [
@@ -318,6 +329,7 @@ NOT_CORRECT = {
         ("\\boxed{\\text{proof}}", "\\boxed{\\text{proof}}"),
         ("\\boxed{Q.E.D.}", "Q.E.D."),
         ("\\boxed{null}", "null"),
+        ("\\boxed{\\text{Cannot be extracted}}", "Cannot be extracted"),
         ("\\boxed{\\text{The proof is given above}}", "The proof is given above"),
     ],
     "a box inside thinking": [

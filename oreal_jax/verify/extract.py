@@ -43,7 +43,9 @@ NO_ANSWER = re.compile(
     r"|(?:the )?(?:answer|solution)? ?(?:is )?not ?"
     r"(?:found|available|applicable|given|provided|extracted)(?: .*)?"
     r"|(?:none|nothing) (?:found|available|given|provided)|unavailable|omitted|unknown"
-    r"|(?:no|missing) (?:final )?answer(?: .*)?|answer|n a|nan|null|tbd|todo"
+    r"|(?:can ?not|could not|unable to) (?:be )?(?:extract|find|found|parse).*"
+    r"|(?:no|missing) (?:final )?answer(?: .*)?|answer|solution|explanation"
+    r"|n a|nan|null|tbd|todo"
     r"|left (?:to the reader|as an exercise).*|as (?:above|shown|required)"
 )
 IGNORED = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|square|blacksquare|Box|qed)\b")

@@ -47,7 +47,7 @@ RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
 LOWERED = re.compile(r"[₀-₉₊₋]+")
 # Functions and constants without backslash; words in \text{} are none.
 PLAIN = re.compile(
-    r"\\text\{\s*infinity\s*\}|(?P<text>\\text\{[^{}]*\})|(?<![\\a-zA-Z_])(?:"
+    r"\\text\{\s*[iI]nfinity\s*\}|(?P<text>\\text\{[^{}]*\})|(?<![\\a-zA-Z_])(?:"
     r"(?P<log>log)_?(?P<base>\d+)(?=\s*\()|(?P<infinity>infinity|inf|oo)"
     r"|(?P<name>pi|sqrt|cbrt|theta|(?:sin|cos|tan|cot|a(?:rc)?(?:sin|cos|tan)|sinh|cosh"
     r"|tanh|exp|ln|log)(?=\s*[({^_\d\\]|\s+[a-zA-Z](?![a-zA-Z]))|(?:sec|csc)(?=\())"
@@ -88,6 +88,7 @@ def plain_text(text: str) -> str:
     text = re.sub(rf"(?<=[\w)}}])\s*\*\*\s*(?={OPERAND}|-)", "^", text)
     text = re.sub(rf"(?<=[\w)}}!])\s*\*\s*(?={OPERAND})", r"\\cdot ", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text).replace("+/-", r"\pm ")
+    text = re.sub(r"(?<![\\a-zA-Z])abs\(([^()]*)\)", r"|\1|", text)
     text = PLAIN.sub(plain_name, text)
     while match := ROOT_OF.search(text):
         end = closing(text, match.end(), PARENTHESIS)

@@ -29,9 +29,12 @@ FORMULA = re.compile(
 PROSE = re.compile(r"\b[a-zA-Z]{2,} [a-zA-Z]{2,} [a-zA-Z]{2,}\b")
 IN_TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
-END_OF_SENTENCE = re.compile(r"(?<=[.!?])[\s)\"']+")
-PHRASE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?", re.IGNORECASE)
+END_OF_SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\s)\"']+")
+PHRASE = re.compile(
+    r"\banswer\s*(?:is|are|:|=)\s*:?|答案\s*(?:是|为|：|:)", re.IGNORECASE
+)
 QUANTITY = re.compile(r"[\d\ue000-\uf8ff]")
+UNSAFE = re.compile(r"[\d\ue000-\uf8ff\u3040-\u30ff\u4e00-\u9fff]")
 
 FUNCTIONS = (
     "sqrt|cbrt|exp|ln|log|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|sinh|cosh|tanh"
@@ -39,7 +42,7 @@ FUNCTIONS = (
 )
 WORD = re.compile(
     rf"(?<![\\A-Za-z0-9_^])(?!(?:{FUNCTIONS})(?![A-Za-z]))"
-    r"(?:[A-Za-z]{2,}|[aAI](?=\s+[A-Za-z]{2,}|'|\s+\$?\d))"
+    r"(?:[A-Za-z]{2,}|[\u3040-\u30ff\u4e00-\u9fff]|[aAI](?=\s+[A-Za-z]{2,}|'|\s+\$?\d))"
 )
 NUMERALS = (
     "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty"
@@ -324,7 +327,7 @@ def with_unit(value: str, tail: str) -> tuple[list[str], str]:
 def is_safe(tail: str, most_words: int) -> bool:
     """Return whether the words after a value leave it as it is."""
     tail = re.split(r"\b(?:because|since)\b", tail, maxsplit=1)[0]
-    if len(tail.split()) > most_words or QUANTITY.search(tail):
+    if len(tail.split()) > most_words or UNSAFE.search(tail):
         return False
     changed = is_doubted(tail) or CHANGED.search(tail)
     return not changed and not SUBJECT.match(tail.lstrip(" ,"))
