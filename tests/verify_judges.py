@@ -36,7 +36,7 @@ def by_label(completion: str, prompt: Mapping[str, Any]) -> Verdict:
 
 
 def unimportable(completion: str, prompt: Mapping[str, Any]) -> Verdict:
-    """A verifier that no worker can import."""
+    """Judge nothing: no worker can import it."""
     raise AssertionError
 
 
