@@ -16,6 +16,8 @@ from oreal_jax.mesh import MeshShape
 from oreal_jax.model import Remat
 from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
+from oreal_jax.verify import Verifier, by_rule
+from oreal_jax.verify.pool import check_verifiers
 
 
 def _check(condition: bool, message: str) -> None:
@@ -55,26 +57,32 @@ class Packing:
 class Verification:
     """Processes that verify answers by rule, and an optional language model as judge.
 
-    Each of `workers` processes has `deadline` seconds for an answer. `judge_hosts` are
-    OpenAI-compatible APIs (".../v1") that serve `judge_model`. Each host receives
-    `judge_concurrency` requests at once, with `judge_timeout` seconds and `judge_tries`
-    tries. When all hosts have failed, the run waits ("pause") or continues without
-    judge ("rule"). `undecided` completions count as incorrect or are dropped from the
-    advantages and from training.
+    Each of `workers` processes has `deadline` seconds for an answer. The first of the
+    `verifiers` whose verdict is not undecided decides; your own are functions of the
+    completion and the prompt's row. `judge_hosts` are OpenAI-compatible APIs (".../v1")
+    that serve `judge_model`. Each host receives `judge_concurrency` requests at once,
+    with `judge_timeout` seconds and `judge_tries` tries, for replies of up to
+    `judge_max_tokens` tokens, thinking included. When all hosts have failed, the run
+    waits ("pause") or continues without judge ("rule"). `undecided` completions count
+    as incorrect or are dropped from the advantages and from training.
     """
 
     workers: int = 8
     deadline: float = 5.0
+    verifiers: tuple[Verifier, ...] = (by_rule,)
     judge_hosts: tuple[str, ...] = ()
     judge_model: str = ""
     judge_concurrency: int = 16
+    judge_max_tokens: int = 1024
     judge_timeout: float = 60.0
     judge_tries: int = 3
     judge_lost: Literal["pause", "rule"] = "pause"
     undecided: Literal["incorrect", "drop"] = "incorrect"
 
     def __post_init__(self):
+        check_verifiers(self.verifiers)
         _check_min(1, self, "workers", "judge_concurrency", "judge_tries")
+        _check_min(1, self, "judge_max_tokens")
         _check_positive(self, "deadline", "judge_timeout")
 
 

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
 
 
-def reply(text: str, reason: str = "stop") -> bytes:
-    message = {"message": {"content": text}, "finish_reason": reason}
+def reply(text: str | None, reason: str = "stop", **fields: str) -> bytes:
+    message = {"message": {"content": text, **fields}, "finish_reason": reason}
     return json.dumps({"choices": [message], "usage": USAGE}).encode()
 
 
@@ -86,8 +86,8 @@ def honest(handler, question):
     send(handler, reply(f"Compared.\nVERDICT: {word}"))
 
 
-def replies(text: str, reason: str = "stop"):
-    return lambda handler, question: send(handler, reply(text, reason))
+def replies(text: str | None, reason: str = "stop", **fields: str):
+    return lambda handler, question: send(handler, reply(text, reason, **fields))
 
 
 def raw(content: bytes, status: int = 200):
@@ -134,6 +134,10 @@ MISBEHAVIOURS = {
     "half a reply": (half, "connection"),
     "disconnects": (disconnects, "connection"),
     "cut short": (replies("VERDICT: RIGHT", "length"), "cut_short"),
+    "cut short in thought": (replies("<think>VERDICT: RIGHT", "length"), "cut_short"),
+    "only thought": (replies(None, reasoning_content="VERDICT: RIGHT"), "no_verdict"),
+    "endless thought": (replies("<think>hm\nVERDICT: RIGHT"), "no_verdict"),
+    "verdict in thought": (replies("<think>\nVERDICT: RIGHT\n</think>"), "no_verdict"),
     "empty": (replies(""), "no_verdict"),
     "no verdict": (replies("The answer is RIGHT."), "no_verdict"),
     "two verdicts": (replies("VERDICT: RIGHT\nVERDICT: WRONG"), "no_verdict"),

@@ -162,7 +162,7 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
 
     monkeypatch.setattr(setup, "Judge", judge)
     fields = ("judge_hosts=('http://a/v1',)", "judge_concurrency=3", "judge_tries=5")
-    fields += ("judge_timeout=2.5", "judge_lost=rule")
+    fields += ("judge_timeout=2.5", "judge_lost=rule", "judge_max_tokens=77")
     settings = [f"verification.{a}" for a in ("judge_model=m", *fields)]
     assert setup.open_judge(loaded("oreal_7b"), Screen()).__enter__() is None
     setup.open_judge(loaded("oreal_7b", *settings), Screen())
@@ -173,6 +173,7 @@ def test_every_judge_setting_reaches_the_judge(monkeypatch, capsys):
     assert arguments == {
         "a": (("http://a/v1",), "m"),
         "concurrency": 3,
+        "max_tokens": 77,
         "tries": 5,
         "timeout": 2.5,
         "lost": "rule",

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.errors import InputError
+from oreal_jax.verify import judge
 
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}"
@@ -57,6 +58,20 @@ def test_prompt_tokens_equal_those_of_transformers(chat):
 def test_completions_decode_exactly_without_the_stop_token(chat, text):
     tokens = chat.tokenizer.encode(text, add_special_tokens=False)
     assert chat.decode([*tokens, chat.tokenizer.eos_token_id]) == text
+
+
+def test_special_tokens_of_thinking_survive_decoding():
+    """Otherwise a box inside thinking would be judged as the answer."""
+    tokenizer = make_tiny.tokenizer()
+    marks = ["<think>", "</think>", "<|note|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    chat = Chat(tokenizer)
+    text = "<think>\\boxed{8}</think> I do <|note|>not know<|im_end|>"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) < len(text)
+    decoded = chat.decode(tokens)
+    assert decoded == "<think>\\boxed{8}</think> I do not know"
+    assert judge(decoded, "8").outcome != "correct"
 
 
 def test_stop_tokens_are_those_of_model_and_stop_words(tmp_path):

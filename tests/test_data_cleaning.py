@@ -107,6 +107,15 @@ def overlaps(train: str, test: str, ngram: int) -> bool:
     return any(a == b for a in ngrams(first) for b in ngrams(second))
 
 
+def test_prompts_without_a_gold_answer_are_removed_with_a_reason():
+    golds = ["7", "proof", "\\text{not found}", "see solution", "none", "\\boxed{8}"]
+    prompts = [Prompt(gold, f"question {gold}", gold) for gold in golds]
+    cleaned = clean(prompts, {})
+    assert [prompt.gold_answer for prompt in cleaned.prompts] == ["7", "none", "8"]
+    assert cleaned.statistics()["removed"] == {"gold answer is no answer": 3}
+    assert [removal.prompt.id for removal in cleaned.removed] == golds[1:4]
+
+
 def test_overlaps_equal_those_of_an_exhaustive_comparison():
     random = np.random.default_rng(0)
     text = lambda: " ".join(random.choice(list("ab"), size=random.integers(1, 9)))

@@ -18,12 +18,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from test_model_config import edit
 
-from oreal_jax import config, sharding
+from oreal_jax import config
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model
 from oreal_jax.cli import main
 from oreal_jax.cli.options import GenerationModel, model_options
 from oreal_jax.files import write_lines, write_text
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Sampling
 
 
@@ -31,9 +32,7 @@ def write_run(
     start: Path, run: Path, stop_words: tuple[str, ...] = ("<|im_start|>",)
 ) -> Path:
     """A run directory as after training with evaluations."""
-    one_device = lambda model: sharding.make_mesh(
-        sharding.MeshShape(), model, jax.devices()[:1]
-    )
+    one_device = lambda model: make_mesh(MeshShape(), model, jax.devices()[:1])
     import_model(start, run, one_device, jnp.float32)
     settings = config.TrainConfig(
         model="Qwen/Qwen2.5-7B",

@@ -5,16 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from judge_stub import MISBEHAVIOURS, honest, replies, serving, slow
+from judge_stub import MISBEHAVIOURS, honest, replies, send, serving, slow
 
 from oreal_jax.errors import InputError
 from oreal_jax.verify import Candidate, Verdict
-from oreal_jax.verify.llm_judge import (
-    Judge,
-    find_verdict,
-    judge_metrics,
-    make_messages,
-)
+from oreal_jax.verify.judge_prompt import find_verdict, make_messages
+from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
 INCORRECT = Verdict("incorrect", "by rule")
 UNDECIDED = Verdict("undecided", "by rule")
@@ -241,3 +237,67 @@ def test_the_key_in_the_environment_is_sent(monkeypatch):
 def test_a_reply_within_the_timeout_is_accepted():
     with serving(slow) as stub, Judge([stub.url], "m", timeout=5.0, tries=1) as judge:
         assert judge_answers(judge, ["correct"])[0].outcome == "correct"
+
+
+THOUGHT = "<think>\nIs it VERDICT: RIGHT? No:\nVERDICT: RIGHT\n</think>\n"
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        replies(THOUGHT + "Another value.\nVERDICT: WRONG"),
+        # the chat template began the thinking
+        replies(THOUGHT.removeprefix("<think>") + "VERDICT: WRONG"),
+        replies("VERDICT: WRONG", reasoning_content="VERDICT: RIGHT"),
+    ],
+)
+def test_verdicts_in_the_judges_thoughts_do_not_count(behave):
+    with serving(behave) as stub, Judge([stub.url], "m", **QUICK) as judge:
+        verdict = judge_answers(judge, ["correct"])[0]
+    assert verdict.outcome == "incorrect"
+    assert "RIGHT" not in verdict.reason
+
+
+def test_a_judge_cut_short_is_reported_once_with_its_limit():
+    messages = []
+    with serving(replies("<think>hm", "length")) as stub:
+        options = quick(max_tokens=77, log=messages.append)
+        with Judge([stub.url], "m", **options) as judge:
+            judge_answers(judge, ["8", "9"])
+    assert {body["max_tokens"] for body in stub.bodies} == {77}
+    assert messages == [
+        "judge: a reply was cut short at 77 tokens; a model that thinks needs more: "
+        "raise judge_max_tokens"
+    ]
+
+
+def test_fields_that_an_api_rejects_are_renamed_or_left_out():
+    def picky(handler, question):
+        body = stub.bodies[-1]
+        for field, advice in [
+            ("max_tokens", "Use 'max_completion_tokens' instead."),
+            ("temperature", "Only the default temperature is supported."),
+        ]:
+            if field in body:
+                return send(handler, f"Unsupported: '{field}'. {advice}".encode(), 400)
+        honest(handler, question)
+
+    options = quick(concurrency=1, max_tokens=77)
+    with serving(picky) as stub, Judge([stub.url], "m", **options) as judge:
+        verdicts = judge_answers(judge, ["correct"] * 3)
+        assert judge_metrics([judge.take_counts()])["judge/retries"] == 0
+    assert {verdict.outcome for verdict in verdicts} == {"correct"}
+    assert stub.requests == 2 + 3
+    assert stub.bodies[-1]["max_completion_tokens"] == 77
+    assert not {"max_tokens", "temperature"} & set(stub.bodies[-1])
+
+
+def test_no_judge_decides_about_gold_that_is_no_answer():
+    by_rule = Verdict("undecided", "the gold text 'proof' is no answer")
+    unclear = Verdict("undecided", "no answer found")
+    with serving(replies("VERDICT: RIGHT")) as stub, Judge([stub.url], "m") as judge:
+        proof = Candidate("q", "proof", "\\boxed{proof}")
+        assert judge.submit(proof, by_rule).result() == by_rule
+        text = Candidate("q", "7", "It takes 7 minutes (see step 4)")
+        assert judge.submit(text, unclear).result().outcome == "correct"
+        assert stub.requests == 1

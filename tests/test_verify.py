@@ -1,6 +1,7 @@
 """The rule and its pool of processes: verdicts, time limits, nothing is evaluated."""
 
 import asyncio
+import functools
 import gc
 import json
 import re
@@ -13,16 +14,19 @@ from pathlib import Path
 import pytest
 import verify_cases
 from bench_verify import read, rewritten
-from verify_judges import misbehaving, unimportable
+from verify_judges import by_label, misbehaving, unimportable
 
+from oreal_jax import config_loading
+from oreal_jax.config import TrainConfig, Verification
 from oreal_jax.errors import InputError
-from oreal_jax.verify import Candidate, Pool, Verdict, judge
+from oreal_jax.verify import Candidate, Pool, Verdict, by_rule, judge
 from oreal_jax.verify.completions import verify_completions
 from oreal_jax.verify.extract import answer
 from oreal_jax.verify.llm_judge import Judge
 from oreal_jax.verify.verdict import read_outcome
 
-CASES = Path(__file__).parents[2] / "shared" / "verifier"
+ROOT = Path(__file__).parents[1]
+CASES = ROOT.parent / "shared" / "verifier"
 DEADLINE = 5.0
 
 
@@ -45,7 +49,6 @@ def pool():
         ("He has 3 + 4 apples.\n#### 7", "#### 7"),
         ("The answer is $\\frac{14}{2}$.", "7"),
         ("Final Answer: The volume of the prism is 120. I hope it is correct.", "120"),
-        ("3, then 7", "7"),
         (r"\boxed{0.0833333333333333}", r"\frac{1}{12}"),  # as a calculator prints it
     ],
 )
@@ -93,7 +96,7 @@ def test_similar_answers_are_not_correct(given, gold):
     assert judge(f"So $\\boxed{{{given}}}$.", gold).outcome != "correct"
 
 
-def test_a_final_statement_after_the_box_replaces_the_box():
+def test_minervas_final_sentence_after_a_box_replaces_it():
     text = (
         "half is \\boxed{255}. Final Answer: The final answer is $10,455$. I hope so."
     )
@@ -228,11 +231,10 @@ def test_the_package_imports_no_jax(tmp_path):
 
 
 def run(command: list[str], directory: Path) -> None:
-    root = str(Path(__file__).parents[1])
     done = subprocess.run(
         command,
         cwd=directory,
-        env={"PYTHONPATH": root},
+        env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
@@ -240,19 +242,19 @@ def run(command: list[str], directory: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_judge_that_hangs_dies_or_raises_loses_only_that_answer():
+def test_a_verifier_that_hangs_dies_or_raises_loses_only_that_answer():
     pairs = [(word, "a") for word in ("a", "hang", "b", "die", "raise", "c", "a")]
     progress = []
-    with Pool(2, deadline=0.5, judge=misbehaving) as pool:
+    with Pool(2, deadline=0.5, verifiers=(misbehaving,)) as pool:
         verdicts = pool.verdicts(pairs, progress.append)
     assert [(v.outcome, v.by) for v in verdicts] == [
-        ("correct", "rule"),
+        ("correct", "misbehaving"),
         ("undecided", "timeout"),
-        ("incorrect", "rule"),
+        ("incorrect", "misbehaving"),
         ("undecided", "crash"),
         ("undecided", "crash"),
-        ("incorrect", "rule"),
-        ("correct", "rule"),
+        ("incorrect", "misbehaving"),
+        ("correct", "misbehaving"),
     ]
     assert verdicts[1].reason == "deadline of 0.5 s passed"
     assert sum(progress) == len(pairs)
@@ -261,7 +263,7 @@ def test_a_judge_that_hangs_dies_or_raises_loses_only_that_answer():
 @pytest.mark.slow
 @pytest.mark.timed
 def test_answers_that_hang_time_out_in_parallel():
-    with Pool(2, deadline=1.0, judge=misbehaving) as pool:
+    with Pool(2, deadline=1.0, verifiers=(misbehaving,)) as pool:
         pool.verdicts([("a", "a"), ("b", "b")])  # ready
         start = time.monotonic()
         pool.verdicts([("hang", str(n)) for n in range(4)])
@@ -281,23 +283,24 @@ def test_completions_are_verified_in_order_by_rule_then_by_the_judge():
     endings = [("a", "stop"), ("hang", "length"), ("b", "stop")]
     candidates = [Candidate("q", "a", text, ending) for text, ending in endings]
     judge, progress = AcceptingJudge(), []
-    with Pool(1, judge=misbehaving) as pool:
+    with Pool(1, verifiers=(misbehaving,)) as pool:
         by_rule = verify_completions(candidates, pool, None, progress.append)
         by_judge = verify_completions(candidates, pool, judge)
     assert [(v.outcome, v.by) for v in by_rule] == [
-        ("correct", "rule"),
+        ("correct", "misbehaving"),
         ("incorrect", "truncated"),  # its text is not judged
-        ("incorrect", "rule"),
+        ("incorrect", "misbehaving"),
     ]
     assert judge.by_rule == by_rule and {v.by for v in by_judge} == {"judge"}
     assert sum(progress) == 3
 
 
 def test_pairs_can_be_submitted_one_by_one():
-    with Pool(2, deadline=0.5, judge=misbehaving) as pool:
+    with Pool(2, deadline=0.5, verifiers=(misbehaving,)) as pool:
         futures = [pool.submit(word, "a") for word in ("hang", "a", "die", "b")]
         assert futures[1].result().outcome == "correct"  # while another hangs
-        assert [f.result().by for f in futures] == ["timeout", "rule", "crash", "rule"]
+        by = [future.result().by for future in futures]
+        assert by == ["timeout", "misbehaving", "crash", "misbehaving"]
 
 
 def test_verdicts_can_be_awaited():
@@ -305,20 +308,20 @@ def test_verdicts_can_be_awaited():
         answers = [pool.submit(word, "a") for word in ("a", "b", "a")]
         return await asyncio.gather(*map(asyncio.wrap_future, answers))
 
-    with Pool(2, judge=misbehaving) as pool:
+    with Pool(2, verifiers=(misbehaving,)) as pool:
         verdicts = asyncio.run(submit())
     assert [v.outcome for v in verdicts] == ["correct", "incorrect", "correct"]
 
 
 def test_an_answer_over_the_memory_limit_is_undecided():
-    with Pool(1, judge=misbehaving, memory_bytes=2**30) as pool:
+    with Pool(1, verifiers=(misbehaving,), memory_bytes=2**30) as pool:
         large, following = pool.verdicts([("eat", "a"), ("a", "a")])
     assert (large.outcome, large.by) == ("undecided", "crash")
     assert following.outcome == "correct"
 
 
 def test_closing_a_pool_fails_pending_verdicts():
-    pool = Pool(1, deadline=60.0, judge=misbehaving)
+    pool = Pool(1, deadline=60.0, verifiers=(misbehaving,))
     futures = [pool.submit("hang", "a"), pool.submit("b", "a")]
     pool.close()
     for future in futures:
@@ -328,21 +331,103 @@ def test_closing_a_pool_fails_pending_verdicts():
         pool.submit("a", "a")
 
 
-def test_a_judge_that_cannot_be_imported_raises():
+ROW = {"id": "p1", "accepted": ["VII"], "question": "3 + 4?"}
+
+
+def judge_in_order(verifiers, completions: list[str]) -> list[tuple[str, str]]:
+    """Judge completions of one prompt; return outcomes and who decided."""
+    with Pool(1, deadline=5.0, verifiers=verifiers) as pool:
+        verdicts = pool.verdicts([(text, "7", ROW) for text in completions])
+    return [(verdict.outcome, verdict.by) for verdict in verdicts]
+
+
+def test_the_first_verifier_that_is_not_undecided_decides():
+    completions = ["VII", "\\boxed{7}", "\\boxed{8}", "maybe 7"]
+    before = judge_in_order((by_label, by_rule), completions)
+    after = judge_in_order((by_rule, by_label), completions)
+    instead = judge_in_order((by_label,), completions)
+    assert before == [
+        ("correct", "by_label"),
+        ("correct", "rule"),
+        ("incorrect", "rule"),
+        ("undecided", "rule"),
+    ]
+    assert after == [
+        ("incorrect", "rule"),  # it has no number or formula
+        ("correct", "rule"),
+        ("incorrect", "rule"),
+        ("undecided", "by_label"),
+    ]
+    assert instead == [("correct", "by_label")] + [("undecided", "by_label")] * 3
+
+
+def test_the_rule_does_not_hide_the_failure_of_another_verifier():
+    with Pool(1, deadline=0.5, verifiers=(misbehaving, by_rule)) as pool:
+        pairs = [(word, "7") for word in ("raise", "nonsense", "hang")]
+        raised, invalid, late = pool.verdicts(pairs)
+    assert raised == Verdict(
+        "undecided", "misbehaving failed: ValueError: raise", "crash"
+    )
+    assert invalid.reason == (
+        "misbehaving failed: ValueError: its outcome is 'perhaps'"
+    )
+    assert (late.outcome, late.by) == ("undecided", "timeout")
+
+
+def test_a_config_files_function_is_a_verifier(tmp_path):
+    """Workers import it by the name under which the config was loaded."""
+    config = config_loading.load(ROOT / "configs/my_verifier.py", TrainConfig)
+    settings = config.verification
+    with Pool(1, settings.deadline, settings.verifiers) as pool:
+        verdicts = pool.verdicts(
+            [("It is 7", "7", ROW), ("well " * 20 + "7", "7", ROW)]
+        )
+    assert [(v.outcome, v.by) for v in verdicts] == [
+        ("correct", "rule"),
+        ("incorrect", "is_brief"),
+    ]
+    assert verdicts[1].reason == "21 words on '3 + 4?'"
+
+
+@pytest.mark.parametrize(
+    ("verifiers", "message"),
+    [
+        (
+            (lambda completion, prompt: None,),
+            "verifiers: .*<lambda> must be a function",
+        ),
+        ((by_rule, functools.partial(by_rule)), "partial.* must be a function"),
+        ((), "at least one"),
+    ],
+)
+def test_verifiers_that_workers_cannot_import_are_refused(verifiers, message):
+    with pytest.raises(InputError, match=message):
+        Verification(verifiers=verifiers)
+
+
+def test_verifiers_read_the_row_of_the_prompt():
+    row = {"id": "p2", "accepted": ["yes"]}
+    candidate = Candidate("q", "7", "yes", "stop", row)
+    with Pool(1, verifiers=(by_label,)) as pool:
+        verdict = verify_completions([candidate], pool)[0]
+    assert verdict == Verdict("correct", "label of p2", "by_label")
+
+
+def test_a_verifier_that_cannot_be_imported_raises():
     with (
-        Pool(1, judge=unimportable) as pool,
+        Pool(1, verifiers=(unimportable,)) as pool,
         pytest.raises(RuntimeError, match="never ready"),
     ):
         pool.verdicts([("a", "a")])
 
 
 def test_workers_see_no_accelerator():
-    with Pool(1, judge=misbehaving) as pool:
+    with Pool(1, verifiers=(misbehaving,)) as pool:
         assert pool.verdicts([("devices", "a")])[0].reason == "'' cpu"
 
 
 def test_a_pair_is_judged_once():
-    with Pool(1, judge=misbehaving) as pool:
+    with Pool(1, verifiers=(misbehaving,)) as pool:
         first = pool.verdicts([("count", "a"), ("count", "a")])
         assert len({*first, *pool.verdicts([("count", "a")])}) == 1
 
@@ -352,7 +437,7 @@ def test_a_pool_is_usable_after_an_interrupted_batch():
         if count:
             raise KeyboardInterrupt
 
-    with Pool(2, deadline=1.0, judge=misbehaving) as pool:
+    with Pool(2, deadline=1.0, verifiers=(misbehaving,)) as pool:
         with pytest.raises(KeyboardInterrupt):
             pool.verdicts([("a", "a"), ("hang", "b"), ("hang", "c")], interrupt)
         assert pool.verdicts([("d", "d")])[0].outcome == "correct"

@@ -38,7 +38,7 @@ def pool(tmp_path_factory):
 
 
 def check_texts(examples: int):
-    """A test of `examples` batches of completions."""
+    """Make a test of `examples` batches of completions."""
 
     @settings(
         max_examples=examples,

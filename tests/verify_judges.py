@@ -1,12 +1,14 @@
-"""Judges that misbehave on demand; workers import this module by name."""
+"""Verifiers that misbehave on demand; workers import this module by name."""
 
 import os
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from oreal_jax.verify import Verdict
 
 
-def misbehaving(completion: str, gold: str) -> Verdict:
+def misbehaving(completion: str, prompt: Mapping[str, Any]) -> Verdict:
     """Hangs, dies or raises when the completion says so; else compares text."""
     if completion == "hang":
         time.sleep(600)
@@ -21,11 +23,20 @@ def misbehaving(completion: str, gold: str) -> Verdict:
         return Verdict("correct", "{!r} {}".format(*seen))
     if completion == "count":
         return Verdict("correct", str(os.getpid()) + str(time.monotonic_ns()))
-    return Verdict("correct" if completion == gold else "incorrect", completion)
+    if completion == "nonsense":
+        return Verdict("perhaps", completion)  # pyright: ignore[reportArgumentType]
+    equal = completion == prompt["gold_answer"]
+    return Verdict("correct" if equal else "incorrect", completion)
 
 
-def unimportable(completion: str, gold: str) -> Verdict:
-    """A judge that no worker can import."""
+def by_label(completion: str, prompt: Mapping[str, Any]) -> Verdict:
+    """Accept what the prompt's row accepts, leave the rest open."""
+    outcome = "correct" if completion in prompt["accepted"] else "undecided"
+    return Verdict(outcome, f"label of {prompt['id']}")
+
+
+def unimportable(completion: str, prompt: Mapping[str, Any]) -> Verdict:
+    """Judge nothing: no worker can import it."""
     raise AssertionError
 
 

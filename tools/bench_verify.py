@@ -12,9 +12,10 @@ import collections
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from oreal_jax.verify import Pool, Verdict
 
@@ -112,8 +113,8 @@ def turned(text: str) -> str:
     return ",".join(reversed(parts)) if not re.search(r"[()\[\]{}\\]", text) else text
 
 
-def hanging(completion: str, gold: str) -> Verdict:
-    """A judge that hangs on completions that begin with "hang"."""
+def hanging(completion: str, prompt: Mapping[str, Any]) -> Verdict:
+    """A verifier that hangs on completions that begin with "hang"."""
     time.sleep(60 if completion.startswith("hang") else 0)
     return Verdict("incorrect", "")
 
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from bench_verify import hanging  # by the name under which workers find it
 
     hangs = [(f"hang {n}", "") for n in range(2 if options.smoke else 20)]
-    seconds = timed(hangs, deadline=1.0, judge=hanging)
+    seconds = timed(hangs, deadline=1.0, verifiers=(hanging,))
     print(f"{len(hangs)} answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
 
 

@@ -127,6 +127,12 @@ def judge_options(parser: argparse.ArgumentParser) -> None:
         "does not find correct; may be repeated",
     )
     parser.add_argument("--judge-model", default="", help="the model to request there")
+    parser.add_argument(
+        "--judge-max-tokens",
+        type=int,
+        default=1024,
+        help="maximum tokens of its reply, thinking included",
+    )
 
 
 @contextlib.contextmanager
@@ -142,7 +148,14 @@ def open_judge(args: argparse.Namespace, screen) -> Iterator[Any]:
             raise InputError("--judge-model without --judge: where is it served?")
         yield None
         return
-    with Judge(args.judge, args.judge_model, lost="rule", log=screen.log) as judge:
+    check_min(1, "--judge-max-tokens", args.judge_max_tokens)
+    with Judge(
+        args.judge,
+        args.judge_model,
+        max_tokens=args.judge_max_tokens,
+        lost="rule",
+        log=screen.log,
+    ) as judge:
         yield judge
         metrics = judge_metrics([judge.take_counts()])
         screen.log("  ".join(f"{name} {n:g}" for name, n in metrics.items() if n))

@@ -7,6 +7,7 @@ from typing import Any
 
 from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import read_json, read_text
+from oreal_jax.verify.extract import is_thinking_mark
 
 # Without any of these, transformers silently makes a tokenizer without a vocabulary.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -63,6 +64,12 @@ class Chat:
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
         self.stop_strings = stop_strings
         self._pieces: dict[int, str] = {}
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._hidden = {
+            token
+            for token in special | set(tokenizer.all_special_ids)
+            if not is_thinking_mark(tokenizer.convert_ids_to_tokens(token))
+        }
         self._lock = threading.Lock()  # some tokenizers fail in two threads at once
         try:
             self.encode("?")
@@ -84,10 +91,13 @@ class Chat:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return a completion's text up to a stop string, without special tokens."""
-        tokens = [int(token) for token in tokens]
+        """Return a completion's text up to a stop string, without special tokens.
+
+        Those that begin or end thinking are kept: what is thought is no answer.
+        """
+        tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
         with self._lock:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
         ends = [text.find(string) for string in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 

@@ -1,5 +1,7 @@
 """Cleaning of prompts: bare answers, no duplicates, no evaluation questions.
 
+Prompts whose gold text is no answer ("proof", "not found") are removed.
+
 Questions are compared as lists of words. Case, spacing and the punctuation of prose are
 ignored, signs and numbers are not: "2 + 3" differs from "2 * 3".
 """
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oreal_jax.data.prompts import Prompt
-from oreal_jax.verify.extract import boxed
+from oreal_jax.verify.extract import has_answer, marked_answers
 
 NGRAM = 13  # consecutive words that questions of independent origin do not share
 MAX_VALUES = 50  # labels with more values are text, not categories
@@ -59,7 +61,9 @@ def clean(
     evaluations: Mapping[str, Sequence[Prompt]],
     ngram: int = NGRAM,
 ) -> Cleaned:
-    """Normalise answers, then remove duplicates and overlaps with evaluation sets.
+    """Normalise answers, then remove prompts that are not to be trained on.
+
+    Those are prompts without an answer, duplicates and overlaps with evaluation sets.
 
     `evaluations` are the prompts of each set, by its name.
     """
@@ -68,9 +72,15 @@ def clean(
         for prompt in prompts
     ]
     changed = sum(map(operator.ne, prompts, normalised))
-    unique, duplicates = remove_duplicates(normalised)
+    answered = [prompt for prompt in normalised if has_answer(prompt.gold_answer)]
+    unanswered = [
+        Removal(prompt, "gold answer is no answer", "")
+        for prompt in normalised
+        if not has_answer(prompt.gold_answer)
+    ]
+    unique, duplicates = remove_duplicates(answered)
     remaining, overlaps = remove_overlaps(unique, evaluations, ngram)
-    return Cleaned(remaining, duplicates + overlaps, changed)
+    return Cleaned(remaining, unanswered + duplicates + overlaps, changed)
 
 
 def normalise_answer(text: str) -> str:
@@ -82,8 +92,8 @@ def normalise_answer(text: str) -> str:
     answer = text
     if "####" in answer:
         answer = answer.rsplit("####", 1)[1]
-    elif boxes := boxed(answer):
-        answer = boxes[-1].strip()
+    elif marked := marked_answers(answer):
+        answer = marked[-1].strip()
     answer = " ".join(answer.split()).removesuffix(".").strip()
     for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         inner = answer[len(start) : -len(end)]

@@ -61,7 +61,13 @@ def verify(
 ) -> list[list[VerifiedCompletion]]:
     """Verify the completions of each prompt, as `verify_completions` does."""
     candidates = [
-        Candidate(prompt.question, prompt.gold_answer, r.completion, r.finish_reason)
+        Candidate(
+            prompt.question,
+            prompt.gold_answer,
+            r.completion,
+            r.finish_reason,
+            prompt.as_json(),
+        )
         for prompt, group in zip(prompts, records, strict=True)
         for r in group
     ]

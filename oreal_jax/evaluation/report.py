@@ -144,8 +144,8 @@ def vote(completion: VerifiedCompletion) -> str | None:
     """Return the answer of a completion in one spelling; None if it has none."""
     if completion.record.finish_reason != "stop":
         return None
-    text, _ = answer(completion.record.completion)
-    return None if text is None else canonical(text)
+    text = answer(completion.record.completion)
+    return canonical(text) if isinstance(text, str) else None
 
 
 def break_down(groups: Groups, field: str, seed: int) -> dict[str, tuple[int, Measure]]:

@@ -55,7 +55,7 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     )
     if distributed.is_first() and not (run / "data").is_dir():
         build(setup.prompts, run / "data")
-    pool = Pool(verification.workers, verification.deadline)
+    pool = Pool(verification.workers, verification.deadline, verification.verifiers)
     with directory, pool, judging as judge:
         with distributed.enter_together():
             reference = directory.load_reference()

@@ -103,7 +103,8 @@ class Rollouts:
             completions[n, k] = completion._replace(text=text)
             if completion.finish_reason == "stop":
                 # Starts verification now; `_verify` gets the cached verdict.
-                self.pool.submit(text, prompts[n].prompt.gold_answer)
+                prompt = prompts[n].prompt
+                self.pool.submit(text, prompt.gold_answer, prompt.as_json())
 
         config, samples = self.config, self.config.samples_per_prompt
         with distributed.enter_together():
@@ -148,6 +149,7 @@ class Rollouts:
                     prompts[n].prompt.gold_answer,
                     completions[n, k].text,
                     completions[n, k].finish_reason,
+                    prompts[n].prompt.as_json(),
                 )
                 for n, k in order
             ]

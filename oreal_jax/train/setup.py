@@ -211,6 +211,7 @@ def open_judge(
         settings.judge_hosts,
         settings.judge_model,
         concurrency=max(1, settings.judge_concurrency // processes),
+        max_tokens=settings.judge_max_tokens,
         timeout=settings.judge_timeout,
         tries=settings.judge_tries,
         lost=settings.judge_lost,

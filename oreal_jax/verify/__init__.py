@@ -5,7 +5,7 @@ HTTP client, which worker processes do not need.
 """
 
 from oreal_jax.verify.pool import Pool
-from oreal_jax.verify.rule import judge
-from oreal_jax.verify.verdict import Candidate, Verdict
+from oreal_jax.verify.rule import by_rule, judge
+from oreal_jax.verify.verdict import Candidate, Verdict, Verifier
 
-__all__ = ["Candidate", "Pool", "Verdict", "judge"]
+__all__ = ["Candidate", "Pool", "Verdict", "Verifier", "by_rule", "judge"]

@@ -1,4 +1,4 @@
-"""Verification of many completions: by rule, then by an LLM judge if there is one."""
+"""Verification of many completions: in a pool, then by an LLM judge if any."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,14 +15,15 @@ def verify_completions(
 ) -> list[Verdict]:
     """Return a verdict for each candidate, in order.
 
-    A candidate without stop token is incorrect unread. The pool applies the rule to the
-    others, and `judge` decides those with an answer that the rule does not call
-    correct. `on_progress(n)` reports n more candidates judged by rule.
+    A candidate without stop token is incorrect unread. The pool judges the others, and
+    `judge` those with an answer that the pool does not call correct.
+    `on_progress(n)` reports n more candidates that the pool has judged.
     """
     verdicts = [Verdict.truncated()] * len(candidates)
     stopped = [i for i, c in enumerate(candidates) if c.finish_reason == "stop"]
     on_progress(len(candidates) - len(stopped))
-    pairs = [(candidates[i].text, candidates[i].gold_answer) for i in stopped]
+    chosen = [candidates[i] for i in stopped]
+    pairs = [(c.text, c.gold_answer, c.prompt) for c in chosen]
     for i, verdict in zip(stopped, pool.verdicts(pairs, on_progress), strict=True):
         verdicts[i] = verdict
     return judge.verdicts(candidates, verdicts) if judge else verdicts

@@ -30,7 +30,7 @@ DANGERS = [
 
 
 def dangerous(text: str) -> str | None:
-    """The reason that a formula is not read, or None."""
+    """Return the reason that a formula is not read, or None."""
     if (depth := max(depths(text))) > MAX_DEPTH:
         return f"{depth} nested brackets"
     powers = [int(power) for power in BRACKET_POWER.findall(text)]
@@ -46,13 +46,13 @@ def dangerous(text: str) -> str | None:
 
 
 def depths(text: str) -> list[int]:
-    """The number of open brackets before each character and at the end."""
+    """Return the number of open brackets before each character and at the end."""
     steps = ((character in "([{") - (character in ")]}") for character in text)
     return list(itertools.accumulate(steps, initial=0))
 
 
 def tower_height(text: str) -> int:
-    """The number of exponents on top of one another."""
+    """Return the number of exponents on top of one another."""
     open_brackets: list[bool] = []  # whether each is an exponent's
     height = 0
     for match in BRACKET.finditer(text):

@@ -89,7 +89,7 @@ POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a number alone: whole, decimal, repeating, fraction, mixed."""
+    """Return the exact value of a number alone, None for other text."""
     text = text.strip().removesuffix("%").strip()
     sign = 1
     while text[:1] in ("-", "+"):
@@ -104,7 +104,7 @@ def number(text: str) -> Fraction | None:
 
 
 def decimal(text: str) -> Fraction | None:
-    """12, 1,200.5, 1 200 or .5."""
+    """Read 12, 1,200.5, 1 200 or .5."""
     match = DECIMAL.match(text)
     if not match or not (match[1] or match[2]):
         return None
@@ -117,7 +117,7 @@ def decimal(text: str) -> Fraction | None:
 
 
 def repeating(text: str) -> Fraction | None:
-    r"""0.1\overline{6}, or with dots over its first and last repeating digit."""
+    r"""Read 0.1\overline{6}, or dots over the first and last repeating digit."""
     match = REPEATING.match(DOTTED.sub(r"(\1\2\3)", text))
     if not match:
         return None
@@ -129,7 +129,7 @@ def repeating(text: str) -> Fraction | None:
 
 
 def ratio(text: str) -> Fraction | None:
-    r"""\frac{3}{4}, 3/4, 1\frac{3}{4} or 1 3/4."""
+    r"""Read \frac{3}{4}, 3/4, 1\frac{3}{4} or 1 3/4."""
     match = FRACTION.match(text) or SLASH.match(text)
     if not match:
         return None
@@ -143,7 +143,7 @@ def ratio(text: str) -> Fraction | None:
 
 
 def power_of_ten(text: str) -> Fraction | None:
-    r"""2.5 \times 10^{3} or 2.5e3."""
+    r"""Read 2.5 \times 10^{3} or 2.5e3."""
     if match := POWER.match(text):
         factor, exponent = match[1] or "1", int(match[2] or match[3])
     elif match := EXPONENT.match(text):
@@ -156,7 +156,7 @@ def power_of_ten(text: str) -> Fraction | None:
 
 
 def same_number(answer: str, gold: str) -> bool | None:
-    """Whether two numbers are equal; None if either is not a number."""
+    """Return whether two numbers are equal; None if either is not a number."""
     expected = number(gold)
     if re.match(r"^-?0,\d+$", gold) and "." in answer:
         expected = number(gold.replace(",", "."))  # a decimal comma
@@ -171,7 +171,7 @@ def same_number(answer: str, gold: str) -> bool | None:
 
 
 def rounds(text: str, value: Fraction, expected: Fraction) -> bool:
-    """Whether a long decimal is what a calculator prints for an endless one."""
+    """Return whether a long decimal is what a calculator prints for an endless one."""
     match = re.match(r"^[-+]?([\d,]*)\.(\d+)$", text)
     if not match:
         return False
@@ -182,7 +182,7 @@ def rounds(text: str, value: Fraction, expected: Fraction) -> bool:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """A formula and the unit after it, in words; "" if there is none."""
+    """Return a formula and the unit after it, in words; "" if there is none."""
     if text.endswith(r"^\circ") and not TRIGONOMETRIC.search(text):
         return text.removesuffix(r"^\circ").strip(), "degree"
     if match := TEXT_UNIT.match(IN_TEXT.sub(r"\1\\text{\2}", text)):
@@ -216,13 +216,13 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def short_name(word: str) -> str:
-    """The short name of a unit; another word without its s."""
+    """Return the short name of a unit; another word without its s."""
     singular = word.removesuffix("s") if len(word) > 2 and word not in UNITS else word
     return UNITS[singular].name if singular in UNITS else singular
 
 
 def conversion(unit: str, gold_unit: str) -> Fraction | None:
-    """How many gold units a unit is; 0 if their kinds differ, None if unknown."""
+    """Return how many gold units a unit is; 0 if their kinds differ."""
     name, _, power = unit.partition(" ^")
     gold_name, _, gold_power = gold_unit.partition(" ^")
     if name not in UNITS or gold_name not in UNITS:

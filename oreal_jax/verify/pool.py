@@ -1,9 +1,9 @@
-"""A pool of judging processes that can be killed.
+"""A pool of verifying processes that can be killed.
 
 An answer costs at most one deadline. Workers are fresh interpreters that import only
-this package and see no accelerator. A worker that hangs or dies loses the answer it was
-judging and is replaced. A thread feeds each worker, so that pairs can be submitted from
-any thread while completions are still being generated.
+the verifiers and see no accelerator. A worker that hangs or dies loses the answer it
+was judging and is replaced. A thread feeds each worker, so that pairs can be submitted
+from any thread while completions are still being generated.
 """
 
 import collections
@@ -16,13 +16,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
-from oreal_jax.verify.rule import judge as judge_by_rule
-from oreal_jax.verify.verdict import Verdict
+from oreal_jax.errors import InputError
+from oreal_jax.verify.rule import by_rule
+from oreal_jax.verify.verdict import Verdict, Verifier
 
-Pair = tuple[str, str]  # completion, gold answer
+# A completion, its gold answer and, for verifiers that read it, its prompt's row.
+Pair = tuple[str, str] | tuple[str, str, Mapping[str, Any] | None]
 
 MEMORY = 4 * 2**30  # bytes of a worker
 CACHE_SIZE = 100_000  # verdicts that are remembered
@@ -30,29 +33,44 @@ START_SECONDS = 120.0  # until a worker must be ready
 GRACE_SECONDS = 2.0  # after the deadline, until a worker that ignores it is killed
 
 
+def check_verifiers(verifiers: Sequence[Verifier]) -> None:
+    """Raise InputError unless workers can import the verifiers by name."""
+    if not verifiers:
+        raise InputError("config: verifiers=(): at least one is needed")
+    for verifier in verifiers:
+        name = getattr(verifier, "__qualname__", repr(verifier))
+        if not name.isidentifier() or not hasattr(verifier, "__module__"):
+            raise InputError(
+                f"config: verifiers: {name} must be a function at the top level of a "
+                "module, which workers import by its name"
+            )
+
+
 class Pool:
-    """Worker processes that judge (completion, gold) pairs; safe from any thread."""
+    """Worker processes that judge completions; safe from any thread."""
 
     def __init__(
         self,
         workers: int,
         deadline: float = 5.0,
-        judge: Callable[[str, str], Verdict] = judge_by_rule,
+        verifiers: Sequence[Verifier] = (by_rule,),
         memory_bytes: int = MEMORY,
     ):
         """Start the workers; `deadline` is in seconds per answer, memory per worker.
 
-        `judge` is a function at the top level of a module that workers can import.
+        The first of the `verifiers` whose verdict is not undecided decides.
         """
+        names = ",".join(f"{v.__module__}:{v.__name__}" for v in verifiers)
         command = [sys.executable, "-m", "oreal_jax.verify.worker"]
-        command += [f"{judge.__module__}:{judge.__qualname__}"]
-        command += [str(deadline), str(memory_bytes)]
+        command += [names, str(deadline), str(memory_bytes)]
         self._lock = threading.Lock()
         # By digest: a hundred thousand completions would fill the memory.
         self._futures: collections.OrderedDict[bytes, Future[Verdict]] = (
             collections.OrderedDict()
         )
-        self._queue: queue.SimpleQueue[tuple[Future, Pair] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Future, bytes] | None] = (
+            queue.SimpleQueue()
+        )
         self._failure = "" if workers else "the pool has no workers"
         self._workers = [Worker(command, deadline) for _ in range(workers)]
         self._threads = [
@@ -78,8 +96,12 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def submit(self, completion: str, gold: str) -> Future[Verdict]:
+    def submit(
+        self, completion: str, gold: str, prompt: Mapping[str, Any] | None = None
+    ) -> Future[Verdict]:
         """Return a future verdict; equal pairs are judged once.
+
+        Verifiers read the row `prompt` with the gold answer as its `gold_answer`.
 
         A late verdict is undecided by "timeout", one whose worker died by "crash".
         `asyncio.wrap_future` makes the future awaitable.
@@ -87,9 +109,11 @@ class Pool:
         Raises:
             RuntimeError: workers cannot be started (by the future), or there are none.
         """
-        pair = completion, gold
-        # repr because a text may hold half of a surrogate pair.
-        key = hashlib.sha256(repr(pair).encode()).digest()
+        pair = {"completion": completion, "prompt": {**(prompt or {})}}
+        pair["prompt"]["gold_answer"] = gold
+        # In ASCII because a text may hold half of a surrogate pair.
+        message = json.dumps(pair).encode() + b"\n"
+        key = hashlib.sha256(message).digest()
         with self._lock:
             existing = self._futures.get(key)
             if existing and not (existing.done() and existing.exception()):
@@ -101,7 +125,7 @@ class Pool:
             future.set_running_or_notify_cancel()  # it is shared: nobody may cancel it
             if len(self._futures) > CACHE_SIZE:
                 self._futures.popitem(last=False)
-            self._queue.put((future, pair))
+            self._queue.put((future, message))
         return future
 
     def verdicts(
@@ -109,7 +133,7 @@ class Pool:
         pairs: Sequence[Pair],
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> list[Verdict]:
-        """Return a verdict for each (completion, gold), in order.
+        """Return a verdict for each pair, in order.
 
         `on_progress(n)` reports n more verdicts.
 
@@ -126,11 +150,11 @@ class Pool:
     def _serve(self, worker: "Worker") -> None:
         """Feed a worker until the pool is closed; after a failure, fail all pairs."""
         while task := self._queue.get():
-            future, pair = task
+            future, message = task
             try:
                 if self._failure:
                     raise RuntimeError(self._failure)
-                future.set_result(worker.judge(pair))
+                future.set_result(worker.judge(message))
             except (RuntimeError, OSError) as error:
                 with self._lock:
                     self._failure = self._failure or str(error)
@@ -139,7 +163,7 @@ class Pool:
 
 
 class Worker:
-    """One judging process, replaced when it hangs or dies."""
+    """One verifying process, replaced when it hangs or dies."""
 
     def __init__(self, command: Sequence[str], deadline: float):
         self._command, self._deadline = command, deadline
@@ -162,7 +186,7 @@ class Worker:
             start_new_session=True,  # Ctrl-C is for the parent to handle
         )
 
-    def judge(self, pair: Pair) -> Verdict:
+    def judge(self, message: bytes) -> Verdict:
         """Return a verdict within the deadline, counted once the process is ready.
 
         Raises:
@@ -170,9 +194,8 @@ class Worker:
         """
         if not self._ready and not self._exchange(b"", START_SECONDS):
             command = " ".join(self._command)
-            raise RuntimeError(f"a judging process was never ready: {command}")
+            raise RuntimeError(f"a verifying process was never ready: {command}")
         self._ready = True
-        message = json.dumps({"completion": pair[0], "gold": pair[1]}).encode() + b"\n"
         line = self._exchange(message, self._deadline + GRACE_SECONDS)
         if line.endswith(b"\n"):
             return Verdict(**json.loads(line))

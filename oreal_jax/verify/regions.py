@@ -13,8 +13,6 @@ from oreal_jax.verify.algebra import read
 
 RELATION = re.compile(r"(<|>|\\le\b|\\ge\b|\\ne\b)")
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
-CONJUNCTION = re.compile(r"\\cap\b|\band\b|\\wedge\b|,")
-INTERSECTION = re.compile(r"\\cap\b")
 INTERVAL = re.compile(r"^([(\[])([^,]+),([^,]+)([)\]])$")
 BUILDER = re.compile(
     r"^\\\{\s*(?:[a-z]\s*(?:\\in\s*\\mathbb\{R\})?)\s*(?:\||\\mid|:)(.*)\\\}$"
@@ -31,7 +29,7 @@ class Region(NamedTuple):
 
 
 def same_region(answer: str, gold: str) -> bool | None:
-    """Whether inequalities and intervals mean the same numbers; None if unknown.
+    """Return whether inequalities and intervals mean the same numbers.
 
     Two plain intervals are left to other rules, for (1, 2) may be a point.
     """
@@ -51,7 +49,7 @@ def same_region(answer: str, gold: str) -> bool | None:
 
 
 def region(text: str) -> Region | None:
-    """The set of real numbers that a text describes, or None."""
+    """Return the set of real numbers that a text describes, or None."""
     text = ELEMENT.sub("", re.sub(r"\\text\{\s*(or|and)\s*\}", r" \1 ", text).strip())
     if match := BUILDER.match(text):
         text = match[1].strip()
@@ -73,7 +71,7 @@ def region(text: str) -> Region | None:
 
 
 def simple_region(text: str) -> Region | None:
-    """An interval, inequalities, points, or the reals without some points."""
+    """Read an interval, inequalities, points, or the reals without points."""
     text = text.replace(r"\infty", "oo").strip()
     if "setminus" in text:
         left, right = text.split(r"\setminus", 1)
@@ -104,7 +102,7 @@ def simple_region(text: str) -> Region | None:
 
 
 def solve(left: str, relation: str, right: str) -> Any:
-    """The numbers that stand in a relation to a bound, or None."""
+    """Return the numbers that stand in a relation to a bound, or None."""
     if not VARIABLE.match(left):
         left, relation, right = right, FLIPPED[relation], left
     limit = bound(right)
@@ -119,7 +117,7 @@ def solve(left: str, relation: str, right: str) -> Any:
 
 
 def bound(text: str) -> Any:
-    """A real number or an infinity, or None."""
+    """Return a real number or an infinity, or None."""
     text = text.strip()
     if re.fullmatch(r"[-+]?\s*oo", text):
         return -sympy.oo if "-" in text else sympy.oo

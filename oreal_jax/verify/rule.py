@@ -1,49 +1,44 @@
 """The rule: is the answer of a completion equal to the gold answer?
 
 Exact text and exact numbers first, then forms that people read and computer algebra
-does not (bases, units, lists of words, residues, inequalities), then math-verify's
-LaTeX reader in `algebra`. A false "correct" is worse than a false "incorrect", so an
-answer that cannot be read, costs too much or is ambiguous is undecided.
+does not (`forms`, `lists`, `regions`), then math-verify's LaTeX reader in `algebra`. A
+false "correct" is worse than a false "incorrect", so an answer that cannot be read,
+costs too much or is ambiguous is undecided.
 """
 
 import importlib
-import itertools
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from oreal_jax.verify import extract
-from oreal_jax.verify.guard import SERIES, dangerous, depths
-from oreal_jax.verify.numbers import conversion, number, same_number, split_unit
+from oreal_jax.verify.forms import (
+    CHOICE,
+    WORDS,
+    compare_bases,
+    compare_numbers,
+    compare_residues,
+    compare_times,
+    compare_words,
+)
+from oreal_jax.verify.guard import SERIES, dangerous
+from oreal_jax.verify.lists import Parts, parts
+from oreal_jax.verify.numbers import conversion, number, split_unit
 from oreal_jax.verify.spelling import flat, normalised
-from oreal_jax.verify.verdict import Verdict
+from oreal_jax.verify.verdict import Undecided, Verdict
 
 MAX_LENGTH = 1000  # characters of an answer that is read at all
 MAX_PARTS = 8  # of lists that are compared part by part
 
-BASE = re.compile(
-    r"^\(?([0-9A-Za-z]+)\)?\s*(?:_\s*(?:\{\s*)?(?:\\text\{)?\s*\(?(?:base)?\s*\}?\s*"
-    r"|(?:\\text\{)?\s*\(?base\s*\}?\s*)(\w+)\s*\)?\}*$"
-)
-BASES = {
-    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
-    "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
-}  # fmt: skip
-LETTER_BASES = ("11", "12", "16")  # with letters for digits
-NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\s*\([^()=]*\))?"
+NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\^\{-1\})?(?:\s*\([^()=]*\))?"
 NAMED = re.compile(
     rf"^(?:\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*\w+|{NAME}(?:\s*:\s*{NAME})?)\s*(?:=|\\in\b)(.*)$"
 )
 NAMED_LAST = re.compile(r"^([^=a-zA-Z]+)=\s*[a-zA-Z]$")
-RESIDUE = re.compile(
-    r"^(?:[a-z]\s*\\equiv\s*)?(-?\d+)\s*(?:\(\s*)?\\?(?:pmod|bmod|mod)\s*\{?\s*(\d+)\s*\}?\)?$"
-)
-CLOCK = re.compile(r"^(\d+(?:\s*:\s*\d+)+)\s*([ap])?\.?\s*(?:m\.?)?$")
-WORDS = re.compile(r"^[A-Za-z][A-Za-z ,.'()&-]*$")
-CHOICE = re.compile(r"^(?:\\text\{)?\(?\s*([A-Za-z])\s*\)?[.:]?\}?$")
-CHOSEN = re.compile(r"^\(([A-Z])\)[\s.:]*([^\s.:].*)$")
-JOINTS = re.compile(
-    r"\\text\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b|(?<=[\d)}])(?:and|or)(?=[A-Za-z(\\])"
+VARIABLE = re.compile(r"^([a-zA-Z])(?:_\w)?\s*=")
+CHOSEN = re.compile(r"^(?:\(([A-Z])\)[\s.:]*|([A-Z])(?:\)\s*|[.:]\s+))([^\s.:].*)$")
+HEDGED = re.compile(
+    r"\([A-Z]\)|\b[A-Z][.:)]|\b(?:or|and|not)\s+\(?[A-Z]\b|\b(?:wrong|incorrect)\b"
 )
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 LONG_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
@@ -56,24 +51,27 @@ FAMILIAR = (  # judged at the start, because the reader learns its grammar then
 )  # fmt: skip
 
 
-class Undecided(ValueError):
-    """The reason that no comparison should decide."""
+def by_rule(completion: str, prompt: Mapping[str, Any]) -> Verdict:
+    """Judge a completion of a prompt by rule."""
+    return judge(completion, prompt["gold_answer"])
 
 
 def judge(completion: str, gold: str) -> Verdict:
     """Judge a completion by rule. Never raises on any text."""
-    answer, reason = extract.answer(completion)
-    if answer is None:
-        return Verdict("incorrect", reason)
+    answer = extract.answer(completion)
+    if isinstance(answer, Verdict):
+        return answer
     if len(answer) > MAX_LENGTH:
         return Verdict("incorrect", f"an answer of {len(answer)} characters")
+    if not extract.has_answer(gold):
+        return Verdict("undecided", f"the gold text {shorten(gold)!r} is no answer")
     gold = extract.gold_answer(gold)
     if len(gold) > MAX_LENGTH:
         return Verdict("undecided", "gold answer not understood")
-    given, expected = shorten(answer), shorten(gold)
+    messages = shorten(answer), shorten(gold)
     answer = normalised(answer)
     if not answer:
-        return Verdict("incorrect", f"nothing is left of the answer {given}")
+        return Verdict("incorrect", f"nothing is left of the answer {messages[0]}")
     try:
         equal = same(answer, normalised(gold))
     except Undecided as why:
@@ -81,14 +79,14 @@ def judge(completion: str, gold: str) -> Verdict:
     except Exception:  # sympy raises anything on formulas without meaning
         equal = None
     if equal is None:
-        return Verdict("undecided", f"not understood: {given} against {expected}")
+        return Verdict("undecided", "not understood: {} against {}".format(*messages))
     if equal:
-        return Verdict("correct", f"equal: {given}")
-    return Verdict("incorrect", f"{given} is not {expected}")
+        return Verdict("correct", f"equal: {messages[0]}")
+    return Verdict("incorrect", "{} is not {}".format(*messages))
 
 
 def canonical(answer: str) -> str:
-    """One text for answers that differ in spelling or are one number; no algebra."""
+    """Return one text for answers that differ in spelling or are one number."""
     text = normalised(answer[:MAX_LENGTH])
     value = number(flat(text))
     return bare(text) if value is None else str(value)
@@ -102,18 +100,13 @@ def warm_up() -> None:
 
 
 def shorten(text: str) -> str:
-    """Text for a message."""
+    """Shorten text for a message."""
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def against(answer: str, gold: str) -> str:
-    """Both texts for a message."""
-    return f"{shorten(answer)} against {shorten(gold)}"
-
-
 def same(answer: str, gold: str) -> bool | None:
-    """Whether two normalised answers are equal, by the first comparison that decides.
+    """Return whether normalised answers are equal; the first comparison decides.
 
     Raises:
         Undecided: one of them must not be read, or is ambiguous.
@@ -135,102 +128,26 @@ def same(answer: str, gold: str) -> bool | None:
 
 
 def bare(text: str) -> str:
-    """Text without spaces, and words without case; that of single letters matters."""
+    """Return text without spaces, and words without case."""
     text = flat(text)
     joined = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 1 2 is not 12
     joined = "".join(joined.split())
     return joined.lower() if WORDS.match(text) and len(joined) > 1 else joined
 
 
-def compare_bases(answer: str, gold: str) -> bool | None:
-    """Numbers in a base; ten may be left out."""
-    first, second = BASE.match(answer), BASE.match(gold)
-    if first and second:
-        base = lambda match: str(BASES.get(match[2].lower(), match[2]))
-        digits, gold_digits = first[1], second[1]
-        if re.search(r"\d", digits) or (
-            len(digits) > 1 and base(first) in LETTER_BASES
-        ):
-            digits, gold_digits = digits.upper(), gold_digits.upper()
-        return (digits, base(first)) == (gold_digits, base(second))
-    match, other = (first, gold) if first else (second, answer)
-    if match and re.search(r"\d", match[1]) and match[2] in ("10", "ten"):
-        return same_number(match[1], other)
-    return None
-
-
 def compare_choice_with_text(answer: str, gold: str) -> bool | None:
-    """A choice and its text, as in (C) 12, with a gold answer that is one of them."""
-    match = CHOSEN.match(flat(answer))
-    if not match or CHOSEN.match(flat(gold)) or re.search(r"\([A-Z]\)", match[2]):
-        return None
-    letter = CHOICE.match(gold)
-    return match[1] == letter[1].upper() if letter else same(match[2], gold) or None
-
-
-def compare_numbers(answer: str, gold: str) -> bool | None:
-    """Numbers and percentages."""
-    percent = lambda text: re.sub(r"\s*(?:percent|pct)$", "%", flat(text))
-    return same_number(percent(answer), percent(gold))
-
-
-def compare_residues(answer: str, gold: str) -> bool | None:
-    """Residues with their modulus; one side may give the least residue alone."""
-    first, second = RESIDUE.match(flat(answer)), RESIDUE.match(flat(gold))
-    if first and second:
-        modulus = int(second[2])
-        if int(first[2]) != modulus or not modulus:
-            return False
-        return (int(first[1]) - int(second[1])) % modulus == 0
+    """Compare a choice with text, as (C) 12 or "C: no", to one of the two."""
+    first, second = CHOSEN.match(flat(answer)), CHOSEN.match(flat(gold))
     match, other = (first, gold) if first else (second, answer)
-    value = number(other)
-    if value is None or not match or not 0 <= int(match[1]) < int(match[2]):
+    if not match or (first and second) or HEDGED.search(match[3]):
         return None
-    return value == int(match[1])
-
-
-def compare_times(answer: str, gold: str) -> bool | None:
-    """Times of day and ratios; 14:64 and 7:32 are equal only as ratios."""
-    first, second = (CLOCK.match(flat(text).lower()) for text in (answer, gold))
-    if not first or not second:
-        return None
-    terms, gold_terms = ([int(n) for n in m[1].split(":")] for m in (first, second))
-    if terms == gold_terms:
-        if first[2] and second[2]:
-            return first[2] == second[2]
-        return True if first[2] == second[2] else None
-    if len(terms) == len(gold_terms) and all(
-        a * gold_terms[0] == b * terms[0]
-        for a, b in zip(terms, gold_terms, strict=True)
-    ):
-        raise Undecided(f"{against(answer, gold)}: a ratio or a time?")
-    return False
-
-
-def compare_words(answer: str, gold: str) -> bool | None:
-    """Words, names and multiple choice, one or a list."""
-    in_text = r"\text" in answer + gold
-    answer, gold = flat(answer), flat(gold)
-    first, second = CHOICE.match(answer), CHOICE.match(gold)
-    if first and second and (len(answer) > 1 or len(gold) > 1):
-        return first[1].upper() == second[1].upper()
-    if not WORDS.match(gold) or not WORDS.match(answer):
-        return None
-    split = lambda text: sorted(
-        part.strip(" .()") for part in re.split(r",|&|\band\b", text)
-    )
-    words, gold_words = split(answer), split(gold)
-    if all(len(word) == 1 for word in gold_words):
-        return [w.upper() for w in words] == [w.upper() for w in gold_words]
-    if len(gold) == 1 or len(answer) == 1:
-        return None  # perhaps a variable
-    if not in_text and len(answer) <= 3 and len(gold) <= 3:
-        return None  # or a product of variables
-    return [w.lower() for w in words] == [w.lower() for w in gold_words]
+    if letter := CHOICE.match(other):
+        return (match[1] or match[2]) == letter[1].upper()
+    return same(match[3], other) or None
 
 
 def compare_approximations(answer: str, gold: str) -> bool | None:
-    """The exact value before a sign of approximation."""
+    """Compare the exact value before a sign of approximation."""
     if r"\approx" not in answer or r"\approx" in gold:
         return None
     if not same(answer.split(r"\approx", 1)[0].strip(), gold):
@@ -239,7 +156,7 @@ def compare_approximations(answer: str, gold: str) -> bool | None:
 
 
 def compare_units(answer: str, gold: str) -> bool | None:
-    """Values with units; a unit may be left out."""
+    """Compare values with units; a unit may be left out."""
     (value, unit), (gold_value, gold_unit) = split_unit(answer), split_unit(gold)
     if not unit and not gold_unit:
         return None
@@ -256,7 +173,7 @@ def compare_units(answer: str, gold: str) -> bool | None:
 
 
 def compare_named(answer: str, gold: str) -> bool | None:
-    """Values that one side names, as in x = 5 and 5."""
+    """Compare values that one side names, as in x = 5 and 5."""
     value, gold_value = named_value(answer), named_value(gold)
     if value == answer and gold_value == gold:
         return None
@@ -276,37 +193,27 @@ def compare_named(answer: str, gold: str) -> bool | None:
 
 
 def named_value(text: str) -> str:
-    """The value of a named value; any other text unchanged."""
+    """Return the value of a named value; any other text unchanged."""
     match = NAMED.match(text) or NAMED_LAST.match(text)
     return match[1].strip() if match else text
 
 
 def compare_computations(answer: str, gold: str) -> bool | None:
-    """A computation such as 1+1=2, all of whose sides must agree."""
+    """Compare a computation such as 1+1=2, all of whose sides must agree."""
     sides = [side.strip() for side in re.split(r"(?<![<>!\\])=", named_value(answer))]
     if len(sides) < 2 or "=" in gold:
         return None
     if re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", flat(sides[0]))):
         return None
-    if not all([same(side, sides[0]) for side in sides[1:]]) or "" in sides:
+    if "" not in sides and (equal := same(sides[-1], gold)) is False:
+        return equal
+    if "" in sides or not all([same(side, sides[0]) for side in sides[1:]]):
         raise Undecided("an answer that contradicts itself")
     return same(sides[-1], gold)
 
 
-class Parts(NamedTuple):
-    """A list: its brackets ("" if it has none) and the texts between its commas."""
-
-    brackets: str
-    texts: list[str]
-
-    @property
-    def ordered(self) -> bool:
-        """Whether it is a tuple or an interval."""
-        return self.brackets not in ("", r"\{\}")
-
-
 def compare_lists(answer: str, gold: str) -> bool | None:
-    """Sets and lists in any order, tuples in order; each part must have its equal."""
+    """Compare sets and lists in any order, tuples in order."""
     first, second = parts(answer), parts(gold)
     if first is None or second is None:
         several, single = (first, gold) if first else (second, answer)
@@ -315,63 +222,51 @@ def compare_lists(answer: str, gold: str) -> bool | None:
         return None
     if len(first.texts) != len(second.texts) or len(first.texts) > MAX_PARTS:
         return None
+    in_order = all(map(same, first.texts, second.texts))
     if first.ordered or second.ordered:
-        if first.brackets != second.brackets:
-            return None
-        pairs = zip(first.texts, second.texts, strict=True)
-        return True if all(same(a, b) for a, b in pairs) else None
-    remaining = list(first.texts)
-    for expected in second.texts:
+        return True if in_order and first.brackets == second.brackets else None
+    if not in_order and len(variables(first)) != len(variables(second)):
+        raise Undecided(f"{answer} against {gold}: which value is which?")
+    return in_order or same_in_any_order(first.texts, second.texts) or None
+
+
+def same_in_any_order(texts: list[str], golds: list[str]) -> bool:
+    """Return whether each text has a gold text of its own that it equals."""
+    remaining = list(texts)
+    for expected in golds:
         match = next((text for text in remaining if same(text, expected)), None)
         if match is None:
-            return None
+            return False
         remaining.remove(match)
     return True
 
 
+def variables(listed: Parts) -> set[str]:
+    """Return the variables that the parts name, if they name several."""
+    names = {match[1] for text in listed.texts if (match := VARIABLE.match(text))}
+    return names if len(names) > 1 else set()
+
+
 def compare_brackets(answer: str, gold: str) -> bool | None:
-    """A set is neither a point nor an interval, whatever its elements are."""
+    """Refuse to compare a set to a point or an interval."""
     first, second = parts(answer), parts(gold)
-    kinds = {first.brackets, second.brackets} if first and second else set()
-    if len(kinds) == 2 and r"\{\}" in kinds and "" not in kinds:
-        raise Undecided(f"{against(answer, gold)}: a set?")
+    if not first or not second or first.ordered == second.ordered:
+        return None
+    unordered = second if first.ordered else first
+    if unordered.brackets or r"\pm" in answer + gold:
+        raise Undecided(f"{answer} against {gold}: a set?")
     return None
 
 
-def parts(text: str) -> Parts | None:
-    """Split a list at its commas; None for text that is no list."""
-    brackets = ""
-    for opening, closing in [(r"\{", r"\}"), *("()", "(]", "[)", "[]")]:
-        inner = text[len(opening) : -len(closing)]
-        enclosed = text.startswith(opening) and text.endswith(closing)
-        if enclosed and is_balanced(inner):
-            text, brackets = inner, opening + closing
-            break
-    text = JOINTS.sub(",", text)
-    levels = depths(text)
-    separators = [i for i, c in enumerate(text) if c in ",;" and levels[i] == 0]
-    bounds = itertools.pairwise([-1, *separators, len(text)])
-    texts = [part for start, end in bounds if (part := text[start + 1 : end].strip())]
-    if len(texts) < 2 or number(text) is not None:
-        return None
-    return Parts(brackets, texts)
-
-
-def is_balanced(text: str) -> bool:
-    """Whether every bracket is closed, and none before it is opened."""
-    levels = depths(text)
-    return min(levels) == levels[-1] == 0
-
-
 def compare_regions(answer: str, gold: str) -> bool | None:
-    """Sets of real numbers."""
+    """Compare sets of real numbers."""
     from oreal_jax.verify.regions import same_region  # imports sympy, which is slow
 
     return same_region(answer, gold)
 
 
 def compare_formulas(answer: str, gold: str) -> bool | None:
-    """Formulas; words in them must be equal, because only letters commute."""
+    """Compare formulas; words in them must be equal, for only letters commute."""
     from oreal_jax.verify import algebra  # imports sympy, which is slow
 
     equal = algebra.same(flat(answer), flat(gold))
@@ -389,12 +284,12 @@ def compare_formulas(answer: str, gold: str) -> bool | None:
 
 
 def text_words(formula: str) -> set[str]:
-    r"""The words in \text{...}."""
+    r"""Return the words in \text{...}."""
     return set(re.findall(r"[a-z]+", " ".join(TEXT.findall(formula)).lower()))
 
 
 def has_base(text: str) -> bool:
-    """Whether a number has a subscript, such as a base."""
+    """Return whether a number has a subscript, such as a base."""
     return bool(re.search(r"\d\s*_", text))
 
 

@@ -16,6 +16,7 @@ SIGNS = {
     "ℂ": r"\mathbb{C}", "∠": r"\angle ", "△": r"\triangle ", "∣": r"\mid ",
     "′": "'", "’": "'", "…": r"\ldots ", "∧": r"\wedge ", "∨": r"\vee ",
     "→": r"\to ", "⟨": r"\langle ", "⟩": r"\rangle ", "∑": r"\sum ", "∫": r"\int ",
+    "。": ".", "、": ",",
 }  # fmt: skip
 COMMANDS = {
     "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne",
@@ -44,11 +45,22 @@ ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|[a-zA-Z])")
 RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
 LOWERED = re.compile(r"[₀-₉₊₋]+")
+# Functions and constants without backslash; words in \text{} are none.
+PLAIN = re.compile(
+    r"\\text\{\s*[iI]nfinity\s*\}|(?P<text>\\text\{[^{}]*\})|(?<![\\a-zA-Z_])(?:"
+    r"(?P<log>log)_?(?P<base>\d+)(?=\s*\()|(?P<infinity>infinity|inf|oo)"
+    r"|(?P<name>pi|sqrt|cbrt|theta|(?:sin|cos|tan|cot|a(?:rc)?(?:sin|cos|tan)|sinh|cosh"
+    r"|tanh|exp|ln|log)(?=\s*[({^_\d\\]|\s+[a-zA-Z](?![a-zA-Z]))|(?:sec|csc)(?=\())"
+    r")(?![a-zA-Z])"
+)
+PARENTHESIS = re.compile(r"[()]")
+ROOT_OF = re.compile(r"(\\sqrt(?:\[\d+\])?)\s*\(")
+OPERAND = r"[\w(\\{]"
 WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 
 
 def normalised(text: str) -> str:
-    r"""LaTeX in one spelling; words stay in \text{}."""
+    r"""Return LaTeX in one spelling; words stay in \text{}."""
     text = ascii_signs(text)
     if "begin{" not in text:  # where a matrix ends its rows with two
         text = re.sub(r"\\\\(?=[a-zA-Z({\[)}\]])", lambda m: "\\", text)
@@ -63,6 +75,7 @@ def normalised(text: str) -> str:
     text = re.sub(r"\^\{\s*\\circ\s*\}|\^\s*\\circ", r"^\\circ", text)
     text = re.sub(r"\^\\circ\s*", r"^\\circ ", text)
     text = FONT.sub(font, text)
+    text = plain_text(text)
     for _ in range(3):  # fractions of fractions
         text = FRACTION.sub(fraction, text)
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}", text)
@@ -70,8 +83,38 @@ def normalised(text: str) -> str:
     return unwrapped(re.sub(r"\s+", " ", text))
 
 
+def plain_text(text: str) -> str:
+    """Replace what is written as in a programming language by LaTeX."""
+    text = re.sub(rf"(?<=[\w)}}])\s*\*\*\s*(?={OPERAND}|-)", "^", text)
+    text = re.sub(rf"(?<=[\w)}}!])\s*\*\s*(?={OPERAND})", r"\\cdot ", text)
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text).replace("+/-", r"\pm ")
+    text = re.sub(r"(?<![\\a-zA-Z])abs\(([^()]*)\)", r"|\1|", text)
+    text = PLAIN.sub(plain_name, text)
+    while match := ROOT_OF.search(text):
+        end = closing(text, match.end(), PARENTHESIS)
+        if end is None:
+            break
+        inner = text[match.end() : end]
+        text = f"{text[: match.start()]}{match[1]}{{{inner}}}{text[end + 1 :]}"
+    return text
+
+
+def plain_name(match: re.Match) -> str:
+    """Return the command of a function or constant."""
+    if match["text"]:
+        return match[0]
+    if match["log"]:
+        return rf"\log_{{{match['base']}}}"
+    if not match["name"]:
+        return r"\infty "
+    name = match["name"]
+    if name == "cbrt":
+        return r"\sqrt[3]"
+    return "\\" + re.sub(r"^a(?=[sct])", "arc", name) + " "
+
+
 def ascii_signs(text: str) -> str:
-    """Commands and plain letters instead of Unicode characters."""
+    """Replace Unicode characters by commands and plain letters."""
     if text.isascii():
         return text
     plain = lambda match: "{" + unicodedata.normalize("NFKC", match[0]) + "}"
@@ -82,7 +125,7 @@ def ascii_signs(text: str) -> str:
 
 
 def ascii_sign(sign: str) -> str:
-    """The spelling of one character."""
+    """Return the spelling of one character."""
     if sign.isascii():
         return sign
     if sign in SIGNS:
@@ -103,7 +146,7 @@ def ascii_sign(sign: str) -> str:
 
 
 def command(match: re.Match) -> str:
-    """One name for a command."""
+    """Return one name for a command."""
     if match[1] not in COMMANDS:
         return match[0]
     name = COMMANDS[match[1]]
@@ -115,7 +158,7 @@ def command(match: re.Match) -> str:
 
 
 def font(match: re.Match) -> str:
-    """One font for words, none for letters and numbers."""
+    """Use one font for words, none for letters and numbers."""
     content = match[1]
     if len(content.strip()) == 1 and "text" not in match[0] and "box" not in match[0]:
         return content
@@ -125,17 +168,18 @@ def font(match: re.Match) -> str:
 
 
 def fraction(match: re.Match) -> str:
-    """A fraction with all its braces."""
+    """Return a fraction with all its braces."""
     top = match[1] if match[1] is not None else match[2]
     bottom = match[3] if match[3] is not None else match[4]
     return f"\\frac{{{top.strip()}}}{{{bottom.strip()}}}"
 
 
 def unwrapped(text: str) -> str:
-    """Text without the signs that enclose a formula and the punctuation after it."""
+    """Remove the signs that enclose a formula and what ends a sentence."""
     previous = None
     while text != previous:
         previous = text = text.strip()
+        text = re.sub(r"(?:\\\\)+$", "", text)  # line ends
         if not text.endswith("\\"):
             text = text.rstrip(" .,;:\n")
         for before, after in WRAPS:
@@ -149,6 +193,6 @@ def unwrapped(text: str) -> str:
 
 
 def flat(text: str) -> str:
-    """Text whose words have no font."""
+    """Return text whose words have no font."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     return re.sub(r"\s+", " ", text).strip()

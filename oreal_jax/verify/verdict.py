@@ -1,7 +1,7 @@
 """Completions to verify, their verdicts, and verdicts read from files."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from oreal_jax.errors import InputError
@@ -13,20 +13,25 @@ OLD_WORDS: dict[str, Outcome] = {"right": "correct", "wrong": "incorrect"}
 
 
 class Candidate(NamedTuple):
-    """A completion to verify; `finish_reason` is "stop" if it ends in a stop token."""
+    """A completion to verify; `finish_reason` is "stop" if it ends in a stop token.
+
+    `prompt` is the row of its prompt, for verifiers that read more than the gold
+    answer.
+    """
 
     question: str
     gold_answer: str
     text: str
     finish_reason: str = "stop"
+    prompt: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """An outcome, a short readable reason, and who decided.
 
-    `by` is "rule", "judge", "truncated" (no stop token), "timeout" or "crash" (the
-    worker process died).
+    `by` is "rule", the name of another verifier, "judge", "truncated" (no stop token),
+    "timeout" or "crash" (the verifier failed or its process died).
     """
 
     outcome: Outcome
@@ -35,8 +40,16 @@ class Verdict:
 
     @classmethod
     def truncated(cls) -> "Verdict":
-        """A completion without stop token is incorrect whatever its text."""
+        """Return the verdict on a completion without stop token, whatever its text."""
         return cls("incorrect", "no stop token", "truncated")
+
+
+# Judges a completion of a prompt, given as a row with `gold_answer`.
+Verifier = Callable[[str, Mapping[str, Any]], Verdict]
+
+
+class Undecided(ValueError):
+    """The reason that no comparison should decide."""
 
 
 def read_outcome(where: str, row: Mapping[str, Any]) -> Outcome:
