@@ -154,7 +154,7 @@ class TrainConfig:
     decode_cache: Literal["full", "float8"] = "full"
     max_disagreement: float = 0.1
     verification: Verification = Verification()
-    keep: trajectory.Keep = trajectory.one_pair
+    keep: trajectory.Selector = trajectory.select_pair
     loss: PolicyLoss = losses.Oreal()
     log_probs: Literal["full", "sampled"] = "full"
     policy: Optimizer = Optimizer(learning_rate=5e-7, final_learning_rate=1e-7)

@@ -16,6 +16,7 @@ LAYOUT = """
     config_loading
     config
     trajectory
+    loading
     checkpoints
     sampling
     train_state

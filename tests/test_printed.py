@@ -275,8 +275,8 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
         return types.SimpleNamespace(fits=True)
 
     for module, name, work in [
-        ("oreal_jax.train.loop", "train", train),
-        ("oreal_jax.train.sft", "sft", sft),
+        ("oreal_jax.train.loop", "train_oreal", train),
+        ("oreal_jax.train.sft", "train_sft", sft),
     ]:
         patch.setattr(importlib.import_module(module), name, work)
     real = plan.make_plan
@@ -595,6 +595,7 @@ def names_for_losses() -> dict[str, Any]:
 
 
 ASSUMED_NAMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md": dict,
     "docs/losses.md": names_for_losses,
     "docs/sampling.md": names_for_sampling,
     "docs/verification.md": dict,
@@ -643,7 +644,8 @@ def test_printed_commands_work(item, check):
 
 
 @pytest.mark.parametrize("item", [i for i in ALL if i.kind == "snippet"], ids=str)
-def test_printed_python_runs(item):
+def test_printed_python_runs(item, home, judges, monkeypatch):
+    share_pool(monkeypatch, judges)
     run_snippet(item)
 
 
