@@ -258,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(pairs)} completions in {seconds:.1f} s: {len(pairs) / seconds:.0f}/s")
     costly = [(boxed(COSTLY[n % len(COSTLY)]), str(n)) for n in range(len(pairs) // 20)]
     seconds = measure_seconds(pairs + costly, deadline=1.0)
-    print(f"with {len(costly)} costly formulas: {seconds:.1f} s; deadline 1 s, 2 workers")
+    print(
+        f"with {len(costly)} costly formulas: {seconds:.1f} s; deadline 1 s, 2 workers"
+    )
     from bench_verify import hanging  # by the name under which workers find it
 
     hangs = [(f"hang {n}", "") for n in range(2 if options.smoke else 20)]

@@ -46,9 +46,9 @@ class Scores(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is minimized and how the models compute it.
+    """The loss, and how the models compute it.
 
-    `distribution` says which of the policy's probabilities the loss is about,
+    `distribution` says which of the policy's probabilities the loss reads,
     `gradient_sums` is the dtype in which the gradients of the layers' matrices are
     summed over the devices (all others and sums over micro-batches: float32).
     """
@@ -59,13 +59,15 @@ class Objective(NamedTuple):
     gradient_sums: Any
 
     def cast(self, config: ModelConfig, params: Params) -> Params:
-        """A gradient is summed in the dtype in which the model receives the weight."""
+        """Cast the matrices to the dtype in which their gradients are summed."""
         return model.cast_matrices(config, params, dtype=self.gradient_sums)
 
 
 class TrainStep(NamedTuple):
-    """The jitted `program(state, batch, frozen)`, and in how many steps the policy is
-    frozen."""
+    """The jitted `program(state, batch, frozen)`.
+
+    The policy is frozen in the first `freeze_steps` steps.
+    """
 
     program: Jitted
     freeze_steps: int
@@ -92,7 +94,7 @@ def make_train_step(
 
     During the first `freeze_steps` steps only the token reward model learns (its head
     starts at zero, which gives every token the weight 0). `remat` says what the
-    backward pass computes again; for the other options see `Objective`.
+    backward pass recomputes; for the other options see `Objective`.
     """
     execution = sharding.execution(mesh, remat, dtype)
     objective = Objective(loss, distribution, execution, gradient_sums)
