@@ -80,7 +80,7 @@ class Verification:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-    """A checkpoint every `every` steps and at the end; the newest `keep` are kept."""
+    """A checkpoint every `every` steps and at the end; the newest `keep` remain."""
 
     every: int = 10
     keep: int = 2
@@ -94,7 +94,7 @@ class Evaluation:
     """Evaluations of the policy before training, every `every` steps and at the end.
 
     `data` are the sets (files, or presets in `folder`); none: no evaluation. The policy
-    with the highest mean over the sets is kept in RUN/best. One sample per problem is
+    with the highest mean over the sets is saved in RUN/best. One sample per problem is
     greedy; several are sampled as in training.
     """
 

@@ -94,7 +94,7 @@ class TrainedModels(NamedTuple):
         steps: int,
         mesh: Mesh,
     ) -> "TrainedModels":
-        """Bind the policy and, if it has an optimizer, a token reward model to a mesh."""
+        """Bind the policy, and a token reward model if it is trained, to a mesh."""
         scoring = dataclasses.replace(config, head="score")
         return cls(
             TrainedModel.create(config, policy, steps, mesh),

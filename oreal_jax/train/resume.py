@@ -96,7 +96,7 @@ def _unrecorded_progress(run: Path, step: int) -> Progress:
 
 
 def compare_settings(
-    run: Path, config: TrainConfig | SftConfig, begun: bool, log: Log
+    run: Path, config: TrainConfig | SftConfig, is_resumed: bool, log: Log
 ) -> None:
     """Log the settings that have changed since the run began.
 
@@ -114,8 +114,8 @@ def compare_settings(
                 raise InputError(
                     f"{path}: this run began with other settings; {change}"
                 )
-            appears = None in (old.get(name), new.get(name))
-            if name == "token_reward" and appears and begun:
+            is_added_or_removed = None in (old.get(name), new.get(name))
+            if name == "token_reward" and is_added_or_removed and is_resumed:
                 raise InputError(
                     f"{path}: token_reward cannot be added or removed, because the "
                     f"run's checkpoints are with or without it; {change}"

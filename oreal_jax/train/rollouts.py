@@ -39,9 +39,9 @@ class StepPrompt(NamedTuple):
 
 
 def step_prompts(
-    config: TrainConfig, chat: Chat, order: PromptOrder, taken: int
+    config: TrainConfig, chat: Chat, order: PromptOrder, data_position: int
 ) -> list[StepPrompt]:
-    """Return the prompts of the next step, after `taken` prompts have been used."""
+    """Return the prompts of the next step, after `data_position` prompts were used."""
     return [
         StepPrompt(
             prompt,
@@ -49,7 +49,7 @@ def step_prompts(
             chat.encode(prompt.question),
             occurrence * config.samples_per_prompt,
         )
-        for group, (prompt, occurrence) in enumerate(order.batch(taken))
+        for group, (prompt, occurrence) in enumerate(order.batch(data_position))
     ]
 
 

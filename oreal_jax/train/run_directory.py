@@ -103,10 +103,10 @@ class RunDirectory:
             self._rates["token_reward/lr"] = jax.jit(self.models.token_reward.rate)
         newest, progress = resume.read_progress(path)
         self._first, self.data_position = newest or 0, progress.taken
-        begun, log = newest is not None, screen.log
-        resume.compare_settings(path, config, begun, log)
+        is_resumed, log = newest is not None, screen.log
+        resume.compare_settings(path, config, is_resumed, log)
         resume.compare_progress(path, self._first, progress, data, self._rates, log)
-        if begun:
+        if is_resumed:
             self.state = self._restore()
             self._prepare()
         else:

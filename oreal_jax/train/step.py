@@ -2,8 +2,8 @@
 
 The models turn packed rows into per-token arrays, the losses turn those into scalars.
 Micro-batches run in a loop whose length is data: gradients and metrics of the filled
-ones are added up, and because losses divide by counts of the whole batch, the sum is
-the gradient of the batch.
+ones are summed. Losses divide by counts of the whole batch, so the sum is the gradient
+of the batch.
 """
 
 import functools
@@ -155,18 +155,18 @@ def accumulate(
 ) -> tuple[Gradients, Metrics, Scores]:
     """Sum gradients and metrics over the filled micro-batches; collect the scores."""
     counts = Counts.of(batch.completion(), batch.correct)
-    of_part = functools.partial(
+    compute_gradients = functools.partial(
         micro_batch_gradients, models, objective, state, counts=counts, frozen=frozen
     )
-    shapes, metrics, scores = jax.eval_shape(of_part, micro_batch(batch, 0))
+    shapes, metrics, scores = jax.eval_shape(compute_gradients, micro_batch(batch, 0))
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     blank = jnp.zeros_like(batch.reference_log_probs)
 
     def add(index, total):
-        gradients, metrics, scores = of_part(micro_batch(batch, index))
+        gradients, metrics, scores = compute_gradients(micro_batch(batch, index))
         sums, record = total
         sums = jax.tree.map(jnp.add, sums, (gradients, metrics))
-        put = lambda whole, part: whole.at[index].set(part)
+        put = lambda array, part: array.at[index].set(part)
         return sums, jax.tree.map(put, record, scores)
 
     start = (zeros((shapes, metrics)), jax.tree.map(lambda _: blank, scores))
