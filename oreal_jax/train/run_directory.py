@@ -51,16 +51,6 @@ from oreal_jax.train_state import TrainState
 from oreal_jax.trajectory import Group
 
 
-class NoLog:
-    """The metrics log of processes other than 0."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 class RunDirectory:
     """An open run directory.
 
@@ -115,7 +105,7 @@ class RunDirectory:
             self.state = self._initialize(params)
         self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
         self._writer = BackgroundWriter()
-        self._metrics = NoLog()
+        self._metrics = None
         if distributed.is_first():
             self._metrics = MetricsLog(
                 path, self._first, tensorboard=config.tensorboard
@@ -221,7 +211,8 @@ class RunDirectory:
             devices=mesh.size,
             peak=efficiency.PEAKS.get(mesh.devices.flat[0].device_kind),
         )
-        self._metrics.write(step - 1, dict(metrics) | timed | rates)
+        if self._metrics:
+            self._metrics.write(step - 1, dict(metrics) | timed | rates)
         self.screen.log(f"{line}  {seconds:.1f} s")
         if step % self.config.saving.every == 0 or step == self.steps:
             with self.screen.phase("save"):
@@ -251,7 +242,7 @@ class RunDirectory:
             # An interrupt must not replace the original error.
             ignoring = ignoring_interrupts("closing the run")
         with uninterrupted(), ignoring, contextlib.ExitStack() as closing:
-            for part in (self._profile, self._metrics, self._checkpoints):
+            for part in filter(None, (self._profile, self._metrics, self._checkpoints)):
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
