@@ -1,5 +1,4 @@
-"""Gradients are summed in float32, over tokens and over devices, also where the model
-is computed in bfloat16."""
+"""Gradients are summed in float32, over tokens and devices, by bfloat16 models too."""
 
 import dataclasses
 import re

@@ -26,7 +26,7 @@ QUESTIONS = ["max 3 4?", "max 9 2?"]
 
 @pytest.fixture(scope="module")
 def model(start):
-    """The tiny model on one device."""
+    """Return the tiny model on one device."""
     return oreal_jax.load_model(start / "hf", devices=jax.devices()[:1])
 
 

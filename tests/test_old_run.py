@@ -1,5 +1,4 @@
-"""A run begun before the layout of November 2026 (commit 42772ba) resumes as it would
-have continued then.
+"""A run of a version before November 2026 (commit 42772ba) resumes with equal results.
 
 tests/old_run.tar.gz: `oreal train configs/tiny.py` on a model of 6,608 parameters, two
 of four steps, and `expected.json`, the metrics of the others.

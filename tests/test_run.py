@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("judges")
 
 
 def lasting(run: Path) -> list[dict]:
-    """The metrics of a run without what depends on the clock."""
+    """Return the metrics of a run without what depends on the clock."""
     clock = ("timing_s/", "perf/")
     rows = metrics.read(run / "metrics.jsonl")
     return [{k: v for k, v in r.items() if not k.startswith(clock)} for r in rows]

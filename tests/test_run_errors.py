@@ -100,8 +100,10 @@ def test_an_error_before_any_step_saves_nothing(start, files, policy):
 
 @pytest.fixture
 def log_of_error(start, files, policy, monkeypatch):
-    """`log_of_error(save)`: the lines of a run that ends with a bug in its third step
-    and saves by `save`."""
+    """Return `log_of_error(save)`, which returns the log of a failed run.
+
+    The run ends with a bug in its third step and saves by `save`.
+    """
 
     def run(save) -> list[str]:
         policy.fails_at = 2
