@@ -19,7 +19,7 @@ RIGHT = "99"
 
 
 class Policy:
-    """Solves `score` problems of an exam, and odd samples of "max A 99?" if it `learns`.
+    """Solves `score` problems of an exam, odd samples of "max A 99?" if it `learns`.
 
     `error` is raised when step `fails_at` is sampled.
     """

@@ -1,7 +1,8 @@
 """Every printed command and Python snippet works.
 
-`printed.py` collects them, bash splits them, and each program has a rule here. Bash runs stand-in programs that record their arguments. `oreal` and the tools then run
-in this process, in a folder with small files under all printed names. Decoding and
+`printed.py` collects them, bash splits them, and each program has a rule here. Bash
+runs stand-in programs that record their arguments. `oreal` and the tools then run in
+this process, in a folder with small files under all printed names. Decoding and
 training have stand-ins too, except in the slow tests.
 """
 
