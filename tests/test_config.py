@@ -74,7 +74,7 @@ def test_the_7b_recipe_is_the_published_one():
     assert config.difficulty == PUBLISHED_BANDS
 
 
-def test_without_token_rewards_nothing_is_filtered_or_frozen():
+def test_without_token_rewards_everything_is_selected_and_nothing_frozen():
     config = loaded("oreal_7b_without_token_rewards")
     assert config.token_reward is None
     assert config.keep is trajectory.select_all

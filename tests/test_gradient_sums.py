@@ -33,7 +33,7 @@ def test_a_bias_gets_the_gradient_of_every_token():
     np.testing.assert_array_equal(gradient, np.full((2, 4), TOKENS))
 
 
-def test_gradients_in_bfloat16_are_those_of_float32():
+def test_gradients_in_bfloat16_agree_with_float32():
     batch = make_batch(SMALL, 8, 512)
     expected = Step(SMALL, ONE, dtype=jnp.float32).gradients(batch)
     ours = Step(SMALL, ONE, dtype=jnp.bfloat16).gradients(batch)
@@ -91,7 +91,7 @@ def without_cache():
 
 
 @pytest.mark.usefixtures("without_cache")
-def test_gradients_cross_devices_in_the_dtype_that_was_asked_for(tmp_path):
+def test_gradients_are_reduced_in_the_configured_dtype(tmp_path):
     full = Step(SMALL, EIGHT, dtype=jnp.bfloat16)
     assert {dtype for _, dtype in reductions(full, tmp_path / "full")} == {"f32"}
     half = Step(SMALL, EIGHT, dtype=jnp.bfloat16, gradient_sums=jnp.bfloat16)

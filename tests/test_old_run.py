@@ -25,7 +25,7 @@ NEW_NAMES = {
 
 
 @pytest.mark.usefixtures("judges")
-def test_a_run_begun_before_resumes_as_it_would_have_continued(tmp_path, monkeypatch):
+def test_a_run_of_an_older_version_resumes_with_equal_results(tmp_path, monkeypatch):
     with tarfile.open(Path(__file__).parent / "old_run.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

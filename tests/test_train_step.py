@@ -150,11 +150,11 @@ def test_the_mesh_does_not_change_the_update(whole, shape):
 @pytest.mark.parametrize(
     "remat", ["but_attention", "elementwise", "nothing", "offloaded"]
 )
-def test_what_is_recomputed_does_not_change_the_update(whole, remat):
+def test_rematerialisation_does_not_change_the_update(whole, remat):
     assert_same_step(run(remat=remat), whole)
 
 
-def test_what_is_kept_trades_memory_for_products():
+def test_rematerialisation_trades_memory_for_computation():
     config = dataclasses.replace(CONFIG, layers=8)
     params = model.init(config, jax.random.key(0))
     tokens = jnp.zeros((1, 512), jnp.int32)
@@ -182,7 +182,7 @@ def test_the_order_of_examples_does_not_change_the_update(whole):
     assert_same_step(run(row_length=256, batch=reversed_examples), whole)
 
 
-def test_scores_come_back_in_the_slot_of_their_example(whole):
+def test_scores_return_in_the_row_of_their_example(whole):
     _, _, said, slots = run(rows=2, row_length=32)
     _, _, expected, places = whole
     for example, slot, home in zip(examples(), slots, places, strict=True):
@@ -192,7 +192,7 @@ def test_scores_come_back_in_the_slot_of_their_example(whole):
         )
 
 
-def test_moments_lie_like_their_parameters():
+def test_moments_are_sharded_like_their_parameters():
     mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4, tensor=2), CONFIG)
     models = TrainedModels.create(CONFIG, POLICY, SCORES, 10, mesh)
     state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
@@ -205,12 +205,12 @@ def test_moments_lie_like_their_parameters():
     assert query.addressable_shards[0].data.size == query.size // 8
 
 
-def test_the_reference_of_the_start_gives_no_kl_at_first():
+def test_kl_to_the_initial_policy_is_zero_at_the_start():
     _, metrics, _, _ = run()
     assert abs(metrics["actor/kl_loss"]) < 1e-9
 
 
-def test_a_policy_that_is_its_reference_has_no_kl_whatever_it_is_sampled_from():
+def test_a_policy_equal_to_its_reference_has_no_kl_for_any_sampler():
     even = lambda: [example._replace(advantage=0.0) for example in examples()]
     nucleus = Sampling(max_tokens=9, top_p=0.7, temperature=0.8)
     how = {"batch": even, "loss": losses.Reinforce(kl_weight=1.0), "scores": None}
@@ -224,7 +224,7 @@ def test_a_policy_that_is_its_reference_has_no_kl_whatever_it_is_sampled_from():
     assert np.abs(np.asarray(said.log_probs - full)).max() > 0.1
 
 
-def test_frozen_steps_move_the_token_reward_model_only():
+def test_frozen_steps_update_the_token_reward_model_only():
     start, _, _, _ = run(freeze_steps=1)
     before = model.init(CONFIG, jax.random.key(0))
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
@@ -286,7 +286,7 @@ def test_every_optimizer_setting_changes_the_update(field, value):
     assert np.abs(ends[0] - ends[1]).max() > 1e-6
 
 
-def test_an_offloaded_optimizer_updates_alike_and_stays_with_the_host(whole):
+def test_an_offloaded_optimizer_gives_equal_updates_and_stays_on_the_host(whole):
     offloaded = dataclasses.replace(POLICY, offload=True)
     found = run(policy=offloaded)
     assert_same_step(found, whole)
@@ -323,7 +323,7 @@ def test_rows_are_filled_without_overlap_and_never_overfull():
     assert len(rows) <= 1.1 * sum(lengths) / 64 + 1
 
 
-def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
+def test_a_sequence_longer_than_a_row_is_rejected_with_both_numbers():
     with pytest.raises(InputError, match="65 tokens, row_length=64"):
         fill_rows([3, 65], 64)
 
@@ -351,7 +351,7 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(shape, said):
+def test_a_mesh_that_does_not_fit_is_rejected_with_both_numbers(shape, said):
     with pytest.raises(InputError, match=said):
         sharding.make_mesh(shape, CONFIG)
 
