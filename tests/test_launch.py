@@ -90,7 +90,7 @@ def test_a_failed_run_is_not_restarted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "no verb"),
         (["up"], "--name is missing"),
@@ -102,10 +102,10 @@ def test_a_failed_run_is_not_restarted(tmp_path):
         (["up", "--fast"], "--fast: no such option"),
     ],
 )
-def test_invalid_options_are_one_line(tmp_path, words, said):
+def test_invalid_options_are_one_line(tmp_path, words, message):
     done = launch(tmp_path, *words)
     assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("recipe", ["oreal_7b", "oreal_32b", "oreal_7b_dsr1"])

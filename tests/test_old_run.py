@@ -40,5 +40,5 @@ def test_a_run_of_an_older_version_resumes_with_equal_results(tmp_path, monkeypa
     for row, then in zip(rows[2:], expected, strict=True):
         del then["rollout/occupancy"]  # slots are filled better now
         for name, value in then.items():
-            found = row[NEW_NAMES.get(name, name)]
-            assert found == pytest.approx(value, rel=1e-3, abs=1e-5), name
+            resumed = row[NEW_NAMES.get(name, name)]
+            assert resumed == pytest.approx(value, rel=1e-3, abs=1e-5), name

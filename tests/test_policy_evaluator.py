@@ -91,11 +91,11 @@ def test_the_policy_is_measured_before_every_n_steps_and_at_the_end(
 ):
     skill = Skill(monkeypatch, start, 1, 3, 3, 2)
     assert train(start, tmp_path / "run", "system_prompt=Be brief.") == 0
-    found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 2, 4, 5]
-    assert [row["score"] for row in found] == [0.25, 0.75, 0.75, 0.5]
-    assert [row["best"] for row in found] == [True, True, False, False]
-    assert found[0]["val-core/exam/pass@1"] == 0.25
+    evaluations = rows(tmp_path / "run")
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
+    assert [row["score"] for row in evaluations] == [0.25, 0.75, 0.75, 0.5]
+    assert [row["best"] for row in evaluations] == [True, True, False, False]
+    assert evaluations[0]["val-core/exam/pass@1"] == 0.25
     assert {sampling.temperature for *_, sampling in skill.examined()} == {0.0}
     assert "after step 2: exam pass@1 75.0%" in capsys.readouterr().out
     # The best is a model directory with all that the run's own has.
@@ -171,10 +171,10 @@ def test_presets_are_found_in_the_folder_and_scores_averaged_over_sets(
     data = f"evaluation.data=({str(start / 'exam.jsonl')!r}, 'amc23')"
     settings = [data, f"evaluation.folder={tmp_path}", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 0
-    found = rows(tmp_path / "run")
-    assert found[0]["val-core/exam/pass@1"] == 0.75
-    assert found[0]["val-core/amc23/pass@1"] == 0.0
-    assert [row["score"] for row in found] == [0.375, 1.0]
+    evaluations = rows(tmp_path / "run")
+    assert evaluations[0]["val-core/exam/pass@1"] == 0.75
+    assert evaluations[0]["val-core/amc23/pass@1"] == 0.0
+    assert [row["score"] for row in evaluations] == [0.375, 1.0]
 
 
 def test_a_resumed_run_does_not_repeat_evaluations(start, tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_evaluation_time_is_not_counted_in_the_step_time(start, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("evaluation.every=0", "config: every=0 must be at least 1"),
         ("evaluation.samples=0", "config: samples=0 must be at least 1"),
@@ -226,13 +226,13 @@ def test_evaluation_time_is_not_counted_in_the_step_time(start, tmp_path, monkey
     ],
 )
 def test_invalid_evaluation_settings_are_one_line_and_leave_nothing(
-    start, tmp_path, capsys, setting, said
+    start, tmp_path, capsys, setting, message
 ):
     text = {"question": "7" * 300, "gold_answer": "7"}
     (tmp_path / "long.jsonl").write_text(json.dumps(text) + "\n")
     setting = setting.replace("TRAIN", str(start / "train.jsonl"))
     setting = setting.replace("LONG", str(tmp_path / "long.jsonl"))
     assert train(start, tmp_path / "run", setting) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()

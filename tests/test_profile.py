@@ -60,8 +60,8 @@ def traced(tiny):
 
 
 def test_steps_after_the_first_are_traced_with_their_phases(traced):
-    said, run = traced
-    assert f"profile: xprof --logdir {run / 'profile'}" in said
+    output, run = traced
+    assert f"profile: xprof --logdir {run / 'profile'}" in output
     (trace,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
     content = trace.read_bytes()
     for name in (b"gen", b"verify", b"ref", b"update_actor", b"step_num"):

@@ -75,10 +75,10 @@ def run(
         remat=remat,
         distribution=distribution,
     )
-    state, metrics, said = update(state, packed)
+    state, metrics, scores = update(state, packed)
     for _ in range(steps - 1):
-        state, metrics, said = update(state, packed)
-    return state, metrics, said, slots
+        state, metrics, scores = update(state, packed)
+    return state, metrics, scores, slots
 
 
 def moments(state) -> Any:
@@ -183,12 +183,12 @@ def test_the_order_of_examples_does_not_change_the_update(whole):
 
 
 def test_scores_return_in_the_row_of_their_example(whole):
-    _, _, said, slots = run(rows=2, row_length=32)
-    _, _, expected, places = whole
-    for example, slot, home in zip(examples(), slots, places, strict=True):
+    _, _, scores, rows = run(rows=2, row_length=32)
+    _, _, expected, other_rows = whole
+    for example, row, other in zip(examples(), rows, other_rows, strict=True):
         size = len(example.completion)
         np.testing.assert_allclose(
-            said.log_probs[slot][:size], expected.log_probs[home][:size], rtol=1e-4
+            scores.log_probs[row][:size], expected.log_probs[other][:size], rtol=1e-4
         )
 
 
@@ -214,14 +214,14 @@ def test_a_policy_equal_to_its_reference_has_no_kl_for_any_sampler():
     even = lambda: [example._replace(advantage=0.0) for example in examples()]
     nucleus = Sampling(max_tokens=9, top_p=0.7, temperature=0.8)
     how = {"batch": even, "loss": losses.Reinforce(kl_weight=1.0), "scores": None}
-    _, metrics, said, _ = run(**how, distribution=sampled_from(nucleus))
+    _, metrics, scores, _ = run(**how, distribution=sampled_from(nucleus))
     assert abs(metrics["actor/kl_loss"]) < 1e-9
     assert metrics["actor/grad_norm"] < 1e-5
     _, _, expected, _ = run(**how)
-    assert expected.full_log_probs is None and said.full_log_probs is not None
+    assert expected.full_log_probs is None and scores.full_log_probs is not None
     full = expected.log_probs
-    np.testing.assert_allclose(said.full_log_probs, full, rtol=1e-5, atol=1e-6)
-    assert np.abs(np.asarray(said.log_probs - full)).max() > 0.1
+    np.testing.assert_allclose(scores.full_log_probs, full, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(scores.log_probs - full)).max() > 0.1
 
 
 def test_frozen_steps_update_the_token_reward_model_only():
@@ -288,10 +288,10 @@ def test_every_optimizer_setting_changes_the_update(field, value):
 
 def test_an_offloaded_optimizer_gives_equal_updates_and_stays_on_the_host(whole):
     offloaded = dataclasses.replace(POLICY, offload=True)
-    found = run(policy=offloaded)
-    assert_same_step(found, whole)
+    step = run(policy=offloaded)
+    assert_same_step(step, whole)
     kinds = {
-        m.sharding.memory_kind for m in jax.tree.leaves(moments(found[0].policy).mu)
+        m.sharding.memory_kind for m in jax.tree.leaves(moments(step[0].policy).mu)
     }
     assert kinds == {"pinned_host"}
 
@@ -338,7 +338,7 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         (sharding.MeshShape(fsdp=3), "3 devices, there are 8"),
         (sharding.MeshShape(tensor=16), "a multiple of 16 devices"),
@@ -351,8 +351,8 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_fit_is_rejected_with_both_numbers(shape, said):
-    with pytest.raises(InputError, match=said):
+def test_a_mesh_that_does_not_fit_is_rejected_with_both_numbers(shape, message):
+    with pytest.raises(InputError, match=message):
         sharding.make_mesh(shape, CONFIG)
 
 
