@@ -37,8 +37,8 @@ def add(verb: Verb) -> None:
         action="append",
         required=True,
         metavar="SET",
-        help="a jsonl or parquet file, a data set, or a preset (another word lists "
-        "them); may be repeated",
+        help="a jsonl or parquet file, a data set, or a preset (an unknown name "
+        "lists them); may be repeated",
     )
     folder(parser)
     parser.add_argument(

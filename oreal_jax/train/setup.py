@@ -1,4 +1,4 @@
-"""Everything that a run decides and checks before its first step."""
+"""Set-up of a run: everything that is read and checked before the first step."""
 
 import contextlib
 import itertools
@@ -91,9 +91,8 @@ def open_run_model(
     source = open_source(config, run)
     mesh = make_run_mesh(config, source.config)
     program_cache.enable()
-    has_begun = source.path == run
     template = None
-    if config.chat_template and not has_begun:
+    if config.chat_template and source.path != run:
         template = Path(config.chat_template)
     tokenizer = load_tokenizer(source.files)
     return OpenModel(
