@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import gc
-import importlib
 import subprocess
 import sys
 import weakref
@@ -50,18 +49,12 @@ except AttributeError as error:
     assert (result.stdout, result.stderr) == (expected, "")
 
 
-def test_every_public_name_is_documented_where_it_is_defined():
+def test_every_public_name_has_a_docstring():
     assert sorted({*oreal_jax.MODULES, "losses"}) == sorted(oreal_jax.__all__)
-    for name, module in oreal_jax.MODULES.items():
-        value = getattr(oreal_jax, name)
-        defined = importlib.import_module(value.__module__)
-        assert defined.__name__.startswith(f"oreal_jax.{module.split('.')[0]}")
-        classes = {
-            n.name: n
-            for n in ast.parse(Path(defined.__file__).read_text()).body
-            if isinstance(n, ast.ClassDef | ast.FunctionDef)
-        }
-        assert ast.get_docstring(classes[name]), name
+    for name in oreal_jax.__all__:
+        text = getattr(oreal_jax, name).__doc__
+        # Dataclasses and named tuples without a docstring list their fields.
+        assert text and not text.startswith(f"{name}("), name
 
 
 def test_type_checkers_see_the_same_names():

@@ -56,9 +56,9 @@ def run(
     """State, metrics and scores after some steps on the same batch."""
     devices = jax.devices()[: 1 if shape == ONE else 8]
     mesh = sharding.make_mesh(shape, CONFIG, devices)
-    both = TrainedModels.create(CONFIG, policy, scores, 10, mesh)
+    models = TrainedModels.create(CONFIG, policy, scores, 10, mesh)
     params = model.init(CONFIG, jax.random.key(0))
-    state = both.initializer(mesh)(params)
+    state = models.initializer(mesh)(params)
     if state.token_reward:  # a head that has learned something: no token weighs zero
         head = jax.random.normal(jax.random.key(1), (16,))
         state.token_reward.params["score"] = jax.device_put(
@@ -68,17 +68,17 @@ def run(
     packed = put_batch(packed, mesh)
     packed = make_reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
     update = make_train_step(
-        both,
+        models,
         loss,
         mesh,
         freeze_steps=freeze_steps,
         remat=remat,
         distribution=distribution,
     )
-    state, metrics, scores = update(state, packed)
+    state, metrics, outputs = update(state, packed)
     for _ in range(steps - 1):
-        state, metrics, scores = update(state, packed)
-    return state, metrics, scores, slots
+        state, metrics, outputs = update(state, packed)
+    return state, metrics, outputs, slots
 
 
 def moments(state) -> Any:
@@ -113,8 +113,8 @@ def whole():
 
 def test_the_step_is_compiled_once():
     mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
-    both = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
-    state = both.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
+    models = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
+    state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
     packed = put_batch(pack(examples(), rows=1, row_length=256)[0], mesh)
     update = make_train_step(both, Oreal(), mesh)
     for _ in range(3):
