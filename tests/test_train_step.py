@@ -116,7 +116,7 @@ def test_the_step_is_compiled_once():
     models = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
     state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
     packed = put_batch(pack(examples(), rows=1, row_length=256)[0], mesh)
-    update = make_train_step(both, Oreal(), mesh)
+    update = make_train_step(models, Oreal(), mesh)
     for _ in range(3):
         state, *_ = update(state, packed)
     assert update.program._cache_size() == 1
