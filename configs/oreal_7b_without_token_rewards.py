@@ -2,7 +2,7 @@
 
     oreal train configs/oreal_7b_without_token_rewards.py --set model=DIR
 
-Every token counts fully, all 16 samples of a prompt are kept and nothing is frozen.
+Every token counts fully, all 16 samples of a prompt are selected and nothing is frozen.
 Not yet run by us.
 """
 
@@ -11,12 +11,12 @@ import dataclasses
 import oreal_7b
 
 from oreal_jax.losses import Oreal, unweighted
-from oreal_jax.trajectory import everything
+from oreal_jax.trajectory import select_all
 
 config = dataclasses.replace(
     oreal_7b.config,
     loss=Oreal(weight_correct=unweighted, weight_incorrect=unweighted),
-    keep=everything,
+    keep=select_all,
     token_reward=None,
     freeze_steps=0,
 )

@@ -88,7 +88,7 @@ class Verification:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-    """A checkpoint every `every` steps and at the end; the newest `keep` are kept."""
+    """A checkpoint every `every` steps and at the end; the newest `keep` remain."""
 
     every: int = 10
     keep: int = 2
@@ -102,7 +102,7 @@ class Evaluation:
     """Evaluations of the policy before training, every `every` steps and at the end.
 
     `data` are the sets (files, or presets in `folder`); none: no evaluation. The policy
-    with the highest mean over the sets is kept in RUN/best. One sample per problem is
+    with the highest mean over the sets is saved in RUN/best. One sample per problem is
     greedy; several are sampled as in training.
     """
 
@@ -162,7 +162,7 @@ class TrainConfig:
     decode_cache: Literal["full", "float8"] = "full"
     max_disagreement: float = 0.1
     verification: Verification = Verification()
-    keep: trajectory.Keep = trajectory.one_pair
+    keep: trajectory.Selector = trajectory.select_pair
     loss: PolicyLoss = losses.Oreal()
     log_probs: Literal["full", "sampled"] = "full"
     policy: Optimizer = Optimizer(learning_rate=5e-7, final_learning_rate=1e-7)

@@ -16,7 +16,7 @@ _deferring = False  # whether the main thread is in a `deferred` block
 
 @contextlib.contextmanager
 def repeat_lost_interrupts() -> Iterator[None]:
-    """Sends SIGINT again where Python drops the KeyboardInterrupt.
+    """Send SIGINT again where Python drops the KeyboardInterrupt.
 
     It does so in destructors and in callbacks of the garbage collector (JAX has one),
     whose exceptions nobody can catch.
@@ -39,7 +39,7 @@ def repeat_lost_interrupts() -> Iterator[None]:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exits; files must be closed before.
+    """Exit at once; files must be closed before.
 
     Threads are joined and exit handlers run, but Python does not destroy its objects
     one by one, which would take half a second. An interrupted process does not run exit
@@ -59,7 +59,7 @@ def exit_process(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def deferred(on_interrupt: Callable[[], None]) -> Iterator[None]:
-    """Defers Ctrl-C to the end of the block, so that a step is complete or absent.
+    """Defer Ctrl-C to the end of the block, so that a step is complete or absent.
 
     `on_interrupt` is called at once. In an inner block Ctrl-C is deferred to the end of
     the outer one.
@@ -91,7 +91,7 @@ def deferred(on_interrupt: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ignoring_interrupts(work: str) -> Iterator[None]:
-    """Ignores Ctrl-C in the block, with a message that `work` is finished first.
+    """Ignore Ctrl-C in the block, with a message that `work` is finished first.
 
     For a process that exits because of an error, whose message and exit code must not
     be replaced.
@@ -109,7 +109,7 @@ def ignoring_interrupts(work: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Handles SIGTERM, the notice before a machine is preempted, like Ctrl-C."""
+    """Handle SIGTERM, the notice before a machine is preempted, like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

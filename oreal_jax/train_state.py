@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it is sharded."""
+"""The state of training: models and optimizers, and how they are sharded."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -94,7 +94,7 @@ class TrainedModels(NamedTuple):
         steps: int,
         mesh: Mesh,
     ) -> "TrainedModels":
-        """The policy and, with an optimizer for it, a token reward model alike."""
+        """Bind the policy, and a token reward model if it is trained, to a mesh."""
         scoring = dataclasses.replace(config, head="score")
         return cls(
             TrainedModel.create(config, policy, steps, mesh),
@@ -116,8 +116,10 @@ class TrainedModels(NamedTuple):
         return sharding.with_shardings(shapes, self.shardings(mesh))
 
     def initializer(self, mesh: Mesh):
-        """Return a jitted function from parameters to the state at step 0: the policy,
-        and a token reward model that begins with the policy's layers."""
+        """Return a jitted function from parameters to the state at step 0.
+
+        The token reward model begins with the policy's layers.
+        """
         return jax.jit(self._initialize, out_shardings=self.shardings(mesh))
 
     def _initialize(self, params: Params) -> TrainState:

@@ -108,10 +108,10 @@ class Trajectory:
 
 
 Group = list[Trajectory]
-Keep = Callable[[Group, np.random.Generator], Group]
+Selector = Callable[[Group, np.random.Generator], Group]
 
 
-def one_pair(group: Group, random: np.random.Generator) -> Group:
+def select_pair(group: Group, random: np.random.Generator) -> Group:
     """Select one correct and one incorrect trajectory at random; none if all agree."""
     correct = [t for t in group if t.correct]
     incorrect = [t for t in group if not t.correct]
@@ -123,15 +123,18 @@ def one_pair(group: Group, random: np.random.Generator) -> Group:
     ]
 
 
-def everything(group: Group, random: np.random.Generator) -> Group:
+def select_all(group: Group, random: np.random.Generator) -> Group:
     """Select all trajectories, whatever their verdicts."""
     return group
+
+
+# The names in config files that were written before December 2026.
+one_pair, everything = select_pair, select_all
 
 
 def with_advantages(
     groups: Sequence[Group],
     advantage: Callable[[Rewards], Rewards],
-    *,
     undecided: str = "incorrect",
 ) -> list[Group]:
     """Return the trajectories with their advantages within each group.
@@ -167,8 +170,7 @@ def _advantages_of_decided(group: Group, advantage) -> Float[np.ndarray, "K"]:
 
 def select(
     groups: Sequence[Group],
-    keep: Keep,
-    *,
+    selector: Selector,
     seed: int,
     step: int,
     undecided: str = "incorrect",
@@ -184,14 +186,14 @@ def select(
             group = [t for t in group if t.verdict.outcome != "undecided"]
         if group:
             random = np.random.default_rng((seed, step, group[0].prompt.key, index))
-            selected += keep(group, random)
+            selected += selector(group, random)
     return [dataclasses.replace(each, selected=True) for each in selected]
 
 
 def merge(groups: Sequence[Group], selected: Sequence[Trajectory]) -> list[Group]:
     """Return the groups with the selected trajectories in place of their originals."""
-    changed = {(t.group, t.sample): t for t in selected}
-    return [[changed.get((t.group, t.sample), t) for t in group] for group in groups]
+    by_sample = {(t.group, t.sample): t for t in selected}
+    return [[by_sample.get((t.group, t.sample), t) for t in group] for group in groups]
 
 
 def token_count(groups: Sequence[Group]) -> int:
@@ -201,16 +203,16 @@ def token_count(groups: Sequence[Group]) -> int:
     )
 
 
-def metrics(
+def trajectory_metrics(
     groups: Sequence[Group], selected: Sequence[Trajectory]
 ) -> dict[str, float]:
     """Return reward, length and verdict metrics of a step, named as in verl and TRL."""
-    everyone = [t for group in groups for t in group]
-    lengths = np.array([len(t.completion.tokens) for t in everyone])
+    trajectories = [t for group in groups for t in group]
+    lengths = np.array([len(t.completion.tokens) for t in trajectories])
     reward = np.array([_rewards(group) for group in groups])
-    log_probs = np.concatenate([t.completion.log_probs for t in everyone])
-    outcomes = [t.verdict.outcome for t in everyone]
-    by = [t.verdict.by for t in everyone]
+    log_probs = np.concatenate([t.completion.log_probs for t in trajectories])
+    outcomes = [t.verdict.outcome for t in trajectories]
+    by = [t.verdict.by for t in trajectories]
     values = {
         "critic/score/mean": (reward > 0).mean(),
         "reward": reward.mean(),
@@ -219,7 +221,7 @@ def metrics(
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response_length/clip_ratio": np.mean(
-            [t.completion.finish_reason == "length" for t in everyone]
+            [t.completion.finish_reason == "length" for t in trajectories]
         ),
         "rollout/negative_log_prob": -log_probs.mean(),
         "oreal/kept": len(selected),

@@ -31,7 +31,7 @@ def random_batch(seed: int = 0, rewards=None, lengths=None) -> Batch:
 
 
 def batches() -> dict[str, Batch]:
-    """A batch of each kind."""
+    """Return a batch of each kind."""
     mixed, random = random_batch(), np.random.default_rng(1)
     ones = np.ones((N, K))
     far = random.choice([-40.0, -21.0, -3.0, 3.0, 19.0, 21.0, 40.0], (2, N * K, T))
@@ -68,7 +68,7 @@ def count(scored: Scored) -> Counts:
 
 
 def as_scored(batch: Batch, advantage=outcome) -> Scored:
-    """A batch as `Scored`, not yet masked."""
+    """Return a batch as `Scored`, not yet masked."""
     fields = {
         name: jnp.asarray(values)
         for name, values in batch._asdict().items()

@@ -1,5 +1,4 @@
-"""Eight fake devices, quick compilation, shape checks without silent broadcasting, and
-shared fixtures.
+"""Shared fixtures; eight simulated devices, quick compilation, no rank promotion.
 
 Nothing of oreal_jax is imported before a test runs: its shapes are checked only in what
 is imported after pytest has begun.
@@ -62,7 +61,7 @@ FIRST = [
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Sends a file to one of several workers (`make test`), for its fixtures.
+    """Send a file to one of several workers (`make test`), for its fixtures.
 
     `--dist loadgroup` does not work: pytest 9.2 ignores the groups of xdist 3.8.
     """
@@ -83,8 +82,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def build_once(tmp_path_factory):
-    """`build_once(name, build)`: a folder that the first worker to request it fills by
-    calling `build(folder)`, and that all others reuse."""
+    """Return `build_once(name, build)`, which returns a folder.
+
+    The first worker to request it fills it by `build(folder)`; all others reuse it.
+    """
     top = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         top = top.parent
@@ -111,7 +112,7 @@ def double():
 
 @pytest.fixture(scope="session", params=families.FAMILIES)
 def pair(request, tmp_path_factory):
-    """A transformers model and ours, with the same weights."""
+    """Return a transformers model and ours, with the same weights."""
     from oreal_jax.checkpoints import hf
 
     directory = tmp_path_factory.mktemp("model")
@@ -145,7 +146,7 @@ def completions(params, prompts):
 
 @pytest.fixture(scope="session")
 def tiny(build_once) -> Path:
-    """A folder with the tiny model, its prompts, and a fine-tuned run of it."""
+    """Return a folder with the tiny model, its prompts, and a fine-tuned run of it."""
     import tiny_runs
 
     return build_once("tiny", tiny_runs.fine_tuned)
@@ -153,8 +154,11 @@ def tiny(build_once) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tiny, build_once) -> Path:
-    """An undisturbed run of five steps, in a separate process: the last bits of its
-    numbers depend on the threads of the process, and so on its number of devices."""
+    """Return an undisturbed run of five steps, from a separate process.
+
+    The last bits of its numbers depend on the threads of the process, and so on its
+    number of devices.
+    """
     import tiny_runs
 
     return build_once("whole", lambda run: tiny_runs.finish(tiny_runs.train(tiny, run)))
@@ -162,7 +166,7 @@ def whole(tiny, build_once) -> Path:
 
 @pytest.fixture(scope="session")
 def start(build_once) -> Path:
-    """The tiny model and its prompts "max A B?"."""
+    """Return the tiny model and its prompts "max A B?"."""
     import make_tiny
 
     return build_once("start", make_tiny.write)
@@ -194,7 +198,7 @@ def judges(shared_pool, monkeypatch):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A folder to work in, with six problems of two levels."""
+    """Return a folder to work in, with six problems of two levels."""
     import scripted
 
     monkeypatch.chdir(tmp_path)
@@ -210,7 +214,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def script(start, monkeypatch):
-    """The model that answers as `scripted.answer`, in place of every engine."""
+    """Return the model that answers as `scripted.answer`, in place of every engine."""
     from scripted import Script, answer
 
     from oreal_jax.sampling import Engine
@@ -227,7 +231,7 @@ def script(start, monkeypatch):
 
 @pytest.fixture
 def policy(start, monkeypatch):
-    """A scripted policy in place of every engine (scripted_runs.py)."""
+    """Return a scripted policy in place of every engine (scripted_runs.py)."""
     from scripted_runs import Policy
 
     from oreal_jax.sampling import Engine
@@ -240,7 +244,7 @@ def policy(start, monkeypatch):
 
 @pytest.fixture
 def files(tmp_path) -> Path:
-    """A folder with prompts, solutions and an exam."""
+    """Return a folder with prompts, solutions and an exam."""
     from scripted_runs import write_files
 
     return write_files(tmp_path)

@@ -105,8 +105,10 @@ def inline(file: str, first: int, prose: str) -> Iterator[Printed]:
 
 
 def in_docstrings(file: str, source: str) -> Iterator[Printed]:
-    """Commands in the docstrings of a Python file: indented lines, lines that begin
-    with a program, inline code."""
+    """Commands in the docstrings of a Python file.
+
+    They are indented lines, lines that begin with a program, and inline code.
+    """
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, kinds) or not ast.get_docstring(node):

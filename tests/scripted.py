@@ -57,7 +57,7 @@ class Script:
         return groups
 
     def completion(self, limit: int, text: str) -> Completion:
-        """The text, with a stop token if it is within the limit."""
+        """Return the text, with a stop token if it is within the limit."""
         tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
         reason = "stop" if len(tokens) <= limit else "length"
         tokens = tokens[:limit]
@@ -74,7 +74,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def answer(a: int, sample: int) -> str:
-    """The scripted model's answer to "max A 7?"."""
+    """Return the scripted model's answer to "max A 7?"."""
     return "It is 7" if (a + sample) % 4 == 0 else f"It is {a}"
 
 

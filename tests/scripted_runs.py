@@ -19,8 +19,10 @@ RIGHT = "99"
 
 
 class Policy:
-    """Solves `score` problems of an exam, and the odd samples of "max A 99?" where
-    there is something to learn; `error` is raised when step `fails_at` is sampled."""
+    """Solves `score` problems of an exam, odd samples of "max A 99?" if it `learns`.
+
+    `error` is raised when step `fails_at` is sampled.
+    """
 
     def __init__(self, model: Path):
         self.script = Script(model, self.answer)
@@ -37,7 +39,7 @@ class Policy:
         return self.script.sample(engine, *given, step=step, **named)
 
     def take_prompts(self) -> list[int]:
-        """The prompts sampled since the last call, in order."""
+        """Return the prompts sampled since the last call, in order."""
         asked = self.script.requests
         self.script.requests = []
         return [a for a, sample, _ in asked if sample == 0 and a not in EXAM]
@@ -77,7 +79,7 @@ def sft(start: Path, files: Path, *settings: str, config=ROOT / "configs/tiny_sf
 
 
 def remove_progress(checkpoint: Path) -> None:
-    """Makes a checkpoint what it was before progress was recorded."""
+    """Make a checkpoint what it was before progress was recorded."""
     shutil.rmtree(checkpoint / "progress")
     path = checkpoint / "_CHECKPOINT_METADATA"
     metadata = json.loads(path.read_text())

@@ -1,12 +1,10 @@
 """The command line: output, exit codes, and messages for invalid input."""
 
-import gc
 import json
 import signal
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import make_tiny
@@ -16,8 +14,6 @@ from judge_stub import honest, serving
 from tiny_runs import ROOT
 
 from oreal_jax.cli import main, verify
-from oreal_jax.cli.options import in_background
-from oreal_jax.errors import InputError
 from oreal_jax.sampling import Engine
 from oreal_jax.verify import Pool
 
@@ -341,25 +337,3 @@ def test_answers_not_correct_by_rule_are_judged_by_the_model(capsys):
         assert main([*answer, "--question", "3 + 4?"]) == 2
         assert main([*answer, "--judge", stub.url]) == 2
     assert "no model is named" in capsys.readouterr().err
-
-
-def test_loaded_weights_are_released_once_they_are_taken():
-    class Weights:
-        pass
-
-    load = in_background(Weights)
-    weights = load()
-    reference = weakref.ref(weights)
-    assert reference() is weights
-    del weights
-    gc.collect()
-    assert reference() is None
-
-
-def test_an_error_of_the_background_load_is_raised_where_it_is_awaited():
-    def fail():
-        raise InputError("no weights")
-
-    load = in_background(fail)
-    with pytest.raises(InputError, match="no weights"):
-        load()

@@ -70,14 +70,14 @@ def test_the_7b_recipe_is_the_published_one():
     )
     assert config.loss.advantage is losses.rloo
     assert config.log_probs == "full"
-    assert config.keep is trajectory.one_pair
+    assert config.keep is trajectory.select_pair
     assert config.difficulty == PUBLISHED_BANDS
 
 
-def test_without_token_rewards_nothing_is_filtered_or_frozen():
+def test_without_token_rewards_everything_is_selected_and_nothing_frozen():
     config = loaded("oreal_7b_without_token_rewards")
     assert config.token_reward is None
-    assert config.keep is trajectory.everything
+    assert config.keep is trajectory.select_all
     assert config.freeze_steps == 0
     assert isinstance(config.loss, Oreal)
     assert (
@@ -120,7 +120,7 @@ def test_a_setting_reaches_its_field(setting, read):
         ("steps={[]:1}", "steps must be int"),
         ("tensorboard=1", "tensorboard must be bool"),
         ("stop_words=('a',1)", "stop_words"),
-        ("keep=everything", "which only a config file can give"),
+        ("keep=select_all", "which only a config file can give"),
         ("steps.more=1", "has no fields"),
         ("loss.threshold=1", "Oreal has no field 'threshold'; it has"),
         ("seed=-1", "seed=-1 must be from 0 to 2147483647"),

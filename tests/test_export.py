@@ -22,7 +22,7 @@ from oreal_jax import config
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model
 from oreal_jax.cli import main
-from oreal_jax.cli.options import GenerationModel, model_options
+from oreal_jax.cli.options import load_for_generation, model_options
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Sampling
@@ -80,9 +80,8 @@ def test_completions_of_a_run_end_at_its_stop_words_and_strings(start, tmp_path)
     model_options(parser)
     run = write_run(start / "hf", tmp_path / "run")
     args = parser.parse_args(["--model", str(run), "--rows", "8"])
-    model = GenerationModel(args, Sampling(max_tokens=6), ["!"])
-    model.load()
-    assert {256, 257} <= set(model.engine.stops.tokens.tolist())
+    model, engine = load_for_generation(args, Sampling(max_tokens=6), ["!"])
+    assert {256, 257} <= set(engine.stops.tokens.tolist())
     assert set(model.chat.stop_strings) == {"!", "\n\n"}
     assert model.chat.system_prompt == "Think."
 

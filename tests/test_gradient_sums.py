@@ -91,7 +91,7 @@ def without_cache():
 
 
 @pytest.mark.usefixtures("without_cache")
-def test_gradients_are_reduced_over_devices_in_the_requested_dtype(tmp_path):
+def test_gradients_are_reduced_in_the_configured_dtype(tmp_path):
     full = Step(SMALL, EIGHT, dtype=jnp.bfloat16)
     assert {dtype for _, dtype in reductions(full, tmp_path / "full")} == {"f32"}
     half = Step(SMALL, EIGHT, dtype=jnp.bfloat16, gradient_sums=jnp.bfloat16)

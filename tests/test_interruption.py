@@ -34,8 +34,7 @@ command()
 
 
 def test_an_interrupted_compilation_ends_with_130():
-    """The compilation continues in a thread of XLA's, which must not outlive what it
-    uses."""
+    """The compilation continues in XLA's thread, which must not outlive its client."""
     done = subprocess.run(
         [sys.executable, "-c", COMPILING, "train", "configs/tiny.py"],
         env=ALONE | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
@@ -114,7 +113,7 @@ def test_training_interrupted_at_any_moment_ends_with_130(tiny, tmp_path, cached
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
-    """Returns when the file exists."""
+    """Wait until the file exists."""
     while not file.exists():
         assert process.poll() is None
         time.sleep(0.01)

@@ -70,7 +70,7 @@ def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(tmp_path):
     assert delete.endswith("delete run --zone=here --force --quiet")
 
 
-def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path):
+def test_a_preempted_slice_is_requested_again(tmp_path):
     states = ["PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "ACTIVE"]
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     (tmp_path / "fails").touch()
@@ -80,7 +80,7 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path):
     assert asked(tmp_path) == [*once, "queued-resources delete"] * 2
 
 
-def test_a_run_that_fails_by_itself_is_not_begun_again(tmp_path):
+def test_a_failed_run_is_not_restarted(tmp_path):
     (tmp_path / "states").write_text("ACTIVE\n" * 10)
     (tmp_path / "fails").touch()
     done = launch(tmp_path, "up", *NEEDED, *CONFIG)
@@ -90,7 +90,7 @@ def test_a_run_that_fails_by_itself_is_not_begun_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "no verb"),
         (["up"], "--name is missing"),
@@ -102,14 +102,14 @@ def test_a_run_that_fails_by_itself_is_not_begun_again(tmp_path):
         (["up", "--fast"], "--fast: no such option"),
     ],
 )
-def test_bad_options_are_one_line(tmp_path, words, said):
+def test_invalid_options_are_one_line(tmp_path, words, message):
     done = launch(tmp_path, *words)
     assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("recipe", ["oreal_7b", "oreal_32b", "oreal_7b_dsr1"])
-def test_a_task_under_slurm_has_the_devices_of_whole_engines(recipe):
+def test_a_slurm_task_has_the_devices_of_whole_engines(recipe):
     script = (ROOT / "tools" / "slurm.sh").read_text()
     given = dict(re.findall(r"^#SBATCH --(\S+?)=(\S+)", script, re.MULTILINE))
     gpus = int(given["gpus-per-node"]) // int(given["ntasks-per-node"])
@@ -122,7 +122,7 @@ def test_a_task_under_slurm_has_the_devices_of_whole_engines(recipe):
 
 
 @pytest.mark.parametrize("cpus", ["64", None])
-def test_a_task_under_slurm_has_the_cpus_that_sbatch_asked_for(tmp_path, cpus):
+def test_a_slurm_task_has_the_cpus_that_sbatch_requested(tmp_path, cpus):
     """Since SLURM 22.05 srun does not take them from sbatch's environment."""
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
@@ -143,7 +143,7 @@ def test_a_task_under_slurm_has_the_cpus_that_sbatch_asked_for(tmp_path, cpus):
     ]
 
 
-def test_both_scripts_parse_and_the_launcher_explains_itself(tmp_path):
+def test_both_scripts_parse_and_the_launcher_prints_its_usage(tmp_path):
     for script in ("launch_pod.sh", "slurm.sh"):
         subprocess.run(["bash", "-n", ROOT / "tools" / script], check=True)
     assert "up        create, install, run" in launch(tmp_path, "--help").stdout

@@ -19,6 +19,7 @@ LAYOUT = """
     config_loading
     config
     trajectory
+    loading
     checkpoints
     sampling
     train_state
@@ -52,7 +53,7 @@ MODULES = {
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of this project that a file imports, in functions too."""
+    """Return the modules of this project that a file imports, in functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -64,7 +65,7 @@ def imports(path: Path) -> set[str]:
 
 
 def place(module: str) -> tuple[int, str]:
-    """The line of a module in the layout, and the name it has there."""
+    """Return the line of a module in the layout, and the name it has there."""
     parts = module.split(".")
     names = (".".join(parts[:size]) for size in range(len(parts), 1, -1))
     name = next((name for name in names if name in PLACES), None)

@@ -1,5 +1,4 @@
-"""A run begun before the layout of November 2026 (commit 42772ba) resumes as it would
-have continued then.
+"""A run of a version before November 2026 (commit 42772ba) resumes with equal results.
 
 tests/old_run.tar.gz: `oreal train configs/tiny.py` on a model of 6,608 parameters, two
 of four steps, and `expected.json`, the metrics of the others.
@@ -26,7 +25,7 @@ NEW_NAMES = {
 
 
 @pytest.mark.usefixtures("judges")
-def test_a_run_begun_before_resumes_as_it_would_have_continued(tmp_path, monkeypatch):
+def test_a_run_of_an_older_version_resumes_with_equal_results(tmp_path, monkeypatch):
     with tarfile.open(Path(__file__).parent / "old_run.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -41,5 +40,5 @@ def test_a_run_begun_before_resumes_as_it_would_have_continued(tmp_path, monkeyp
     for row, then in zip(rows[2:], expected, strict=True):
         del then["rollout/occupancy"]  # slots are filled better now
         for name, value in then.items():
-            found = row[NEW_NAMES.get(name, name)]
-            assert found == pytest.approx(value, rel=1e-3, abs=1e-5), name
+            resumed = row[NEW_NAMES.get(name, name)]
+            assert resumed == pytest.approx(value, rel=1e-3, abs=1e-5), name

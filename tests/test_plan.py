@@ -333,7 +333,7 @@ def seven_billion(**changes):
 def test_all_completions_that_a_step_may_select_are_counted():
     """1,024 completions of 7,000 tokens with their prompts fill 57 micro-batches of
     eight rows; a pair of each prompt an eighth of that."""
-    selected, everything = seven_billion(keep=trajectory.everything)
+    selected, everything = seven_billion(keep=trajectory.select_all)
     assert len(selected) == 1024
     rows = fill_rows([sum(lengths) for lengths in selected], 16_384)
     assert everything.micros == -(-len(rows) // 8) >= 57
@@ -341,7 +341,7 @@ def test_all_completions_that_a_step_may_select_are_counted():
     assert len(pairs) == 128 and 8 <= one_pair.micros <= 9
     step = lambda findings: findings.programs[-1].arguments
     assert step(everything) > step(one_pair)  # the batch itself
-    small = config(keep=trajectory.everything)
+    small = config(keep=trajectory.select_all)
     selected = selected_lengths(small, completion_lengths(small, 64))
     devices = jax.devices()[:4]
     run = layout(small, SHAPE, devices, devices, selected)
@@ -437,7 +437,7 @@ def test_the_bound_of_a_plan_exceeds_a_measured_throughput():
         decode_rows=2048,
         decode_tensor=1,
         cache_tokens=200_000,
-        keep=trajectory.everything,
+        keep=trajectory.select_all,
         loss=Grpo(),
         token_reward=None,
         freeze_steps=0,

@@ -91,16 +91,16 @@ def test_the_policy_is_measured_before_every_n_steps_and_at_the_end(
 ):
     skill = Skill(monkeypatch, start, 1, 3, 3, 2)
     assert train(start, tmp_path / "run", "system_prompt=Be brief.") == 0
-    found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 2, 4, 5]
-    assert [row["score"] for row in found] == [0.25, 0.75, 0.75, 0.5]
-    assert [row["best"] for row in found] == [True, True, False, False]
-    assert found[0]["val-core/exam/pass@1"] == 0.25
+    evaluations = rows(tmp_path / "run")
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
+    assert [row["score"] for row in evaluations] == [0.25, 0.75, 0.75, 0.5]
+    assert [row["best"] for row in evaluations] == [True, True, False, False]
+    assert evaluations[0]["val-core/exam/pass@1"] == 0.25
     assert {sampling.temperature for *_, sampling in skill.examined()} == {0.0}
     assert "after step 2: exam pass@1 75.0%" in capsys.readouterr().out
     # The best is a model directory with all that the run's own has.
     best = open_model(tmp_path / "run" / "best")
-    assert best.system_prompt == "Be brief."
+    assert best.settings["system_prompt"] == "Be brief."
     assert [p.name for p in (best.path / "checkpoints").iterdir()] == ["2"]
     mesh = make_mesh(MeshShape(), best.config)
     own = jax.tree.leaves(open_model(tmp_path / "run").load(mesh))
@@ -120,7 +120,7 @@ def test_without_data_nothing_is_evaluated(start, tmp_path, monkeypatch):
     assert not skill.examined() and not (tmp_path / "run" / "best").exists()
 
 
-def test_several_samples_are_drawn_as_in_training(start, tmp_path, monkeypatch):
+def test_several_samples_are_sampled_as_in_training(start, tmp_path, monkeypatch):
     skill = Skill(monkeypatch, start, 1, 1)
     settings = ["evaluation.samples=3", *ONE_STEP, "sampling.temperature=0.7"]
     assert train(start, tmp_path / "run", *settings) == 0
@@ -129,7 +129,7 @@ def test_several_samples_are_drawn_as_in_training(start, tmp_path, monkeypatch):
     assert {sample for _, sample, _ in skill.examined()} == {0, 1, 2}
 
 
-def test_answers_are_judged_as_in_training(start, tmp_path, monkeypatch):
+def test_completions_are_verified_as_in_training(start, tmp_path, monkeypatch):
     skill = Skill(monkeypatch, start, 1, 1)
     with serving(replies("VERDICT: RIGHT")) as stub:
         judge = [
@@ -144,7 +144,7 @@ def test_answers_are_judged_as_in_training(start, tmp_path, monkeypatch):
     assert step["judge/asked"] == 0 < stub.requests
 
 
-def test_what_was_drawn_stays_when_its_judging_is_interrupted(
+def test_completions_are_saved_when_verification_is_interrupted(
     start, tmp_path, monkeypatch
 ):
     Skill(monkeypatch, start, 1, 1)
@@ -171,15 +171,13 @@ def test_presets_are_found_in_the_folder_and_scores_averaged_over_sets(
     data = f"evaluation.data=({str(start / 'exam.jsonl')!r}, 'amc23')"
     settings = [data, f"evaluation.folder={tmp_path}", *ONE_STEP]
     assert train(start, tmp_path / "run", *settings) == 0
-    found = rows(tmp_path / "run")
-    assert found[0]["val-core/exam/pass@1"] == 0.75
-    assert found[0]["val-core/amc23/pass@1"] == 0.0
-    assert [row["score"] for row in found] == [0.375, 1.0]
+    evaluations = rows(tmp_path / "run")
+    assert evaluations[0]["val-core/exam/pass@1"] == 0.75
+    assert evaluations[0]["val-core/amc23/pass@1"] == 0.0
+    assert [row["score"] for row in evaluations] == [0.375, 1.0]
 
 
-def test_what_a_stopped_run_has_measured_is_not_measured_again(
-    start, tmp_path, monkeypatch
-):
+def test_a_resumed_run_does_not_repeat_evaluations(start, tmp_path, monkeypatch):
     skill = Skill(monkeypatch, start, 2, 1, 3)
     run = tmp_path / "run"
     assert train(start, run, "steps=2") == 0
@@ -190,7 +188,7 @@ def test_what_a_stopped_run_has_measured_is_not_measured_again(
     assert rows(run)[2]["best"] and len(skill.examined()) == 12
 
 
-def test_an_evaluation_that_is_interrupted_leaves_the_run_whole(
+def test_an_interrupted_evaluation_does_not_damage_the_run(
     start, tmp_path, monkeypatch
 ):
     skill = Skill(monkeypatch, start, 2, 1)
@@ -204,7 +202,7 @@ def test_an_evaluation_that_is_interrupted_leaves_the_run_whole(
     assert [row["step"] for row in rows(run)] == [0, 2]
 
 
-def test_evaluation_time_is_not_a_steps_time(start, tmp_path, monkeypatch):
+def test_evaluation_time_is_not_counted_in_the_step_time(start, tmp_path, monkeypatch):
     Skill(monkeypatch, start, 2, 1)
     assert train(start, tmp_path / "run", *ONE_STEP) == 0
     (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
@@ -214,7 +212,7 @@ def test_evaluation_time_is_not_a_steps_time(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("evaluation.every=0", "config: every=0 must be at least 1"),
         ("evaluation.samples=0", "config: samples=0 must be at least 1"),
@@ -227,14 +225,14 @@ def test_evaluation_time_is_not_a_steps_time(start, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
-    start, tmp_path, capsys, setting, said
+def test_invalid_evaluation_settings_are_one_line_and_leave_nothing(
+    start, tmp_path, capsys, setting, message
 ):
     text = {"question": "7" * 300, "gold_answer": "7"}
     (tmp_path / "long.jsonl").write_text(json.dumps(text) + "\n")
     setting = setting.replace("TRAIN", str(start / "train.jsonl"))
     setting = setting.replace("LONG", str(tmp_path / "long.jsonl"))
     assert train(start, tmp_path / "run", setting) == 2
-    complained = capsys.readouterr().err
-    assert said in complained and complained.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -1,8 +1,8 @@
-"""Every printed command and Python snippet works: `printed.py` collects them, bash
-splits them, and each program has a rule here.
+"""Every printed command and Python snippet works.
 
-Bash runs stand-in programs that record their arguments. `oreal` and the tools then run
-in this process, in a folder with small files under all printed names. Decoding and
+`printed.py` collects them, bash splits them, and each program has a rule here. Bash
+runs stand-in programs that record their arguments. `oreal` and the tools then run in
+this process, in a folder with small files under all printed names. Decoding and
 training have stand-ins too, except in the slow tests.
 """
 
@@ -108,7 +108,7 @@ def judges() -> Iterator[Any]:
 
 
 def stand_in(engine, weights, requests, samples, **options) -> list[list]:
-    """Replaces `Engine.sample`: every second completion answers 7."""
+    """Replace `Engine.sample`: every second completion answers 7."""
     import make_tiny
 
     from oreal_jax.sampling import Completion
@@ -126,7 +126,7 @@ def stand_in(engine, weights, requests, samples, **options) -> list[list]:
 
 
 def lay_out(home: Path, hf: Path) -> None:
-    """Writes a small file or model under every printed name."""
+    """Write a small file or model under every printed name."""
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.data import load_prompts
     from oreal_jax.data.builder import write_prompts
@@ -194,7 +194,7 @@ def add_link(target: Path, link: Path) -> None:
 
 @pytest.fixture(scope="module")
 def layout(start, judges, tmp_path_factory) -> Path:
-    """The folder that each command starts in."""
+    """Return the folder that each command starts in."""
     home = tmp_path_factory.mktemp("printed") / "home"
     home.mkdir()
     shutil.copytree(start / "hf", home / "tiny")
@@ -225,7 +225,7 @@ def layout(start, judges, tmp_path_factory) -> Path:
 
 
 def share_pool(patch: pytest.MonkeyPatch, judges) -> None:
-    """Makes all commands use one pool of judging processes."""
+    """Make all commands use one pool of judging processes."""
     from oreal_jax.verify import Pool
 
     patch.setattr(Pool, "__init__", lambda *_, **__: None)
@@ -234,7 +234,7 @@ def share_pool(patch: pytest.MonkeyPatch, judges) -> None:
 
 
 def without_decoding(patch: pytest.MonkeyPatch) -> None:
-    """Replaces decoding and the copy of weights."""
+    """Replace decoding and the copy of weights."""
     from oreal_jax.sampling import Engine
 
     patch.setattr(Engine, "sample", stand_in)
@@ -242,8 +242,7 @@ def without_decoding(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_training(patch: pytest.MonkeyPatch) -> None:
-    """Ends runs after reading their config and files, and plans before compiling a
-    program."""
+    """End runs after reading their config and files, and plans before compiling."""
     from oreal_jax import distributed, plan
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.data import load_prompts, read_examples
@@ -275,8 +274,8 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
         return types.SimpleNamespace(fits=True)
 
     for module, name, work in [
-        ("oreal_jax.train.loop", "train", train),
-        ("oreal_jax.train.sft", "sft", sft),
+        ("oreal_jax.train.loop", "train_oreal", train),
+        ("oreal_jax.train.sft", "train_sft", sft),
     ]:
         patch.setattr(importlib.import_module(module), name, work)
     real = plan.make_plan
@@ -342,7 +341,7 @@ class Check:
             self.programs[program](words)
 
     def oreal(self, words: list[str]) -> None:
-        """Runs the verb; in prose, where arguments may be omitted, only parses them."""
+        """Run the verb; in prose, where arguments may be omitted, only parse them."""
         words = [PLACEHOLDERS.get(word, word) for word in words]
         if words[0] == "sft":
             words = [
@@ -376,7 +375,7 @@ class Check:
             assert omitted, f"oreal {shlex.join(words)}: {error}"
 
     def remove(self, output: Any) -> None:
-        """Removes what an earlier command wrote."""
+        """Remove what an earlier command wrote."""
         path = self.home / output if isinstance(output, Path) else None
         if path and (path.is_symlink() or path.is_file()):
             path.unlink()
@@ -384,7 +383,7 @@ class Check:
             shutil.rmtree(path)
 
     def make(self, words: list[str]) -> None:
-        """Checks that targets exist and the commands of their recipes work."""
+        """Check that targets exist and the commands of their recipes work."""
         targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].split("\n")[0]
         assert set(words) <= set(targets.split()), f"make {words}: no such target"
         # Not with the variables of the `make` that these tests may run under.
@@ -401,7 +400,7 @@ class Check:
         self.shell("make test" if matrix else result.stdout)
 
     def python(self, words: list[str]) -> None:
-        """Applies the rules of tools, pytest, pip and make's recipes."""
+        """Apply the rules of tools, pytest, pip and make's recipes."""
         match words:
             case ["-m", "pytest", *rest]:
                 self.pytest(rest)
@@ -417,7 +416,7 @@ class Check:
                 pytest.fail(f"no rule for python {words}")
 
     def tool(self, path: str, words: list[str]) -> None:
-        """Runs a quick tool; checks options and input files of the others."""
+        """Run a quick tool; check options and input files of the others."""
         assert (self.home / path).is_file(), f"{path}: no such tool"
         module = importlib.import_module(Path(path).stem)
         parsed = module.parser().parse_args(words)
@@ -430,7 +429,7 @@ class Check:
             assert not module.main(words)
 
     def pytest(self, words: list[str]) -> None:
-        """Checks that markers are declared and that files and test names exist."""
+        """Check that markers are declared and that files and test names exist."""
         options = argparse.ArgumentParser()
         options.add_argument("-m", default="")
         options.add_argument("-k", default="")
@@ -445,12 +444,12 @@ class Check:
         assert not parsed.k or any(parsed.k in name for name in names), parsed.k
 
     def nodes_of(self, file: str) -> list[str]:
-        """The tests of a file, as pytest collects them."""
+        """Return the tests of a file, as pytest collects them."""
         assert (ROOT / file).is_file(), f"{file}: no such file"
         return self.nodes[file]
 
     def path(self, text: str) -> None:
-        """Checks that a file, folder or test of this repository exists."""
+        """Check that a file, folder or test of this repository exists."""
         file, _, name = text.partition("::")
         candidates = [ROOT / file, *(ROOT / "oreal_jax").glob(f"**/{file}")]
         exists = any(candidate.exists() for candidate in candidates)
@@ -460,7 +459,7 @@ class Check:
             assert name in [test.partition("[")[0] for test in tests], text
 
     def pip(self, words: list[str]) -> None:
-        """Checks pip's options, and that extras are declared."""
+        """Check pip's options, and that extras are declared."""
         from pip._internal.commands import create_command
 
         assert words[0] == "install"
@@ -475,7 +474,7 @@ class Check:
                 assert extra in provided, f"{requirement}: no such extra"
 
     def options(self, text: str) -> None:
-        """Checks that a verb or tool has the options, or a config the setting."""
+        """Check that a verb or tool has the options, or a config the setting."""
         words = shlex.split(text)
         if words[0] == "--set":
             return check_setting(words[1])
@@ -499,7 +498,7 @@ class Check:
 
 
 def verbs(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """The parsers of all verbs."""
+    """Return the parsers of all verbs."""
     inner = [a for a in command._actions if isinstance(a, argparse._SubParsersAction)]
     if not inner:
         yield command
@@ -509,7 +508,7 @@ def verbs(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 
 def relaxed(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Makes all arguments of a parser optional, for parts of commands."""
+    """Make all arguments of a parser optional, for parts of commands."""
     for action in command._actions:
         action.required = False
         if isinstance(action, argparse._SubParsersAction):
@@ -546,19 +545,19 @@ def check_setting(setting: str) -> None:
 
 @functools.cache
 def documented_variables() -> set[str]:
-    """The environment variables that the program reads."""
+    """Return the environment variables that the program reads."""
     sources = [path.read_text() for path in (ROOT / "oreal_jax").rglob("*.py")]
     return {name for text in sources for name in re.findall(r"\bOREAL_\w+", text)}
 
 
 def variables(file: str) -> str:
-    """Assignments of shell variables in a document, for its commands."""
+    """Return assignments of shell variables in a document, for its commands."""
     lines = [item.text for item in ALL if item.file == file and item.kind == "block"]
     return "\n".join(line for line in lines if re.match(r"[A-Z]+=\S+;", line))
 
 
 def run_snippet(item: Printed) -> None:
-    """Runs a Python snippet with the names that its document assumes."""
+    """Run a Python snippet with the names that its document assumes."""
     assert item.file in ASSUMED_NAMES, f"no rule for Python in {item.file}"
     name = f"snippet_{Path(item.file).stem}"
     module = types.ModuleType(name)
@@ -569,7 +568,7 @@ def run_snippet(item: Printed) -> None:
 
 
 def names_for_sampling() -> dict[str, Any]:
-    """A tiny model of the length that the snippet needs, and a prompt."""
+    """Return a tiny model of the length that the snippet needs, and a prompt."""
     import make_tiny
 
     from oreal_jax import model
@@ -586,7 +585,7 @@ def names_for_sampling() -> dict[str, Any]:
 
 
 def names_for_losses() -> dict[str, Any]:
-    """The imports of the config file that the snippet is taken from."""
+    """Return the imports of the config file that the snippet is taken from."""
     tree = ast.parse((ROOT / "configs/my_loss.py").read_text())
     kinds = (ast.Import, ast.ImportFrom)
     imports: list[ast.stmt] = [n for n in tree.body if isinstance(n, kinds)]
@@ -596,6 +595,7 @@ def names_for_losses() -> dict[str, Any]:
 
 
 ASSUMED_NAMES: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md": dict,
     "docs/losses.md": names_for_losses,
     "docs/sampling.md": names_for_sampling,
     "docs/verification.md": dict,
@@ -607,7 +607,7 @@ ASSUMED_NAMES: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def nodes() -> dict[str, list[str]]:
-    """Tests of the files named in printed commands, as pytest collects them."""
+    """Return tests of the files named in printed commands, as pytest collects them."""
     names = re.compile(r"(tests/\w+\.py)(?:::| -k)|-m slow (tests/\w+\.py)")
     texts = "\n".join(item.text for item in ALL)
     files = {a or b for a, b in names.findall(texts)}
@@ -622,7 +622,7 @@ def nodes() -> dict[str, list[str]]:
 
 @pytest.fixture
 def home(layout, tmp_path, monkeypatch) -> Path:
-    """A copy of the layout to work in."""
+    """Return a copy of the layout to work in."""
     home = tmp_path / "home"
     shutil.copytree(layout, home, symlinks=True)
     monkeypatch.chdir(home)
@@ -631,7 +631,7 @@ def home(layout, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def check(home, nodes, judges, monkeypatch) -> Check:
-    """The rules, with stand-ins for decoding and training."""
+    """Return the rules, with stand-ins for decoding and training."""
     share_pool(monkeypatch, judges)
     without_decoding(monkeypatch)
     without_training(monkeypatch)
@@ -644,7 +644,8 @@ def test_printed_commands_work(item, check):
 
 
 @pytest.mark.parametrize("item", [i for i in ALL if i.kind == "snippet"], ids=str)
-def test_printed_python_runs(item):
+def test_printed_python_runs(item, home, judges, monkeypatch):
+    share_pool(monkeypatch, judges)
     run_snippet(item)
 
 

@@ -61,8 +61,8 @@ def traced(tiny):
 
 
 def test_steps_after_the_first_are_traced_with_their_phases(traced):
-    said, run = traced
-    assert f"profile: xprof --logdir {run / 'profile'}" in said
+    output, run = traced
+    assert f"profile: xprof --logdir {run / 'profile'}" in output
     (trace,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
     content = trace.read_bytes()
     for name in (b"gen", b"verify", b"ref", b"update_actor", b"step_num"):
@@ -90,13 +90,13 @@ def test_a_run_reports_throughput_and_flops_of_every_phase(traced):
     np.testing.assert_allclose(ratio[1] - ratio[0], 2, rtol=1e-9)
 
 
-def test_without_a_second_step_there_is_nothing_to_trace(tmp_path, capsys):
+def test_a_run_of_one_step_has_no_trace(tmp_path, capsys):
     profile = Profile(tmp_path / "profile", 2, Screen())
     profile.step_done(1, last=True)
     assert "profile: no step came after the first" in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_negative_number_of_steps_to_trace_is_refused(capsys):
+def test_a_negative_number_of_steps_to_trace_is_rejected(capsys):
     assert main(["train", "configs/tiny.py", "--profile", "-1"]) == 2
     assert "--profile -1" in capsys.readouterr().err

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("judges")
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "older"])
-def test_another_number_of_prompts_repeats_and_skips_none(
+def test_a_changed_number_of_prompts_per_step_repeats_and_skips_none(
     start, files, policy, recorded
 ):
     assert train(start, files, "steps=3").code == 0
@@ -34,7 +34,7 @@ def test_another_number_of_prompts_repeats_and_skips_none(
     assert prompts == [a for a, _ in whole.batch(0)]
 
 
-def test_a_kill_before_the_first_save_does_not_change_what_was_taken(
+def test_a_kill_before_the_first_save_does_not_change_the_prompts_used(
     start, files, policy
 ):
     """Steps 1 to 3 took 4 prompts each, whatever the config says afterwards."""
@@ -70,7 +70,7 @@ def test_a_learning_rate_that_jumps_is_logged_with_both_values(start, files, pol
                 assert f"step 3: {name} jumps {values}" in output
 
 
-def test_sft_counts_examples_and_refuses_an_edited_file(start, files, monkeypatch):
+def test_sft_counts_examples_and_rejects_an_edited_file(start, files, monkeypatch):
     pack, batches = fine_tuning.pack, []
 
     def record(examples, **options):
@@ -114,7 +114,7 @@ def test_an_edited_file_of_prompts_is_logged_and_the_copy_used(start, files, pol
     assert sorted(policy.take_prompts()) == list(range(10, 10 + COUNT))
 
 
-def test_a_changed_copy_of_the_prompts_is_refused(start, files, policy):
+def test_a_changed_copy_of_the_prompts_is_rejected(start, files, policy):
     path, run = files / "prompts.jsonl", files / "run"
     assert train(start, files, "steps=2").code == 0
     shutil.rmtree(run / "data")
@@ -149,7 +149,7 @@ def test_a_setting_that_changes_the_usable_prompts_is_logged(start, files, polic
         "progress/metadata",
     ],
 )
-def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
+def test_a_run_with_an_incomplete_checkpoint_resumes_from_the_previous_one(
     start, files, policy, lost
 ):
     run = files / "run"
@@ -167,7 +167,7 @@ def test_an_incomplete_checkpoint_is_skipped_for_the_one_before(
         assert ours.tobytes() == theirs.tobytes()
 
 
-def test_a_checkpoint_without_its_data_is_named_with_what_to_do(start, files, policy):
+def test_a_checkpoint_without_its_data_is_reported_with_advice(start, files, policy):
     run = files / "run"
     assert train(start, files, "steps=2", "saving.every=1").code == 0
     for data in (run / "checkpoints" / "2" / "trainer").glob("**/d"):
@@ -197,7 +197,7 @@ def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
     assert [path.read_bytes() for path in kept] == expected
 
 
-def test_weights_alone_are_no_run_and_are_kept(start, files, policy):
+def test_a_directory_of_weights_is_not_a_run_and_is_kept(start, files, policy):
     run = files / "run"
     assert train(start, files, "steps=2").code == 0
     shutil.rmtree(run / "checkpoints" / "2" / "trainer")
@@ -207,7 +207,7 @@ def test_weights_alone_are_no_run_and_are_kept(start, files, policy):
     assert checkpoints.steps(run) == [2]
 
 
-def test_what_killed_saves_left_is_removed(start, files, policy):
+def test_remains_of_killed_saves_are_removed(start, files, policy):
     run = files / "run"
     assert train(start, files, "steps=2").code == 0
     left = [run / "checkpoints" / "17.orbax-checkpoint-tmp" / "policy"]
@@ -228,7 +228,7 @@ def examined(files: Path) -> list[str]:
     return [data, "evaluation.every=1", "saving.every=2"]
 
 
-def test_what_a_dead_timeline_wrote_is_not_taken_for_the_runs(start, files, policy):
+def test_files_of_abandoned_steps_are_removed(start, files, policy):
     run = files / "run"
     policy.score = 3
     policy.fails_at, policy.error = 4, KeyboardInterrupt()
@@ -306,7 +306,9 @@ def test_a_best_policy_below_a_recorded_score_is_logged(start, files, policy):
     assert code == 0 and "the best so far" in output and "is below" not in output
 
 
-def test_a_best_policy_that_a_dead_step_replaced_is_kept_again(start, files, policy):
+def test_a_best_policy_replaced_by_an_abandoned_step_is_saved_again(
+    start, files, policy
+):
     run = files / "run"
     policy.score = 3
     assert train(start, files, "steps=2", *examined(files)).code == 0

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("judges")
 
 
 def lasting(run: Path) -> list[dict]:
-    """The metrics of a run without what depends on the clock."""
+    """Return the metrics of a run without what depends on the clock."""
     clock = ("timing_s/", "perf/")
     rows = metrics.read(run / "metrics.jsonl")
     return [{k: v for k, v in r.items() if not k.startswith(clock)} for r in rows]
@@ -56,12 +56,12 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny, whole, blow):
     process = train(tiny, run)
     wait_for_steps(run, 2, process)
     process.send_signal(blow)
-    said, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     if blow != signal.SIGKILL:
         assert process.returncode == 130
-        assert "resume with the same command" in said
-        assert "Traceback" not in said + errors
+        assert "resume with the same command" in output
+        assert "Traceback" not in output + errors
     assert f"resuming {run} after step" in finish(train(tiny, run))
     for ours, expected in zip(arrays(run, 5), arrays(whole, 5), strict=True):
         assert ours.tobytes() == expected.tobytes()
@@ -70,7 +70,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny, whole, blow):
         assert (run / "trajectories" / file.name).read_text() == file.read_text()
 
 
-def test_what_a_run_directory_holds(whole):
+def test_a_run_directory_has_all_files(whole):
     assert {path.name for path in whole.iterdir()} == {
         "config.json",
         "model",
@@ -150,7 +150,7 @@ def test_trajectories_are_written_while_the_next_step_samples(tiny, monkeypatch)
     assert saved == [["step_000000.jsonl", "step_000001.jsonl"]]
 
 
-def test_trajectories_that_cannot_be_written_end_the_run(tiny, tmp_path):
+def test_unwritable_trajectories_end_the_run(tiny, tmp_path):
     (tmp_path / "trajectories").touch()  # a file where a folder should be
     code, _, errors = train_in_process(tiny, tmp_path, "steps=2")
     assert code == 2
@@ -165,15 +165,15 @@ def test_the_loss_lab_finds_the_loss_that_the_run_had(whole):
     for row in metrics.read(whole / "metrics.jsonl"):
         if row["oreal/kept"]:
             file = whole / "trajectories" / f"step_{row['step']:06d}.jsonl"
-            found = loss_lab.evaluate_loss(
+            result = loss_lab.evaluate_loss(
                 losses.Oreal(), loss_lab.load_trajectories([file])
             )
-            assert found.terms["loss"] == pytest.approx(row["actor/loss"], abs=1e-5)
+            assert result.terms["loss"] == pytest.approx(row["actor/loss"], abs=1e-5)
             for name in ("actor/positive_loss", "actor/kl_loss"):
-                assert found.terms[name] == pytest.approx(row[name], abs=1e-5)
+                assert result.terms[name] == pytest.approx(row[name], abs=1e-5)
 
 
-def test_a_loss_of_ones_own_trains_from_its_config_file_alone(tiny, tmp_path):
+def test_a_loss_in_a_config_file_trains_without_registration(tiny, tmp_path):
     config = tmp_path / "own.py"
     own = (ROOT / "configs" / "my_loss.py").read_text()
     config.write_text(own.replace("smollm2_arithmetic", "tiny"))
@@ -207,7 +207,7 @@ config = dataclasses.replace(
 """
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path):
+def test_a_non_finite_gradient_ends_the_run_without_saving(tiny, tmp_path):
     config, run = tmp_path / "own.py", tmp_path / "run"
 
     shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
@@ -223,20 +223,18 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
-def test_a_run_does_not_change_whether_it_has_a_token_reward_model(
-    tiny, whole, tmp_path
-):
+def test_a_run_cannot_gain_or_lose_its_token_reward_model(tiny, whole, tmp_path):
     config = tmp_path / "own.py"
     shutil.copy(ROOT / "configs" / "tiny.py", tmp_path)
     config.write_text(OWN_LOSS)
     code, _, errors = train_in_process(tiny, whole, config=config)
     assert code == 2
-    assert "with a token reward model or without" in errors
+    assert "token_reward cannot be added or removed" in errors
     assert errors.count("\n") == 1
 
 
-def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
-    for settings, said in [
+def test_sizes_that_do_not_fit_are_reported_before_a_run_starts(tiny, tmp_path):
+    for settings, message in [
         (
             ["sampling.max_tokens=255", "packing.row_length=512"],
             "max_tokens=255 must lie within 1..256",
@@ -244,11 +242,11 @@ def test_what_a_run_has_no_room_for_is_said_before_it_begins(tiny, tmp_path):
         (["cache_tokens=64"], "does not fit cache_tokens=64"),
     ]:
         code, _, errors = train_in_process(tiny, tmp_path / "run", *settings)
-        assert code == 2 and said in errors
+        assert code == 2 and message in errors
         assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_context_does_not_divide_are_refused(tiny):
+def test_row_lengths_must_divide_by_the_context_axis(tiny):
     settings = ["mesh.context=8", "packing.row_length=300"]
     config = load(ROOT / "configs/tiny.py", TrainConfig, settings)
     with pytest.raises(
@@ -272,8 +270,8 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
         # The first step's policy is the reference, whatever it is sampled from.
         assert row["actor/kl_loss"] < 1e-9
         read = loss_lab.load_trajectories([run / "trajectories"])
-        found = loss_lab.evaluate_loss(losses.Oreal(), read)
-        assert found.terms["actor/kl_loss"] < 1e-9
+        result = loss_lab.evaluate_loss(losses.Oreal(), read)
+        assert result.terms["actor/kl_loss"] < 1e-9
         for t in kept:
             full = t.get("full_log_probs", t["log_probs"])
             np.testing.assert_allclose(full, t["reference_log_probs"], atol=2e-5)
@@ -281,7 +279,7 @@ def test_training_on_the_sampled_distribution_agrees_with_the_sampler(tiny):
     assert differences[1] > differences[3]  # what is cut off makes the rest likelier
 
 
-def test_kept_completions_are_one_right_and_one_wrong_of_a_prompt(whole):
+def test_selected_completions_are_one_correct_and_one_incorrect_per_prompt(whole):
     for file in (whole / "trajectories").iterdir():
         kept = [t for t in map(json.loads, file.open()) if t["kept"]]
         by_prompt: dict[str, list[str]] = {}
@@ -291,7 +289,7 @@ def test_kept_completions_are_one_right_and_one_wrong_of_a_prompt(whole):
             assert verdicts.count("correct") * 2 == len(verdicts)
 
 
-def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
+def test_a_step_without_a_pair_skips_and_logs_the_update(tiny):
     rows = [{"question": f"max {i} 1?", "gold_answer": "never"} for i in range(8)]
     prompts = tiny / "never.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -303,7 +301,7 @@ def test_a_step_without_a_pair_skips_the_update_and_says_so(tiny):
         assert ours.tobytes() == expected.tobytes()
 
 
-def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
+def test_undecided_completions_are_dropped_if_configured(tiny):
     run = tiny / "undecided"
     with serving(replies("VERDICT: UNSURE")) as stub:
         judge = [
@@ -321,12 +319,12 @@ def test_what_the_judge_leaves_undecided_is_dropped_where_so_configured(tiny):
     assert not any(t["advantage"] or t["kept"] for t in unsure)
 
 
-def test_tensorboard_files_come_when_asked_for(tiny):
+def test_tensorboard_files_are_written_if_configured(tiny):
     train_ok(tiny, tiny / "board", *ONE_STEP, "tensorboard=True")
     assert list((tiny / "board" / "tensorboard").glob("events*"))
 
 
-def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
+def test_a_run_keeps_its_template_and_system_prompt(tiny):
     template, run = tiny / "other.jinja", tiny / "other"
     text = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     template.write_text(text)
@@ -336,23 +334,23 @@ def test_a_runs_template_and_system_prompt_stay_with_it(tiny):
     train_ok(tiny, run, *settings[:2], "steps=2")
     assert (run / "model" / "chat_template.jinja").read_text() == text
     source = open_model(run)
-    assert source.system_prompt == "Long."
+    assert source.settings["system_prompt"] == "Long."
     tokenizer = load_tokenizer(source.files)
     assert (
-        Chat(tokenizer, source.system_prompt).decode(
-            Chat(tokenizer, source.system_prompt).encode("1?")
+        Chat(tokenizer, source.settings["system_prompt"]).decode(
+            Chat(tokenizer, source.settings["system_prompt"]).encode("1?")
         )
         == "Long.|1?|"
     )
 
 
-def test_an_existing_run_is_not_mistaken_for_another(tiny, whole):
+def test_a_run_cannot_change_its_seed(tiny, whole):
     code, _, errors = train_in_process(tiny, whole, "seed=7")
     assert code == 2
     assert "seed: 0 -> 7" in errors and errors.count("\n") == 1
 
 
-def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
+def test_eight_bit_decoding_trains_and_its_error_is_measured(tiny):
     run = tiny / "eight"
     settings = ["decode_weights=int8", "decode_cache=float8", *ONE_STEP]
     train_ok(tiny, run, *settings)
@@ -361,7 +359,7 @@ def test_eight_bit_decoding_trains_and_its_distance_is_measured(tiny):
     assert row["training/rollout_probs_correlation"] > 0.9
 
 
-def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
+def test_a_sampler_that_disagrees_with_the_trainer_ends_the_run(tiny):
     run = tiny / "apart"
     settings = ["decode_weights=int8", "max_disagreement=1e-6", *ONE_STEP]
     code, _, errors = train_in_process(tiny, run, *settings)
@@ -374,7 +372,7 @@ def test_a_sampler_that_is_not_the_trainers_ends_the_run(tiny):
     assert not list((run / "checkpoints").glob("*"))
 
 
-def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
+def test_a_non_finite_policy_ends_the_run_and_names_the_weight(tiny):
     home = shutil.copytree(tiny / "start" / "hf", tiny / "broken")
     weights = load_file(home / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -392,7 +390,7 @@ def test_a_policy_that_is_not_finite_ends_the_run_by_name(tiny):
     assert not metrics.read(run / "metrics.jsonl")
 
 
-def test_what_was_drawn_stays_when_a_step_is_interrupted(tiny, monkeypatch):
+def test_finished_completions_of_an_interrupted_step_are_saved(tiny, monkeypatch):
     run = tiny / "interrupted"
     draw = Engine.sample
 

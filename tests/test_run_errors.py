@@ -78,7 +78,7 @@ def test_an_update_that_consumed_its_state_does_not_mask_its_error(
     ("error", "code", "saved"),
     [(KeyboardInterrupt(), 130, [1]), (Diverged("x"), 1, [])],
 )
-def test_a_file_that_cannot_be_written_hides_no_other_end(
+def test_an_unwritable_file_does_not_mask_another_error(
     start, files, policy, error, code, saved
 ):
     run = files / "run"
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_written_hides_no_other_end(
     assert saved_steps(run) == saved
 
 
-def test_an_error_before_any_step_saves_nothing(start, files, policy):
+def test_an_error_before_the_first_step_saves_nothing(start, files, policy):
     policy.fails_at = 0
     with pytest.raises(RuntimeError, match="a bug"):
         train(start, files, "steps=5")
@@ -100,8 +100,10 @@ def test_an_error_before_any_step_saves_nothing(start, files, policy):
 
 @pytest.fixture
 def log_of_error(start, files, policy, monkeypatch):
-    """`log_of_error(save)`: the lines of a run that ends with a bug in its third step
-    and saves by `save`."""
+    """Return `log_of_error(save)`, which returns the log of a failed run.
+
+    The run ends with a bug in its third step and saves by `save`.
+    """
 
     def run(save) -> list[str]:
         policy.fails_at = 2
@@ -115,14 +117,14 @@ def log_of_error(start, files, policy, monkeypatch):
     return run
 
 
-def test_a_save_that_fails_too_does_not_replace_the_error(log_of_error):
+def test_a_failed_save_does_not_mask_the_error(log_of_error):
     def fail(*_):
         raise OSError("disk full")
 
     assert "not saved: OSError: disk full" in log_of_error(fail)[-1]
 
 
-def test_ctrl_c_while_an_error_is_saved_does_not_replace_it(files, log_of_error):
+def test_ctrl_c_while_saving_after_an_error_does_not_mask_it(files, log_of_error):
     save = checkpoints.Checkpoints.save
 
     def interrupted(*given):
@@ -133,7 +135,7 @@ def test_ctrl_c_while_an_error_is_saved_does_not_replace_it(files, log_of_error)
     assert saved_steps(files / "run") == [2]
 
 
-def test_sft_refuses_a_loss_that_reads_what_it_does_not_have(start, files):
+def test_sft_rejects_a_loss_that_reads_absent_inputs(start, files):
     config = files / "own.py"
     shutil.copy(ROOT / "configs/tiny_sft.py", files)
     text = """

@@ -57,9 +57,9 @@ def run(
     """State, metrics and scores after some steps on the same batch."""
     devices = jax.devices()[: 1 if shape == ONE else 8]
     mesh = make_mesh(shape, CONFIG, devices)
-    both = TrainedModels.create(CONFIG, policy, scores, 10, mesh)
+    models = TrainedModels.create(CONFIG, policy, scores, 10, mesh)
     params = model.init(CONFIG, jax.random.key(0))
-    state = both.initializer(mesh)(params)
+    state = models.initializer(mesh)(params)
     if state.token_reward:  # a head that has learned something: no token weighs zero
         head = jax.random.normal(jax.random.key(1), (16,))
         state.token_reward.params["score"] = jax.device_put(
@@ -69,17 +69,17 @@ def run(
     packed = put_batch(packed, mesh)
     packed = make_reference_scorer(CONFIG, mesh, jnp.float32)(params, packed)
     update = make_train_step(
-        both,
+        models,
         loss,
         mesh,
         freeze_steps=freeze_steps,
         remat=remat,
         distribution=distribution,
     )
-    state, metrics, said = update(state, packed)
+    state, metrics, outputs = update(state, packed)
     for _ in range(steps - 1):
-        state, metrics, said = update(state, packed)
-    return state, metrics, said, slots
+        state, metrics, outputs = update(state, packed)
+    return state, metrics, outputs, slots
 
 
 def moments(state) -> Any:
@@ -114,10 +114,10 @@ def whole():
 
 def test_the_step_is_compiled_once():
     mesh = make_mesh(ONE, CONFIG, jax.devices()[:1])
-    both = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
-    state = both.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
+    models = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
+    state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
     packed = put_batch(pack(examples(), rows=1, row_length=256)[0], mesh)
-    update = make_train_step(both, Oreal(), mesh)
+    update = make_train_step(models, Oreal(), mesh)
     for _ in range(3):
         state, *_ = update(state, packed)
     assert update.program._cache_size() == 1
@@ -151,11 +151,11 @@ def test_the_mesh_does_not_change_the_update(whole, shape):
 @pytest.mark.parametrize(
     "remat", ["but_attention", "elementwise", "nothing", "offloaded"]
 )
-def test_what_is_recomputed_does_not_change_the_update(whole, remat):
+def test_rematerialisation_does_not_change_the_update(whole, remat):
     assert_same_step(run(remat=remat), whole)
 
 
-def test_what_is_kept_trades_memory_for_products():
+def test_rematerialisation_trades_memory_for_computation():
     config = dataclasses.replace(CONFIG, layers=8)
     params = model.init(config, jax.random.key(0))
     tokens = jnp.zeros((1, 512), jnp.int32)
@@ -183,17 +183,17 @@ def test_the_order_of_examples_does_not_change_the_update(whole):
     assert_same_step(run(row_length=256, batch=reversed_examples), whole)
 
 
-def test_scores_come_back_in_the_slot_of_their_example(whole):
-    _, _, said, slots = run(rows=2, row_length=32)
-    _, _, expected, places = whole
-    for example, slot, home in zip(examples(), slots, places, strict=True):
+def test_scores_return_in_the_row_of_their_example(whole):
+    _, _, scores, rows = run(rows=2, row_length=32)
+    _, _, expected, other_rows = whole
+    for example, row, other in zip(examples(), rows, other_rows, strict=True):
         size = len(example.completion)
         np.testing.assert_allclose(
-            said.log_probs[slot][:size], expected.log_probs[home][:size], rtol=1e-4
+            scores.log_probs[row][:size], expected.log_probs[other][:size], rtol=1e-4
         )
 
 
-def test_moments_lie_like_their_parameters():
+def test_moments_are_sharded_like_their_parameters():
     mesh = make_mesh(MeshShape(fsdp=4, tensor=2), CONFIG)
     models = TrainedModels.create(CONFIG, POLICY, SCORES, 10, mesh)
     state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
@@ -206,26 +206,26 @@ def test_moments_lie_like_their_parameters():
     assert query.addressable_shards[0].data.size == query.size // 8
 
 
-def test_the_reference_of_the_start_gives_no_kl_at_first():
+def test_kl_to_the_initial_policy_is_zero_at_the_start():
     _, metrics, _, _ = run()
     assert abs(metrics["actor/kl_loss"]) < 1e-9
 
 
-def test_a_policy_that_is_its_reference_has_no_kl_whatever_it_is_sampled_from():
+def test_a_policy_equal_to_its_reference_has_no_kl_for_any_sampler():
     even = lambda: [example._replace(advantage=0.0) for example in examples()]
     nucleus = Sampling(max_tokens=9, top_p=0.7, temperature=0.8)
     how = {"batch": even, "loss": losses.Reinforce(kl_weight=1.0), "scores": None}
-    _, metrics, said, _ = run(**how, distribution=sampling_distribution(nucleus))
+    _, metrics, scores, _ = run(**how, distribution=sampling_distribution(nucleus))
     assert abs(metrics["actor/kl_loss"]) < 1e-9
     assert metrics["actor/grad_norm"] < 1e-5
     _, _, expected, _ = run(**how)
-    assert expected.full_log_probs is None and said.full_log_probs is not None
+    assert expected.full_log_probs is None and scores.full_log_probs is not None
     full = expected.log_probs
-    np.testing.assert_allclose(said.full_log_probs, full, rtol=1e-5, atol=1e-6)
-    assert np.abs(np.asarray(said.log_probs - full)).max() > 0.1
+    np.testing.assert_allclose(scores.full_log_probs, full, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(scores.log_probs - full)).max() > 0.1
 
 
-def test_frozen_steps_move_the_token_reward_model_only():
+def test_frozen_steps_update_the_token_reward_model_only():
     start, _, _, _ = run(freeze_steps=1)
     before = model.init(CONFIG, jax.random.key(0))
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
@@ -287,12 +287,12 @@ def test_every_optimizer_setting_changes_the_update(field, value):
     assert np.abs(ends[0] - ends[1]).max() > 1e-6
 
 
-def test_an_offloaded_optimizer_updates_alike_and_stays_with_the_host(whole):
+def test_an_offloaded_optimizer_gives_equal_updates_and_stays_on_the_host(whole):
     offloaded = dataclasses.replace(POLICY, offload=True)
-    found = run(policy=offloaded)
-    assert_same_step(found, whole)
+    step = run(policy=offloaded)
+    assert_same_step(step, whole)
     kinds = {
-        m.sharding.memory_kind for m in jax.tree.leaves(moments(found[0].policy).mu)
+        m.sharding.memory_kind for m in jax.tree.leaves(moments(step[0].policy).mu)
     }
     assert kinds == {"pinned_host"}
 
@@ -324,7 +324,7 @@ def test_rows_are_filled_without_overlap_and_never_overfull():
     assert len(rows) <= 1.1 * sum(lengths) / 64 + 1
 
 
-def test_a_sequence_longer_than_a_row_is_refused_with_both_numbers():
+def test_a_sequence_longer_than_a_row_is_rejected_with_both_numbers():
     with pytest.raises(InputError, match="65 tokens, row_length=64"):
         fill_rows([3, 65], 64)
 
@@ -339,7 +339,7 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         (MeshShape(fsdp=3), "3 devices, there are 8"),
         (MeshShape(tensor=16), "a multiple of 16 devices"),
@@ -352,8 +352,8 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(shape, said):
-    with pytest.raises(InputError, match=said):
+def test_a_mesh_that_does_not_fit_is_rejected_with_both_numbers(shape, message):
+    with pytest.raises(InputError, match=message):
         make_mesh(shape, CONFIG)
 
 

@@ -1,5 +1,7 @@
-"""Runs of the tiny model: in this process, or in separate processes for tests of
-signals, deaths and several processes."""
+"""Runs of the tiny model, in this process or in separate processes.
+
+The latter are for tests of signals, deaths and several processes.
+"""
 
 import contextlib
 import io
@@ -34,7 +36,7 @@ class Result(NamedTuple):
 
 
 def oreal_in_process(*arguments) -> Result:
-    """Runs `oreal` in this process, with one device."""
+    """Run `oreal` in this process, with one device."""
     one_device = jax.devices()[:1]
     output, errors = io.StringIO(), io.StringIO()
     with (
@@ -48,13 +50,13 @@ def oreal_in_process(*arguments) -> Result:
 
 
 def check_ok(result: Result) -> str:
-    """Checks that a command succeeded; returns its output."""
+    """Check that a command succeeded; return its output."""
     assert result.code == 0, result.output + result.errors
     return result.output
 
 
 def oreal(*arguments, environment: Mapping[str, str] = ALONE) -> subprocess.Popen:
-    """`oreal` in a process of its own, with one device unless told otherwise."""
+    """Start `oreal` in a separate process, with one device by default."""
     script = "from oreal_jax.cli import command; command()"
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -66,13 +68,13 @@ def oreal(*arguments, environment: Mapping[str, str] = ALONE) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, said + complained
-    return said
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    return output
 
 
 def fine_tuned(home: Path) -> Path:
-    """Writes the tiny model into a folder, and a fine-tuned run of it as `sft`."""
+    """Write the tiny model into a folder, and a fine-tuned run of it as `sft`."""
     make_tiny.write(home / "start")
     output = check_ok(
         oreal_in_process(
@@ -90,14 +92,14 @@ def fine_tuned(home: Path) -> Path:
 def command(
     tiny: Path, run: Path, *settings: str, config: Path, options: Sequence[str]
 ) -> list:
-    given = [
+    all_settings = [
         f"model={tiny / 'sft'}",
         f"prompts={tiny / 'start' / 'prompts.jsonl'}",
         "saving.every=1",
         "steps=5",
         *settings,
     ]
-    flags = [word for setting in given for word in ("--set", setting)]
+    flags = [word for setting in all_settings for word in ("--set", setting)]
     return ["train", config, *flags, "--run", run, *options]
 
 
@@ -109,7 +111,7 @@ def train(
     options: Sequence[str] = (),
     environment: Mapping[str, str] = ALONE,
 ) -> subprocess.Popen:
-    """Starts `oreal train` in a separate process."""
+    """Start `oreal train` in a separate process."""
     words = command(tiny, run, *settings, config=config, options=options)
     return oreal(*words, environment=environment)
 
@@ -121,7 +123,7 @@ def train_in_process(
     config: Path = ROOT / "configs/tiny.py",
     options: Sequence[str] = (),
 ) -> Result:
-    """Runs `oreal train` in this process."""
+    """Run `oreal train` in this process."""
     return oreal_in_process(
         *command(tiny, run, *settings, config=config, options=options)
     )
@@ -134,14 +136,14 @@ def train_ok(
     config: Path = ROOT / "configs/tiny.py",
     options: Sequence[str] = (),
 ) -> str:
-    """Runs `oreal train` in this process, which must succeed; returns its output."""
+    """Run `oreal train` in this process, which must succeed; return its output."""
     return check_ok(
         train_in_process(tiny, run, *settings, config=config, options=options)
     )
 
 
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
-    """Returns when the run has done so many steps."""
+    """Wait until the run has finished `count` steps."""
     path = run / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not path.exists() or len(path.read_text().splitlines()) < count:
@@ -150,13 +152,13 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
 
 
 def arrays(run: Path, step: int) -> list[np.ndarray]:
-    """Every number of a checkpoint, whatever devices saved it."""
-    found = []
+    """Return all arrays of a checkpoint, whatever devices saved it."""
+    values = []
     for item in ("policy", "trainer"):
         path = (run / "checkpoints" / str(step) / item).absolute()
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
             plain = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
             tree = checkpointer.restore(path, restore_args=jax.tree.map(plain, tree))
-        found += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return found
+        values += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return values

@@ -1,15 +1,15 @@
-"""Does the ladder of the paper's table 2 hold on a model that trains in seconds?
+"""The ablation ladder of the paper's table 2, on a model that trains in seconds.
 
     python tools/ablation.py runs/ablation
 
 Every rung starts from the same fine-tuned tiny model and has the same budget: prompts,
 samples, steps, learning rate. A rung differs from the one below in one thing, by its
-loss. Each is run with several seeds and measured on held-out problems; a step of the
-ladder is judged by the paired differences of its seeds. Results are files: what was
-interrupted goes on, and more seeds may be asked for later.
+loss. Each is run with several seeds and measured on held-out problems; a step up the
+ladder is tested by the paired differences of its seeds. Results are files: an
+interrupted study resumes, and seeds can be added later.
 
-The task is to sort four digits. Its model answers in five tokens, so that a token may
-deserve credit that another does not; its start has learned the form of an answer from
+The task is to sort four digits. The model answers in five tokens, so that tokens of an
+answer may differ in credit; its start has learned the format of an answer from
 solutions of which many are incorrect.
 """
 
@@ -18,7 +18,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,34 +34,41 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from oreal_jax import losses, model, program_cache
+from oreal_jax import (
+    InputError,
+    Pool,
+    Sampling,
+    SftConfig,
+    TrainConfig,
+    load_model,
+    losses,
+    model,
+    train_oreal,
+    train_sft,
+)
 from oreal_jax.checkpoints import hf
-from oreal_jax.checkpoints.source import open_model
-from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verification
+from oreal_jax.config import Packing, Saving, Verification
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, load_tokenizer, read_prompts
-from oreal_jax.errors import InputError
+from oreal_jax.data import read_prompts
 from oreal_jax.evaluation import Evaluator, ProblemSet
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.interrupts import INTERRUPTED, exit_process
-from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.optimizer import Optimizer
-from oreal_jax.sampling import Engine, Sampling
-from oreal_jax.train.loop import train
-from oreal_jax.train.sft import sft
-from oreal_jax.verify import Pool
 
 DIGITS = 4
-SWAPPED = 0.5  # share of the start's solutions in which two digits change places
-ENOUGH = 0.95  # confidence of intervals and verdicts
+SWAPPED_SHARE = 0.5  # of the start's solutions: two digits are swapped
+CONFIDENCE = 0.95  # of intervals and verdicts
 # "released" is not a rung: it has the factor A in its cloning, as all released configs.
 ROWS = (*losses.presets.LADDER, "released")
-WEIGHTED = ("token_weights", "released")  # those that need a token reward model
+WEIGHTED = ("token_weights", "released")  # with a token reward model
 
 
 class Size(NamedTuple):
-    """Numbers of training and held-out problems, of samples per held-out problem, of
-    SFT steps, of prompts per step, and of slots."""
+    """Size of a study.
+
+    `training` and `held_out` problems, `samples` per held-out problem; `prompts` per
+    step; `slots` of the engine that measures.
+    """
 
     training: int
     held_out: int
@@ -82,30 +89,30 @@ class Result(NamedTuple):
     by_seed: dict[int, float]
 
     def interval(self) -> tuple[float, float, float]:
-        """Mean over seeds and its t-interval."""
+        """Return the mean over seeds and its t-interval."""
         return interval(list(self.by_seed.values()))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and t-interval of few values."""
+    """Return mean and t-interval of a few values."""
     mean, spread = np.mean(values), stats.sem(values)
-    half = spread * stats.t.ppf((1 + ENOUGH) / 2, len(values) - 1)
+    half = spread * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     return float(mean), float(mean - half), float(mean + half)
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of differences says of a step up the ladder."""
+    """Return the verdict on a step up the ladder, from its interval of gains."""
     if low > 0:
         return "reproduced"
     return "not reproduced" if high < 0 else "within noise"
 
 
 def problems(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Different strings of digits to sort, in a fixed random order."""
-    draw = random.Random(seed)
+    """Return different strings of digits to sort, in a fixed random order."""
+    rng = random.Random(seed)
     texts = (f"{n}" for n in range(10 ** (DIGITS - 1), 10**DIGITS))
     usable = [text for text in texts if "0" not in text]
-    rows = draw.sample(usable, count)
+    rows = rng.sample(usable, count)
     return [
         {"id": text, "question": f"sort {text}?", "gold_answer": "".join(sorted(text))}
         for text in rows
@@ -113,29 +120,29 @@ def problems(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def solutions(rows: Sequence[dict[str, str]], seed: int = 0) -> Iterator[dict]:
-    """Answers to learn the form from: in some, two digits have changed places."""
-    draw = random.Random(seed)
+    """Yield answers to learn the format from; in some, two digits are swapped."""
+    rng = random.Random(seed)
     for row in rows:
         for _ in range(2):
             answer = list(row["gold_answer"])
-            if draw.random() < SWAPPED:
-                i, j = draw.sample(range(DIGITS), 2)
+            if rng.random() < SWAPPED_SHARE:
+                i, j = rng.sample(range(DIGITS), 2)
                 answer[i], answer[j] = answer[j], answer[i]
             yield {"question": row["question"], "solution": "".join(answer)}
 
 
 def make_start(home: Path, size: Size, screen: Screen) -> Path:
-    """The fine-tuned model that every run starts from."""
+    """Fine-tune the model that every run starts from, unless it exists."""
     rows = problems(size.training + size.held_out)
     write_lines(home / "train.jsonl", rows[: size.training])
     write_lines(home / "heldout.jsonl", rows[size.training :])
     write_lines(home / "solutions.jsonl", solutions(rows[: size.training]))
     if not (home / "hf").exists():
         shape = dataclasses.replace(make_tiny.CONFIG, layers=3, embed=96, mlp=256)
-        made = home / ".hf.incomplete"
-        hf.save(model.init(shape, jax.random.key(0)), shape, made)
-        make_tiny.tokenizer().save_pretrained(str(made))
-        made.rename(home / "hf")
+        incomplete = home / ".hf.incomplete"
+        hf.save(model.init(shape, jax.random.key(0)), shape, incomplete)
+        make_tiny.tokenizer().save_pretrained(str(incomplete))
+        incomplete.rename(home / "hf")
     config = SftConfig(
         model=str(home / "hf"),
         examples=str(home / "solutions.jsonl"),
@@ -145,13 +152,15 @@ def make_start(home: Path, size: Size, screen: Screen) -> Path:
         packing=Packing(rows=8, row_length=256),
         saving=Saving(every=size.sft_steps, keep=1),
     )
-    sft(config, home / "start", screen)
+    train_sft(config, home / "start", screen)
     return home / "start"
 
 
-def config_of(home: Path, row: str, seed: int, steps: int, size: Size) -> TrainConfig:
-    """The run of a row: all alike but for the loss, and the model it needs. As
-    published, a ninth of the steps trains the token reward model alone."""
+def make_config(home: Path, row: str, seed: int, steps: int, size: Size) -> TrainConfig:
+    """Return the config of a row; rows differ in the loss and the models it needs.
+
+    As published, a ninth of the steps trains the token reward model alone.
+    """
     rate = Optimizer(learning_rate=3e-4, final_learning_rate=1e-4, warmup_steps=2)
     weighted = row in WEIGHTED
     return TrainConfig(
@@ -177,55 +186,56 @@ def config_of(home: Path, row: str, seed: int, steps: int, size: Size) -> TrainC
 
 
 def measure(run: Path, prompts: Path, size: Size, pool: Pool) -> float:
-    """Mean accuracy of several samples of every held-out problem."""
-    source = open_model(run)
-    mesh = make_mesh(MeshShape(), source.config)
-    program_cache.enable()
-    chat = Chat(load_tokenizer(source.files))
-    engine = Engine(source.config, mesh, chat.stop_tokens(), rows=size.slots)
-    rows = read_prompts(prompts)
-    weights, sampling = engine.weights(source.load(mesh)), Sampling(max_tokens=8)
+    """Return the mean accuracy over several samples of each held-out problem."""
+    trained = load_model(run, dtype="float32")
+    engine = trained.make_engine(rows=size.slots)
     evaluator = Evaluator(
-        engine=engine, weights=weights, chat=chat, pool=pool, screen=Screen.silent()
+        engine=engine,
+        weights=engine.weights(trained.params),
+        chat=trained.chat,
+        pool=pool,
+        screen=Screen.silent(),
     )
-    sets = [ProblemSet("heldout", rows)]
+    sets, sampling = (
+        [ProblemSet("heldout", read_prompts(prompts))],
+        Sampling(max_tokens=8),
+    )
     return evaluator.reports(sets, None, sampling, size.samples)["heldout"].accuracy
 
 
 def run_all(
     home: Path, seeds: int, steps: int, size: Size, screen: Screen
 ) -> tuple[float, list[Result]]:
-    """The start's accuracy and every row's, from files where they are there."""
+    """Return the accuracies of the start and of each row, from files if they exist."""
     home.mkdir(parents=True, exist_ok=True)
+    prompts = home / "heldout.jsonl"
     results: dict[str, dict[int, float]] = {row: {} for row in ROWS}
     quiet = Screen(Console(file=(home / "log.txt").open("a"), highlight=False))
     with Pool(1) as pool:
         start = make_start(home, size, quiet)
-        begin = kept(home / "start.json", lambda: measured(start, home, size, pool))
-        screen.log(f"start: {begin:.1%} correct")
+        baseline = load_or_compute(
+            home / "start.json", lambda: measure(start, prompts, size, pool)
+        )
+        screen.log(f"start: {baseline:.1%} correct")
         with screen.phase("runs", total=seeds * len(ROWS)) as advance:
             for seed in range(seeds):
                 for row in ROWS:
                     run = home / f"{row}_{steps}_steps" / f"seed_{seed}"
 
                     def accuracy(row=row, seed=seed, run=run) -> float:
-                        train(config_of(home, row, seed, steps, size), run, quiet)
-                        return measured(run, home, size, pool)
+                        config = make_config(home, row, seed, steps, size)
+                        train_oreal(config, run, quiet)
+                        return measure(run, prompts, size, pool)
 
-                    found = kept(run.with_suffix(".json"), accuracy)
-                    results[row][seed] = found
-                    screen.log(f"{row}, seed {seed}: {found:.1%}")
+                    value = load_or_compute(run.with_suffix(".json"), accuracy)
+                    results[row][seed] = value
+                    screen.log(f"{row}, seed {seed}: {value:.1%}")
                     advance()
-    return begin, [Result(row, by_seed) for row, by_seed in results.items()]
+    return baseline, [Result(row, by_seed) for row, by_seed in results.items()]
 
 
-def measured(run: Path, home: Path, size: Size, pool: Pool) -> float:
-    """`measure` on this study's held-out problems."""
-    return measure(run, home / "heldout.jsonl", size, pool)
-
-
-def kept(path: Path, compute) -> float:
-    """A number from a file, or computed and kept there."""
+def load_or_compute(path: Path, compute: Callable[[], float]) -> float:
+    """Return the accuracy in a file; compute and write it if there is none."""
     if path.exists():
         return json.loads(path.read_text())["accuracy"]
     value = compute()
@@ -233,10 +243,10 @@ def kept(path: Path, compute) -> float:
     return value
 
 
-def steps_of(results: Sequence[Result]) -> list[tuple[str, str, tuple, str]]:
-    """Each step up the ladder: from, to, interval of paired differences, verdict."""
+def ladder_steps(results: Sequence[Result]) -> list[tuple[str, str, tuple, str]]:
+    """Return each step up the ladder: from, to, interval of paired gains, verdict."""
     by_row = {result.row: result.by_seed for result in results}
-    judged = []
+    steps = []
     pairs = [
         *zip(losses.presets.LADDER, losses.presets.LADDER[1:], strict=False),
         ("behaviour_cloning", "released"),
@@ -245,15 +255,15 @@ def steps_of(results: Sequence[Result]) -> list[tuple[str, str, tuple, str]]:
         seeds = by_row[below].keys() & by_row[above].keys()
         gains = [by_row[above][seed] - by_row[below][seed] for seed in sorted(seeds)]
         mean, low, high = interval(gains)
-        judged.append((below, above, (mean, low, high), verdict(low, high)))
-    return judged
+        steps.append((below, above, (mean, low, high), verdict(low, high)))
+    return steps
 
 
 def report(
-    home: Path, begin: float, results: Sequence[Result], steps: int, screen: Screen
+    home: Path, baseline: float, results: Sequence[Result], steps: int, screen: Screen
 ) -> None:
-    """Tables on screen, all numbers in a JSON file, a picture beside it."""
-    rows = Table(title=f"{steps} steps from {begin:.1%}")
+    """Print the tables; write all numbers to a JSON file, and a plot."""
+    rows = Table(title=f"{steps} steps from {baseline:.1%}")
     for name in ("row", "seeds", "correct", "95% interval"):
         rows.add_column(name, justify="left" if name == "row" else "right")
     for result in results:
@@ -263,37 +273,37 @@ def report(
     rungs = Table(title="steps of the ladder")
     for name in ("from", "to", "gain, points", "95% interval", "verdict"):
         rungs.add_column(name)
-    for below, above, (mean, low, high), said in steps_of(results):
+    for below, above, (mean, low, high), outcome in ladder_steps(results):
         span = f"{100 * low:+.1f} to {100 * high:+.1f}"
-        rungs.add_row(below, above, f"{100 * mean:+.1f}", span, said)
+        rungs.add_row(below, above, f"{100 * mean:+.1f}", span, outcome)
     screen.console.print(rows)
     screen.console.print(rungs)
     numbers = {
-        "start": begin,
+        "start": baseline,
         "rows": {result.row: result.by_seed for result in results},
         "steps": [
-            {"from": below, "to": above, "gain": gain, "verdict": said}
-            for below, above, gain, said in steps_of(results)
+            {"from": below, "to": above, "gain": gain, "verdict": outcome}
+            for below, above, gain, outcome in ladder_steps(results)
         ],
     }
     write_text(
         home / f"results_{steps}_steps.json", json.dumps(numbers, indent=1) + "\n"
     )
-    draw(home / f"ablation_{steps}_steps.png", begin, results)
+    plot(home / f"ablation_{steps}_steps.png", baseline, results)
 
 
-def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
-    """Every run as a dot, every row's mean and interval."""
+def plot(picture: Path, baseline: float, results: Sequence[Result]) -> None:
+    """Plot each run as a dot, and each row's mean and interval."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     panel = figure.subplots()
-    for place, result in enumerate(results):
-        mean, low, high = (100 * x for x in result.interval())
-        dots = [100 * x for x in result.by_seed.values()]
-        panel.plot([place] * len(dots), dots, "o", color="tab:gray", alpha=0.5)
+    for x, result in enumerate(results):
+        mean, low, high = (100 * value for value in result.interval())
+        dots = [100 * value for value in result.by_seed.values()]
+        panel.plot([x] * len(dots), dots, "o", color="tab:gray", alpha=0.5)
         panel.errorbar(
-            place + 0.15, mean, [[mean - low], [high - mean]], fmt="s", capsize=4
+            x + 0.15, mean, [[mean - low], [high - mean]], fmt="s", capsize=4
         )
-    panel.axhline(100 * begin, color="black", linestyle=":", label="start")
+    panel.axhline(100 * baseline, color="black", linestyle=":", label="start")
     panel.set_xticks(
         range(len(results)), [result.row.replace("_", "\n") for result in results]
     )
@@ -303,13 +313,13 @@ def draw(picture: Path, begin: float, results: Sequence[Result]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("directory", type=Path)
     options.add_argument("--seeds", type=int, default=8, help="runs of each row")
-    options.add_argument("--steps", type=int, default=18, help="the budget of a run")
+    options.add_argument("--steps", type=int, default=18, help="steps of each run")
     options.add_argument(
         "--smoke",
         action="store_true",
@@ -319,29 +329,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the study."""
-    parsed = parser().parse_args(arguments)
+    """Run the study; return the exit code."""
+    args = parser().parse_args(arguments)
     screen = Screen()
-    size = SMOKE if parsed.smoke else FULL
-    if parsed.smoke:
-        parsed.seeds, parsed.steps = 2, 9
+    size = SMOKE if args.smoke else FULL
+    if args.smoke:
+        args.seeds, args.steps = 2, 9
     try:
-        if parsed.seeds < 2:
-            raise InputError(f"--seeds {parsed.seeds}: an interval needs at least 2")
-        if parsed.steps < 9:
-            raise InputError(f"--steps {parsed.steps}: must be at least 9")
-        cache = parsed.directory / "compiled"  # runs of a row share their programs
+        if args.seeds < 2:
+            raise InputError(f"--seeds {args.seeds}: an interval needs at least 2")
+        if args.steps < 9:
+            raise InputError(f"--steps {args.steps}: must be at least 9")
+        cache = args.directory / "compiled"  # runs of a row share their programs
         jax.config.update("jax_compilation_cache_dir", str(cache.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        begin, results = run_all(
-            parsed.directory, parsed.seeds, parsed.steps, size, screen
+        baseline, results = run_all(
+            args.directory, args.seeds, args.steps, size, screen
         )
-        report(parsed.directory, begin, results, parsed.steps, screen)
+        report(args.directory, baseline, results, args.steps, screen)
     except InputError as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ablation: interrupted; the same command goes on", file=sys.stderr)
+        print("ablation: interrupted; resume with the same command", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -46,7 +46,7 @@ class Seconds(NamedTuple):
 
 
 def measure(code: str, *arguments: str, cache: str) -> Seconds:
-    """Times Python code in a new process."""
+    """Time Python code in a new process."""
     environment = os.environ | {"XDG_CACHE_HOME": cache, "TRANSFORMERS_OFFLINE": "1"}
     for name in ("JAX_COMPILATION_CACHE_DIR", "TPU_LIBRARY_PATH"):
         environment.pop(name, None)
@@ -65,7 +65,7 @@ def measure(code: str, *arguments: str, cache: str) -> Seconds:
 
 
 def compare(model: str, rounds: int) -> dict[str, Seconds]:
-    """Median times by name, over rounds in which all alternate."""
+    """Return median times by name, over rounds in which all alternate."""
     sample = ["sample", "--model", model, "--prompt", QUESTION]
     sample += ["--n", "4", "--max-tokens", "8"]
     times: dict[str, list[Seconds]] = {"transformers": [], "cold": [], "warm": []}
@@ -82,7 +82,7 @@ def compare(model: str, rounds: int) -> dict[str, Seconds]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,9 +93,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints one JSON line."""
-    parsed = parser().parse_args(arguments)
-    medians = compare(str(parsed.model), 1 if parsed.smoke else parsed.rounds)
+    """Print one JSON line."""
+    args = parser().parse_args(arguments)
+    medians = compare(str(args.model), 1 if args.smoke else args.rounds)
     baseline = medians["transformers"]
     print(
         json.dumps(

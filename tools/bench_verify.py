@@ -3,8 +3,8 @@
     python tools/bench_verify.py math500.jsonl --solutions gsm8k_test.jsonl
 
 Every file has `gold_answer` rows. Each gold answer is rewritten in every way of `WAYS`
-that changes it, and judged against itself; then answers per second are measured over
-completions with a solution, and over a batch of which a twentieth are costly formulas.
+that changes it, and verified against itself; then answers per second are measured over
+completions with a solution, and over a batch with one costly formula in twenty.
 """
 
 import argparse
@@ -36,19 +36,19 @@ SYMBOLS = {
 
 
 def boxed(text: str) -> str:
-    """A sentence that ends with the box."""
+    """Write a sentence that ends with the box."""
     return f"Adding both sides, we find that the answer is $\\boxed{{{text}}}$."
 
 
 def unicode(text: str) -> str:
-    """Signs instead of commands."""
+    """Replace commands by Unicode signs."""
     for command, sign in SYMBOLS.items():
         text = re.sub(re.escape(command) + r"(?![a-zA-Z])", sign, text)
     return re.sub(r"\\sqrt\{(\w+)\}", r"√(\1)", text)
 
 
 def decimal(text: str) -> str:
-    """0.5 for 1/2, if the decimal ends and the answer is that fraction alone."""
+    """Write 0.5 for 1/2, if the answer is a fraction and the decimal is finite."""
     match = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", text)
     if not match or not int(match[3]) or 10**6 % int(match[3]):
         return text
@@ -56,7 +56,7 @@ def decimal(text: str) -> str:
 
 
 def fraction(text: str) -> str:
-    """1/2 for 0.5."""
+    """Write 1/2 for 0.5."""
     if not re.fullmatch(r"-?\d*\.\d+", text):
         return text
     value = Fraction(text)
@@ -64,51 +64,51 @@ def fraction(text: str) -> str:
 
 
 def thousands(text: str, comma: str) -> str:
-    """Commas in a large whole number."""
+    """Write commas in a large whole number."""
     if not re.fullmatch(r"-?\d{4,}", text):
         return text
     return f"{int(text):,}".replace(",", comma)
 
 
-def aired(text: str) -> str:
-    """Spaces around signs."""
+def with_spaces(text: str) -> str:
+    """Put spaces around signs."""
     return re.sub(r"(?<=[\w})])\s*([-+=,])\s*(?=[\w\\({])", r" \1 ", text)
 
 
-def dense(text: str) -> str:
-    """No spaces but those that end a command."""
+def without_spaces(text: str) -> str:
+    """Remove all spaces but those that end a command."""
     if r"\text" in text or r"\mbox" in text:
         return text
     return re.sub(r"(\\[a-zA-Z]+ )(?=[a-zA-Z])|\s+", r"\1", text).replace("\\ ", "")
 
 
-def unbraced(text: str) -> str:
-    r"""x^2 for x^{2}, \sqrt2 for \sqrt{2}, \frac12 for \frac{1}{2}."""
+def with_fewer_braces(text: str) -> str:
+    r"""Write x^2 for x^{2}, \sqrt2 for \sqrt{2}, \frac12 for \frac{1}{2}."""
     text = re.sub(r"([\^_])\{(\w)\}(?!\d)", r"\1\2", text)
     text = re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", text)
     return re.sub(r"\\frac\{(\d)\}\{(\d)\}(?!\d)", r"\\frac\1\2", text)
 
 
-def braced(text: str) -> str:
-    """The inverse of `unbraced`."""
+def with_more_braces(text: str) -> str:
+    """Invert `with_fewer_braces`."""
     text = re.sub(r"([\^_])(\w)", r"\1{\2}", text)
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
     return re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
 
 
-def slashed(text: str) -> str:
-    """a/b for an answer that is a fraction of whole numbers."""
+def with_slash(text: str) -> str:
+    """Write a/b for an answer that is a fraction of whole numbers."""
     match = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}", text)
     return f"{match[1]}{match[2]}/{match[3]}" if match else text
 
 
-def wordy(text: str) -> str:
-    """Words in another font."""
+def in_bold(text: str) -> str:
+    """Set words in bold."""
     return re.sub(r"\\(?:text|mbox)\{([^{}]*)\}", r"\\textbf{\1}", text)
 
 
-def turned(text: str) -> str:
-    """The roots of a list in another order."""
+def reversed_list(text: str) -> str:
+    """Reverse the order of a list."""
     parts = re.split(r",\s*", text)
     return ",".join(reversed(parts)) if not re.search(r"[()\[\]{}\\]", text) else text
 
@@ -135,26 +135,26 @@ WAYS: dict[str, Callable[[str], str]] = {
         re.sub(r"(?<!\\left)\(", r"\\left(", re.sub(r"(?<!\\right)\)", r"\\right)", g))
     ),
     r"no \left and \right": lambda g: boxed(re.sub(r"\\(left|right)\b", "", g)),
-    "spaces": lambda g: boxed(aired(g)),
-    "no spaces": lambda g: boxed(dense(g)),
-    "fewer braces": lambda g: boxed(unbraced(g)),
-    "more braces": lambda g: boxed(braced(g)),
+    "spaces": lambda g: boxed(with_spaces(g)),
+    "no spaces": lambda g: boxed(without_spaces(g)),
+    "fewer braces": lambda g: boxed(with_fewer_braces(g)),
+    "more braces": lambda g: boxed(with_more_braces(g)),
     "all in braces": lambda g: boxed("{" + g + "}"),
     "unicode": lambda g: boxed(unicode(g)),
     "a decimal": lambda g: boxed(decimal(g)),
     "a fraction": lambda g: boxed(fraction(g)),
-    "a slash": lambda g: boxed(slashed(g)),
+    "a slash": lambda g: boxed(with_slash(g)),
     "1,000": lambda g: boxed(thousands(g, ",")),
     "1{,}000": lambda g: boxed(thousands(g, "{,}")),
     r"1,\!000": lambda g: boxed(thousands(g, r",\!")),
     r"\% as %": lambda g: boxed(g.replace(r"\%", "%")),
-    r"\textbf": lambda g: boxed(wordy(g)),
+    r"\textbf": lambda g: boxed(in_bold(g)),
     "words bare": lambda g: boxed(re.sub(r"^\\text\{(\w+)\}$", r"\1", g)),
     "all as text": lambda g: boxed(re.sub(r"^([A-Za-z]{2,}|\d+)$", r"\\text{\1}", g)),
     "named": lambda g: boxed(
         re.sub(r"^(-?[\d.]+|-?\\frac\{\d+\}\{\d+\})$", r"x = \1", g)
     ),
-    "another order": lambda g: boxed(turned(g)),
+    "another order": lambda g: boxed(reversed_list(g)),
     r"\times for \cdot": lambda g: boxed(g.replace(r"\cdot", r"\times")),
     r"\leq as \le": lambda g: boxed(
         re.sub(r"\\(leq|geq|neq)\b", lambda m: m[0][:-1], g)
@@ -166,7 +166,7 @@ WAYS: dict[str, Callable[[str], str]] = {
 
 
 def rewritten(golds: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(way, completion, gold) for each way that changes the gold answer."""
+    """Return (way, completion, gold) for each way that changes the gold answer."""
     cases = []
     for gold in golds:
         bare = gold.strip().strip("$")
@@ -179,7 +179,7 @@ def rewritten(golds: Iterable[str]) -> list[tuple[str, str, str]]:
     return cases
 
 
-BOMBS = (
+COSTLY = (
     "9^{9^{9^{9}}}",
     "9**9**9**9",
     "(10^9)!",
@@ -196,7 +196,7 @@ BOMBS = (
 
 
 def with_solutions(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
-    """Completions with the text of a real solution, half of them incorrect."""
+    """Return completions with the text of a real solution, half of them incorrect."""
     solved = read(solutions)
     pairs = []
     for n, row in enumerate(solved):
@@ -213,7 +213,7 @@ def with_solutions(files: list[Path], solutions: Path) -> list[tuple[str, str]]:
 
 
 def read(file: Path) -> list[dict]:
-    """The rows of a JSON lines file."""
+    """Read the rows of a JSON lines file."""
     return [json.loads(line) for line in file.open(encoding="utf-8")]
 
 
@@ -221,8 +221,8 @@ def measure_rewritten(pool: Pool, file: Path, show: bool) -> None:
     """Print the share of rewritten gold answers that are correct."""
     cases = rewritten(row["gold_answer"] for row in read(file))
     verdicts = pool.verdicts([(completion, gold) for _, completion, gold in cases])
-    judged = list(zip(cases, verdicts, strict=True))
-    missed = [(case, v) for case, v in judged if v.outcome != "correct"]
+    pairs = zip(cases, verdicts, strict=True)
+    missed = [(case, v) for case, v in pairs if v.outcome != "correct"]
     ways = collections.Counter(case[0] for case, _ in missed)
     share = 1 - len(missed) / len(cases)
     print(f"{file.stem}: {share:.2%} of {len(cases)} correct; missed {dict(ways)}")
@@ -231,7 +231,7 @@ def measure_rewritten(pool: Pool, file: Path, show: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -255,21 +255,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.solutions:
         return
     pairs = with_solutions(options.files, options.solutions)
-    seconds = timed(pairs, deadline=5.0)
+    seconds = measure_seconds(pairs, deadline=5.0)
     print(f"{len(pairs)} completions in {seconds:.1f} s: {len(pairs) / seconds:.0f}/s")
-    bombs = [(boxed(BOMBS[n % len(BOMBS)]), str(n)) for n in range(len(pairs) // 20)]
-    seconds = timed(pairs + bombs, deadline=1.0)
-    print(f"with {len(bombs)} bombs: {seconds:.1f} s; deadline 1 s, 2 workers")
+    costly = [(boxed(COSTLY[n % len(COSTLY)]), str(n)) for n in range(len(pairs) // 20)]
+    seconds = measure_seconds(pairs + costly, deadline=1.0)
+    print(
+        f"with {len(costly)} costly formulas: {seconds:.1f} s; deadline 1 s, 2 workers"
+    )
     from bench_verify import hanging  # by the name under which workers find it
 
     hangs = [(f"hang {n}", "") for n in range(2 if options.smoke else 20)]
-    seconds = timed(hangs, deadline=1.0, verifiers=(hanging,))
+    seconds = measure_seconds(hangs, deadline=1.0, verifiers=(hanging,))
     print(f"{len(hangs)} answers that hang: {seconds:.1f} s; deadline 1 s, 2 workers")
 
 
-def timed(pairs: list[tuple[str, str]], **how) -> float:
-    """Seconds that a pool of two, once ready, takes for pairs that are new to it."""
-    with Pool(2, **how) as pool:
+def measure_seconds(pairs: list[tuple[str, str]], **options) -> float:
+    """Return the seconds that a pool of two, once ready, takes for new pairs."""
+    with Pool(2, **options) as pool:
         pool.verdicts([("1", "1"), ("2", "2")])
         start = time.perf_counter()
         pool.verdicts(pairs)

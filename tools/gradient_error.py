@@ -5,8 +5,8 @@
 
 Eight simulated CPU devices. Token frequencies follow Zipf's law, so that the gradient
 of a frequent token's embedding is a sum of thousands of terms. Every completion is
-cloned: all terms have a sign, and a sum that stops growing cannot hide. Prints the
-relative error of every leaf of both models' gradients.
+cloned: all terms have the same sign, so that a sum which stops growing shows. Prints
+the relative error of every leaf of both models' gradients.
 """
 
 import argparse
@@ -48,10 +48,10 @@ OPTIMIZER = Optimizer(
 
 
 def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
-    """One micro-batch of `rows` x `length` tokens, one example a row."""
-    draw = np.random.default_rng(0)
+    """Return one micro-batch of `rows` x `length` tokens, one example per row."""
+    rng = np.random.default_rng(0)
     frequency = 1 / np.arange(1, config.vocab + 1)
-    tokens = draw.choice(
+    tokens = rng.choice(
         config.vocab, (rows, length + 1), p=frequency / frequency.sum()
     ).tolist()
     examples = [Example(row[:8], row[8:-1]) for row in tokens]
@@ -61,26 +61,26 @@ def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
 class Step:
     """One training step of both models from the same start, on one mesh."""
 
-    def __init__(self, config: ModelConfig, shape: MeshShape, **how: Any):
-        """`how` are arguments of `train_step`: its types."""
+    def __init__(self, config: ModelConfig, shape: MeshShape, **dtypes: Any):
+        """Make the step on the first devices; `dtypes` are for `make_train_step`."""
         self.mesh: Mesh = make_mesh(
             shape, config, jax.devices()[: math.prod(dataclasses.astuple(shape))]
         )
         self.models = TrainedModels.create(config, OPTIMIZER, OPTIMIZER, 9, self.mesh)
         self.update: TrainStep = make_train_step(
-            self.models, BestOfNCloning(), self.mesh, **how
+            self.models, BestOfNCloning(), self.mesh, **dtypes
         )
         self.config = config
 
     def start(self) -> TrainState:
-        """Random models, each with biases and a token reward head that do something."""
+        """Return random models; biases and token reward head are not zero."""
         keys = iter(jax.random.split(jax.random.key(1), 99))
 
-        def moved(x):
+        def perturb(x):
             return x + 0.1 * jax.random.normal(next(keys), x.shape) * (x.ndim < 4)
 
         params = model.init(self.config, jax.random.key(0))
-        params["layers"] = jax.tree.map(moved, params["layers"])
+        params["layers"] = jax.tree.map(perturb, params["layers"])
         state = self.models.initializer(self.mesh)(params)
         if state.token_reward:
             score = state.token_reward.params["score"]
@@ -91,19 +91,19 @@ class Step:
         return state
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
-        """The step before compilation."""
+        """Return the step before compilation."""
         return self.update.program.lower(
             self.start(), put_batch(batch, self.mesh), False
         )
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Every leaf: after one step Adam's first moment is a tenth of it."""
+        """Return all gradients: ten times Adam's first moments after one step."""
         state, *_ = self.update(self.start(), put_batch(batch, self.mesh))
-        players = {"policy": state.policy, "token_reward": state.token_reward}
+        states = {"policy": state.policy, "token_reward": state.token_reward}
         moments = {
-            name: next(part for part in player.optimizer if hasattr(part, "mu")).mu
-            for name, player in players.items()
-            if player
+            name: next(x for x in trained.optimizer if hasattr(x, "mu")).mu
+            for name, trained in states.items()
+            if trained
         }
         leaves = jax.tree_util.tree_flatten_with_path(moments)[0]
         name = lambda path: "/".join(key.key for key in path)
@@ -111,15 +111,15 @@ class Step:
 
 
 def relative_errors(
-    found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+    actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """Norm of the difference by the norm of what is expected, leaf by leaf."""
+    """Return the norm of each leaf's difference, divided by the norm expected."""
     norm = np.linalg.norm
-    return {k: float(norm(found[k] - e) / norm(e)) for k, e in expected.items()}
+    return {k: float(norm(actual[k] - e) / norm(e)) for k, e in expected.items()}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table: a line per leaf, a column per way to run the step."""
+    """Print a table: a line per leaf, a column per way to run the step."""
     args = parser().parse_args(arguments)
     rows, length = (8, 64) if args.smoke else (args.rows, args.length)
     batch = make_batch(CONFIG, rows, length)

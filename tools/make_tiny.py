@@ -1,4 +1,4 @@
-"""Writes the tiny model of configs/tiny.py: random weights, a byte tokenizer, a task.
+"""The tiny model of configs/tiny.py: random weights, a byte tokenizer, a task.
 
 python tools/make_tiny.py DIRECTORY
 """
@@ -42,7 +42,7 @@ CONFIG = ModelConfig(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the two marks of the chat template."""
+    """Return a tokenizer with a token per byte and two for the chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,14 +57,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(directory: Path, seed: int = 0) -> None:
-    """Writes `hf` (a Hugging Face directory), `prompts.jsonl` and `solutions.jsonl`.
+    """Write `hf` (a Hugging Face directory), `prompts.jsonl` and `solutions.jsonl`.
 
-    The solutions have the form of an answer and a random digit as their content.
+    The solutions have the format of an answer, and a random one of the two digits.
     """
     directory.mkdir(parents=True, exist_ok=True)
     hf.save(model.init(CONFIG, jax.random.key(seed)), CONFIG, directory / "hf")
     tokenizer().save_pretrained(str(directory / "hf"))
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     pairs = [(a, b) for a in range(10) for b in range(10)]
     question = lambda a, b: f"max {a} {b}?"
     prompts = [
@@ -72,7 +72,7 @@ def write(directory: Path, seed: int = 0) -> None:
         for a, b in pairs
     ]
     solutions = [
-        {"question": question(a, b), "solution": f"{draw.choice([a, b])}"}
+        {"question": question(a, b), "solution": f"{rng.choice([a, b])}"}
         for a, b in pairs * 4
     ]
     for name, rows in [("prompts", prompts), ("solutions", solutions)]:
@@ -81,17 +81,17 @@ def write(directory: Path, seed: int = 0) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("directory", type=Path, help="where to write it")
+    options.add_argument("directory", type=Path, help="directory to write to")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the model into the directory given on the command line."""
-    parsed = parser().parse_args(arguments)
+    """Write the model to the directory on the command line."""
+    args = parser().parse_args(arguments)
     try:
-        write(parsed.directory)
+        write(args.directory)
     except InputError as error:
         parser().error(str(error))
 

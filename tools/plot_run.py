@@ -1,4 +1,4 @@
-"""Draws a run's share of correct completions and their length, step by step.
+"""Plot a run's share of correct completions and their length, by step.
 
 python tools/plot_run.py RUN PICTURE.png
 """
@@ -13,7 +13,7 @@ from oreal_jax.metrics import read
 
 
 def plot(run: Path, picture: Path) -> None:
-    """Reads `run`/metrics.jsonl and writes the picture."""
+    """Plot RUN/metrics.jsonl to the file `picture`."""
     rows = read(run / "metrics.jsonl")
     steps = [row["step"] + 1 for row in rows]
     figure, score = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -29,7 +29,7 @@ def plot(run: Path, picture: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("run", type=Path)
     options.add_argument("picture", type=Path)
@@ -37,11 +37,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Plots the run named on the command line."""
-    parsed = parser().parse_args(arguments)
-    if not (parsed.run / "metrics.jsonl").is_file():
-        parser().error(f"{parsed.run}: no metrics.jsonl in it, not a run directory")
-    plot(parsed.run, parsed.picture)
+    """Plot the run on the command line."""
+    args = parser().parse_args(arguments)
+    if not (args.run / "metrics.jsonl").is_file():
+        parser().error(f"{args.run}: not a run directory: it has no metrics.jsonl")
+    plot(args.run, args.picture)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""The cost of a cache without room for all rows: the scheduler, run without a model, on
-256 completions of 6,000 tokens on average and 14,000 at most.
+"""The cost of a cache that is too small for all slots.
+
+The scheduler runs without a model on 256 completions of 6,000 tokens on average and
+14,000 at most.
 """
 
 import argparse
@@ -11,12 +13,12 @@ from oreal_jax.sampling.simulation import heavy_tailed, simulate
 
 
 def published_lengths() -> np.ndarray:
-    """Lengths like the 7B recipe's: 64 prompts x 16, mean 6,000, at most 14,000."""
+    """Return lengths like the 7B recipe's: 64 prompts x 16, mean 6,000, max 14,000."""
     return heavy_tailed(1024, 6000, 14_000).reshape(64, 16)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--slots", type=int, default=256, help="slots of the engine (256)"

@@ -24,8 +24,10 @@ def command() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns 0, or 1 after a failure, 2 for invalid input,
-    130 if interrupted."""
+    """Run a verb and return the exit code.
+
+    0: success, 1: failure, 2: invalid input, 130: interrupted.
+    """
     try:
         args = parser().parse_args(arguments)
         hardware.hide_absent_devices()
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return _fail("no space is left to write to", 1)
+        return _fail("no space left on the device", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except (InputError, Failure) as error:
@@ -60,7 +62,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all verbs and their options."""
+    """Return the parser of all verbs and their options."""
     top = argparse.ArgumentParser(
         prog="oreal",
         description="Outcome-reward reinforcement learning for mathematical reasoning "

@@ -35,8 +35,8 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 5GB") from None
 
 
-def from_hf(parsed: argparse.Namespace) -> None:
-    """`oreal convert from-hf`."""
+def from_hf(args: argparse.Namespace) -> None:
+    """Run `oreal convert from-hf`."""
     from oreal_jax import program_cache
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.console import Screen
@@ -46,17 +46,17 @@ def from_hf(parsed: argparse.Namespace) -> None:
     program_cache.enable()
     with screen.phase("convert") as advance:
         import_model(
-            parsed.source,
-            parsed.destination,
+            args.source,
+            args.destination,
             lambda model: make_mesh(MeshShape(), model),
-            parsed.dtype,
+            args.dtype,
             lambda name: advance(),
         )
-    screen.log(f"wrote {parsed.destination}")
+    screen.log(f"wrote {args.destination}")
 
 
-def to_hf(parsed: argparse.Namespace) -> None:
-    """`oreal convert to-hf`."""
+def to_hf(args: argparse.Namespace) -> None:
+    """Run `oreal convert to-hf`."""
     import jax.numpy as jnp
 
     from oreal_jax import program_cache
@@ -66,14 +66,14 @@ def to_hf(parsed: argparse.Namespace) -> None:
     from oreal_jax.mesh import MeshShape, make_mesh
 
     screen = Screen()
-    source = open_model(parsed.source)
+    source = open_model(args.source)
     program_cache.enable()
     with screen.phase("convert") as advance:
         export(
             source,
-            source.load(make_mesh(MeshShape(), source.config), jnp.dtype(parsed.dtype)),
-            parsed.destination,
-            max_shard_size=parsed.max_shard_size,
+            source.load(make_mesh(MeshShape(), source.config), jnp.dtype(args.dtype)),
+            args.destination,
+            max_shard_size=args.max_shard_size,
             on_tensor=lambda name: advance(),
         )
-    screen.log(f"wrote {parsed.destination}")
+    screen.log(f"wrote {args.destination}")

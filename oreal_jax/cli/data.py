@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    GenerationModel,
     Verb,
     check_min,
     check_seed,
     folder,
     generation_defaults,
     generation_options,
+    load_for_generation,
     make_sampling,
     model_options,
     sampling_options,
@@ -149,95 +149,93 @@ def _add_generation(command: argparse.ArgumentParser, *, required: bool) -> None
     sampling_options(command, greedy=False)
 
 
-def build(parsed: argparse.Namespace) -> None:
-    """`oreal data build`."""
+def build(args: argparse.Namespace) -> None:
+    """Run `oreal data build`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import cleaning
     from oreal_jax.data.builder import load_all, write_prompts
     from oreal_jax.evaluation import load_sets
 
     screen = Screen()
-    check_min(1, "--ngram", parsed.ngram)
-    _check_outputs(parsed, "removed")
-    evaluations = load_sets(parsed.evaluation, parsed.folder, "--evaluation")
-    prompts = load_all(parsed.data, parsed.question, parsed.answer)
-    cleaned = cleaning.clean(prompts, dict(evaluations), parsed.ngram)
+    check_min(1, "--ngram", args.ngram)
+    _check_outputs(args, "removed")
+    evaluations = load_sets(args.evaluation, args.folder, "--evaluation")
+    prompts = load_all(args.data, args.question, args.answer)
+    cleaned = cleaning.clean(prompts, dict(evaluations), args.ngram)
     if not cleaned.prompts:
-        sources = ", ".join(parsed.data)
+        sources = ", ".join(args.data)
         raise InputError(f"{sources}: no prompt is left of {len(prompts)}")
     statistics = cleaned.statistics()
-    write_prompts(cleaned.prompts, parsed.out, statistics)
-    if parsed.removed:
-        write_lines(parsed.removed, [r.as_json() for r in cleaned.removed])
+    write_prompts(cleaned.prompts, args.out, statistics)
+    if args.removed:
+        write_lines(args.removed, [r.as_json() for r in cleaned.removed])
     for name, value in statistics.items():
         screen.log(f"{name}: {value}")
-    screen.log(f"wrote {parsed.out}")
+    screen.log(f"wrote {args.out}")
 
 
-def pass_rate(parsed: argparse.Namespace) -> None:
-    """`oreal data pass-rate`."""
+def pass_rate(args: argparse.Namespace) -> None:
+    """Run `oreal data pass-rate`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import cleaning, load_prompts
     from oreal_jax.data.builder import write_prompts
     from oreal_jax.evaluation.completions import with_pass_rates
 
     screen = Screen()
-    _check_outputs(parsed, "completions")
-    if parsed.completions and parsed.completions.suffix != ".jsonl":
-        raise InputError(f"--completions {parsed.completions}: expected a .jsonl file")
-    with _attempts(parsed, load_prompts(parsed.data), screen) as attempts:
-        measured = with_pass_rates(attempts)
+    _check_outputs(args, "completions")
+    if args.completions and args.completions.suffix != ".jsonl":
+        raise InputError(f"--completions {args.completions}: expected a .jsonl file")
+    with _verified_completions(args, load_prompts(args.data), screen) as groups:
+        measured = with_pass_rates(groups)
         statistics = cleaning.statistics(measured)
-        if parsed.completions:
-            rows = [attempt.as_json() for group in attempts for attempt in group]
-            write_lines(parsed.completions, rows)
-        write_prompts(measured, parsed.out, statistics)
+        if args.completions:
+            write_lines(args.completions, _rows(groups))
+        write_prompts(measured, args.out, statistics)
     screen.log(f"pass_rate: {statistics['pass_rate']}")
-    screen.log(f"wrote {parsed.out}")
+    screen.log(f"wrote {args.out}")
 
 
-def rft(parsed: argparse.Namespace) -> None:
-    """`oreal data rft`."""
+def rft(args: argparse.Namespace) -> None:
+    """Run `oreal data rft`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import load_prompts
     from oreal_jax.data.rft import read_completions, select_solutions
 
     screen = Screen()
-    check_min(1, "--keep", parsed.keep)
-    check_seed(parsed.seed)
-    inputs = [x is not None for x in (parsed.completions, parsed.model, parsed.data)]
+    check_min(1, "--keep", args.keep)
+    check_seed(args.seed)
+    inputs = [x is not None for x in (args.completions, args.model, args.data)]
     if inputs not in ([True, False, False], [False, True, True]):
         raise InputError("rft takes either --completions, or --model and --data")
     # Generation options have no effect on existing completions; the seed also selects
     # the solutions.
     for name, default in {**generation_defaults(), "k": K, "rows": ROWS}.items():
-        if parsed.completions and name != "seed" and getattr(parsed, name) != default:
+        if args.completions and name != "seed" and getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{option} with --completions: those are already generated"
             )
-    if parsed.out.suffix != ".jsonl":
-        raise InputError(f"--out {parsed.out}: expected a .jsonl file")
-    _check_outputs(parsed)
+    if args.out.suffix != ".jsonl":
+        raise InputError(f"--out {args.out}: expected a .jsonl file")
+    _check_outputs(args)
 
     def write_solutions(rows: list[dict]) -> None:
-        rft_set = select_solutions(rows, parsed.keep, parsed.seed)
+        rft_set = select_solutions(rows, args.keep, args.seed)
         screen.log(str(rft_set))
         if not rft_set.solutions:
             raise InputError("no completion is correct: there is nothing to learn from")
-        write_lines(parsed.out, [solution._asdict() for solution in rft_set.solutions])
+        write_lines(args.out, [solution._asdict() for solution in rft_set.solutions])
 
-    if parsed.completions:
-        write_solutions(read_completions(parsed.completions))
+    if args.completions:
+        write_solutions(read_completions(args.completions))
     else:
-        with _attempts(parsed, load_prompts(parsed.data), screen) as attempts:
-            rows = [attempt.as_json() for group in attempts for attempt in group]
-            write_solutions(rows)
-    screen.log(f"wrote {parsed.out}")
+        with _verified_completions(args, load_prompts(args.data), screen) as groups:
+            write_solutions(_rows(groups))
+    screen.log(f"wrote {args.out}")
 
 
-def label(parsed: argparse.Namespace) -> None:
-    """`oreal data label`."""
+def label(args: argparse.Namespace) -> None:
+    """Run `oreal data label`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import load_prompts, skills
     from oreal_jax.data.builder import write_prompts
@@ -245,61 +243,61 @@ def label(parsed: argparse.Namespace) -> None:
     from oreal_jax.sampling import Sampling
 
     screen = Screen()
-    _check_outputs(parsed)
-    names = skills.read_skills(parsed.skills)
-    prompts = load_prompts(parsed.data)
+    _check_outputs(args)
+    names = skills.read_skills(args.skills)
+    prompts = load_prompts(args.data)
     requests = [skills.make_request(prompt, names) for prompt in prompts]
-    sampling = Sampling(max_tokens=parsed.max_tokens, temperature=0.0)
-    with _completions(parsed, requests, sampling, 1, 0, screen) as groups:
+    sampling = Sampling(max_tokens=args.max_tokens, temperature=0.0)
+    with _completions(args, requests, sampling, 1, 0, screen) as groups:
         labelled = [
             skills.add_skills(prompt, completion.completion, names)
             for prompt, (completion,) in zip(prompts, groups, strict=True)
         ]
-        write_prompts(labelled, parsed.out, statistics(labelled))
+        write_prompts(labelled, args.out, statistics(labelled))
     count = sum(not prompt.values(skills.FIELD) for prompt in labelled)
     screen.log(
         f"{len(labelled)} prompts, {count} without any of the {len(names)} skills"
     )
-    screen.log(f"wrote {parsed.out}")
+    screen.log(f"wrote {args.out}")
 
 
-def weak(parsed: argparse.Namespace) -> None:
-    """`oreal data weak`."""
+def weak(args: argparse.Namespace) -> None:
+    """Run `oreal data weak`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import load_prompts, skills
     from oreal_jax.data.builder import write_prompts
     from oreal_jax.data.cleaning import statistics
 
     screen = Screen()
-    _check_outputs(parsed)
-    if not 0 < parsed.below <= 1:
-        raise InputError(f"--below {parsed.below}: must be above 0 and at most 1")
-    measured = load_prompts(parsed.data)
-    pool = load_prompts(parsed.pool) if parsed.pool else measured
-    ranked = skills.rank_skills(parsed.data, measured, parsed.by)
-    weak_skills = {skill.name for skill in ranked if skill.pass_rate < parsed.below}
+    _check_outputs(args)
+    if not 0 < args.below <= 1:
+        raise InputError(f"--below {args.below}: must be above 0 and at most 1")
+    measured = load_prompts(args.data)
+    pool = load_prompts(args.pool) if args.pool else measured
+    ranked = skills.rank_skills(args.data, measured, args.by)
+    weak_skills = {skill.name for skill in ranked if skill.pass_rate < args.below}
     for skill in ranked:
         mark = "weak" if skill.name in weak_skills else ""
         count = f"{skill.prompts:6d} prompts"
         screen.log(f"{skill.pass_rate:6.1%} {count}  {skill.name}  {mark}".rstrip())
-    selected = skills.select_prompts(pool, parsed.by, weak_skills)
+    selected = skills.select_prompts(pool, args.by, weak_skills)
     if not selected:
         raise InputError(
-            f"{parsed.pool or parsed.data}: no prompt needs a skill with a pass rate "
-            f"below {parsed.below}"
+            f"{args.pool or args.data}: no prompt needs a skill with a pass rate "
+            f"below {args.below}"
         )
-    write_prompts(selected, parsed.out, statistics(selected))
-    screen.log(f"wrote {len(selected)} prompts to {parsed.out}")
+    write_prompts(selected, args.out, statistics(selected))
+    screen.log(f"wrote {len(selected)} prompts to {args.out}")
 
 
-def _check_outputs(parsed: argparse.Namespace, *others: str) -> None:
+def _check_outputs(args: argparse.Namespace, *others: str) -> None:
     """Check `--out` and other options that name outputs."""
     from oreal_jax.data.builder import check_prompts_writable
 
-    paths = {f"--{name}": vars(parsed)[name] for name in FILES if name in parsed}
+    paths = {f"--{name}": vars(args)[name] for name in FILES if name in args}
     outputs = {f"--{name}": paths.pop(f"--{name}") for name in ("out", *others)}
     check_apart(outputs, inputs=paths)
-    check_prompts_writable(parsed.out)
+    check_prompts_writable(args.out)
     for name in others:
         if (path := outputs[f"--{name}"]) is not None:
             check_writable(path)
@@ -307,27 +305,28 @@ def _check_outputs(parsed: argparse.Namespace, *others: str) -> None:
 
 @contextlib.contextmanager
 def _completions(
-    parsed: argparse.Namespace, prompts: Sequence, sampling, k: int, seed: int, screen
+    args: argparse.Namespace, prompts: Sequence, sampling, k: int, seed: int, screen
 ) -> Iterator[list[list]]:
-    """Yield `k` completions of each prompt, which are saved until the block ends."""
+    """Yield `k` completions of each prompt, saved until the block ends."""
     from oreal_jax.evaluation.generation import (
         generate,
         generation_settings,
         resumable,
     )
 
-    opened = GenerationModel(parsed, sampling)
-    options = generation_options(parsed)
-    settings = generation_settings(opened.source, opened.chat, prompts, options)
-    with resumable(parsed.out, settings, screen.log) as records:
+    model, engine = load_for_generation(args, sampling)
+    chat, options = model.chat, generation_options(args)
+    settings = generation_settings(model.source, chat, prompts, options)
+    with resumable(args.out, settings, screen.log) as records:
         with screen.phase("load"):
-            weights = opened.engine.weights(opened.load())
+            weights = engine.weights(model.params)
+        del model  # frees the loaded weights
         with screen.phase("gen", total=len(prompts) * k) as advance:
             groups = generate(
-                opened.engine,
+                engine,
                 weights,
                 sampling,
-                opened.chat,
+                chat,
                 prompts,
                 k,
                 seed=seed,
@@ -339,21 +338,24 @@ def _completions(
 
 
 @contextlib.contextmanager
-def _attempts(
-    parsed: argparse.Namespace, prompts: Sequence, screen
+def _verified_completions(
+    args: argparse.Namespace, prompts: Sequence, screen
 ) -> Iterator[list[list]]:
-    """Yield verified completions of each prompt, which are saved until the block
-    ends."""
+    """Yield verified completions of each prompt, saved until the block ends."""
     from oreal_jax.evaluation.completions import verify
     from oreal_jax.verify import Pool
 
-    check_min(1, "--k", parsed.k)
-    sampling = make_sampling(parsed, greedy=False)
-    seed, total = parsed.seed, len(prompts) * parsed.k
-    with _completions(parsed, prompts, sampling, parsed.k, seed, screen) as groups:
+    check_min(1, "--k", args.k)
+    sampling = make_sampling(args, greedy=False)
+    seed, total = args.seed, len(prompts) * args.k
+    with _completions(args, prompts, sampling, args.k, seed, screen) as groups:
         with (
             Pool(os.cpu_count() or 1) as pool,
             screen.phase("verify", total=total) as advance,
         ):
-            attempts = verify(pool, prompts, groups, advance)
-        yield attempts
+            verified = verify(pool, prompts, groups, advance)
+        yield verified
+
+
+def _rows(groups: Sequence[Sequence]) -> list[dict]:
+    return [completion.as_json() for group in groups for completion in group]

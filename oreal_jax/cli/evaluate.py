@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from oreal_jax.cli.options import (
-    GenerationModel,
     Verb,
     check_min,
     check_seed,
@@ -14,6 +13,7 @@ from oreal_jax.cli.options import (
     generation_defaults,
     generation_options,
     judge_options,
+    load_for_generation,
     make_sampling,
     model_options,
     open_judge,
@@ -37,8 +37,8 @@ def add(verb: Verb) -> None:
         action="append",
         required=True,
         metavar="SET",
-        help="a jsonl or parquet file, a data set, or a preset (another word lists "
-        "them); may be repeated",
+        help="a jsonl or parquet file, a data set, or a preset (an unknown name "
+        "lists them); may be repeated",
     )
     folder(parser)
     parser.add_argument(
@@ -76,7 +76,7 @@ def add(verb: Verb) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """`oreal eval`."""
+    """Run `oreal eval`."""
     from oreal_jax.console import Screen
     from oreal_jax.evaluation import Evaluator, load_sets
     from oreal_jax.evaluation.evaluator import check_fields
@@ -105,21 +105,23 @@ def evaluate(args: argparse.Namespace) -> None:
     check_fields(sets, args.by)
     sampling = make_sampling(args, args.k == 1)
     greedy = make_sampling(args, True) if args.greedy or args.k == 1 else None
-    model = GenerationModel(args, sampling)
+    model, engine = load_for_generation(args, sampling)
+    chat = model.chat
     problems = [problem for each in sets for problem in each.problems]
     options = generation_options(args)
-    settings = generation_settings(model.source, model.chat, problems, options)
+    settings = generation_settings(model.source, chat, problems, options)
     with (
         open_judge(args, screen) as judge,
         resumable(args.items or args.json, settings, screen.log) as records,
     ):
         with screen.phase("load"):
-            params = model.load()
+            weights = engine.weights(model.params)
+        del model  # frees the loaded weights
         with Pool(os.cpu_count() or 1) as pool:
             evaluator = Evaluator(
-                engine=model.engine,
-                weights=model.engine.weights(params),
-                chat=model.chat,
+                engine=engine,
+                weights=weights,
+                chat=chat,
                 pool=pool,
                 judge=judge,
                 screen=screen,
@@ -140,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """`oreal compare`."""
+    """Run `oreal compare`."""
     from oreal_jax.evaluation import compare, tables
 
     check_seed(args.seed)

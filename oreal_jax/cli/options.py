@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the model that they open.
+"""Options that several verbs share, and the model that they load.
 
 Options are not read from the dataclass `Sampling`: building a parser must not import
 JAX, and the command line has defaults of its own.
@@ -6,34 +6,31 @@ JAX, and the command line has defaults of its own.
 
 import argparse
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from oreal_jax.errors import InputError
 
-T = TypeVar("T")
 Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
 
 # Fields of `Sampling` that are options: default and help.
 SAMPLING = {
-    "temperature": (1.0, "0: always the likeliest"),
-    "top_p": (0.9, "likeliest tokens of this mass; 1: off"),
-    "top_k": (0, "likeliest tokens; 0: off"),
-    "min_p": (0.0, "share of the likeliest; 0: off"),
+    "temperature": (1.0, "0: greedy"),
+    "top_p": (0.9, "keep the most likely tokens with this total probability; 1: off"),
+    "top_k": (0, "keep this many of the most likely tokens; 0: off"),
+    "min_p": (0.0, "keep tokens with this share of the highest probability; 0: off"),
     "repetition_penalty": (
         1.0,
-        "divides the logits of tokens that prompt or completion have; 1: off",
+        "divides the logits of tokens in the prompt or completion; 1: off",
     ),
     "presence_penalty": (
         0.0,
-        "subtracted from the logits of tokens that the completion has",
+        "subtracted from the logits of tokens in the completion",
     ),
     "frequency_penalty": (
         0.0,
-        "subtracted from a token's logit each time the completion has it",
+        "subtracted from a token's logit for each time it is in the completion",
     ),
     "max_tokens": (512, "maximum tokens of a completion"),
 }
@@ -75,12 +72,12 @@ def sampling_options(parser: argparse.ArgumentParser, *, greedy: bool = True) ->
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     if greedy:
         parser.add_argument(
-            "--greedy", action="store_true", help="always the likeliest"
+            "--greedy", action="store_true", help="always the most likely token"
         )
 
 
 def generation_defaults() -> dict[str, Any]:
-    """The options that determine completions, with their defaults."""
+    """Return the options that determine completions, with their defaults."""
     parser = argparse.ArgumentParser()
     model_options(parser, required=False)
     sampling_options(parser, greedy=False)
@@ -137,7 +134,7 @@ def judge_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def open_judge(args: argparse.Namespace, screen) -> Iterator[Any]:
-    """The judge of these options, None without hosts; logs its metrics at the end.
+    """Open the judge of these options, None without hosts; log its metrics at the end.
 
     If all hosts are lost, the rule judges alone, which is logged.
     """
@@ -182,73 +179,26 @@ def bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 1234=-5") from None
 
 
-class GenerationModel:
-    """A model ready to complete prompts with `sampling`.
+def load_for_generation(args: argparse.Namespace, sampling, stops: Sequence[str] = ()):
+    """Load the model of these options, and make its engine.
 
-    Completions end at the stop words and strings of the run that trained it, and at
-    `stops`. `load` waits for its weights.
+    The weights are still loading when this returns. `stops` are texts that end a
+    completion.
+
+    Raises:
+        InputError: the model cannot be used, or not with this `sampling`.
     """
+    from oreal_jax.loading import load_model
 
-    def __init__(self, args: argparse.Namespace, sampling, stops=()):
-        from oreal_jax import program_cache
-        from oreal_jax.checkpoints.source import open_model
-        from oreal_jax.data import Chat, load_tokenizer
-        from oreal_jax.mesh import MeshShape, make_mesh
-        from oreal_jax.sampling import Engine, make_stop_table
-        from oreal_jax.train.programs import compute_dtype
-
-        check_min(1, "--rows", args.rows)
-        source = self.source = open_model(args.model)
-        mesh = make_mesh(MeshShape(), source.config)
-        program_cache.enable()
-        dtype = compute_dtype("auto", mesh)
-        # Importing the tokenizer's library takes about as long.
-        self.load = in_background(lambda: source.load(mesh, dtype))
-        system_prompt = args.system_prompt
-        if system_prompt is None:
-            system_prompt = source.settings.get("system_prompt")
-        tokenizer = load_tokenizer(source.files)
-        words = [text for text in stops if text in tokenizer.all_special_tokens]
-        strings = [text for text in stops if text not in words]
-        words += source.settings.get("stop_words", ())
-        strings += source.settings.get("stop_strings", ())
-        self.chat = Chat(tokenizer, system_prompt, stop_strings=strings)
-        self.engine = Engine(
-            source.config,
-            mesh,
-            self.chat.stop_tokens(words),
-            stop_table=make_stop_table(
-                strings, self.chat.token_bytes, source.config.vocab
-            ),
-            rows=args.rows,
-            dtype=dtype,
-            weights=args.weights,
-            cache=args.cache,
-        )
-        self.engine.check_sampling(sampling)
-        self.sampling = sampling
-
-
-def in_background(work: Callable[[], T]) -> Callable[[], T]:
-    """Start `work` in a thread that does not keep the process alive.
-
-    Returns a function that waits for the result, or raises the error; it can be called
-    once and keeps no reference to the result.
-    """
-    futures: list[Future[T]] = [Future()]
-
-    def run(future: Future[T]) -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, args=futures, daemon=True).start()
-    return lambda: futures.pop().result()
+    check_min(1, "--rows", args.rows)
+    model = load_model(args.model, system_prompt=args.system_prompt, stops=stops)
+    engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
+    engine.check_sampling(sampling)
+    return model, engine
 
 
 def make_sampling(args: argparse.Namespace, greedy: bool):
-    """The `Sampling` of these options."""
+    """Return the `Sampling` of these options."""
     from oreal_jax.sampling import Sampling
 
     check_seed(args.seed)

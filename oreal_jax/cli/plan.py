@@ -12,7 +12,7 @@ def add(verb: Verb) -> None:
     parser = verb(
         "plan",
         plan,
-        "compile a run for a TPU topology, without one: does it fit, what limits it",
+        "compile a run for a TPU topology, without TPUs: does it fit, what limits it",
         "oreal plan configs/oreal_7b.py --topology v5p:2x2x4 --topology v5e:8x8",
     )
     config_options(parser)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from oreal_jax.cli.options import (
     SAMPLING,
-    GenerationModel,
     Verb,
     check_min,
+    load_for_generation,
     make_sampling,
     model_options,
     sampling_options,
@@ -57,19 +57,22 @@ def sample(args: argparse.Namespace) -> None:
                 raise InputError(f"{option} {text!r}: not valid Unicode")
     screen = Screen.on_stderr()
     questions = [args.prompt] if args.file is None else read_questions(args.file)
-    model = GenerationModel(args, make_sampling(args, args.greedy), args.stop)
+    sampling = make_sampling(args, args.greedy)
+    model, engine = load_for_generation(args, sampling, args.stop)
+    chat = model.chat
     requests = [
-        Request(model.chat.encode(question), model.sampling, i, seed=args.seed)
-        for i, question in enumerate(questions)
+        Request(chat.encode(question), sampling, key, seed=args.seed)
+        for key, question in enumerate(questions)
     ]
     with screen.phase("load"):
-        weights = model.engine.weights(model.load())
+        weights = engine.weights(model.params)
+    del model  # frees the loaded weights
     rows: dict[tuple[int, int], dict] = {}
 
     def on_finished(request: int, sample: int, completion: Completion) -> None:
         rows[request, sample] = {
             "question": questions[request],
-            "completion": model.chat.decode(completion.tokens),
+            "completion": chat.decode(completion.tokens),
             "tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason,
             "log_prob": float(completion.log_probs.sum()),
@@ -77,7 +80,7 @@ def sample(args: argparse.Namespace) -> None:
 
     try:
         with screen.phase("gen", total=len(requests) * args.n) as advance:
-            model.engine.sample(
+            engine.sample(
                 weights,
                 requests,
                 args.n,

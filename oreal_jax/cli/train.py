@@ -73,17 +73,17 @@ def process_options(parser: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace) -> None:
     """Run `oreal train`."""
     from oreal_jax.config import TrainConfig
-    from oreal_jax.train.loop import train
+    from oreal_jax.train.loop import train_oreal
 
-    _run(args, TrainConfig, train)
+    _run(args, TrainConfig, train_oreal)
 
 
 def sft(args: argparse.Namespace) -> None:
     """Run `oreal sft`."""
     from oreal_jax.config import SftConfig
-    from oreal_jax.train.sft import sft
+    from oreal_jax.train.sft import train_sft
 
-    _run(args, SftConfig, sft)
+    _run(args, SftConfig, train_sft)
 
 
 def _run(args: argparse.Namespace, kind: type, work: Callable) -> None:

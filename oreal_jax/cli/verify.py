@@ -37,7 +37,7 @@ def add(verb: Verb) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """`oreal verify`."""
+    """Run `oreal verify`."""
     from oreal_jax.console import Screen
     from oreal_jax.data import read_judgements
     from oreal_jax.data.prompts import Prediction

@@ -3,6 +3,7 @@
 The training loop makes its programs by the same functions (train/programs.py).
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Int
 from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, pack
+from oreal_jax.loading import compute_dtype
 from oreal_jax.model import ModelConfig
 from oreal_jax.sampling import Engine, runner
 from oreal_jax.sampling.programs import Size, Starts
@@ -89,9 +91,9 @@ def layout(
     models = run_programs.make_trained_models(config, shape, mesh, config.steps)
     longest = config.max_prompt_tokens
     # A plan has no tokenizer, so no stop strings: they take a few kilobytes.
-    engine = run_programs.make_engine(
-        config, shape, mesh, [0], None, longest, devices=own
-    )
+    dtype = compute_dtype(config.compute, mesh)
+    build = functools.partial(Engine, shape, mesh, [0], dtype=dtype, devices=own)
+    engine = run_programs.make_engine(config, build, longest)
     processes = len({device.process_index for device in devices})
     completions = -(-config.prompts_per_step // processes) * config.samples_per_prompt
     batch, _ = pack(
@@ -101,7 +103,7 @@ def layout(
         limits=run_programs.step_size_limits(config),
     )
     state = models.abstract(mesh)
-    reference = model.abstract(shape, run_programs.compute_dtype(config.compute, mesh))
+    reference = model.abstract(shape, dtype)
     weights = jax.eval_shape(engine.programs.reshard, state.policy.params)
     return Layout(
         mesh=mesh,
@@ -143,7 +145,7 @@ def programs(config: TrainConfig, shape: ModelConfig, run: Layout) -> Iterator[P
     start = run.models.initializer(mesh)
     yield Program("start", "load", start, (state.policy.params,), reference)
     yield from _sampling(config, run, training + reference)
-    dtype = run_programs.compute_dtype(config.compute, mesh)
+    dtype = compute_dtype(config.compute, mesh)
     score = make_reference_scorer(shape, mesh, dtype)
     inputs = run.reference, batch
     yield Program("reference", "ref", score, inputs, training, run.micros)

@@ -1,9 +1,9 @@
-"""Evaluation in training: every N steps, and the best policy is kept.
+"""Evaluation during training: every N steps; the best policy is saved.
 
     RUN/evaluations.jsonl    one object per evaluation, its step = finished steps
     RUN/best/                the best policy so far, a model directory of its own
 
-An evaluation is of the policy before a step, so the first is of the initial model.
+The policy is evaluated before a step, so the first evaluation is of the initial model.
 A resumed run does not repeat evaluations.
 """
 
@@ -43,10 +43,10 @@ Groups = Sequence[Sequence[VerifiedCompletion]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyEvaluator:
-    """Evaluates the policy of a run where its config says so.
+    """Evaluates the policy of a run at the steps that its config names.
 
-    `engine` is that of training. One sample per problem is greedy, more are sampled as
-    in training; answers are verified as in training.
+    `engine` is that of training. One sample per problem is greedy, several are sampled
+    as in training; answers are verified as in training.
     """
 
     config: TrainConfig
@@ -77,11 +77,11 @@ class PolicyEvaluator:
         rows = metrics.read(path) if path.exists() else []
         with defer_interrupts():
             best = checkpoints.newest_step(self.run / "best")
-            # As process 0 sees them.
+            # As process 0 reads them.
             rows, best = distributed.gather_values([rows, best])[0]
-            done = next((row for row in rows if row["step"] == step), None)
-            if done:
-                if done["best"] and best is None:  # a later policy had replaced it
+            existing = next((row for row in rows if row["step"] == step), None)
+            if existing:
+                if existing["best"] and best is None:  # a later policy had replaced it
                     save_best(self.run, step, state.policy.params)
                 return 0.0
             weights = self.engine.weights(state.policy.params)
@@ -115,14 +115,17 @@ class PolicyEvaluator:
         path: Path,
         completions: Mapping[str, Groups],
     ) -> None:
-        """Add what all processes have measured to the `rows` of earlier evaluations;
-        save the policy if it is better than that of step `best`."""
+        """Record an evaluation, with the completions of all processes.
+
+        `rows` are those of earlier evaluations. The policy is saved if it is better
+        than that of step `best`.
+        """
         reports = {}
         for name, problems in self.sets:
             groups = gather_completions(problems, completions[name])
             is_greedy = self.config.evaluation.samples == 1
-            both = (groups, []) if is_greedy else ([], groups)
-            reports[name] = report(*both, seed=self.config.seed)
+            greedy, sampled = (groups, []) if is_greedy else ([], groups)
+            reports[name] = report(greedy, sampled, seed=self.config.seed)
         step = int(state.step)
         values = {
             f"val-core/{name}/{report.name}": report.accuracy
@@ -151,8 +154,10 @@ class PolicyEvaluator:
 
 
 def gather_completions(problems: Sequence[Prompt], groups: Groups) -> Groups:
-    """Return the completions of all processes for each of `problems`; `groups` are
-    those of this process's share."""
+    """Return the completions of all processes for each of `problems`.
+
+    `groups` are those of this process's share.
+    """
     rows = [
         [(c.sample, c.record, dataclasses.astuple(c.verdict)) for c in group]
         for group in groups

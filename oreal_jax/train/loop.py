@@ -8,17 +8,17 @@
         update the token reward model and the policy
 
 Everything random is a function of (seed, step), and a checkpoint records how many
-prompts were used, so a resumed run matches an
-uninterrupted one. With
-several processes, each generates and verifies its share of the prompts; the completions
-are then gathered, and every process computes the same update.
+prompts were used, so a resumed run matches an defer_interrupts one. With several
+processes, each generates and verifies its share of the prompts; the completions are
+then gathered, and every process computes the same update.
 """
 
+import functools
 from pathlib import Path
 
 import jax
 
-from oreal_jax import distributed, sharding, trajectory
+from oreal_jax import distributed, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import build
@@ -30,28 +30,32 @@ from oreal_jax.train.rollouts import Rollouts, all_trajectories, step_prompts
 from oreal_jax.train.run_directory import RunDirectory
 from oreal_jax.train.scoring import make_reference_scorer, put_batch
 from oreal_jax.train.setup import open_judge, set_up
+from oreal_jax.trajectory import (
+    merge,
+    select,
+    token_count,
+    trajectory_metrics,
+    with_advantages,
+)
 from oreal_jax.verify import Pool
 
 
-def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> None:
-    """Train, or resume training, in the run directory `run`; trace `profile` steps.
+def train_oreal(
+    config: TrainConfig, run: str | Path, screen: Screen | None = None, profile: int = 0
+) -> None:
+    """Train, or resume training, in the run directory `run`.
+
+    `profile` steps are traced into RUN/profile.
 
     Raises:
         InputError: the config, model, prompts or run directory cannot be used.
     """
-    setup, verification = set_up(config, run, screen), config.verification
-    mesh, chat, undecided = setup.mesh, setup.chat, verification.undecided
-    judging = open_judge(config, screen)
+    run, screen = Path(run), screen or Screen()
+    setup = set_up(config, run, screen)
+    model, mesh, chat = setup.model, setup.model.mesh, setup.model.chat
+    judging, verification = open_judge(config, screen), config.verification
     directory = RunDirectory(
-        config,
-        run,
-        screen,
-        source=setup.source,
-        mesh=mesh,
-        chat=chat,
-        data=setup.data,
-        steps=config.steps,
-        profile=profile,
+        config, run, screen, model, setup.data, steps=config.steps, profile=profile
     )
     if distributed.is_first() and not (run / "data").is_dir():
         build(setup.prompts, run / "data")
@@ -59,46 +63,36 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
     with directory, pool, judging as judge:
         with distributed.enter_together():
             reference = directory.load_reference()
-        add_reference = make_reference_scorer(
-            setup.source.config, mesh, directory.dtype
-        )
+        add_reference = make_reference_scorer(model.config, mesh, model.dtype)
         train_step = make_run_step(config, directory.models, mesh)
         rollouts = Rollouts(config, run, screen, chat, setup.engine, pool, judge)
-        rows = config.packing.rows * sharding.count_row_shards(mesh)
+        make_batch = functools.partial(
+            pack,
+            rows=config.packing.rows * sharding.count_row_shards(mesh),
+            row_length=config.packing.row_length,
+            limits=setup.limits,
+        )
+        undecided = verification.undecided
         state = directory.state
         while (step := int(state.step)) < config.steps:
             evaluation_seconds = setup.evaluator(state, pool, judge)
             label, frozen = f"step {step + 1}: ", step < config.freeze_steps
-            prompts = step_prompts(config, chat, setup.order, directory.taken)
+            prompts = step_prompts(config, chat, setup.order, directory.data_position)
             share = distributed.take_share(prompts)
             verified = rollouts(state.policy.params, share, step)
             with defer_interrupts():
-                groups = trajectory.with_advantages(
-                    all_trajectories(prompts, verified),
-                    config.loss.advantage,
-                    undecided=undecided,
-                )
-                selected = trajectory.select(
-                    groups,
-                    config.keep,
-                    seed=config.seed,
-                    step=step,
-                    undecided=undecided,
-                )
-                metrics = trajectory.metrics(groups, selected) | rollouts.metrics()
+                groups = all_trajectories(prompts, verified)
+                groups = with_advantages(groups, config.loss.advantage, undecided)
+                selected = select(groups, config.keep, config.seed, step, undecided)
+                metrics = trajectory_metrics(groups, selected) | rollouts.metrics()
                 if selected:
-                    batch, indices = pack(
-                        [each.example() for each in selected],
-                        rows=rows,
-                        row_length=config.packing.row_length,
-                        limits=setup.limits,
-                    )
+                    batch, indices = make_batch([t.example() for t in selected])
                     batch = put_batch(batch, mesh)
                     with screen.phase("ref", label=label):
                         batch = jax.block_until_ready(add_reference(reference, batch))
                     with screen.phase("update_actor", label=label):
                         state, measured, token_scores = train_step(state, batch)
-                        directory.hold(state)
+                        directory.record_state(state)
                         metrics |= step_metrics.check_finite(measured, step + 1)
                     selected = step_metrics.with_scores(
                         selected, indices, batch, token_scores
@@ -107,17 +101,17 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                     del batch, measured, token_scores  # frees memory of the devices
                 else:
                     state = state._replace(step=state.step + 1)
-                    directory.hold(state)
+                    directory.record_state(state)
                 with screen.phase("write", label=label):
-                    merged = trajectory.merge(groups, selected)
-                    directory.write_trajectories(step, merged, chat.pieces)
+                    groups = merge(groups, selected)
+                    directory.write_trajectories(step, groups, chat.pieces)
                 directory.finish_step(
                     metrics,
                     step_metrics.screen_line(step + 1, config.steps, metrics),
                     step_metrics.phase_totals(
                         directory.models, groups, selected, frozen
                     ),
-                    tokens=trajectory.token_count(groups),
+                    tokens=token_count(groups),
                     excluded_seconds=evaluation_seconds,
                 )
         setup.evaluator(state, pool, judge)

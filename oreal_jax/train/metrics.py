@@ -40,8 +40,10 @@ def with_scores(
     batch: Batch,
     scores: Scores,
 ) -> list[Trajectory]:
-    """Return the trajectories with their token scores; `indices` locate them in
-    `batch`."""
+    """Return the trajectories with their token scores.
+
+    `indices` locate them in `batch`.
+    """
     arrays = jax.device_get(
         (
             scores.log_probs,
@@ -55,16 +57,17 @@ def with_scores(
     for trajectory, (micro_batch, row) in zip(selected, indices, strict=True):
         length = len(trajectory.completion.tokens)
         take = operator.itemgetter((micro_batch, row, slice(length)))
-        own = TokenScores(*jax.tree.map(take, arrays))
-        scored.append(dataclasses.replace(trajectory, scores=own))
+        token_scores = TokenScores(*jax.tree.map(take, arrays))
+        scored.append(dataclasses.replace(trajectory, scores=token_scores))
     return scored
 
 
 def check_agreement(
     selected: Sequence[Trajectory], config: TrainConfig, step: int
 ) -> dict[str, float]:
-    """Return difference and correlation of token probabilities between sampler and
-    trainer, and the area under the token reward model's ROC curve.
+    """Return how well sampler and trainer agree, and the token reward model's AUC.
+
+    The first as difference and correlation of token probabilities.
 
     Raises:
         Diverged: the mean difference exceeds `max_disagreement`.
@@ -73,7 +76,7 @@ def check_agreement(
     sampler = np.exp(np.concatenate([t.old_log_probs for t in selected]))
     trainer = np.exp(np.concatenate([each.log_probs for each in scores]))
     difference = np.abs(trainer - sampler)
-    varied = sampler.std() and trainer.std()
+    has_spread = sampler.std() and trainer.std()
     mean_scores = np.array([each.token_scores.mean() for each in scores])
     correct = np.array([t.correct for t in selected])
     if not (mean := float(difference.mean())) <= config.max_disagreement:
@@ -91,15 +94,17 @@ def check_agreement(
         "training/rollout_probs_diff_mean": mean,
         "training/rollout_probs_diff_max": float(difference.max()),
         "training/rollout_probs_correlation": float(
-            np.corrcoef(sampler, trainer)[0, 1] if varied else np.nan
+            np.corrcoef(sampler, trainer)[0, 1] if has_spread else np.nan
         ),
         "token_reward/auc": roc_area(mean_scores, correct),
     }
 
 
 def roc_area(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Return the probability that a correct completion scores above an incorrect one
-    (ties count half), NaN where one kind is absent."""
+    """Return the probability that a correct completion scores above an incorrect one.
+
+    Ties count half. NaN where one kind is absent.
+    """
     high, low = scores[correct], scores[~correct]
     if not high.size or not low.size:
         return float("nan")

@@ -3,18 +3,17 @@
 The loop runs these programs, `oreal plan` compiles the same ones ahead of time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
 
 from oreal_jax import model, trajectory
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
-from oreal_jax.mesh import make_mesh, platform
+from oreal_jax.loading import compute_dtype
+from oreal_jax.mesh import make_mesh
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampling_distribution
 from oreal_jax.train.step import TrainStep, make_train_step
@@ -42,13 +41,6 @@ def make_run_mesh(
             "which is float32 here: it needs compute='bfloat16'"
         )
     return mesh
-
-
-def compute_dtype(name: str, mesh: Mesh):
-    """Return the dtype of activations: "auto" is bfloat16, on CPU float32."""
-    if name == "auto":
-        name = "float32" if platform(mesh) == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def make_trained_models(
@@ -84,34 +76,24 @@ def loss_distribution(config: TrainConfig) -> Distribution:
 
 
 def make_engine(
-    config: TrainConfig,
-    shape: ModelConfig,
-    mesh: Mesh,
-    stop_tokens: Sequence[int],
-    stop_table: Int[np.ndarray, "V S"] | None,
-    longest_prompt: int,
-    devices: Sequence | None = None,
+    config: TrainConfig, build: Callable[..., Engine], longest_prompt: int
 ) -> Engine:
-    """Return the engine of a run, for training and evaluation, with prompts of at most
-    `longest_prompt` tokens. `devices` are those of this process (None: JAX's default).
+    """Return the engine of a run, for training and evaluation.
+
+    `build` makes an engine with the options of this config. Prompts have at most
+    `longest_prompt` tokens.
 
     Raises:
         InputError: the devices do not divide into engines, or a token of
-            `config.sampling` or `stop_tokens` is outside the vocabulary, or the longest
-            completion exceeds the model or the cache.
+            `config.sampling` is outside the vocabulary, or the longest completion
+            exceeds the model or the cache.
     """
-    engine = Engine(
-        shape,
-        mesh,
-        stop_tokens,
-        stop_table=stop_table,
+    engine = build(
         rows=config.decode_rows,
         cache_tokens=config.cache_tokens,
-        dtype=compute_dtype(config.compute, mesh),
         weights=config.decode_weights,
         cache=config.decode_cache,
         tensor=config.decode_tensor,
-        devices=devices,
         longest=(longest_prompt, config.sampling.max_tokens),
     )
     engine.check_sampling(config.sampling)
@@ -121,7 +103,8 @@ def make_engine(
 
 def step_size_limits(config: TrainConfig, shortest_prompt: int = 0) -> SizeLimits:
     """Return limits of all steps; prompts have at least `shortest_prompt` tokens."""
-    per_prompt = 2 if config.keep is trajectory.one_pair else config.samples_per_prompt
+    pairs = config.keep is trajectory.select_pair
+    per_prompt = 2 if pairs else config.samples_per_prompt
     return SizeLimits(
         completions=per_prompt * config.prompts_per_step,
         sequence=config.max_prompt_tokens + config.sampling.max_tokens,

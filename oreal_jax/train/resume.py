@@ -1,7 +1,7 @@
 """Resuming a run: which step, with which settings and data, and what is removed.
 
-A run resumes after its newest complete checkpoint. What it wrote after that is of steps
-that will be run again, perhaps with other settings; the checkpoints decide.
+A run resumes after its newest complete checkpoint. Files of later steps are removed:
+those steps will be run again, perhaps with other settings.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.errors import InputError
 from oreal_jax.files import check_local, read_json, write_lines
 
-# Settings that make a run what it is; another value would make another run.
+# Settings that cannot change within a run.
 IDENTITY = ("class", "model", "seed", "prompts", "examples", "chat_template")
 
 Log = Callable[[str], None]
@@ -64,8 +64,9 @@ def open_source(config: TrainConfig | SftConfig, run: Path) -> ModelSource:
 
 
 def read_progress(run: Path) -> tuple[int | None, Progress]:
-    """Return the step that a run resumes after (None before it has begun) and its
-    progress.
+    """Return the step that a run resumes after, and its progress.
+
+    The step is None before the run has begun.
 
     Raises:
         InputError: they cannot be read.
@@ -96,12 +97,12 @@ def _unrecorded_progress(run: Path, step: int) -> Progress:
 
 
 def compare_settings(
-    run: Path, config: TrainConfig | SftConfig, begun: bool, log: Log
+    run: Path, config: TrainConfig | SftConfig, is_resumed: bool, log: Log
 ) -> None:
     """Log the settings that have changed since the run began.
 
     Raises:
-        InputError: one of them makes another run.
+        InputError: a setting that cannot change within a run has changed.
     """
     path = run / "config.json"
     if not path.exists():
@@ -111,12 +112,14 @@ def compare_settings(
         if old.get(name) != new.get(name):
             change = f"{name}: {old.get(name)} -> {new.get(name)}"
             if name in IDENTITY:
-                raise InputError(f"{path}: this run began otherwise; {change}")
-            appears = None in (old.get(name), new.get(name))
-            if name == "token_reward" and appears and begun:
                 raise InputError(
-                    f"{path}: its checkpoints are with a token reward model or "
-                    f"without, as it began; {change}"
+                    f"{path}: this run began with other settings; {change}"
+                )
+            is_added_or_removed = None in (old.get(name), new.get(name))
+            if name == "token_reward" and is_added_or_removed and is_resumed:
+                raise InputError(
+                    f"{path}: token_reward cannot be added or removed, because the "
+                    f"run's checkpoints are with or without it; {change}"
                 )
             log(f"changed since this run began: {change}")
 
@@ -149,11 +152,10 @@ def compare_progress(
 
 
 def discard_after(run: Path, step: int) -> list[str]:
-    """Remove what `run` wrote after its first `step` steps, and what a killed process
-    left incomplete; return lines for the log.
+    """Remove the files of steps after `step`, and incomplete ones of a killed process.
 
-    A best policy of a later step is renamed to RUN/best.abandoned, or .2, .3, ... after
-    it: the steps to come may not find it again.
+    Returns lines for the log. A best policy of a later step is renamed to
+    RUN/best.abandoned (or .2, .3, ...): the rerun may not find it again.
     """
     lines = [
         f"{directory}: incomplete, without {' and '.join(items)}; removed"
@@ -198,13 +200,14 @@ def _set_aside_best(run: Path, step: int) -> list[str]:
     if old.exists() and not best.exists():  # killed between two renames
         old.rename(best)
     shutil.rmtree(old, ignore_errors=True)
-    kept = checkpoints.newest_step(best)
-    if kept is None or kept <= step:
+    best_step = checkpoints.newest_step(best)
+    if best_step is None or best_step <= step:
         return []
     suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
     names = (run / f"best.abandoned{suffix}" for suffix in suffixes)
     abandoned = next(name for name in names if not name.exists())
     best.rename(abandoned)
     return [
-        f"{best}: from step {kept}, which will be run again; renamed to {abandoned}"
+        f"{best}: from step {best_step}, which will be run again; renamed to "
+        f"{abandoned}"
     ]

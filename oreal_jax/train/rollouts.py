@@ -26,8 +26,11 @@ Verified = list[tuple[Completion, Verdict]]  # of one prompt
 
 
 class StepPrompt(NamedTuple):
-    """A prompt of a step, with its index in the step (`group`), its tokens, and the
-    run-wide index of its first sample."""
+    """A prompt of a step.
+
+    `group` is its index in the step, `first_sample` the run-wide index of its first
+    sample.
+    """
 
     prompt: Prompt
     group: int
@@ -36,9 +39,9 @@ class StepPrompt(NamedTuple):
 
 
 def step_prompts(
-    config: TrainConfig, chat: Chat, order: PromptOrder, taken: int
+    config: TrainConfig, chat: Chat, order: PromptOrder, data_position: int
 ) -> list[StepPrompt]:
-    """Return the prompts of the next step, after `taken` prompts have been used."""
+    """Return the prompts of the next step, after `data_position` prompts were used."""
     return [
         StepPrompt(
             prompt,
@@ -46,7 +49,7 @@ def step_prompts(
             chat.encode(prompt.question),
             occurrence * config.samples_per_prompt,
         )
-        for group, (prompt, occurrence) in enumerate(order.batch(taken))
+        for group, (prompt, occurrence) in enumerate(order.batch(data_position))
     ]
 
 
@@ -95,8 +98,10 @@ class Rollouts:
         step: int,
         completions: dict[tuple[int, int], Completion],
     ) -> None:
-        """Add K completions of each prompt to `completions`, by prompt and sample;
-        finished ones are verified while others are generated."""
+        """Add K completions of each prompt to `completions`, by prompt and sample.
+
+        Finished ones are verified while others are generated.
+        """
 
         def finish(n: int, k: int, completion: Completion) -> None:
             text = self.chat.decode(completion.tokens)
@@ -182,8 +187,10 @@ class Rollouts:
         self.screen.log(f"saved {len(rows)} of {total} completions to {path}")
 
     def metrics(self) -> dict[str, float]:
-        """Return engine throughput and judge counters of this step, summed over all
-        processes."""
+        """Return engine throughput and judge counters of this step.
+
+        They are summed over all processes.
+        """
         judge = self.judge
         parts = distributed.gather_values(
             [self.engine.statistics, judge and judge.take_counts()]
@@ -196,11 +203,13 @@ class Rollouts:
 
 
 def all_trajectories(
-    prompts: Sequence[StepPrompt], mine: Sequence[Verified]
+    prompts: Sequence[StepPrompt], local: Sequence[Verified]
 ) -> list[Group]:
-    """Gather the trajectories of all processes, without advantages; `mine` holds the
-    completions of this process's share of `prompts`."""
-    groups = distributed.gather_shares(list(mine), encode, decode)
+    """Gather the trajectories of all processes, without advantages.
+
+    `local` holds the completions of this process's share of `prompts`.
+    """
+    groups = distributed.gather_shares(list(local), encode, decode)
     return [
         [
             Trajectory(

@@ -27,48 +27,37 @@ from pathlib import Path
 
 import jax
 import orjson
-from jax.sharding import Mesh
 
 from oreal_jax import config as configuration
-from oreal_jax import distributed, efficiency, model, sharding
+from oreal_jax import distributed, efficiency, sharding
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.run import Progress
-from oreal_jax.checkpoints.source import ModelSource, copy_files
+from oreal_jax.checkpoints.source import copy_files
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat
 from oreal_jax.distributed import defer_interrupts
 from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged, InputError, summarize
 from oreal_jax.files import BackgroundWriter, write_bytes, write_text
 from oreal_jax.interrupts import ignoring_interrupts
+from oreal_jax.loading import OpenModel
 from oreal_jax.metrics import MetricsLog, compilations
-from oreal_jax.model import Params
+from oreal_jax.model import Params, abstract, cast, parameter_count
 from oreal_jax.train import resume
 from oreal_jax.train.profile import Profile
-from oreal_jax.train.programs import compute_dtype, make_trained_models
+from oreal_jax.train.programs import make_trained_models
 from oreal_jax.train.resume import Data
 from oreal_jax.train_state import TrainState
 from oreal_jax.trajectory import Group
-
-
-class NoLog:
-    """The metrics log of processes other than 0."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class RunDirectory:
     """An open run directory.
 
     `state` is the training state after the last finished step: the initial or restored
-    state, then the argument of `hold`. Leaving the `with` block waits for all writes;
-    after an interruption or an error it first saves `state`. `taken` counts the prompts
-    or examples used by finished steps.
+    state, then the argument of `record_state`. Leaving the `with` block waits for all
+    writes; after an interruption or an error it first saves `state`. `data_position` is
+    the number of prompts or examples used by finished steps.
     """
 
     def __init__(
@@ -76,11 +65,9 @@ class RunDirectory:
         config: TrainConfig | SftConfig,
         path: Path,
         screen: Screen,
-        *,
-        source: ModelSource,
-        mesh: Mesh,
-        chat: Chat,
+        model: OpenModel,
         data: Data,
+        *,
         steps: int,
         profile: int = 0,
     ):
@@ -99,28 +86,26 @@ class RunDirectory:
                 "pass --processes auto on every host"
             )
         self.config, self.path, self.screen = config, path, screen
-        self.mesh, self.data, self.steps = mesh, data, steps
-        self.model_config = source.config
-        self.dtype = compute_dtype(config.compute, mesh)
-        self.models = make_trained_models(config, source.config, mesh, steps)
+        self.model, self.data, self.steps = model, data, steps
+        self.models = make_trained_models(config, model.config, model.mesh, steps)
         self._rates = {"actor/lr": jax.jit(self.models.policy.rate)}
         if self.models.token_reward:
             self._rates["token_reward/lr"] = jax.jit(self.models.token_reward.rate)
         newest, progress = resume.read_progress(path)
-        self._first, self.taken = newest or 0, progress.taken
-        begun, log = newest is not None, screen.log
-        resume.compare_settings(path, config, begun, log)
+        self._first, self.data_position = newest or 0, progress.taken
+        is_resumed, log = newest is not None, screen.log
+        resume.compare_settings(path, config, is_resumed, log)
         resume.compare_progress(path, self._first, progress, data, self._rates, log)
-        if begun:
+        if is_resumed:
             self.state = self._restore()
             self._prepare()
         else:
-            params = self._load(source)
+            params = self._load()
             self._prepare()
-            self.state = self._initialize(source, chat, params)
+            self.state = self._initialize(params)
         self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
         self._writer = BackgroundWriter()
-        self._metrics = NoLog()
+        self._metrics = None
         if distributed.is_first():
             self._metrics = MetricsLog(
                 path, self._first, tensorboard=config.tensorboard
@@ -129,17 +114,18 @@ class RunDirectory:
         self._step_started = time.perf_counter()
 
     def _restore(self) -> TrainState:
-        count = f"{model.parameter_count(self.model_config):,} parameters"
+        count = f"{parameter_count(self.model.config):,} parameters"
         self.screen.log(f"resuming {self.path} after step {self._first} ({count})")
         with self.screen.phase("restore"):
-            abstract = self.models.abstract(self.mesh)
-            return checkpoints.restore(self.path, self._first, abstract)
+            target = self.models.abstract(self.model.mesh)
+            return checkpoints.restore(self.path, self._first, target)
 
-    def _load(self, source: ModelSource) -> Params:
-        count = f"{model.parameter_count(source.config):,} parameters"
+    def _load(self) -> Params:
+        source, mesh = self.model.source, self.model.mesh
+        count = f"{parameter_count(source.config):,} parameters"
         with self.screen.phase("load") as advance:
-            params = source.load(self.mesh, on_tensor=lambda name: advance())
-        self.screen.log(f"{source.path}: {count} on {self.mesh.size} device(s)")
+            params = source.load(mesh, on_tensor=lambda name: advance())
+        self.screen.log(f"{source.path}: {count} on {mesh.size} device(s)")
         return params
 
     def _prepare(self) -> None:
@@ -158,34 +144,32 @@ class RunDirectory:
                 "a file system that all processes share"
             )
 
-    def _initialize(
-        self, source: ModelSource, chat: Chat, params: Params
-    ) -> TrainState:
+    def _initialize(self, params: Params) -> TrainState:
         """Save the model files and the reference policy; return the state at step 0."""
         if distributed.is_first():
-            copy_files(source, self.path / "model")
+            copy_files(self.model.source, self.path / "model")
             if self.config.chat_template:
-                template = chat.tokenizer.chat_template
+                template = self.model.chat.tokenizer.chat_template
                 write_text(self.path / "model" / "chat_template.jinja", template)
         reference = self.path / "reference"
         if not reference.is_dir():
-            cast = jax.jit(model.cast, static_argnums=1)
+            cast_all = jax.jit(cast, static_argnums=1)
             with defer_interrupts():
-                checkpoints.save_params(reference, cast(params, self.dtype))
-        return self.models.initializer(self.mesh)(params)
+                checkpoints.save_params(reference, cast_all(params, self.model.dtype))
+        return self.models.initializer(self.model.mesh)(params)
 
     def load_reference(self) -> Params:
         """Return the initial policy in the compute dtype."""
-        shardings = sharding.param_shardings(self.model_config, self.mesh)
-        shapes = model.abstract(self.model_config, self.dtype)
+        shardings = sharding.param_shardings(self.model.config, self.model.mesh)
+        shapes = abstract(self.model.config, self.model.dtype)
         return checkpoints.load_params(
             self.path / "reference", sharding.with_shardings(shapes, shardings)
         )
 
-    def hold(self, state: TrainState) -> None:
-        """Set the state that is saved if a later step fails; count its prompts."""
+    def record_state(self, state: TrainState) -> None:
+        """Set the state after a step, which is saved if a later step fails."""
         self.state = state
-        self.taken += self.data.per_step
+        self.data_position += self.data.per_step
 
     def write_trajectories(
         self, step: int, groups: Sequence[Group], pieces: Callable
@@ -212,22 +196,23 @@ class RunDirectory:
         `totals` holds the tokens and FLOPs of each phase. `excluded_seconds` (for
         evaluation) are subtracted from the step time.
         """
-        now, step = time.perf_counter(), int(self.state.step)
+        now, step, mesh = time.perf_counter(), int(self.state.step), self.model.mesh
         seconds = now - self._step_started - excluded_seconds
         self._step_started = now
         timed = {
             "perf/time_per_step": seconds,
-            "perf/throughput": tokens / seconds / self.mesh.size,
+            "perf/throughput": tokens / seconds / mesh.size,
             "perf/total_num_tokens": float(tokens),
         }
         timed |= compilations.take() | self.screen.take_timings()
         rates = efficiency.metrics(
             totals,
             {phase: timed[f"timing_s/{phase}"] for phase in totals},
-            devices=self.mesh.size,
-            peak=efficiency.PEAKS.get(self.mesh.devices.flat[0].device_kind),
+            devices=mesh.size,
+            peak=efficiency.PEAKS.get(mesh.devices.flat[0].device_kind),
         )
-        self._metrics.write(step - 1, dict(metrics) | timed | rates)
+        if self._metrics:
+            self._metrics.write(step - 1, dict(metrics) | timed | rates)
         self.screen.log(f"{line}  {seconds:.1f} s")
         if step % self.config.saving.every == 0 or step == self.steps:
             with self.screen.phase("save"):
@@ -244,7 +229,8 @@ class RunDirectory:
         self._writer.wait()
         step = int(self.state.step)
         rates = {name: float(rate(step)) for name, rate in self._rates.items()}
-        progress = Progress(self.taken, self.data.rows, self.data.order, rates)
+        data = self.data
+        progress = Progress(self.data_position, data.rows, data.order, rates)
         self._checkpoints.save(self.state, progress)
 
     def __enter__(self) -> "RunDirectory":
@@ -256,7 +242,7 @@ class RunDirectory:
             # An interrupt must not replace the original error.
             ignoring = ignoring_interrupts("closing the run")
         with defer_interrupts(), ignoring, contextlib.ExitStack() as closing:
-            for part in (self._profile, self._metrics, self._checkpoints):
+            for part in filter(None, (self._profile, self._metrics, self._checkpoints)):
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
@@ -315,7 +301,9 @@ def write_trajectories(
 
 
 def interrupted_path(run: Path, step: int, process: int) -> Path:
-    """Return the file for a process's completions of an interrupted step, which exists
-    until the step is finished."""
+    """Return the file for a process's completions of an interrupted step.
+
+    It exists until the step is finished.
+    """
     suffix = f".process_{process}" if process else ""
     return run / "interrupted" / f"step_{step:06d}{suffix}.jsonl"

@@ -26,10 +26,15 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Return the shardings of a batch: rows are split over the data axes and their
-    tokens over the context axis, everything else is replicated."""
-    rows = sharding.make_sharding(mesh, None, "rows", "sequence")
-    replicated = sharding.replicated(mesh)
+    """Return the shardings of a batch.
+
+    Rows are split over the data axes and their tokens over the context axis; all other
+    arrays are replicated.
+    """
+    rows, replicated = (
+        sharding.make_sharding(mesh, None, "rows", "sequence"),
+        sharding.replicated(mesh),
+    )
     split = {"tokens", "positions", "segments", "predicts", "targets"}
     return Batch(*(rows if name in split else replicated for name in Batch._fields))
 
@@ -62,9 +67,11 @@ def completion_log_probs(
     distribution: model.Distribution = model.full_softmax,
     execution: Execution = ONE_DEVICE,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"], Float[Array, "N T"] | None]:
-    """Return the log-probability of every completion token and the entropy at each;
-    also the log-probabilities of the full distribution if `distribution` is another,
-    by a second pass of the head."""
+    """Return log-probability and entropy of every completion token.
+
+    Also the log-probabilities of the full distribution, if `distribution` is another,
+    by a second pass of the head.
+    """
     states = completion_states(config, params, part, execution)
 
     def score(distribution: model.Distribution) -> list[Float[Array, "N T"]]:
@@ -79,8 +86,10 @@ def completion_log_probs(
 
 
 def make_reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
-    """Return a jitted function of parameters and batch: the batch with the reference
-    model's log-probabilities filled in."""
+    """Return a jitted function that adds the reference model's log-probabilities.
+
+    It takes the reference parameters and a batch.
+    """
     execution = model_parallel.make_execution(mesh)
 
     def score(params: Params, batch: Batch) -> Batch:

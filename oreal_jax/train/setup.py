@@ -1,4 +1,4 @@
-"""Everything that a run decides and checks before its first step."""
+"""Set-up of a run: everything that is read and checked before the first step."""
 
 import contextlib
 import itertools
@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jax.sharding import Mesh
-
 from oreal_jax import distributed, losses, program_cache
-from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import (
@@ -23,8 +20,8 @@ from oreal_jax.data import (
 from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
-from oreal_jax.model import ModelConfig
-from oreal_jax.sampling import Engine, make_stop_table
+from oreal_jax.loading import OpenModel, compute_dtype
+from oreal_jax.sampling import Engine
 from oreal_jax.train.evaluator import PolicyEvaluator, load_evaluation_sets
 from oreal_jax.train.programs import make_engine, make_run_mesh, step_size_limits
 from oreal_jax.train.resume import Data, open_source
@@ -34,9 +31,7 @@ from oreal_jax.verify.llm_judge import Judge
 class Setup(NamedTuple):
     """The checked inputs of a run; `limits` bound the batches of all its steps."""
 
-    source: ModelSource
-    mesh: Mesh
-    chat: Chat
+    model: OpenModel
     prompts: list[Prompt]
     data: Data
     order: PromptOrder
@@ -51,26 +46,16 @@ def set_up(config: TrainConfig, run: Path, screen: Screen) -> Setup:
     Raises:
         InputError: the config, model, prompts or evaluation sets cannot be used.
     """
-    source, mesh = open_run_model(config, run)
+    model = open_run_model(config, run, config.stop_strings, config.stop_words)
     check_loss(config)
-    chat = load_chat(config, run, source, config.stop_strings)
     prompts = load_run_prompts(config, run, screen)
     rows = fingerprint([prompt.as_json() for prompt in prompts])
     distributed.assert_equal(f"{config.prompts}: fingerprint", rows)
-    repeated, lengths = usable_prompts(config, source.config, prompts, chat, screen)
-    engine = make_engine(
-        config,
-        source.config,
-        mesh,
-        chat.stop_tokens(config.stop_words),
-        make_stop_table(config.stop_strings, chat.token_bytes, source.config.vocab),
-        max(lengths),
-    )
-    sets = load_evaluation_sets(config, chat, prompts, engine)
+    repeated, lengths = usable_prompts(config, model, prompts, screen)
+    engine = make_engine(config, model.make_engine, max(lengths))
+    sets = load_evaluation_sets(config, model.chat, prompts, engine)
     return Setup(
-        source=source,
-        mesh=mesh,
-        chat=chat,
+        model=model,
         prompts=prompts,
         data=Data(
             config.prompts,
@@ -82,23 +67,41 @@ def set_up(config: TrainConfig, run: Path, screen: Screen) -> Setup:
         limits=step_size_limits(config, min(lengths)),
         engine=engine,
         evaluator=PolicyEvaluator(
-            config=config, run=run, screen=screen, chat=chat, engine=engine, sets=sets
+            config=config,
+            run=run,
+            screen=screen,
+            chat=model.chat,
+            engine=engine,
+            sets=sets,
         ),
     )
 
 
 def open_run_model(
-    config: TrainConfig | SftConfig, run: Path
-) -> tuple[ModelSource, Mesh]:
-    """Return the model of a run, without its weights, and its mesh.
+    config: TrainConfig | SftConfig,
+    run: Path,
+    stop_strings: Sequence[str] = (),
+    stop_words: Sequence[str] = (),
+) -> OpenModel:
+    """Open the model of a run; the chat template is the run's own once it has begun.
 
     Raises:
-        InputError: they cannot be used, alone or together.
+        InputError: model, mesh, tokenizer or template cannot be used.
     """
     source = open_source(config, run)
     mesh = make_run_mesh(config, source.config)
     program_cache.enable()
-    return source, mesh
+    template = None
+    if config.chat_template and source.path != run:
+        template = Path(config.chat_template)
+    tokenizer = load_tokenizer(source.files)
+    return OpenModel(
+        source=source,
+        mesh=mesh,
+        dtype=compute_dtype(config.compute, mesh),
+        chat=Chat(tokenizer, config.system_prompt, template, stop_strings),
+        stop_words=stop_words,
+    )
 
 
 def check_loss(config: TrainConfig) -> None:
@@ -122,27 +125,6 @@ def check_loss(config: TrainConfig) -> None:
             f"{', '.join(presets)}"
         )
     raise InputError(message)
-
-
-def load_chat(
-    config: TrainConfig | SftConfig,
-    run: Path,
-    source: ModelSource,
-    stop_strings: Sequence[str] = (),
-) -> Chat:
-    """Load the chat template of a run: its own once it has begun, else the config's.
-
-    Raises:
-        InputError: tokenizer or template cannot be used.
-    """
-    begun = source.path == run
-    template = Path(config.chat_template) if config.chat_template else None
-    return Chat(
-        load_tokenizer(source.files),
-        config.system_prompt,
-        None if begun else template,
-        stop_strings,
-    )
 
 
 def load_run_prompts(config: TrainConfig, run: Path, screen: Screen) -> list[Prompt]:
@@ -169,16 +151,17 @@ def load_run_prompts(config: TrainConfig, run: Path, screen: Screen) -> list[Pro
 
 
 def usable_prompts(
-    config: TrainConfig,
-    shape: ModelConfig,
-    prompts: Sequence[Prompt],
-    chat: Chat,
-    screen: Screen,
+    config: TrainConfig, model: OpenModel, prompts: Sequence[Prompt], screen: Screen
 ) -> tuple[list[Prompt], list[int]]:
-    """Return the prompts of at most `max_prompt_tokens`, repeated by difficulty as
-    published; and their lengths in tokens, without repetition."""
-    encoded = [chat.encode(prompt.question) for prompt in prompts]
-    shape.check_tokens(itertools.chain.from_iterable(encoded), config.prompts)
+    """Return the prompts that are short enough, repeated by difficulty as published.
+
+    Also returns their lengths in tokens, without repetition.
+
+    Raises:
+        InputError: no prompt remains, or one has a token outside the vocabulary.
+    """
+    encoded = [model.chat.encode(prompt.question) for prompt in prompts]
+    model.config.check_tokens(itertools.chain.from_iterable(encoded), config.prompts)
     lengths = [len(tokens) for tokens in encoded]
     fits = [length <= config.max_prompt_tokens for length in lengths]
     short = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]

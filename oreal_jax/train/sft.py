@@ -12,32 +12,35 @@ from pathlib import Path
 from oreal_jax import distributed, efficiency, losses, sharding
 from oreal_jax.config import SftConfig
 from oreal_jax.console import Screen
-from oreal_jax.data import Chat, PromptOrder, SolvedQuestion, read_examples
+from oreal_jax.data import PromptOrder, SolvedQuestion, read_examples
 from oreal_jax.data.packing import Example, SizeLimits, pack
 from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
-from oreal_jax.model import ModelConfig
+from oreal_jax.loading import OpenModel
 from oreal_jax.train.metrics import check_finite
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.resume import Data, read_progress
 from oreal_jax.train.run_directory import RunDirectory
 from oreal_jax.train.scoring import put_batch
-from oreal_jax.train.setup import load_chat, open_run_model
+from oreal_jax.train.setup import open_run_model
 
 
-def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
-    """Fine-tune, or resume fine-tuning, in the run directory `run`; trace `profile`
-    steps.
+def train_sft(
+    config: SftConfig, run: str | Path, screen: Screen | None = None, profile: int = 0
+) -> None:
+    """Fine-tune, or resume fine-tuning, in the run directory `run`.
+
+    `profile` steps are traced into RUN/profile.
 
     Raises:
         InputError: the config, model, examples or run directory cannot be used.
     """
-    source, mesh = open_run_model(config, run)
+    run, screen = Path(run), screen or Screen()
+    model = open_run_model(config, run)
     check_loss(config)
-    chat = load_chat(config, run, source)
     rows = read_examples(Path(config.examples))
-    usable = usable_examples(config, source.config, chat, rows, screen)
+    usable = usable_examples(config, model, rows, screen)
     all_rows = fingerprint([dataclasses.astuple(row) for row in rows])
     distributed.assert_equal(f"{config.examples}: fingerprint", all_rows)
     examples = list(usable.values())
@@ -51,36 +54,31 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
         finished, progress = read_progress(run)
         remaining = config.epochs * len(examples) - progress.taken
         steps = (finished or 0) + max(0, remaining) // per_step
+    data = Data(config.examples, all_rows, fingerprint(list(usable)), per_step)
     with RunDirectory(
-        config,
-        run,
-        screen,
-        source=source,
-        mesh=mesh,
-        chat=chat,
-        data=Data(config.examples, all_rows, fingerprint(list(usable)), per_step),
-        steps=steps,
-        profile=profile,
+        config, run, screen, model, data, steps=steps, profile=profile
     ) as directory:
-        train_step = make_run_step(config, directory.models, mesh)
+        train_step = make_run_step(config, directory.models, model.mesh)
         state = directory.state
         while (step := int(state.step) + 1) <= steps:
-            batch_examples = [example for example, _ in order.batch(directory.taken)]
+            items = order.batch(directory.data_position)
+            batch_examples = [example for example, _ in items]
             batch, _ = pack(
                 batch_examples,
-                rows=config.packing.rows * sharding.count_row_shards(mesh),
+                rows=config.packing.rows * sharding.count_row_shards(model.mesh),
                 row_length=config.packing.row_length,
                 limits=limits,
             )
             with distributed.enter_together():
                 with screen.phase("update_actor", label=f"step {step}: "):
-                    state, metrics, _ = train_step(state, put_batch(batch, mesh))
-                    directory.hold(state)
+                    batch = put_batch(batch, model.mesh)
+                    state, metrics, _ = train_step(state, batch)
+                    directory.record_state(state)
                     metrics = check_finite(metrics, step)
                 loss = metrics.get("actor/pg_loss", metrics["actor/loss"])
                 lengths = ((len(e.prompt), len(e.completion)) for e in batch_examples)
                 work = efficiency.full_pass(lengths)
-                flops = efficiency.training_flops(source.config, work)
+                flops = efficiency.training_flops(model.config, work)
                 directory.finish_step(
                     metrics,
                     f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.4f}",
@@ -90,7 +88,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
 
 
 def check_loss(config: SftConfig) -> None:
-    """Raises InputError where the loss reads what SFT does not compute."""
+    """Raise InputError where the loss reads what SFT does not compute."""
     fields = losses.fields_read(
         config.loss, "old_log_probs", "reference_log_probs", "token_scores"
     )
@@ -104,19 +102,21 @@ def check_loss(config: SftConfig) -> None:
 
 def usable_examples(
     config: SftConfig,
-    shape: ModelConfig,
-    chat: Chat,
+    model: OpenModel,
     rows: Sequence[SolvedQuestion],
     screen: Screen,
 ) -> dict[int, Example]:
-    """Prompt and solution tokens of every example that fits a row, by its place in the
-    file."""
-    encoded = [chat.example(row.question, row.solution) for row in rows]
+    """Return the examples that fit a packed row, by their index in the file.
+
+    Raises:
+        InputError: too few fit, or one has a token outside the vocabulary.
+    """
+    encoded = [model.chat.example(row.question, row.solution) for row in rows]
     tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(encoded))
-    shape.check_tokens(tokens, config.examples)
+    model.config.check_tokens(tokens, config.examples)
     usable = {
-        place: Example(prompt, completion)
-        for place, (prompt, completion) in enumerate(encoded)
+        index: Example(prompt, completion)
+        for index, (prompt, completion) in enumerate(encoded)
         if len(prompt) + len(completion) <= config.packing.row_length
     }
     screen.log(

@@ -2,8 +2,8 @@
 
 The models turn packed rows into per-token arrays, the losses turn those into scalars.
 Micro-batches run in a loop whose length is data: gradients and metrics of the filled
-ones are added up, and because losses divide by counts of the whole batch, the sum is
-the gradient of the batch.
+ones are summed. Losses divide by counts of the whole batch, so the sum is the gradient
+of the batch.
 """
 
 import functools
@@ -46,9 +46,9 @@ class Scores(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is minimized and how the models compute it.
+    """The loss, and how the models compute it.
 
-    `distribution` says which of the policy's probabilities the loss is about,
+    `distribution` says which of the policy's probabilities the loss reads,
     `gradient_sums` is the dtype in which the gradients of the layers' matrices are
     summed over the devices (all others and sums over micro-batches: float32).
     """
@@ -59,13 +59,15 @@ class Objective(NamedTuple):
     gradient_sums: Any
 
     def cast(self, config: ModelConfig, params: Params) -> Params:
-        """A gradient is summed in the dtype in which the model receives the weight."""
+        """Cast the matrices to the dtype in which their gradients are summed."""
         return model.cast_matrices(config, params, dtype=self.gradient_sums)
 
 
 class TrainStep(NamedTuple):
-    """The jitted `program(state, batch, frozen)`, and in how many steps the policy is
-    frozen."""
+    """The jitted `program(state, batch, frozen)`.
+
+    The policy is frozen in the first `freeze_steps` steps.
+    """
 
     program: Jitted
     freeze_steps: int
@@ -92,7 +94,7 @@ def make_train_step(
 
     During the first `freeze_steps` steps only the token reward model learns (its head
     starts at zero, which gives every token the weight 0). `remat` says what the
-    backward pass computes again; for the other options see `Objective`.
+    backward pass recomputes; for the other options see `Objective`.
     """
     execution = model_parallel.make_execution(mesh, remat, dtype)
     objective = Objective(loss, distribution, execution, gradient_sums)
@@ -153,18 +155,18 @@ def accumulate(
 ) -> tuple[Gradients, Metrics, Scores]:
     """Sum gradients and metrics over the filled micro-batches; collect the scores."""
     counts = Counts.of(batch.completion(), batch.correct)
-    of_part = functools.partial(
+    compute_gradients = functools.partial(
         micro_batch_gradients, models, objective, state, counts=counts, frozen=frozen
     )
-    shapes, metrics, scores = jax.eval_shape(of_part, micro_batch(batch, 0))
+    shapes, metrics, scores = jax.eval_shape(compute_gradients, micro_batch(batch, 0))
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     blank = jnp.zeros_like(batch.reference_log_probs)
 
     def add(index, total):
-        gradients, metrics, scores = of_part(micro_batch(batch, index))
+        gradients, metrics, scores = compute_gradients(micro_batch(batch, index))
         sums, record = total
         sums = jax.tree.map(jnp.add, sums, (gradients, metrics))
-        put = lambda whole, part: whole.at[index].set(part)
+        put = lambda array, part: array.at[index].set(part)
         return sums, jax.tree.map(put, record, scores)
 
     start = (zeros((shapes, metrics)), jax.tree.map(lambda _: blank, scores))
