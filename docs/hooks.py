@@ -1,0 +1,83 @@
+"""MkDocs hooks: tables made from the code, and pages that are stored outside docs/.
+
+A page requests a table by a line `<!-- fields: CLASS -->` or `<!-- metrics -->`.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md"}
+OUTSIDE["README.md"] = "readme.md"
+
+
+def on_files(files, config):
+    """Add the documents of the repository's root as pages."""
+    for name, page in OUTSIDE.items():
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Fill in the tables, and link to pages where the repository links to files."""
+    for name, target in OUTSIDE.items():
+        markdown = re.sub(rf"\]\((?:\.\./)?{name}", f"]({target}", markdown)
+    fill = lambda match: fields_table(match[1])
+    markdown = re.sub(r"<!-- fields: (\w+) -->", fill, markdown)
+    if "<!-- metrics -->" in markdown:
+        markdown = markdown.replace("<!-- metrics -->", metrics_table())
+    return markdown
+
+
+def fields_table(name: str) -> str:
+    """Return the documentation of a dataclass: its docstring and a table of its fields.
+
+    A field's text is the string below it. The source is read, not imported, so that
+    defaults appear as they are written.
+    """
+    (node,) = (
+        node
+        for path in (ROOT / "oreal_jax").rglob("*.py")
+        if f"class {name}" in (source := path.read_text(encoding="utf-8"))
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    lines = [ast.get_docstring(node) or "", "", "| field | type | default | |"]
+    lines.append("|---|---|---|---|")
+    for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        match following:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                text = " ".join(text.split())
+            case _:
+                text = ""
+        default = code(field.value) if field.value else "required"
+        lines.append(
+            f"| `{ast.unparse(field.target)}` | {code(field.annotation)} "
+            f"| {default} | {text} |"
+        )
+    return "\n".join(lines)
+
+
+def code(node: ast.expr) -> str:
+    """Return an expression as inline code in a cell of a table."""
+    text = ast.unparse(node)
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        text = f"{node.value:,}" if not isinstance(node.value, bool) else text
+    return "`" + text.replace("'", '"').replace("|", "\\|") + "`"
+
+
+def metrics_table() -> str:
+    """Return the table of `oreal_jax.metrics.METRICS`, in groups."""
+    from oreal_jax.metrics import METRICS
+
+    lines = ["| metric | unit | meaning | in a healthy run |", "|---|---|---|---|"]
+    for metric in METRICS:
+        cells = (f"`{metric.name}`", metric.unit, metric.meaning, metric.healthy)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
