@@ -7,8 +7,6 @@ import ast
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md"}
 OUTSIDE["README.md"] = "readme.md"
@@ -16,6 +14,8 @@ OUTSIDE["README.md"] = "readme.md"
 
 def on_files(files, config):
     """Add the documents of the repository's root as pages."""
+    from mkdocs.structure.files import File
+
     for name, page in OUTSIDE.items():
         text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
@@ -36,8 +36,9 @@ def on_page_markdown(markdown, page, config, files):
 def fields_table(name: str) -> str:
     """Return the documentation of a dataclass: its docstring and a table of its fields.
 
-    A field's text is the string below it. The source is read, not imported, so that
-    defaults appear as they are written.
+    A field's text is the string below it; where no field has one, the docstring
+    describes them. The source is read, not imported, so that defaults appear as they
+    are written.
     """
     (node,) = (
         node
@@ -46,22 +47,31 @@ def fields_table(name: str) -> str:
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef) and node.name == name
     )
-    lines = [ast.get_docstring(node) or "", "", "| field | type | default | |"]
-    lines.append("|---|---|---|---|")
+    docstring = (ast.get_docstring(node) or "").partition("\n\nRaises:")[0]
+    rows, texts = [], []
     for field, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(field, ast.AnnAssign):
             continue
         match following:
             case ast.Expr(value=ast.Constant(value=str(text))):
-                text = " ".join(text.split())
+                texts.append(" ".join(text.split()))
             case _:
-                text = ""
+                texts.append("")
         default = code(field.value) if field.value else "required"
-        lines.append(
-            f"| `{ast.unparse(field.target)}` | {code(field.annotation)} "
-            f"| {default} | {text} |"
-        )
-    return "\n".join(lines)
+        rows.append([code(field.target), code(field.annotation), default])
+    header = ["field", "type", "default"]
+    if any(texts):
+        header.append("meaning")
+        rows = [[*row, text] for row, text in zip(rows, texts, strict=True)]
+    else:
+        docstring = f"```text\n{docstring}\n```"
+    return f"{docstring}\n\n{table(header, rows)}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def code(node: ast.expr) -> str:
@@ -73,11 +83,9 @@ def code(node: ast.expr) -> str:
 
 
 def metrics_table() -> str:
-    """Return the table of `oreal_jax.metrics.METRICS`, in groups."""
+    """Return the table of `oreal_jax.metrics.METRICS`."""
     from oreal_jax.metrics import METRICS
 
-    lines = ["| metric | unit | meaning | in a healthy run |", "|---|---|---|---|"]
-    for metric in METRICS:
-        cells = (f"`{metric.name}`", metric.unit, metric.meaning, metric.healthy)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    header = ["metric", "unit", "meaning", "in a healthy run"]
+    rows = [[f"`{m.name}`", m.unit, m.meaning, m.healthy] for m in METRICS]
+    return table(header, rows)

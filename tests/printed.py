@@ -3,7 +3,8 @@
 In Markdown a fenced block without a language is for the shell: if some of its lines
 begin with "$ ", those are its commands and the others their output, else every line is
 a command. `text` blocks are not commands, `python` blocks are snippets. Inline code is
-a command if it begins with one of `PROGRAMS`, options if it begins with "--".
+a command if it begins with one of `PROGRAMS`, options if it begins with "--", a message
+of the program if it has "..." and is no command.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("oreal", ".venv/bin/oreal", "make", "python", "pip", "sbatch")
+PROGRAMS = ("oreal", ".venv/bin/oreal", "make", "python", "pip", "sbatch", "hf")
 PROGRAMS += ("tools/launch_pod.sh", "tools/slurm.sh")
 ENVIRONMENT = re.compile(r"(?:[A-Z_]+=\S+ +)*")  # variables before a program
 FENCE = re.compile(r"^ *```(.*)\n((?:.*\n)*?) *```$", re.MULTILINE)
@@ -29,7 +30,7 @@ MODULE = re.compile(r"\w+(?:/\w+)*\.py")
 
 
 class Printed(NamedTuple):
-    """`kind` is "block", "inline", "options", "path", "snippet" or "fence"."""
+    """`kind`: "block", "inline", "options", "path", "snippet", "message" or "fence"."""
 
     file: str
     line: int
@@ -96,7 +97,9 @@ def inline(file: str, first: int, prose: str) -> Iterator[Printed]:
     for match in INLINE.finditer(prose):
         line = first + prose[: match.start()].count("\n")
         text = re.sub(r"\n *", " ", match[1])
-        if text.startswith("--"):
+        if "..." in text and not is_command(text):
+            yield Printed(file, line, "message", text)
+        elif text.startswith("--"):
             yield Printed(file, line, "options", text)
         elif REPOSITORY_PATH.fullmatch(text) or MODULE.fullmatch(text):
             yield Printed(file, line, "path", text)
