@@ -7,6 +7,8 @@ import ast
 import re
 from pathlib import Path
 
+from oreal_jax.field_texts import class_node, field_texts
+
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md"}
 OUTSIDE["README.md"] = "readme.md"
@@ -40,29 +42,27 @@ def fields_table(name: str) -> str:
     describes them. The source is read, not imported, so that defaults appear as they
     are written.
     """
-    (node,) = (
-        node
+    path = next(
+        path
         for path in (ROOT / "oreal_jax").rglob("*.py")
-        if f"class {name}" in (source := path.read_text(encoding="utf-8"))
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == name
+        if re.search(rf"^class {name}\b", path.read_text(encoding="utf-8"), re.M)
     )
+    node = class_node(path, name)
     docstring = (ast.get_docstring(node) or "").partition("\n\nRaises:")[0]
-    rows, texts = [], []
-    for field, following in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign):
-            continue
-        match following:
-            case ast.Expr(value=ast.Constant(value=str(text))):
-                texts.append(" ".join(text.split()))
-            case _:
-                texts.append("")
-        default = code(field.value) if field.value else "required"
-        rows.append([code(field.target), code(field.annotation), default])
+    texts = field_texts(node)
+    rows = [
+        [
+            code(field.target),
+            code(field.annotation),
+            code(field.value) if field.value else "required",
+        ]
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    ]
     header = ["field", "type", "default"]
-    if any(texts):
+    if any(texts.values()):
         header.append("meaning")
-        rows = [[*row, text] for row, text in zip(rows, texts, strict=True)]
+        rows = [[*row, text] for row, text in zip(rows, texts.values(), strict=True)]
     else:
         docstring = f"```text\n{docstring}\n```"
     return f"{docstring}\n\n{table(header, rows)}"
