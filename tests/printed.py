@@ -3,8 +3,8 @@
 In Markdown a fenced block without a language is for the shell: if some of its lines
 begin with "$ ", those are its commands and the others their output, else every line is
 a command. `text` blocks are not commands, `python` blocks are snippets. Inline code is
-a command if it begins with one of `PROGRAMS`, options if it begins with "--", a message
-of the program if it has "..." and is no command.
+a command if it begins with one of `PROGRAMS`, options if it begins with "--". In the
+page on troubleshooting, code with "..." is a message, with "..." in place of values.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("oreal", ".venv/bin/oreal", "make", "python", "pip", "sbatch", "hf")
+PROGRAMS = ("oreal", ".venv/bin/oreal", "make", "python", "pip", "sbatch")
 PROGRAMS += ("tools/launch_pod.sh", "tools/slurm.sh")
 ENVIRONMENT = re.compile(r"(?:[A-Z_]+=\S+ +)*")  # variables before a program
 FENCE = re.compile(r"^ *```(.*)\n((?:.*\n)*?) *```$", re.MULTILINE)
@@ -26,6 +26,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 REPOSITORY_PATH = re.compile(
     r"(?:configs|docs|oreal_jax|tests|tools)/[\w/]*(?:\.\w+)?(?:::\w+)?"
 )
+MESSAGES = "docs/troubleshooting.md"
 MODULE = re.compile(r"\w+(?:/\w+)*\.py")
 
 
@@ -97,7 +98,7 @@ def inline(file: str, first: int, prose: str) -> Iterator[Printed]:
     for match in INLINE.finditer(prose):
         line = first + prose[: match.start()].count("\n")
         text = re.sub(r"\n *", " ", match[1])
-        if "..." in text and not is_command(text):
+        if file == MESSAGES and "..." in text:
             yield Printed(file, line, "message", text)
         elif text.startswith("--"):
             yield Printed(file, line, "options", text)
