@@ -571,22 +571,20 @@ def check_setting(setting: str) -> None:
 @functools.cache
 def strings() -> list[str]:
     """The texts of the program, with "..." in place of values."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "oreal_jax").rglob("*.py")]
-    texts = []
-    for node in (node for tree in trees for node in ast.walk(tree)):
+
+    def text(node: ast.expr) -> str:
         match node:
-            case ast.Constant(value=str(text)):
-                texts.append(text)
+            case ast.Constant(value=str(literal)):
+                return literal
             case ast.JoinedStr(values=parts):
-                texts.append(
-                    "".join(
-                        getattr(part, "value", "")
-                        if isinstance(part, ast.Constant)
-                        else "..."
-                        for part in parts
-                    )
-                )
-    return texts
+                return "".join(map(text, parts))
+        return "..."
+
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "oreal_jax").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [
+        text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)
+    ]
 
 
 def check_message(text: str) -> None:
