@@ -4,9 +4,11 @@ It is read from the source, so that `--help` need not import JAX.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 
+@functools.cache
 def class_node(path: Path, name: str) -> ast.ClassDef:
     """Return the class of that name in a file."""
     body = ast.parse(path.read_text(encoding="utf-8")).body

@@ -1,7 +1,7 @@
 """Options that several verbs share, and the model that they open.
 
-Options are not read from the dataclass `Sampling`: building a parser must not import
-JAX, and the command line has defaults of its own.
+Help texts are those of the fields of `Sampling`, read from its source, because building
+a parser must not import JAX; the command line has defaults of its own.
 """
 
 import argparse
@@ -13,30 +13,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oreal_jax.errors import InputError
+from oreal_jax.field_texts import class_node, field_texts
 
 T = TypeVar("T")
 Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
 
-# Fields of `Sampling` that are options: default and help.
+# Fields of `Sampling` that are options, with the defaults of the command line.
 SAMPLING = {
-    "temperature": (1.0, "0: always the likeliest"),
-    "top_p": (0.9, "likeliest tokens of this mass; 1: off"),
-    "top_k": (0, "likeliest tokens; 0: off"),
-    "min_p": (0.0, "share of the likeliest; 0: off"),
-    "repetition_penalty": (
-        1.0,
-        "divides the logits of tokens that prompt or completion have; 1: off",
-    ),
-    "presence_penalty": (
-        0.0,
-        "subtracted from the logits of tokens that the completion has",
-    ),
-    "frequency_penalty": (
-        0.0,
-        "subtracted from a token's logit each time the completion has it",
-    ),
-    "max_tokens": (512, "maximum tokens of a completion"),
+    "temperature": 1.0,
+    "top_p": 0.9,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_tokens": 512,
 }
+SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -61,9 +54,11 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 def sampling_options(parser: argparse.ArgumentParser, *, greedy: bool = True) -> None:
     """Add how tokens are sampled; `greedy` adds the flag of that name."""
-    for name, (default, what) in SAMPLING.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), default=default, help=what)
+    texts = field_texts(class_node(SAMPLING_SOURCE, "Sampling"))
+    for name, default in SAMPLING.items():
+        option, text = f"--{name.replace('_', '-')}", texts[name].removesuffix(".")
+        text = text[0].lower() + text[1:]
+        parser.add_argument(option, type=type(default), default=default, help=text)
     parser.add_argument(
         "--logit-bias",
         type=bias,

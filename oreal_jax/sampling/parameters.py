@@ -17,30 +17,34 @@ MAX_SHIFT, MAX_FACTOR = 1e30, 1e6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0
-    are off. Each leaves fewer tokens than the one before: top_k the likeliest k, top_p
-    the likeliest that hold so much of what is left, min_p (arXiv:2407.01082) those at
-    least so likely as that share of the likeliest.
+    """How completions are sampled.
 
-    `logit_bias` is added to the logits of these tokens: (token, bias) pairs. Penalties
-    come next: `repetition_penalty` (arXiv:1909.05858) divides positive logits of tokens
-    that prompt or completion have, and multiplies negative ones; `presence_penalty` is
-    taken from the logits of tokens that the completion has, `frequency_penalty` once
-    for each time it has them (OpenAI's definitions).
+    Applied in this order: bias, penalties, temperature, top_k, top_p, min_p.
 
     Raises:
         InputError: a value outside its range.
     """
 
     max_tokens: int
+    """Maximum tokens of a completion."""
     temperature: float = 1.0
+    """Divides logits; 0: greedy."""
     top_p: float = 1.0
+    """Keep the most likely tokens with this total probability; 1: off."""
     top_k: int = 0
+    """Keep this many of the most likely tokens; 0: off."""
     min_p: float = 0.0
+    """Keep tokens with this share of the highest probability (arXiv:2407.01082);
+    0: off."""
     repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in the prompt or completion, and multiplies
+    negative ones (arXiv:1909.05858); 1: off."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the completion."""
     frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it is in the completion."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, bias) pairs: added to the logits of these tokens; -inf bans one."""
 
     def __post_init__(self):
         for name, value, fits, range_ in [
