@@ -49,5 +49,5 @@ def test_the_documentation_builds(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "metrics" / "index.html").read_text()
-    assert "critic/score/mean" in text and "<!--" not in text
+    assert "critic/score/mean" in text and "<!-- metrics" not in text
     assert "samples_per_prompt" in (tmp_path / "configuration/index.html").read_text()
