@@ -79,7 +79,7 @@ def code(node: ast.expr) -> str:
     text = ast.unparse(node)
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         text = f"{node.value:,}" if not isinstance(node.value, bool) else text
-    return "`" + text.replace("'", '"').replace("|", "\\|") + "`"
+    return "`" + text.replace("'", '"').replace(" | ", " or ") + "`"
 
 
 def metrics_table() -> str:
