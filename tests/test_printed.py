@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import re
 import shlex
@@ -210,6 +211,9 @@ def layout(start, judges, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("printed") / "home"
     home.mkdir()
     shutil.copytree(start / "hf", home / "tiny")
+    config = json.loads((home / "tiny/config.json").read_text())
+    config["max_position_embeddings"] = 4096  # room for the printed --max-tokens
+    (home / "tiny/config.json").write_text(json.dumps(config))
     lay_out(home, home / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
