@@ -10,10 +10,10 @@ PARALLEL := -n 2 --no-loadscope-reorder
 PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)
 MATRIX := 3.11 3.12 3.13
 
-.PHONY: demo test test-slow test-matrix lint format clean
+.PHONY: demo test test-slow test-matrix docs lint format clean
 
-# Without them glibc gives large arrays back to Linux at once, and every step faults its
-# memory in again: a third of an update's time on CPUs (BENCHMARKS.md).
+# Without these, glibc returns large arrays to Linux at once, and every step faults its
+# memory in again: a fifth of an update's time on CPUs (BENCHMARKS.md).
 KEEP := glibc.malloc.mmap_threshold=68719476736:glibc.malloc.trim_threshold=68719476736
 TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:$(KEEP)
 
@@ -37,6 +37,10 @@ test-python-%:
 	    exec make VENV=.venv-$* PYTHON=$$python .venv-$*/.installed-plan test; \
 	  fi; \
 	done; echo "Python $* is not installed: pyenv install $*" >&2; exit 1
+
+# The documentation as web pages, in build/docs; fails where a link leads nowhere.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

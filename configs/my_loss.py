@@ -3,7 +3,7 @@
     oreal train configs/my_loss.py                       # after `make demo`
     oreal losses runs/demo/run/trajectories --loss configs/my_loss.py --loss released
 
-This one clones correct completions, ignores incorrect ones, and weighs a completion by
+This one clones correct completions, ignores incorrect ones, and weights a completion by
 how rarely its prompt is solved. It is a starting point, not a recommendation.
 """
 

@@ -2,10 +2,10 @@
 
     oreal train configs/oreal_32b.py --set model=DIR
 
-The release changes the model and its tensor parallelism (8) and nothing else; here
-weights are gathered layer by layer instead (FSDP), which 16k tokens a chip hide.
-Published: MATH-500 95.0, on 128 GPUs. Not yet run by us; `oreal plan` says that it fits
-64 chips of v5p (docs/pods.md).
+The release changes only the model and its tensor parallelism (8). Here weights are
+gathered layer by layer instead (FSDP), overlapped with the products of 16k tokens per
+chip. Published: MATH-500 95.0, on 128 GPUs. Not yet run by us; by `oreal plan`, it
+fits 64 chips of v5p (BENCHMARKS.md).
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     oreal train configs/oreal_7b.py --set model=DIR
 
 The settings of InternLM/OREAL 2859cc0 (`oreal_w_tokenrm_OREAL-7B-SFT_seqlen16k`):
-64 prompts x 16 samples a step, 10 steps for the token reward model alone, then 80 for
-both. System prompt, chat template and stop token come with the checkpoint's tokenizer.
+64 prompts x 16 samples per step, 10 steps for the token reward model alone, then 80 for
+both. System prompt and chat template come with the checkpoint's tokenizer.
 Published: MATH-500 86.4 -> 91.0 in about 9 hours on 32 A100. Not yet run by us.
 """
 
@@ -22,7 +22,7 @@ config = TrainConfig(
     samples_per_prompt=16,
     sampling=Sampling(max_tokens=14_000, temperature=1.0, top_p=0.9),
     max_prompt_tokens=2_384,
-    # Four chips make an engine, whose rows share the cache: 40 of 6,000 tokens.
+    # Four chips form an engine whose cache holds about 40 rows of 6,000 tokens.
     decode_rows=1024,
     decode_tensor=4,
     cache_tokens=262_144,

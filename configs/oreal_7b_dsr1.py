@@ -1,4 +1,4 @@
-"""OREAL-7B from DeepSeek-R1-Distill-Qwen-7B: another start, another stop token.
+"""OREAL-7B from DeepSeek-R1-Distill-Qwen-7B: another initial policy and stop token.
 
     oreal train configs/oreal_7b_dsr1.py --set model=DIR
 

@@ -2,7 +2,7 @@
 
     oreal train configs/oreal_7b_without_token_rewards.py --set model=DIR
 
-Every token counts fully, all 16 samples of a prompt are selected and nothing is frozen.
+Every token has weight 1, all 16 samples of a prompt are selected, no steps are frozen.
 Not yet run by us.
 """
 

@@ -1,9 +1,9 @@
-"""OREAL on SmolLM2-135M-Instruct: sums to 20 and times tables, on a laptop.
+"""OREAL on SmolLM2-135M-Instruct: sums to 20 and times tables, on a CPU.
 
     make demo
 
-prepares the model and the prompts this config names, trains, and measures before and
-after on held-out problems. The measured table is in the README.
+prepares the model and the prompts that this config names, trains, and measures before
+and after on held-out problems; the result is in the README.
 """
 
 from oreal_jax.config import Packing, Saving, TrainConfig, Verification
@@ -26,6 +26,6 @@ config = TrainConfig(
     ),
     freeze_steps=1,
     packing=Packing(rows=2, row_length=256),
-    remat="elementwise",  # fits in memory and saves a quarter of the computation
+    remat="elementwise",  # fits in memory and saves a quarter of the update's FLOPs
     saving=Saving(every=50, keep=1),
 )

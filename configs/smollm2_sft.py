@@ -1,8 +1,8 @@
-"""RFT for SmolLM2-135M-Instruct on its own correct sums and products: two minutes.
+"""RFT for SmolLM2-135M-Instruct on its own correct sums and products, in minutes.
 
     oreal sft configs/smollm2_sft.py
 
-docs/evaluation.md makes the examples that this names, and has what came out.
+docs/data.md makes the examples that this config names, and shows the output.
 """
 
 from oreal_jax.config import Packing, Saving, SftConfig

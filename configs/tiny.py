@@ -1,10 +1,10 @@
-"""A tiny Qwen2-shaped model made from scratch: minutes become seconds.
+"""OREAL on a tiny Qwen2-shaped model with random weights, in seconds.
 
     python tools/make_tiny.py runs/tiny_start    # random weights, prompts, solutions
     oreal sft configs/tiny_sft.py                # learns the form of an answer
     oreal train configs/tiny.py                  # learns the answers
 
-For tests and for trying out changes. The task: the larger of two digits.
+For tests and for trying out changes. The task is the larger of two digits.
 """
 
 from oreal_jax.config import Packing, Saving, TrainConfig, Verification

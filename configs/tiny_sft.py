@@ -1,4 +1,4 @@
-"""Teaches the tiny model of configs/tiny.py the form of an answer, not the answers.
+"""SFT of the tiny model of configs/tiny.py on the form of an answer only.
 
 oreal sft configs/tiny_sft.py
 """

@@ -1,7 +1,8 @@
 """The settings of a run, as frozen dataclasses.
 
 A config file is Python and defines `config`, a `TrainConfig` or an `SftConfig`; see
-`config_loading.py`.
+`config_loading.py`. The text below a field documents it; docs/configuration.md is made
+of these texts.
 """
 
 import dataclasses
@@ -44,10 +45,12 @@ def _check_seed(seed: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
-    """A micro-batch: `rows` packed rows of `row_length` tokens on each data shard."""
+    """The size of a micro-batch."""
 
     rows: int = 1
+    """Packed rows per data shard."""
     row_length: int = 16_384
+    """Tokens per row; completions with their prompts are packed into it."""
 
     def __post_init__(self):
         _check_min(1, self, "rows", "row_length")
@@ -55,29 +58,31 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Processes that verify answers by rule, and an optional language model as judge.
-
-    Each of `workers` processes has `deadline` seconds for an answer. The first of the
-    `verifiers` whose verdict is not undecided decides; your own are functions of the
-    completion and the prompt's row. `judge_hosts` are OpenAI-compatible APIs (".../v1")
-    that serve `judge_model`. Each host receives `judge_concurrency` requests at once,
-    with `judge_timeout` seconds and `judge_tries` tries, for replies of up to
-    `judge_max_tokens` tokens, thinking included. When all hosts have failed, the run
-    waits ("pause") or continues without judge ("rule"). `undecided` completions count
-    as incorrect or are dropped from the advantages and from training.
-    """
+    """Processes that verify answers by rule, and an optional LLM judge."""
 
     workers: int = 8
+    """Processes."""
     deadline: float = 5.0
+    """Seconds for an answer; a later one is undecided."""
     verifiers: tuple[Verifier, ...] = (by_rule,)
+    """In order; the first verdict that is not undecided counts. Your own: functions of
+    the completion and the row of its prompt (docs/verification.md)."""
     judge_hosts: tuple[str, ...] = ()
+    """OpenAI-compatible APIs (".../v1") that serve `judge_model`; none: no judge."""
     judge_model: str = ""
+    """The model to request."""
     judge_concurrency: int = 16
+    """Requests in flight per host."""
     judge_max_tokens: int = 1024
+    """Tokens of a reply, thinking included."""
     judge_timeout: float = 60.0
+    """Seconds for a complete reply."""
     judge_tries: int = 3
+    """Attempts per answer."""
     judge_lost: Literal["pause", "rule"] = "pause"
+    """When no host replies: wait for one, or continue by rule alone."""
     undecided: Literal["incorrect", "drop"] = "incorrect"
+    """Undecided completions: incorrect, or left out of advantages and training."""
 
     def __post_init__(self):
         check_verifiers(self.verifiers)
@@ -88,10 +93,12 @@ class Verification:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-    """A checkpoint every `every` steps and at the end; the newest `keep` remain."""
+    """Checkpoints; the last step always makes one."""
 
     every: int = 10
+    """Steps between two checkpoints."""
     keep: int = 2
+    """Newest checkpoints to keep."""
 
     def __post_init__(self):
         _check_min(1, self, "every", "keep")
@@ -99,17 +106,19 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Evaluations of the policy before training, every `every` steps and at the end.
+    """Evaluations of the policy before training, at intervals, and at the end.
 
-    `data` are the sets (files, or presets in `folder`); none: no evaluation. The policy
-    with the highest mean over the sets is saved in RUN/best. One sample per problem is
-    greedy; several are sampled as in training.
+    The policy with the highest mean over the sets is kept in RUN/best.
     """
 
     data: tuple[str, ...] = ()
+    """Sets: files, data sets, or names such as "math500"; none: no evaluation."""
     folder: str = "data"
+    """Where files of known sets are looked for before they are downloaded."""
     every: int = 10
+    """Steps between two evaluations."""
     samples: int = 1
+    """Completions per problem: 1 is greedy, more are sampled as in training."""
 
     def __post_init__(self):
         _check_min(1, self, "every", "samples")
@@ -117,67 +126,82 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """An OREAL run. Defaults are the published 7B settings.
-
-    model, prompts: a Hugging Face or run directory; a jsonl or parquet file of
-    `question, gold_answer, pass_rate` rows, or the name of a Hugging Face data set.
-    system_prompt, chat_template (a Jinja file): replace the checkpoint's own.
-    stop_words, stop_strings: further stop tokens; strings that end a completion.
-    prompts_per_step, samples_per_prompt: prompts of a step and completions of each.
-    `loss.advantage` compares those of one prompt, `keep` selects what to train on.
-    freeze_steps: first steps, which do not train the policy.
-    cache_tokens, decode_tensor, decode_rows: an engine is `decode_tensor` devices (0:
-    the mesh's tensor axis) with a cache of `cache_tokens` tokens (0: the maximum length
-    in every row); all engines together decode `decode_rows` completions at once.
-    decode_weights, decode_cache: "int8" and "float8" halve the bytes read per token.
-    max_disagreement: a larger mean difference of token probabilities between sampler
-    and trainer ends the run.
-    log_probs: "full" trains on the probabilities of the whole vocabulary, as released;
-    "sampled" on those of the sampler, after temperature and truncation by `sampling` (a
-    KL to the reference model compares full ones in both cases).
-    token_reward: None trains no token reward model.
-    remat: what the backward pass recomputes instead of storing (model/execution.py).
-    compute: "auto" is bfloat16, float32 on CPU.
-    gradient_sums: "bfloat16" halves the bytes of gradient sums over the devices, with
-    less precision (docs/pods.md); needs `compute` bfloat16.
-    """
+    """An OREAL run; defaults are the published 7B settings."""
 
     model: str
+    """A Hugging Face directory or a run directory."""
     prompts: str
+    """A jsonl or parquet file, a built data set, or a data set on the hub."""
     system_prompt: str | None = None
+    """System message; None: that of the chat template."""
     chat_template: str | None = None
+    """A Jinja file that replaces the checkpoint's chat template."""
     stop_words: tuple[str, ...] = ()
+    """Further tokens that end a completion."""
     stop_strings: tuple[str, ...] = ()
+    """Strings that end a completion."""
     seed: int = 0
+    """Seed of all random numbers."""
     steps: int = 90
+    """Training steps."""
     prompts_per_step: int = 64
+    """Prompts per step."""
     samples_per_prompt: int = 16
+    """Completions per prompt (K): the group that advantages are computed over."""
     difficulty: Bands = PUBLISHED_BANDS
+    """(low, high, repeats): uses of a prompt by pass rate; outside all bands, none."""
     sampling: Sampling = Sampling(max_tokens=14_000, top_p=0.9)
+    """How completions are sampled."""
     max_prompt_tokens: int = 2_384
+    """Longer prompts are left out."""
     decode_rows: int = 256
+    """Completions decoded at the same time, by all engines together."""
     cache_tokens: int = 0
+    """Tokens of cache per engine; 0: the maximum length in every slot."""
     decode_tensor: int = 0
+    """Devices per engine; 0: the `tensor` axis of the mesh."""
     decode_weights: Literal["full", "int8"] = "full"
+    """Weights while decoding; "int8" halves the bytes read per token."""
     decode_cache: Literal["full", "float8"] = "full"
+    """Keys and values while decoding; "float8" halves the bytes read per token."""
     max_disagreement: float = 0.1
+    """Mean difference of token probabilities between sampler and trainer that ends
+    the run."""
     verification: Verification = Verification()
+    """How answers are verified."""
     keep: trajectory.Selector = trajectory.select_pair
+    """Selects the completions of a group to train on; `select_all`: all."""
     loss: PolicyLoss = losses.Oreal()
+    """Loss of the policy; its `advantage` is computed over a group."""
     log_probs: Literal["full", "sampled"] = "full"
+    """Distribution that is trained: "full", as released, over the whole vocabulary;
+    "sampled": the sampler's, after temperature and truncation. A KL to the reference
+    compares full ones in both cases."""
     policy: Optimizer = Optimizer(learning_rate=5e-7, final_learning_rate=1e-7)
+    """Optimizer of the policy."""
     token_reward: Optimizer | None = Optimizer(
         learning_rate=2e-6, final_learning_rate=4e-7
     )
+    """Optimizer of the token reward model; None: no such model."""
     freeze_steps: int = 10
+    """First steps, which do not train the policy."""
     packing: Packing = Packing()
+    """Size of a micro-batch."""
     mesh: MeshShape = MeshShape()
+    """How devices split the work."""
     remat: Remat = "everything"
+    """What the backward pass computes again instead of storing it."""
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of activations; "auto": bfloat16, on CPU float32."""
     gradient_sums: Literal["float32", "bfloat16"] = "float32"
+    """Type of gradient sums over devices; "bfloat16" halves their bytes with less
+    precision, and needs `compute` bfloat16."""
     saving: Saving = Saving()
+    """Checkpoints."""
     evaluation: Evaluation = Evaluation()
+    """Evaluations during training."""
     tensorboard: bool = False
+    """Also write metrics as TensorBoard files, into RUN/tensorboard."""
 
     def __post_init__(self):
         """Check ranges, and fields that depend on each other.
@@ -225,21 +249,25 @@ class TrainConfig:
 class SftConfig:
     """Supervised fine-tuning, or RFT on a model's own correct solutions.
 
-    examples: a jsonl or parquet file of `question, solution` rows. Each step takes
-    `examples_per_step`; `steps` 0 means `epochs` passes over the file. Other fields as
-    in `TrainConfig`.
+    Fields without text are those of `TrainConfig`.
     """
 
     model: str
     examples: str
+    """A jsonl or parquet file with `question` and `solution`."""
     system_prompt: str | None = None
     chat_template: str | None = None
     seed: int = 0
     steps: int = 0
+    """Training steps; 0: `epochs` passes over the file."""
     epochs: int = 1
+    """Passes over the file, where `steps` is 0."""
     examples_per_step: int = 64
+    """Examples per step."""
     loss: PolicyLoss = losses.BestOfNCloning()
+    """Loss; one that needs samples or a reference model is rejected."""
     policy: Optimizer = Optimizer(learning_rate=1e-5, final_learning_rate=1e-6)
+    """Optimizer of the model."""
     packing: Packing = Packing()
     mesh: MeshShape = MeshShape()
     remat: Remat = "everything"

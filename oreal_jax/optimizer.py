@@ -13,21 +13,27 @@ from oreal_jax.errors import InputError
 class Optimizer:
     """AdamW under a linear warm-up and a cosine decay, counted in training steps.
 
-    The learning rate is 0 at step 0, `learning_rate` after `warmup_steps`, and reaches
-    `final_learning_rate` at the run's last step. `momentum` is the dtype of the first
-    moment; the second needs the range of float32. `offload` keeps both in host memory
-    between steps.
+    The learning rate is 0 at step 0.
     """
 
     learning_rate: float
+    """Learning rate after the warm-up."""
     final_learning_rate: float
+    """Learning rate at the last step."""
     warmup_steps: int = 10
+    """Steps of the linear warm-up."""
     weight_decay: float = 0.01
+    """Decoupled weight decay."""
     clip_norm: float = 1.0
+    """Global norm to which gradients are clipped."""
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.999
+    """Decay of the second moment, which needs the range of float32."""
     momentum: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment."""
     offload: bool = False
+    """Keep both moments in host memory between steps."""
 
     def __post_init__(self):
         """Raise InputError where a number is out of range."""

@@ -3,7 +3,8 @@
 In Markdown a fenced block without a language is for the shell: if some of its lines
 begin with "$ ", those are its commands and the others their output, else every line is
 a command. `text` blocks are not commands, `python` blocks are snippets. Inline code is
-a command if it begins with one of `PROGRAMS`, options if it begins with "--".
+a command if it begins with one of `PROGRAMS`, options if it begins with "--". In the
+page on troubleshooting, code with "..." is a message, with "..." in place of values.
 """
 
 import argparse
@@ -25,11 +26,12 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 REPOSITORY_PATH = re.compile(
     r"(?:configs|docs|oreal_jax|tests|tools)/[\w/]*(?:\.\w+)?(?:::\w+)?"
 )
+MESSAGES = "docs/troubleshooting.md"
 MODULE = re.compile(r"\w+(?:/\w+)*\.py")
 
 
 class Printed(NamedTuple):
-    """`kind` is "block", "inline", "options", "path", "snippet" or "fence"."""
+    """`kind`: "block", "inline", "options", "path", "snippet", "message" or "fence"."""
 
     file: str
     line: int
@@ -96,7 +98,9 @@ def inline(file: str, first: int, prose: str) -> Iterator[Printed]:
     for match in INLINE.finditer(prose):
         line = first + prose[: match.start()].count("\n")
         text = re.sub(r"\n *", " ", match[1])
-        if text.startswith("--"):
+        if file == MESSAGES and "..." in text:
+            yield Printed(file, line, "message", text)
+        elif text.startswith("--"):
             yield Printed(file, line, "options", text)
         elif REPOSITORY_PATH.fullmatch(text) or MODULE.fullmatch(text):
             yield Printed(file, line, "path", text)

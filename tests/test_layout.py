@@ -37,7 +37,7 @@ LAYOUT = """
     metrics
     console program_cache hardware
     files
-    errors shapes
+    errors shapes field_texts
 """
 PLACES = {
     f"oreal_jax.{name}": place

@@ -311,7 +311,7 @@ INDEX = [line for line in str(losses.__doc__).splitlines() if line.startswith("|
 
 
 def test_the_index_of_equations_is_that_of_the_docs():
-    docs = Path(__file__).parents[1] / "docs" / "losses.md"
+    docs = Path(__file__).parents[1] / "docs" / "method.md"
     assert "\n".join(INDEX[1:]) in docs.read_text()
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import re
 import shlex
@@ -78,7 +79,7 @@ RECORD = """#!/bin/bash
 """
 STAND_INS = {
     **dict.fromkeys(("oreal", "python", "make", "pip", "ruff", "pyright"), RECORD),
-    **dict.fromkeys(("python3", "python3.11"), RECORD),
+    **dict.fromkeys(("python3", "python3.11", "hf", "mkdocs"), RECORD),
     **dict.fromkeys(("sudo", "git", "tar", "scancel", "scontrol"), "#!/bin/bash\n"),
     "gcloud": """#!/bin/bash
 [[ "$*" != *describe* ]] || echo ACTIVE
@@ -144,10 +145,18 @@ def lay_out(home: Path, hf: Path) -> None:
         two_groups(demo / f"run/trajectories/step_{step:06d}.jsonl")
     metrics = {"step": 0, "critic/score/mean": 0.5, "response_length/mean": 4}
     write_lines(demo / "run/metrics.jsonl", [metrics])
-    for name in ("runs/sft", "runs/tiny_sft", "runs/pass/rft", "runs/pass/oreal/best"):
-        add_link(demo / "start", home / name)
+    starts = ("sft", "tiny_sft", "my_run", "pass/rft", "pass/oreal/best")
+    for name in starts:
+        add_link(demo / "start", home / "runs" / name)
     (home / "runs/tiny_start").mkdir()
-    for name in ("runs/tiny_start/hf", "runs/demo/exported", "DIR", "SRC", "STRONG"):
+    for name in (
+        "runs/tiny_start/hf",
+        "runs/demo/exported",
+        "models/qwen",
+        "DIR",
+        "SRC",
+        "STRONG",
+    ):
         add_link(hf, home / name)
     add_link(demo / "run", home / "RUN")
 
@@ -182,6 +191,10 @@ def lay_out(home: Path, hf: Path) -> None:
         write_lines(home / name, content)
     for name in ("prompts", *(f"runs/pass/{x}" for x in ("clean", "prompts", "train"))):
         write_prompts(load_prompts(str(home / "weak.jsonl")), home / name)
+    (snippet,) = (
+        i for i in ALL if (i.file, i.kind) == ("docs/quickstart.md", "snippet")
+    )
+    (home / "my_run.py").write_text(snippet.text)
     for name in ("skills.txt", "runs/pass/skills.txt"):
         (home / name).write_text("addition\nmultiplication\n")
 
@@ -198,6 +211,9 @@ def layout(start, judges, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("printed") / "home"
     home.mkdir()
     shutil.copytree(start / "hf", home / "tiny")
+    config = json.loads((home / "tiny/config.json").read_text())
+    config["max_position_embeddings"] = 4096  # room for the printed --max-tokens
+    (home / "tiny/config.json").write_text(json.dumps(config))
     lay_out(home, home / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -297,7 +313,8 @@ class Check:
             "make": self.make,
             "pip": self.pip,
             **dict.fromkeys(("python", "python3", "python3.11"), self.python),
-            **dict.fromkeys(("ruff", "pyright"), lambda words: None),
+            **dict.fromkeys(("ruff", "pyright", "mkdocs"), lambda words: None),
+            "hf": self.hf,
         }
         self.complete = True
 
@@ -305,6 +322,7 @@ class Check:
         rules = {
             "options": self.options,
             "path": self.path,
+            "message": check_message,
         }
         if item.kind in rules:
             rules[item.kind](item.text)
@@ -473,13 +491,23 @@ class Check:
                 provided = metadata.metadata(name).get_all("Provides-Extra") or []
                 assert extra in provided, f"{requirement}: no such extra"
 
+    def hf(self, words: list[str]) -> None:
+        """Checks the options of the Hugging Face client, and downloads nothing."""
+        verb, *rest = words
+        command = [sys.executable, "-m", "huggingface_hub.cli.hf", verb, "--help"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        for word in rest:
+            known = not word.startswith("--") or word in result.stdout
+            assert known, f"hf {verb}: no option {word}"
+
     def options(self, text: str) -> None:
         """Check that a verb or tool has the options, or a config the setting."""
         words = shlex.split(text)
+        if words in (["--help"], ["--set"]):
+            return
         if words[0] == "--set":
             return check_setting(words[1])
-        if words == ["--help"]:
-            return
         values = {"N": "1", "FIELD": "level", "FILE": "x.jsonl"}
         words = [values.get(word, word) for word in words]
         parsers = [relaxed(verb) for verb in verbs(parser())]
@@ -544,6 +572,32 @@ def check_setting(setting: str) -> None:
 
 
 @functools.cache
+def strings() -> list[str]:
+    """The texts of the program, with "..." in place of values."""
+
+    def text(node: ast.expr) -> str:
+        match node:
+            case ast.Constant(value=str(literal)):
+                return literal
+            case ast.JoinedStr(values=parts):
+                return "".join(map(text, parts))
+        return "..."
+
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "oreal_jax").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [
+        text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)
+    ]
+
+
+def check_message(text: str) -> None:
+    """Fails unless a text of the program has these parts in this order."""
+    parts = [re.escape(part) for part in re.split(r"(?:\.{3})+", text)]
+    pattern = re.compile(".*".join(parts), re.DOTALL)
+    assert any(map(pattern.search, strings())), f"no such message: {text}"
+
+
+@functools.cache
 def documented_variables() -> set[str]:
     """Return the environment variables that the program reads."""
     sources = [path.read_text() for path in (ROOT / "oreal_jax").rglob("*.py")]
@@ -596,8 +650,10 @@ def names_for_losses() -> dict[str, Any]:
 
 ASSUMED_NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": dict,
+    "docs/configuration.md": dict,
+    "docs/generation.md": names_for_sampling,
     "docs/losses.md": names_for_losses,
-    "docs/sampling.md": names_for_sampling,
+    "docs/quickstart.md": dict,
     "docs/verification.md": dict,
 }
 
@@ -680,6 +736,7 @@ def test_printed_python_runs(item, home, judges, monkeypatch):
         ("say `oreal losses --lose grpo`", "SystemExit"),
         ("say `orael train --run x`", "orael: command not found"),
         ("say `make\ndemos`", "no such target"),
+        ("```\nhf download A/B --into DIR\n```", "no option --into"),
         ("say `--golden`", "no verb or tool has it"),
         ("say `--weights int4`", "no verb or tool has it"),
         ("say `--set policy.rate=1`", "no field"),
@@ -711,7 +768,13 @@ def test_broken_python_fails():
         ("from oreal_jax.sampling import Engines", "Engines"),
     ]:
         with pytest.raises((TypeError, ImportError), match=message):
-            run_snippet(Printed("docs/sampling.md", 1, "snippet", source))
+            run_snippet(Printed("docs/generation.md", 1, "snippet", source))
+
+
+def test_a_message_that_the_program_never_prints_fails():
+    check_message("...: no such config file")
+    with pytest.raises(AssertionError, match="no such message"):
+        check_message("...: no such config file ... here")
 
 
 def test_docstrings_scripts_and_help_are_read():
@@ -778,6 +841,7 @@ REAL = [
     if item.file in ("README.md", "configs/tiny.py", "configs/my_loss.py")
     and item.kind == "block"
     and re.search(r"oreal (train|sft|sample|eval|data pass-rate)", item.text)
+    and "oreal_7b" not in item.text
 ]
 
 

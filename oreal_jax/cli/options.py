@@ -1,7 +1,7 @@
 """Options that several verbs share, and the model that they load.
 
-Options are not read from the dataclass `Sampling`: building a parser must not import
-JAX, and the command line has defaults of its own.
+Help texts are those of the fields of `Sampling`, read from its source, because building
+a parser must not import JAX; the command line has defaults of its own.
 """
 
 import argparse
@@ -11,29 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from oreal_jax.errors import InputError
+from oreal_jax.field_texts import class_node, field_texts
 
 Verb = Callable[..., argparse.ArgumentParser]  # (name, call, help, example)
 
-# Fields of `Sampling` that are options: default and help.
+# Fields of `Sampling` that are options, with the defaults of the command line.
 SAMPLING = {
-    "temperature": (1.0, "0: greedy"),
-    "top_p": (0.9, "keep the most likely tokens with this total probability; 1: off"),
-    "top_k": (0, "keep this many of the most likely tokens; 0: off"),
-    "min_p": (0.0, "keep tokens with this share of the highest probability; 0: off"),
-    "repetition_penalty": (
-        1.0,
-        "divides the logits of tokens in the prompt or completion; 1: off",
-    ),
-    "presence_penalty": (
-        0.0,
-        "subtracted from the logits of tokens in the completion",
-    ),
-    "frequency_penalty": (
-        0.0,
-        "subtracted from a token's logit for each time it is in the completion",
-    ),
-    "max_tokens": (512, "maximum tokens of a completion"),
+    "temperature": 1.0,
+    "top_p": 0.9,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_tokens": 512,
 }
+SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -58,9 +51,11 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 def sampling_options(parser: argparse.ArgumentParser, *, greedy: bool = True) -> None:
     """Add how tokens are sampled; `greedy` adds the flag of that name."""
-    for name, (default, what) in SAMPLING.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), default=default, help=what)
+    texts = field_texts(class_node(SAMPLING_SOURCE, "Sampling"))
+    for name, default in SAMPLING.items():
+        option, text = f"--{name.replace('_', '-')}", texts[name].removesuffix(".")
+        text = text[0].lower() + text[1:]
+        parser.add_argument(option, type=type(default), default=default, help=text)
     parser.add_argument(
         "--logit-bias",
         type=bias,

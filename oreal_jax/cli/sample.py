@@ -49,7 +49,7 @@ def sample(args: argparse.Namespace) -> None:
     from oreal_jax.sampling import Completion, Request
 
     check_min(1, "--n", args.n)
-    if args.greedy and args.temperature != SAMPLING["temperature"][0]:
+    if args.greedy and args.temperature != SAMPLING["temperature"]:
         raise InputError("--greedy with --temperature: greedy decoding has none")
     for option, texts in (("--prompt", [args.prompt]), ("--stop", args.stop)):
         for text in texts:

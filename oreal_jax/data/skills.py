@@ -2,7 +2,7 @@
 
 A model labels each question with skills from a given list; pass rates by skill then
 show which ones training fails at, and questions that need those are added to the
-rejection-sampling set. docs/evaluation.md has the recipe.
+rejection-sampling set. docs/data.md has the recipe.
 """
 
 import dataclasses

@@ -17,30 +17,34 @@ MAX_INT32 = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Parameters of sampling, applied in the order in which they are described here.
+    """How completions are sampled.
 
-    `logit_bias`, (token, bias) pairs, is added to the logits of these tokens.
-    `repetition_penalty` (arXiv:1909.05858) divides positive logits of tokens in the
-    prompt or the completion, and multiplies negative ones; `presence_penalty` is
-    subtracted from the logits of tokens in the completion, `frequency_penalty` once per
-    occurrence (OpenAI's definitions). `temperature` divides logits; 0 is greedy.
-    `top_k` keeps the k likeliest tokens (0: off), `top_p` the likeliest that hold this
-    share of the remaining probability (1: off), `min_p` (arXiv:2407.01082) those with
-    at least this share of the likeliest token's probability (0: off).
+    Applied in this order: bias, penalties, temperature, top_k, top_p, min_p.
 
     Raises:
         InputError: a value outside its range.
     """
 
     max_tokens: int
+    """Maximum tokens of a completion."""
     temperature: float = 1.0
+    """Divides logits; 0: greedy."""
     top_p: float = 1.0
+    """Keep the most likely tokens with this total probability; 1: off."""
     top_k: int = 0
+    """Keep this many of the most likely tokens; 0: off."""
     min_p: float = 0.0
+    """Keep tokens with this share of the highest probability (arXiv:2407.01082);
+    0: off."""
     repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in the prompt or completion, and multiplies
+    negative ones (arXiv:1909.05858); 1: off."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the completion."""
     frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it is in the completion."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, bias) pairs: added to the logits of these tokens; -inf bans one."""
 
     def __post_init__(self):
         factors = f"from {1 / MAX_FACTOR} to {MAX_FACTOR} (1: off)"

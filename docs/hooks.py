@@ -1,0 +1,91 @@
+"""MkDocs hooks: tables made from the code, and pages that are stored outside docs/.
+
+A page requests a table by a line `<!-- fields: CLASS -->` or `<!-- metrics -->`.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+from oreal_jax.field_texts import class_node, field_texts
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md"}
+OUTSIDE["README.md"] = "readme.md"
+
+
+def on_files(files, config):
+    """Add the documents of the repository's root as pages."""
+    from mkdocs.structure.files import File
+
+    for name, page in OUTSIDE.items():
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Fill in the tables, and link to pages where the repository links to files."""
+    for name, target in OUTSIDE.items():
+        markdown = re.sub(rf"\]\((?:\.\./)?{name}", f"]({target}", markdown)
+    fill = lambda match: fields_table(match[1])
+    markdown = re.sub(r"<!-- fields: (\w+) -->", fill, markdown)
+    if "<!-- metrics -->" in markdown:
+        markdown = markdown.replace("<!-- metrics -->", metrics_table())
+    return markdown
+
+
+def fields_table(name: str) -> str:
+    """Return the documentation of a dataclass: its docstring and a table of its fields.
+
+    A field's text is the string below it; where no field has one, the docstring
+    describes them. The source is read, not imported, so that defaults appear as they
+    are written.
+    """
+    path = next(
+        path
+        for path in (ROOT / "oreal_jax").rglob("*.py")
+        if re.search(rf"^class {name}\b", path.read_text(encoding="utf-8"), re.M)
+    )
+    node = class_node(path, name)
+    docstring = (ast.get_docstring(node) or "").partition("\n\nRaises:")[0]
+    texts = field_texts(node)
+    rows = [
+        [
+            code(field.target),
+            code(field.annotation),
+            code(field.value) if field.value else "required",
+        ]
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    ]
+    header = ["field", "type", "default"]
+    if any(texts.values()):
+        header.append("meaning")
+        rows = [[*row, text] for row, text in zip(rows, texts.values(), strict=True)]
+    else:
+        docstring = f"```text\n{docstring}\n```"
+    return f"{docstring}\n\n{table(header, rows)}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def code(node: ast.expr) -> str:
+    """Return an expression as inline code in a cell of a table."""
+    text = ast.unparse(node)
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        text = f"{node.value:,}" if not isinstance(node.value, bool) else text
+    return "`" + text.replace("'", '"').replace(" | ", " or ") + "`"
+
+
+def metrics_table() -> str:
+    """Return the table of `oreal_jax.metrics.METRICS`."""
+    from oreal_jax.metrics import METRICS
+
+    header = ["metric", "unit", "meaning", "in a healthy run"]
+    rows = [[f"`{m.name}`", m.unit, m.meaning, m.healthy] for m in METRICS]
+    return table(header, rows)

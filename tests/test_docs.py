@@ -1,0 +1,53 @@
+"""The documentation builds without a broken link, and its tables are complete."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from printed import ROOT
+
+CONFIGS = (
+    "TrainConfig",
+    "Packing",
+    "Verification",
+    "Saving",
+    "Evaluation",
+    "Optimizer",
+)
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """The module that makes the tables."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_of_a_config_has_a_text(name, hooks):
+    _, _, *rows = hooks.fields_table(name).partition("| field |")[2].splitlines()
+    assert rows and not [row for row in rows if row.endswith("|  |")]
+
+
+def test_the_table_of_fields_is_the_source(hooks):
+    table = hooks.fields_table("Saving")
+    assert "| `every` | `int` | `10` | Steps between two checkpoints. |" in table
+    assert "| `model` | `str` | required | A Hugging Face" in hooks.fields_table(
+        "TrainConfig"
+    )
+
+
+def test_the_documentation_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = ["-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "metrics" / "index.html").read_text()
+    assert "critic/score/mean" in text and "<!-- metrics" not in text
+    assert "samples_per_prompt" in (tmp_path / "configuration/index.html").read_text()
