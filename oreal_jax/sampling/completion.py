@@ -57,9 +57,10 @@ class Statistics(NamedTuple):
     @classmethod
     def combine(cls, parts: "Sequence[Statistics]") -> "Statistics":
         """Combine the statistics of processes that sampled at the same time."""
-        *counts, prefill, decode, occupancy = zip(*parts, strict=True)
+        prompt, new, swap_outs, prefill, decode, occupancy = zip(*parts, strict=True)
+        counts = sum(prompt), sum(new), sum(swap_outs)
         mean = sum(occupancy) / len(parts)
-        return cls(*map(sum, counts), max(prefill), max(decode), mean)
+        return cls(*counts, max(prefill), max(decode), mean)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of a run; throughputs in tokens per second."""

@@ -56,17 +56,14 @@ class Engine:
 
         stop_table: result of `make_stop_table` for stop strings.
         rows: decoding slots, over all devices of the trainer's `mesh`.
-        cache_tokens: capacity of each engine's cache (0: enough for the longest
-            completion in every slot).
-        dtype: of decoding.
+        cache_tokens: of each engine's cache (0: the longest completion in every slot).
         weights, cache: "int8" and "float8" (e4m3) take half the memory of bfloat16, and
             halve what is read per token; they apply to prefill too.
         tensor: devices per engine (0: as in the mesh).
         devices: of this process (None: as JAX says).
         longest: maximum tokens of a prompt and of a completion, for runs that resume
-            bit for bit. Programs then follow from these numbers and the requests, not
-            from the clock or what is compiled already, because another number of slots
-            changes the last bit of a logit.
+            bit for bit: programs then follow from these and the requests, not from the
+            clock or what is compiled, as the number of slots affects rounding.
 
         Raises:
             InputError: no stop token, a stop token outside the vocabulary, or a number

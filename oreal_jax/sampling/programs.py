@@ -78,7 +78,7 @@ class Slots(NamedTuple):
         )
 
     @property
-    def outputs(self) -> tuple[Array, Array, Array, Array]:
+    def outputs(self) -> tuple[Any, Any, Any, Any]:
         """The arrays that completions are made of."""
         return self.tokens, self.log_probs, self.sampled_log_probs, self.stop_state
 
@@ -163,6 +163,7 @@ class Programs:
             (page,) * config.layers, jax.tree.map(lambda _: by_engine, shapes)
         )
         jit = functools.partial(jax.jit, out_shardings=self.shardings)
+        # `split` tells which arguments have a leading axis of engines.
         per_engine = lambda function, *split: model_parallel.map_engines(
             function, mesh, split
         )

@@ -222,21 +222,18 @@ class Scheduler:
             for slot, sequence in enumerate(engine.slots):
                 if sequence is None:
                     continue
-                tokens = int(generated[engine.index, slot])
+                at = engine.index, slot
+                tokens = int(generated[at])
                 sequence.position = sequence.job.prompt_tokens - 1 + tokens
-                if done[engine.index, slot]:
-                    finished.append(
-                        Finished(engine.index, slot, sequence.sample, tokens)
-                    )
+                if done[at]:
+                    finished.append(Finished(*at, sequence.sample, tokens))
                     engine.release(slot)
         return finished
 
     def _fill_slots(self, schedule: Schedule) -> None:
         for engine in self._engines:
-            engine.reserved = sum(
-                self._growth(sequence.job, len(sequence.block_table))
-                for sequence in engine.running
-            )
+            growths = (self._growth(s.job, len(s.block_table)) for s in engine.running)
+            engine.reserved = sum(growths)
         candidates = list(self._engines)
         while candidates:
             # The engine with the fewest sequences gets the next: the load is even.
@@ -282,16 +279,14 @@ class Scheduler:
         shared, partial = divmod(stored, self._page_size)
         table = [*prompt.pages[:shared], page]
         copy = (prompt.pages[-1], page) if partial else (0, 0)
-        sample = job.request, prompt.admitted
+        at, sample = (engine.index, slot), (job.request, prompt.admitted)
         prompt.admitted += 1
         engine.prompt = prompt if prompt.admitted < job.samples else None
         engine.reserved += self._growth(job, len(table))
         engine.slots[slot] = SequenceState(
             job, sample, next(self._ages), stored, table, shared, prompt
         )
-        schedule.admissions.append(
-            Admission(engine.index, slot, sample, prefill, *copy)
-        )
+        schedule.admissions.append(Admission(*at, sample, prefill, *copy))
         return True
 
     def _pages(self, tokens: int) -> int:

@@ -92,6 +92,7 @@ def simulate(
     while scheduler.waiting or scheduler.running:
         schedule = scheduler.schedule(scheduler.saves_enough)
         watch(schedule)
+        # Slots, as the devices would change them.
         for start in [*schedule.admissions, *schedule.swap_ins]:
             assert samples[start.engine, start.slot] == -1
             samples[start.engine, start.slot] = index(start.sample)
@@ -110,6 +111,7 @@ def simulate(
         waiting, tables = scheduler.waiting, schedule.block_tables
         if not tables:  # the oldest was preempted: waiting samples hold the pages
             continue
+        # Decoding: `left` is what each running sequence has yet to generate.
         running = samples[tuple(np.transpose(list(tables)))]
         left = lengths.reshape(-1)[running] - generated[running]
         ending = min(schedule.min_finished or len(left), len(left))
