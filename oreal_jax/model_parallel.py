@@ -33,7 +33,7 @@ def make_execution(
     return Execution(
         attend=shard_attention(mesh, rows="rows"),
         constrain=_constrain(mesh, "rows", "sequence", None),
-        # The head was cast before: constrained as stored, it is gathered after that.
+        # Constrained as it is stored, then gathered: so the cast precedes the gather.
         gather_head=lambda weight: gathered(stored(weight)),
         row_shards=count_row_shards(mesh),
         context_shards=mesh.shape["context"],
