@@ -6,6 +6,7 @@ read in one of these places, or nothing:
 
 * on GSM8K's line "#### x", or after "answer is" or "answer:";
 * alone in the last statement;
+* the last statement's computation, as in "so he pays 2 * $3 = $6 for them";
 * after the last statement's verb or colon, as in "the area is x";
 * as the only formula of the last statement, as in "the point $(3, 8)$".
 
@@ -71,11 +72,11 @@ DOUBTED = re.compile(rf"\b(?:{CONDITIONS}|{DOUBTS})\b", re.IGNORECASE)
 LEAD_DOUBTED = re.compile(
     rf"\b(?:{CONDITIONS})\b|\b(?:{DOUBTS})(?: \w+)?\s*$", re.IGNORECASE
 )
-CHANGED = re.compile(
-    rf"\b(?:{CHANGES})\b|(?<!\bthe )(?<!\bthese )(?<!\bthose )(?<!\ball )"
-    rf"\b(?:{NUMERALS})\b",
+NUMERAL = re.compile(
+    rf"(?<!\bthe )(?<!\bthese )(?<!\bthose )(?<!\ball )\b(?:{NUMERALS})\b",
     re.IGNORECASE,
 )
+CHANGED = re.compile(rf"\b(?:{CHANGES})\b|{NUMERAL.pattern}", re.IGNORECASE)
 PART_OF = re.compile(rf"\b(?:{CHANGES}|of|{NUMERALS})\s+(?:\w+\s+)?$", re.IGNORECASE)
 STATES = (
     "is|are|was|were|be|equals?|equal to|becomes?|gives?|gave|yields?|gets?|got"
@@ -88,11 +89,12 @@ ACTIONS = (
     "|weighs?|eats?|ate|saves?|saved|runs?|ran|collects?|collected"
 )
 SEPARATOR = re.compile(
-    rf"(?<![\\-])\b(?:(?P<action>{ACTIONS})|{STATES})\b|⇒|⟹|=>"
+    rf"(?<![\\-])(?<!\bto )\b(?:(?P<action>{ACTIONS})|{STATES})\b|⇒|⟹|=>"
     r"|(?<=[A-Za-z)\ue000-\uf8ff])(?P<label>\s*:)(?=\s|$)|(?<=[A-Za-z]{2})\s*=(?=\s)",
     re.IGNORECASE,
 )
 STATED = re.compile(rf"\b(?:{STATES})\s+[-−($]*[\d\ue000-\uf8ff]", re.IGNORECASE)
+STATED_OR = re.compile(rf"\b(?:{STATES}|or)\b", re.IGNORECASE)
 HYPOTHESIS = re.compile(
     r"(?:let|suppose|assume|consider|define|denote|try|if)\b(?! me| us|['’]s)",
     re.IGNORECASE,
@@ -134,6 +136,11 @@ UNIT = re.compile(
     r"(?:(?:square|sq|cubic|cu)\.? )?([A-Za-z]+)(?: ?(?:/|per) ?[A-Za-z]+)?(?:\^\d)?"
 )
 SQUARE_UNIT = re.compile(r"^(-?[\d,.]+) ?(mm|cm|m|km|in|ft|yd|mi)(\^[23]|[²³])$")
+NUMBER = r"(?:\$?\d[\d,]*(?:\.\d+)?|\.\d+)%?"
+COMPUTATION = re.compile(
+    rf"(?:^|(?<=[A-Za-z.,:;(] ))\(*{NUMBER}\)*(?: [a-z]+)?"
+    rf"(?: ?[-+*/×÷−–x] ?\(*{NUMBER}\)*(?: [a-z]+)?)+ ?= ?{NUMBER}(?![\w/^*+])"
+)
 AND = re.compile(r"(?:and|or|as well as)\s+", re.IGNORECASE)
 ARROW = re.compile(r"\\(?:Rightarrow|implies|Longrightarrow|therefore)(?![a-zA-Z])")
 OPERATORS = "+-*/=<>^_&!\\"
@@ -226,7 +233,7 @@ def stated(text: str, labelled: bool = False) -> str:
     if text.endswith("?") or HYPOTHESIS.match(text):
         return ""
     text = LEAD.sub("", text, count=1) if LEAD.match(text) else text
-    if value := expression(text, most_words=1):
+    if value := computation(text) or expression(text, most_words=1):
         return value
     for separator in reversed(list(SEPARATOR.finditer(text))):
         before = CLAUSE.split(text[: separator.start()])[-1]
@@ -237,6 +244,19 @@ def stated(text: str, labelled: bool = False) -> str:
                 unclear = STATED.search(before)  # "x is 3 and y is 5"
             return "" if unclear or is_denied(before) else value
     return only_quantity(text, labelled)
+
+
+def computation(text: str) -> str:
+    """Return the last computation with numbers of a statement, or ""."""
+    matches = list(COMPUTATION.finditer(text))
+    if not matches:
+        return ""
+    before, after = text[: matches[-1].start()], text[matches[-1].end() :]
+    unclear = QUANTITY.search(after) or DENIED.search(text) or NUMERAL.search(after)
+    if unclear or STATED_OR.search(after) or re.search(r"\b[A-Za-z] $", before):
+        return ""
+    text = re.sub(r"(?<=[\d)%]) ?x ?(?=[$(.\d])", "*", matches[-1][0])
+    return re.sub(r"[a-z$]|,(?=\d{3})", "", text)
 
 
 def only_quantity(text: str, labelled: bool) -> str:
