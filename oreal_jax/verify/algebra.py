@@ -34,10 +34,12 @@ POINTS: Points = (
     ("0.37", "0.37"), ("1.93", "1.93"), ("-2.71", "-2.71"), ("1.31", "-1.31"),
     ("-1.31", "1.31"),
 )  # fmt: skip
-POSITIVE: Points = (("0.013",) * 2, ("0.37",) * 2, ("1.93",) * 2, ("47.3",) * 2)
-# Lengths, radii and widths, times, counts, and the acceleration of gravity. Letters
-# that are often negative are left out: d (a common difference), k and m (any integer).
-POSITIVE_LETTERS = frozenset(["ell", *"lLhHrRwWtTnNg"])
+POSITIVE: Points = (
+    ("0.013", "0.013"), ("0.37", "0.37"), ("1.93", "1.93"), ("47.3", "47.3"),
+)  # fmt: skip
+# Lengths, heights and radii, times, counts, and the acceleration of gravity. Letters
+# that may well be negative are left out: d (a difference), k and m (any integer), w.
+POSITIVE_LETTERS = frozenset(["ell", *"lLhHrRtTnNg"])
 PIECEWISE = (
     sympy.Abs, sympy.sign, sympy.floor, sympy.ceiling, sympy.Piecewise, sympy.Max,
     sympy.Min,
@@ -103,7 +105,7 @@ def equal_constants(first: sympy.Expr, second: sympy.Expr) -> bool:
     return bool(at_points(first, second)) and not differ(first, second)
 
 
-def rational(formula: sympy.Expr) -> sympy.Expr:
+def rational(formula: sympy.Expr) -> Any:
     """Return a formula with fractions for decimals."""
     return formula.xreplace(
         {

@@ -140,7 +140,7 @@ class Pool:
         Raises:
             RuntimeError: workers cannot be started, or there are none.
         """
-        futures = [self.submit(*pair) for pair in pairs]
+        futures = [self.submit(pair[0], pair[1], *pair[2:]) for pair in pairs]
         verdicts = []
         for future in futures:
             verdicts.append(future.result())

@@ -6,6 +6,7 @@ read in one of these places, or nothing:
 
 * on GSM8K's line "#### x", or after "answer is" or "answer:";
 * alone in the last statement;
+* the last statement's computation, as in "so he pays 2 * $3 = $6 for them";
 * after the last statement's verb or colon, as in "the area is x";
 * as the only formula of the last statement, as in "the point $(3, 8)$".
 
@@ -16,6 +17,22 @@ import re
 
 from oreal_jax.verify.numbers import UNITS, short_name
 from oreal_jax.verify.verdict import Verdict
+from oreal_jax.verify.wording import (
+    BEFORE,
+    CHANGED,
+    DENIED,
+    HYPOTHESIS,
+    NUMERAL,
+    PART_OF,
+    QUANTITY,
+    SEPARATOR,
+    STATED,
+    STATED_OR,
+    SUBJECT,
+    is_denied,
+    is_doubted,
+    is_remark,
+)
 
 UNCLEAR = Verdict("undecided", "no answer found")
 NONE = Verdict("incorrect", "no answer found")
@@ -33,7 +50,6 @@ END_OF_SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\s)\"']+")
 PHRASE = re.compile(
     r"\banswer\s*(?:is|are|:|=)\s*:?|答案\s*(?:是|为|：|:)", re.IGNORECASE
 )
-QUANTITY = re.compile(r"[\d\ue000-\uf8ff]")
 UNSAFE = re.compile(r"[\d\ue000-\uf8ff\u3040-\u30ff\u4e00-\u9fff]")
 
 FUNCTIONS = (
@@ -43,59 +59,6 @@ FUNCTIONS = (
 WORD = re.compile(
     rf"(?<![\\A-Za-z0-9_^])(?!(?:{FUNCTIONS})(?![A-Za-z]))"
     r"(?:[A-Za-z]{2,}|[\u3040-\u30ff\u4e00-\u9fff]|[aAI](?=\s+[A-Za-z]{2,}|'|\s+\$?\d))"
-)
-NUMERALS = (
-    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty"
-    "|fifty|hundred|thousand|million|billion|trillion|dozen|score|gross|half|halves"
-    "|third|thirds|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|tenths?"
-)
-# Words that deny a value wherever they come, and words that doubt or change the value
-# of their clause.
-DENIALS = (
-    "not(?! hesitate)|never|neither|nor|cannot|nobody|none|wrong|wrongly|incorrect"
-    "|incorrectly|false|mistaken?|error|but|however|wait|actually|instead|oops|except"
-    "|impossible|contradiction|contradicts|extraneous|invalid|reject|rejected|excluded"
-    "|absurd|maybe|perhaps|possibly|probably|unlikely|unsure|guess|doubt"
-)
-CONDITIONS = "if|unless|suppose|assume|assumes|assuming"
-DOUBTS = "would|could|might|may|should|presumably|hardly|almost|nearly"
-CHANGES = (
-    "less|more|fewer|greater|larger|bigger|smaller|higher|lower|least|most|than|or|times"
-    "|plus|minus|divided|multiplied|mod|modulo|base|squared|cubed|square root|factorial"
-    "|approximately|approx|about|around|roughly|twice|double|triple|when|where|provided"
-    "|given that|out of|percent|versus|root|radians"
-)
-DENIED = re.compile(rf"\b(?:{DENIALS})\b|n['’]t\b(?! hesitate)", re.IGNORECASE)
-DOUBTED = re.compile(rf"\b(?:{CONDITIONS}|{DOUBTS})\b", re.IGNORECASE)
-# Before a verb, doubts are about the value only if they are next to it.
-LEAD_DOUBTED = re.compile(
-    rf"\b(?:{CONDITIONS})\b|\b(?:{DOUBTS})(?: \w+)?\s*$", re.IGNORECASE
-)
-CHANGED = re.compile(
-    rf"\b(?:{CHANGES})\b|(?<!\bthe )(?<!\bthese )(?<!\bthose )(?<!\ball )"
-    rf"\b(?:{NUMERALS})\b",
-    re.IGNORECASE,
-)
-PART_OF = re.compile(rf"\b(?:{CHANGES}|of|{NUMERALS})\s+(?:\w+\s+)?$", re.IGNORECASE)
-STATES = (
-    "is|are|was|were|be|equals?|equal to|becomes?|gives?|gave|yields?|gets?|got"
-    "|obtains?|obtained|finds?|implies|means|that"
-    "|(?:comes?|amounts?|simplifies|evaluates|reduces|sums?|adds? up) to"
-)
-ACTIONS = (
-    "have|has|had|makes?|made|takes?|took|needs?|needed|costs?|earns?|earned|pays?|paid"
-    "|spends?|spent|sells|sold|buys|bought|leaves|remains?|totals?|contains?|holds?"
-    "|weighs?|eats?|ate|saves?|saved|runs?|ran|collects?|collected"
-)
-SEPARATOR = re.compile(
-    rf"(?<![\\-])\b(?:(?P<action>{ACTIONS})|{STATES})\b|⇒|⟹|=>"
-    r"|(?<=[A-Za-z)\ue000-\uf8ff])(?P<label>\s*:)(?=\s|$)|(?<=[A-Za-z]{2})\s*=(?=\s)",
-    re.IGNORECASE,
-)
-STATED = re.compile(rf"\b(?:{STATES})\s+[-−($]*[\d\ue000-\uf8ff]", re.IGNORECASE)
-HYPOTHESIS = re.compile(
-    r"(?:let|suppose|assume|consider|define|denote|try|if)\b(?! me| us|['’]s)",
-    re.IGNORECASE,
 )
 CLAUSE = re.compile(r"\b(?:which|so|thus|therefore|hence)\b|;", re.IGNORECASE)
 LEAD = re.compile(
@@ -111,21 +74,6 @@ ARTICLE = re.compile(
     r"[,:]?\s*)+",
     re.IGNORECASE,
 )
-# A number after one of these is part of what they begin.
-BEFORE = re.compile(
-    r"(?:^|\W)(?:of|by|in|from|with|on|at|for|than|under|over|below|above|between|per"
-    r"|within|until|after|before|to|and|or|via|as|step|page|case|equation|eq|theorem"
-    r"|lemma|part|problem|question|exercise|example|figure|section|line|day|week|year"
-    r"|base|level|row|column|rule|formula|using|modulo|mod|all|any|each|every|given|let"
-    r"|where|when)\W*$",
-    re.IGNORECASE,
-)
-SUBJECT = re.compile(  # the number before it is what the sentence is about
-    rf"(?:{STATES}|{ACTIONS}|does|do|did|will|can|divides?|appears?|occurs?|works?"
-    r"|fails?|leads?|violates?|exceeds?|satisf(?:y|ies)|of|to|in|into|by|at|from"
-    r"|through)\b",
-    re.IGNORECASE,
-)
 SOLUTION = re.compile(
     r"(?:is|are) (?:the|our|my) (?:\w+ )?(?:answer|solution|result|total|value)s?\W*",
     re.IGNORECASE,
@@ -134,6 +82,11 @@ UNIT = re.compile(
     r"(?:(?:square|sq|cubic|cu)\.? )?([A-Za-z]+)(?: ?(?:/|per) ?[A-Za-z]+)?(?:\^\d)?"
 )
 SQUARE_UNIT = re.compile(r"^(-?[\d,.]+) ?(mm|cm|m|km|in|ft|yd|mi)(\^[23]|[²³])$")
+NUMBER = r"(?:\$?\d[\d,]*(?:\.\d+)?|\.\d+)%?"
+COMPUTATION = re.compile(
+    rf"(?:^|(?<=[A-Za-z.,:;(] ))\(*{NUMBER}\)*(?: [a-z]+)?"
+    rf"(?: ?[-+*/×÷−–x] ?\(*{NUMBER}\)*(?: [a-z]+)?)+ ?= ?{NUMBER}(?![\w/^*+])"
+)
 AND = re.compile(r"(?:and|or|as well as)\s+", re.IGNORECASE)
 ARROW = re.compile(r"\\(?:Rightarrow|implies|Longrightarrow|therefore)(?![a-zA-Z])")
 OPERATORS = "+-*/=<>^_&!\\"
@@ -226,7 +179,7 @@ def stated(text: str, labelled: bool = False) -> str:
     if text.endswith("?") or HYPOTHESIS.match(text):
         return ""
     text = LEAD.sub("", text, count=1) if LEAD.match(text) else text
-    if value := expression(text, most_words=1):
+    if value := computation(text) or expression(text, most_words=1):
         return value
     for separator in reversed(list(SEPARATOR.finditer(text))):
         before = CLAUSE.split(text[: separator.start()])[-1]
@@ -237,6 +190,19 @@ def stated(text: str, labelled: bool = False) -> str:
                 unclear = STATED.search(before)  # "x is 3 and y is 5"
             return "" if unclear or is_denied(before) else value
     return only_quantity(text, labelled)
+
+
+def computation(text: str) -> str:
+    """Return the last computation with numbers of a statement, or ""."""
+    matches = list(COMPUTATION.finditer(text))
+    if not matches:
+        return ""
+    before, after = text[: matches[-1].start()], text[matches[-1].end() :]
+    unclear = QUANTITY.search(after) or DENIED.search(text) or NUMERAL.search(after)
+    if unclear or STATED_OR.search(after) or re.search(r"\b[A-Za-z] $", before):
+        return ""
+    text = re.sub(r"(?<=[\d)%]) ?x ?(?=[$(.\d])", "*", matches[-1][0])
+    return re.sub(r"[a-z$]|,(?=\d{3})", "", text)
 
 
 def only_quantity(text: str, labelled: bool) -> str:
@@ -251,21 +217,6 @@ def only_quantity(text: str, labelled: bool) -> str:
         return ""
     rest = text[: matches[0].start()] + text[matches[0].end() :]
     return "" if re.search(r"\d", rest) else matches[0][0]
-
-
-def is_denied(before: str) -> bool:
-    """Return whether the words before a verb deny or doubt a value."""
-    return bool(DENIED.search(before) or LEAD_DOUBTED.search(before))
-
-
-def is_doubted(text: str) -> bool:
-    """Return whether words deny or doubt a value."""
-    return bool(DENIED.search(text) or DOUBTED.search(text))
-
-
-def is_remark(text: str) -> bool:
-    """Return whether a sentence has no number and denies nothing."""
-    return not (QUANTITY.search(text) or DENIED.search(text))
 
 
 def expression(text: str, words: bool = False, most_words: int = 30) -> str:
