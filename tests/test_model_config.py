@@ -84,9 +84,9 @@ def edit(directory: Path, **fields) -> Path:
 
 def our_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     config, params = hf.read_config(directory), hf.load(directory)
-    tokens = jnp.asarray(tokens)[None]
-    positions = jnp.arange(tokens.shape[1])[None]
-    states = model.hidden(config, params, tokens, positions, jnp.ones_like(tokens))
+    row = jnp.asarray(tokens)[None]
+    positions = jnp.arange(row.shape[1])[None]
+    states = model.hidden(config, params, row, positions, jnp.ones_like(row))
     return np.asarray(model.logits(config, params, states)[0])
 
 

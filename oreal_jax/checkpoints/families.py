@@ -131,8 +131,9 @@ def _take_number(
     kind: type = int,
 ) -> Any:
     """Remove a positive number from `fields` and return it."""
-    value = fields.pop(name, None)
-    value = default if value is None else value
+    value: Any = fields.pop(name, None)
+    if value is None:
+        value = default
     is_number = isinstance(value, int | kind) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
         expected = "number" if kind is float else "whole number"
