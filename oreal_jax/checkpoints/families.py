@@ -188,6 +188,11 @@ def _take_rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
         )
     required = ROPE_FIELDS[kind] if kind == "llama3" else ("factor",)
     own = {key: float(number(key)) for key in sorted({*required, *given})}
+    if kind == "llama3" and own["low_freq_factor"] >= own["high_freq_factor"]:
+        raise InputError(
+            f"{where}: {name}: low_freq_factor={own['low_freq_factor']} must be below "
+            f"high_freq_factor={own['high_freq_factor']}"
+        )
     return Rope(
         theta=theta,
         kind=kind,
