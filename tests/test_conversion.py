@@ -452,9 +452,8 @@ def test_a_gguf_file_of_llama_3_1_converts_with_its_rope(factor, tmp_path):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    config = transformers.LlamaConfig(
-        **families.SIZES | {"hidden_size": 64}, rope_parameters=rope
-    )
+    fields: dict[str, Any] = families.SIZES | {"hidden_size": 64}
+    config = transformers.LlamaConfig(**fields, rope_parameters=rope)
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(config).eval()
     add = lambda writer: writer.add_tensor("rope_freqs.weight", llama3_divisors(config))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import families
 import jax
@@ -23,6 +24,7 @@ from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model
 from oreal_jax.cli import main
 from oreal_jax.cli.options import load_for_generation, model_options
+from oreal_jax.data import Chat
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Sampling
@@ -153,14 +155,14 @@ def test_transformers_4_reads_exports_with_the_same_logits_and_stops(tmp_path):
                 values[key] = np.concatenate([value, np.zeros((168, 32), value.dtype)])
         save_file(values, start / "model.safetensors")
         edit(start, vocab_size=264)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(start).eval()
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(start).eval()
         with torch.no_grad():
             logits = theirs(prompt).logits[0].numpy()
             free = theirs.generate(
                 prompt[:, :9], max_new_tokens=24, do_sample=False, eos_token_id=[256]
             )[0].tolist()
         # A stop word that greedy decoding meets.
-        word = make_tiny.tokenizer().decode([free[12]])
+        word = str(make_tiny.tokenizer().decode([free[12]]))
         (stop,) = make_tiny.tokenizer().encode(word, add_special_tokens=False)
         assert stop == free[12]
         end = 9 + free[9:].index(stop) + 1
@@ -174,9 +176,7 @@ def test_transformers_4_reads_exports_with_the_same_logits_and_stops(tmp_path):
         stdout=subprocess.PIPE,
         timeout=300,
     ).stdout
-    chat = make_tiny.tokenizer().apply_chat_template(
-        [{"role": "user", "content": "1 < 2?"}], add_generation_prompt=True
-    )["input_ids"]
+    chat = Chat(make_tiny.tokenizer()).encode("1 < 2?")
     results = json.loads(output)
     for (logits, tokens), result in zip(expected, results, strict=True):
         their_logits, their_tokens, their_chat, dtype = result

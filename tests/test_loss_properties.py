@@ -190,7 +190,7 @@ def poisoned(scored: Scored, garbage: float) -> Scored:
     return scored._replace(**dirty)
 
 
-garbages = st.sampling_distribution([np.nan, np.inf, -np.inf, 1e30, 0.0])
+garbages = st.sampled_from([np.nan, np.inf, -np.inf, 1e30, 0.0])
 
 
 @every_loss
@@ -243,7 +243,7 @@ def test_micro_batches_add_up_to_their_batch(loss, sampled, assignment):
     batches(),
     st.lists(st.integers(1, 3), min_size=B, max_size=B),
     st.integers(1, 2),
-    st.sampling_distribution([8, 16, 32]),
+    st.sampled_from([8, 16, 32]),
 )
 def test_packing_changes_nothing(loss, sampled, prompts, height, row_length):
     scored, lengths = sampled.scored(loss), sampled.lengths
@@ -398,7 +398,7 @@ extremes = st.fixed_dictionaries(
     {
         name: st.dictionaries(
             cells,
-            st.sampling_distribution(SCORES if name == "token_scores" else LOG_PROBS),
+            st.sampled_from(SCORES if name == "token_scores" else LOG_PROBS),
             max_size=8,
         )
         for name in FLOATS[:5]

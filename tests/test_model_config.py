@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from families import close, their_logits
+from families import LLAMA3, close, their_logits
 
 from oreal_jax import model
 from oreal_jax.checkpoints import hf
@@ -84,9 +84,9 @@ def edit(directory: Path, **fields) -> Path:
 
 def our_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     config, params = hf.read_config(directory), hf.load(directory)
-    tokens = jnp.asarray(tokens)[None]
-    positions = jnp.arange(tokens.shape[1])[None]
-    states = model.hidden(config, params, tokens, positions, jnp.ones_like(tokens))
+    row = jnp.asarray(tokens)[None]
+    positions = jnp.arange(row.shape[1])[None]
+    states = model.hidden(config, params, row, positions, jnp.ones_like(row))
     return np.asarray(model.logits(config, params, states)[0])
 
 
@@ -152,6 +152,10 @@ def test_yarn_multiplies_the_original_length(positions):
         (
             {"rope_scaling": {**YARN, "rope_type": "linear"}},
             "rope_scaling: rope_type='linear' and 'yarn' is not supported",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            "rope_scaling: low_freq_factor=4.0 must be below high_freq_factor=4.0",
         ),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope_type=\\['yarn'\\] is not"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: factor=None, expected"),

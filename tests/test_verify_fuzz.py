@@ -20,8 +20,8 @@ __import__('os') lambda:0 open('x','w') exec(1) eval(1) ½ ² √ ∞ π ≤ 12 
 """.split()  # noqa: SIM905
 TEXTS = st.one_of(
     st.text(max_size=200),
-    st.lists(st.sampling_distribution(PIECES), max_size=40).map("".join),
-    st.lists(st.sampling_distribution(PIECES), max_size=40).map(" ".join),
+    st.lists(st.sampled_from(PIECES), max_size=40).map("".join),
+    st.lists(st.sampled_from(PIECES), max_size=40).map(" ".join),
 )
 COMPLETIONS = st.one_of(TEXTS, TEXTS.map(lambda text: f"So $\\boxed{{{text}}}$."))
 BATCH = 50

@@ -131,8 +131,9 @@ def _take_number(
     kind: type = int,
 ) -> Any:
     """Remove a positive number from `fields` and return it."""
-    value = fields.pop(name, None)
-    value = default if value is None else value
+    value: Any = fields.pop(name, None)
+    if value is None:
+        value = default
     is_number = isinstance(value, int | kind) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
         expected = "number" if kind is float else "whole number"
@@ -187,6 +188,11 @@ def _take_rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
         )
     required = ROPE_FIELDS[kind] if kind == "llama3" else ("factor",)
     own = {key: float(number(key)) for key in sorted({*required, *given})}
+    if kind == "llama3" and own["low_freq_factor"] >= own["high_freq_factor"]:
+        raise InputError(
+            f"{where}: {name}: low_freq_factor={own['low_freq_factor']} must be below "
+            f"high_freq_factor={own['high_freq_factor']}"
+        )
     return Rope(
         theta=theta,
         kind=kind,
