@@ -127,7 +127,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     have one question and its solution in `messages`. System messages are left out: a
     model's chat template or a config's `system_prompt` sets them.
     """
-    fields = {"user": "question", "assistant": "solution"}
+    fields: dict[Any, str] = {"user": "question", "assistant": "solution"}
     for name, row in read_rows(path):
         messages, reward = (
             row.get("prompt", row.get("messages")),
