@@ -146,7 +146,7 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: [invalid_prompts(d)], "invalid.jsonl: the file has no rows"),
         (
             lambda d: [invalid_prompts(d, GOOD, '{"question": "b"}')],
-            "invalid.jsonl:2: field 'gold_",
+            "invalid.jsonl:2: no field 'gold_",
         ),
         (lambda d: [invalid_prompts(d, "no json")], "invalid.jsonl:1: not JSON"),
         (lambda d: [f"prompts={d / 'gone.jsonl'}"], "gone.jsonl: no such file"),

@@ -127,21 +127,20 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     have one question and its solution in `messages`. System messages are left out: a
     model's chat template or a config's `system_prompt` sets them.
     """
-    fields = {"user": "question", "assistant": "solution"}
+    fields: dict[Any, str] = {"user": "question", "assistant": "solution"}
     for name, row in read_rows(path):
-        messages, reward = (
-            row.get("prompt", row.get("messages")),
-            row.get("reward_model"),
-        )
+        messages = row.get("prompt", row.get("messages"))
         if "question" not in row and isinstance(messages, list):
-            turns = [m for m in messages if isinstance(m, dict)]
-            turns = [(m.get("role"), m.get("content")) for m in turns]
-            turns = [turn for turn in turns if turn[0] != "system"]
+            turns = [
+                (m.get("role"), m.get("content"))
+                for m in messages
+                if isinstance(m, dict) and m.get("role") != "system"
+            ]
             # Others are left as they are: a message then names their fields.
             if [role for role, _ in turns] in (["user"], ["user", "assistant"]):
                 row = {fields[role]: text for role, text in turns} | row
-                if isinstance(reward, dict):
-                    row = {"gold_answer": reward.get("ground_truth")} | row
+        if isinstance(reward := row.get("reward_model"), dict):
+            row = {"gold_answer": reward.get("ground_truth")} | row
         yield name, row
 
 

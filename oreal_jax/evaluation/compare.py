@@ -96,7 +96,7 @@ def compare_kind(
     return Comparison(
         name,
         " against ".join(measures),
-        paired(*correct, (samples[0], samples[1]), seed),
+        paired(correct[0], correct[1], (samples[0], samples[1]), seed),
         len(first.keys() ^ second.keys()),
     )
 
