@@ -91,11 +91,12 @@ def take_share(items: Sequence[T]) -> Sequence[T]:
 
 
 def all_gather(
-    part: bytes, purpose: str = "an exchange", limit: float = EXCHANGE_LIMIT
+    part: bytes, purpose: str = "an exchange", limit: float | None = None
 ) -> list[bytes]:
     """Return the parts of all processes by index.
 
-    If a process does not reach it within `limit` seconds, all exit with its name.
+    If a process does not reach it within `limit` seconds (None: EXCHANGE_LIMIT), all
+    exit with its name.
 
     Raises:
         KeyboardInterrupt: a process was asked to stop; raised in all of them.
@@ -105,7 +106,7 @@ def all_gather(
     with defer_interrupts():
         try:
             kind = STOPPING if _state.stop_requested else DATA
-            parts = _exchange(kind + part, purpose, limit)
+            parts = _exchange(kind + part, purpose, limit or EXCHANGE_LIMIT)
         except TimeoutError as error:
             _exit_all(1, f"{error}; it may be hung")
         if any(part.startswith(STOPPING) for part in parts):

@@ -74,6 +74,15 @@ def results(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(code, *each) for code, each in zip(codes, outputs, strict=True)]
 
 
+def connect(port: int) -> socket.socket:
+    """Connect to a port as soon as a process listens on it."""
+    for _ in range(300):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("localhost", port))
+        time.sleep(0.1)
+    raise TimeoutError(f"nobody listens on port {port}")
+
+
 def wait_for_line(process: subprocess.Popen, line: str) -> None:
     assert process.stdout and process.stdout.readline() == f"{line}\n"
 
@@ -148,16 +157,39 @@ def test_an_error_of_one_exits_all_with_its_message(source, error, code, message
         assert ("Traceback" in errors) == (index == source and code == 1)
 
 
-def test_a_process_that_misses_an_exchange_is_named():
-    body = """
+@pytest.mark.parametrize(
+    ("exchange", "purpose"),
+    [
+        ('distributed.barrier("the config", 1.0)', "the config"),
+        ("distributed.gather_values(index)", "an exchange"),
+    ],
+)
+def test_a_process_that_misses_an_exchange_is_named(exchange, purpose):
+    body = f"""
+    distributed.EXCHANGE_LIMIT = 1.0
     if index == 1:
         time.sleep(60)
-    distributed.barrier("the config", 1.0)
+    {exchange}
     """
     for code, _, errors in results(start(body, 2)):
         assert code == 1
         assert errors.startswith("oreal: process 1 of 2 on ")
-        assert errors.endswith(" did not reach the config within 1 s; it may be hung\n")
+        message = f" did not reach {purpose} within 1 s; it may be hung\n"
+        assert errors.endswith(message)
+
+
+def test_other_connections_to_the_coordinator_do_not_disturb_the_processes():
+    body = "print(distributed.gather_values(index))"
+    port = free_port()
+    processes = start(body, 2, indices=[0], counts=[2], port=port)
+    with contextlib.ExitStack() as stack:
+        for data in (b"", b"[]", b"null", b"[" * 60_000, b"\xff" * 60_000):
+            connection = stack.enter_context(connect(port))
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+        processes += start(body, 2, indices=[1], counts=[2], port=port)
+        for code, output, errors in results(processes):
+            assert (code, output) == (0, "[0, 1]\n"), errors
 
 
 @pytest.mark.parametrize(
