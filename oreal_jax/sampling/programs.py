@@ -1,5 +1,8 @@
 """Compiled programs of the engines: prefill, admission, decoding, swapping.
 
+Letters: E engines, B slots, A slots written or read at once, N new tokens per slot, R
+prompts of S tokens, M pages of a block table, T stop tokens, V vocabulary.
+
 Every data shard of the mesh is an engine; arrays have a leading axis of engines, which
 the functions of one engine do not see. Sampling parameters and stop conditions are
 arrays too, so requests of every kind share the compiled programs.

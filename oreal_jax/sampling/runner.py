@@ -1,8 +1,4 @@
-"""One call of an engine: runs the scheduler's rounds on the devices.
-
-Letters: E engines, A samples or slots of a batch, R prompts, S tokens of a prompt, M
-pages of a block table.
-"""
+"""One call of the engines: runs the scheduler's rounds on the devices."""
 
 import dataclasses
 import itertools
@@ -32,8 +28,8 @@ from oreal_jax.sampling.stops import MATCHED, Stops
 from oreal_jax.shapes import bucket
 
 DISPATCH = 64  # maximum of decoding steps before the host schedules again
-PAGE = 64  # tokens
-PREFILL = 2048  # maximum per batch of prompts, or one prompt
+PAGE = 64  # tokens per page
+PREFILL = 2048  # maximum of prompt tokens that an engine runs at once, or one prompt
 
 
 @dataclasses.dataclass
@@ -278,7 +274,7 @@ class Runner:
     def _stack(
         self, batch: list[list], rows: int, entry: Callable[[Any], Any], padding: Any
     ) -> Any:
-        """Stack the entries of a batch to arrays [E, rows, ...] on the engines."""
+        """Put the entries of a batch on the engines, as arrays [engines, rows, ...]."""
         entries = [
             [*map(entry, queue), *[padding] * (rows - len(queue))] for queue in batch
         ]
@@ -286,7 +282,7 @@ class Runner:
         return self._put(jax.tree.map(stack, *itertools.chain(*entries)))
 
     def _put(self, values: Any) -> Any:
-        """Put arrays [E, ...] on the engines."""
+        """Put arrays [engines, ...] on the engines."""
         return jax.device_put(
             values, sharding.make_sharding(self.programs.mesh, "rows")
         )
