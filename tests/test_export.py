@@ -32,7 +32,7 @@ from oreal_jax.sampling import Sampling
 def write_run(
     start: Path, run: Path, stop_words: tuple[str, ...] = ("<|im_start|>",)
 ) -> Path:
-    """A run directory as after training with evaluations."""
+    """Write a run directory as training with evaluations would."""
     one_device = lambda model: sharding.make_mesh(
         sharding.MeshShape(), model, jax.devices()[:1]
     )
