@@ -192,7 +192,7 @@ class GenerationModel:
         self.load = in_background(lambda: source.load(mesh, dtype))
         system_prompt = args.system_prompt
         if system_prompt is None:
-            system_prompt = source.settings.get("system_prompt")
+            system_prompt = source.system_prompt
         tokenizer = load_tokenizer(source.files)
         words = [text for text in stops if text in tokenizer.all_special_tokens]
         strings = [text for text in stops if text not in words]
