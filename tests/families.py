@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def make(name: str, seed: int = 0):
-    """A random model whose norms and biases are not at their neutral start."""
+    """Return a random model whose norms and biases are not at their neutral start."""
     import torch  # takes seconds to import; most test files do not need it
     import transformers
 
@@ -59,7 +59,7 @@ def make(name: str, seed: int = 0):
 
 
 def write(name: str, directory: Path, **options):
-    """Makes a model and saves it as a Hugging Face directory."""
+    """Make a model and save it as a Hugging Face directory."""
     model = make(name)
     model.save_pretrained(directory, **options)
     return model

@@ -309,7 +309,7 @@ def test_hugging_face_to_run_directory_and_back_changes_no_byte(tmp_path):
 
 
 def interleaved(value: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to query and key rows of Llama models."""
+    """Return query or key rows as llama.cpp's converter stores those of Llama."""
     rows = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
     return rows.swapaxes(1, 2).reshape(value.shape)
 
@@ -339,7 +339,7 @@ def write_gguf(
     *,
     add: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> None:
-    """A .gguf file as llama.cpp would write it; `add` adds to it."""
+    """Write a .gguf file as llama.cpp would; `add` adds to it."""
     config = theirs.config
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_hidden_layers)
@@ -425,7 +425,7 @@ def test_gguf_tokens_keep_their_ids_and_types(tmp_path):
 
 
 def llama3_divisors(config) -> np.ndarray:
-    """The tensor that llama.cpp's converter stores for Llama 3.1."""
+    """Return the tensor that llama.cpp's converter stores for Llama 3.1."""
     rope, head_dim = config.rope_parameters, config.head_dim
     length = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

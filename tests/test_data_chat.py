@@ -20,7 +20,7 @@ NO_SYSTEM = (
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
-    """The tokenizer files of a checkpoint."""
+    """Write the tokenizer files of a checkpoint."""
     path = tmp_path_factory.mktemp("model")
     make_tiny.tokenizer().save_pretrained(str(path))
     return path
@@ -32,7 +32,7 @@ def chat(directory) -> Chat:
 
 
 def words(**marks) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer."""
+    """Return a word-level tokenizer."""
     core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, **marks)
@@ -141,8 +141,7 @@ def test_a_template_file_replaces_the_tokenizers_template(directory, tmp_path):
 @pytest.mark.parametrize("label", ["Qwen2Tokenizer", "LlamaTokenizerFast"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_text_is_split_by_the_rules_of_tokenizer_json(kind, label, tmp_path):
-    """AutoTokenizer splits digits where the model is a Qwen2: it reads the vocabulary
-    alone."""
+    """AutoTokenizer reads only the vocabulary where the model is a Qwen2."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*letters, "12"])}
     core = Tokenizer(models.BPE(vocabulary, [("1", "2")]))
