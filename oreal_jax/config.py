@@ -12,10 +12,10 @@ from oreal_jax import losses, trajectory
 from oreal_jax.data.order import PUBLISHED_BANDS, Bands
 from oreal_jax.errors import InputError
 from oreal_jax.losses import PolicyLoss
+from oreal_jax.mesh import MeshShape
 from oreal_jax.model import Remat
 from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
-from oreal_jax.sharding import MeshShape
 
 
 def _check(condition: bool, message: str) -> None:

@@ -9,10 +9,10 @@ cannot be interrupted.
 
 An exchange (`all_gather` and everything built on it) completes in all processes, or
 raises KeyboardInterrupt in all once one of them was asked to stop (Ctrl-C, SIGTERM).
-Elsewhere KeyboardInterrupt may come at any time. An exchange and the computations that
-follow it therefore form one `uninterrupted` block, and all processes stop after the
-same step. (At JAX's own preemption sync point each process would finish its step first,
-which can take longer than a preempted machine has.)
+Elsewhere KeyboardInterrupt may be raised at any time. An exchange and the computations
+that follow it therefore form one `defer_interrupts` block, and all processes stop after
+the same step. (At JAX's own preemption sync point each process would first finish its
+step, which can take longer than the notice of a preemption.)
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class _State:
     hosts: list[str] = dataclasses.field(default_factory=lambda: [socket.gethostname()])
     exchanges: int = 0
     stop_requested: bool = False  # by a signal, an error or a notice
-    stopping: bool = False  # all processes know of it
+    stopping: bool = False  # all processes have been notified
     reported: BaseException | None = None  # the error that was printed
     exiting: bool = False  # because of an error
 
@@ -82,7 +82,7 @@ def is_first() -> bool:
     return process_index() == 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def take_share(items: Sequence[T]) -> Sequence[T]:
     """Return the items of this process: every `process_count()`-th one."""
     return items[process_index() :: process_count()]
 
@@ -102,7 +102,7 @@ def all_gather(
     """
     if process_count() == 1:
         return [part]
-    with uninterrupted():
+    with defer_interrupts():
         try:
             kind = STOPPING if _state.stop_requested else DATA
             parts = _exchange(kind + part, purpose, limit)
@@ -126,7 +126,7 @@ def gather_shares(
     encode: Callable[[list[T]], bytes],
     decode: Callable[[bytes], list[T]],
 ) -> list[T]:
-    """Return what all processes computed from their `share`, in the original order."""
+    """Return what all processes computed from their shares, in the original order."""
     if process_count() == 1:
         return results
     parts = [decode(part) for part in all_gather(encode(results))]
@@ -154,7 +154,7 @@ def _client() -> Any:
 
 
 def _exchange(part: bytes, purpose: str, limit: float) -> list[bytes]:
-    """Return the parts of all; TimeoutError names a process that has not come."""
+    """Return the parts of all; TimeoutError names a process that is missing."""
     client, index, number = _client(), process_index(), _state.exchanges
     _state.exchanges += 1
     client.key_value_set_bytes(f"oreal/{number}/{index}", part)
@@ -178,15 +178,15 @@ def _exchange(part: bytes, purpose: str, limit: float) -> list[bytes]:
 # -- stopping together
 
 
-def uninterrupted() -> contextlib.AbstractContextManager[None]:
+def defer_interrupts() -> contextlib.AbstractContextManager[None]:
     """Defer Ctrl-C to the end of the block, or to the next exchange in it."""
     return interrupts.deferred(request_stop)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """An `uninterrupted` block that all processes enter, or none if one is to stop."""
-    with uninterrupted():
+def enter_together() -> Iterator[None]:
+    """Defer Ctrl-C in a block that all processes enter, or none if one is to stop."""
+    with defer_interrupts():
         barrier("the next step", EXCHANGE_LIMIT)
         yield
 
@@ -196,8 +196,8 @@ def request_stop() -> None:
     _state.stop_requested = True
 
 
-def stop_together(purpose: str, limit: float = BARRIER_LIMIT) -> None:
-    """Stop all processes, which this one does already; return when they know of it.
+def stop_all(purpose: str, limit: float = BARRIER_LIMIT) -> None:
+    """Stop all processes; this one is stopping. Return when all have been notified.
 
     Raises:
         TimeoutError: not within `limit` seconds, because they wait for this process in
@@ -237,8 +237,8 @@ def initialized(arguments: dict[str, Any] | None, timeout: float) -> Iterator[No
             yield
             barrier("the end of the run")
         except KeyboardInterrupt:
-            with uninterrupted():
-                stop_together("the end of the run", STOP_LIMIT)
+            with defer_interrupts():
+                stop_all("the end of the run", STOP_LIMIT)
                 _exchange(DATA, "the end of the run", BARRIER_LIMIT)
             raise
     except KeyboardInterrupt:

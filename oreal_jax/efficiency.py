@@ -14,8 +14,10 @@ from oreal_jax.model.config import ModelConfig
 
 
 class Peak(NamedTuple):
-    """The peak of one JAX device: FLOP/s in bfloat16, bytes/s from its HBM, and bytes/s
-    to its neighbours over all of its links."""
+    """The peak rates of one JAX device.
+
+    FLOP/s in bfloat16, bytes/s from its HBM, bytes/s to its neighbours over all links.
+    """
 
     flops: float
     bandwidth: float
@@ -109,8 +111,11 @@ def decode_bytes(
     weight_bytes: int = 2,
     cache_bytes: int = 2,
 ) -> float:
-    """Return the bytes that a decoding step reads: all weights once, and the keys and
-    values of every context length. `weight_bytes` and `cache_bytes` are per number."""
+    """Return the bytes that a decoding step reads.
+
+    All weights once, and the keys and values of every context. `weight_bytes` and
+    `cache_bytes` are per element.
+    """
     weights = layer_weights(config) + head_weights(config)
     cache = 2 * config.layers * config.kv_heads * config.head_dim * sum(contexts)
     return float(weights * weight_bytes + cache * cache_bytes)

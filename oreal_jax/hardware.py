@@ -1,8 +1,8 @@
 """Detection of this machine's devices, before JAX is imported.
 
-JAX loads every installed device plugin; without such a device, a plugin complains or
-waits for it. So plugins of absent devices are hidden. When in doubt a device counts as
-present and JAX decides, as it does where JAX_PLATFORMS is set.
+JAX loads every installed device plugin. Without its device, a plugin prints errors or
+waits for it, so plugins of absent devices are hidden. In doubt a device counts as
+present and JAX decides, as it does if JAX_PLATFORMS is set.
 """
 
 import os
@@ -44,8 +44,11 @@ def has_gpu(root: Path) -> bool:
 
 
 def has_tpu(root: Path) -> bool:
-    """Return whether there may be a TPU: an environment variable, a device file, or a
-    PCI device of Google that is not known to be another."""
+    """Return whether there may be a TPU.
+
+    Signs are an environment variable, a device file, or a PCI device of Google that is
+    not known to be another.
+    """
     if any(name in os.environ for name in TPU_VARIABLES):
         return True
     if any([*root.glob("dev/accel*"), *root.glob("dev/vfio/*")]):
@@ -58,7 +61,7 @@ def has_tpu(root: Path) -> bool:
 
 
 def other_plugins() -> set[str]:
-    """Return the installed JAX plugins besides those for NVIDIA GPUs."""
+    """Return the installed JAX plugins except those for NVIDIA GPUs."""
     plugins = {point.value for point in metadata.entry_points(group="jax_plugins")}
     spec = util.find_spec("jax_plugins")
     if spec and spec.submodule_search_locations:

@@ -48,11 +48,11 @@ class TrainedModel(NamedTuple):
     ) -> "TrainedModel":
         """Bind a model and its optimizer to a mesh, for a run of `steps` steps."""
         transformation = optimizer.transformation()
-        params = sharding.of_params(config, mesh)
-        moments = sharding.of_optimizer(
+        params = sharding.param_shardings(config, mesh)
+        moments = sharding.optimizer_shardings(
             transformation, model.abstract(config), params, mesh
         )
-        stored = sharding.on_host(moments) if optimizer.offload else moments
+        stored = sharding.in_host_memory(moments) if optimizer.offload else moments
         return cls(
             config,
             transformation,
@@ -113,7 +113,7 @@ class TrainedModels(NamedTuple):
     def abstract(self, mesh: Mesh) -> TrainState:
         """Return shapes, dtypes and shardings of the training state."""
         shapes = jax.eval_shape(self._initialize, model.abstract(self.policy.config))
-        return sharding.placed(shapes, self.shardings(mesh))
+        return sharding.with_shardings(shapes, self.shardings(mesh))
 
     def initializer(self, mesh: Mesh):
         """Return a jitted function from parameters to the state at step 0: the policy,

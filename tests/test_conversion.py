@@ -22,11 +22,12 @@ from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.gguf import to_hugging_face_directory
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.errors import InputError
+from oreal_jax.mesh import MeshShape, make_mesh
 
 MESHES = [
-    sharding.MeshShape(fsdp=8),
-    sharding.MeshShape(fsdp=4, tensor=2),
-    sharding.MeshShape(data=2, fsdp=2, tensor=2),
+    MeshShape(fsdp=8),
+    MeshShape(fsdp=4, tensor=2),
+    MeshShape(data=2, fsdp=2, tensor=2),
 ]
 
 
@@ -92,8 +93,8 @@ def written(directory: Path, name: str = "qwen2.5-untied") -> Path:
 def test_weights_are_loaded_into_their_sharding(shape, tmp_path):
     directory = written(tmp_path)
     config = hf.read_config(directory)
-    mesh = sharding.make_mesh(shape, config)
-    shardings = sharding.of_params(config, mesh)
+    mesh = make_mesh(shape, config)
+    shardings = sharding.param_shardings(config, mesh)
     sharded = hf.load(directory, jnp.float32, shardings)
     unsharded = hf.load(directory)
     same = lambda a, b, s: a.sharding == s and bool((np.asarray(a) == b).all())
@@ -194,9 +195,7 @@ def test_an_export_never_overwrites(tmp_path):
 def test_a_failed_import_leaves_nothing_behind(tmp_path):
     directory = written(tmp_path / "start")
     spoil_missing(directory)
-    one_device = lambda config: sharding.make_mesh(
-        sharding.MeshShape(), config, jax.devices()[:1]
-    )
+    one_device = lambda config: make_mesh(MeshShape(), config, jax.devices()[:1])
     with pytest.raises(InputError, match="missing"):
         import_model(directory, tmp_path / "run", one_device, jnp.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
@@ -206,9 +205,7 @@ def test_hugging_face_to_run_directory_and_back_changes_no_byte(tmp_path):
     start, run, end = (tmp_path / name for name in ("start", "run", "end"))
     families.write("qwen3", start)
     tokenizer().save_pretrained(str(start))
-    mesh = lambda config: sharding.make_mesh(
-        sharding.MeshShape(fsdp=4, tensor=2), config
-    )
+    mesh = lambda config: make_mesh(MeshShape(fsdp=4, tensor=2), config)
     import_model(start, run, mesh, jnp.float32)
     opened = open_model(run)
     params = opened.load(mesh(opened.config))

@@ -1,4 +1,4 @@
-"""Decoding through pages: against transformers, and all kernels against a loop."""
+"""Decoding with a paged cache against transformers, all kernels against a loop."""
 
 import functools
 import importlib
@@ -17,17 +17,17 @@ from oreal_jax import model
 from oreal_jax.errors import InputError
 from oreal_jax.model import ModelConfig, decoding
 from oreal_jax.model.cache import Pages
-from oreal_jax.model.kernels import GpuPages, TpuPages, pages_for
+from oreal_jax.model.kernels import GpuPages, TpuPages, choose_pages
 
 TINY = ModelConfig(
     vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True
 )
-SIZE = 4  # tokens a page
-FULL = decoding.in_dtype(jnp.float32)
+SIZE = 4  # tokens per page
+FULL = decoding.store_as(jnp.float32)
 
 
 def prefilled(config, weights, tokens, lengths, pages: int = 8, dtype=jnp.float32):
-    """A cache that holds these prompts, and each row's table of pages."""
+    """Return a cache with these prompts, and the table of pages of each sequence."""
     rows = len(lengths)
     numbers = np.random.default_rng(0).permutation(rows * pages) + 1
     table = jnp.asarray(numbers.reshape(rows, pages))
@@ -46,7 +46,7 @@ def prefilled(config, weights, tokens, lengths, pages: int = 8, dtype=jnp.float3
 
 
 def logits_after(config, weights, prompt: int = 6, dtype=jnp.float32):
-    """Logits of every token of `sequences` after its prompt, one token at a time."""
+    """Logits of every token of `sequences` after its prompt, token by token."""
     tokens, positions, _ = map(jnp.asarray, padded(sequences(config.vocab)))
     lengths = [prompt] * len(LENGTHS)
     cache, table = prefilled(config, weights, tokens[:, :prompt], lengths, dtype=dtype)
@@ -62,64 +62,66 @@ def logits_after(config, weights, prompt: int = 6, dtype=jnp.float32):
     return jnp.stack(parts, axis=1)
 
 
-def test_logits_equal_transformers_through_the_cache(pair):
+def test_logits_with_a_cache_equal_transformers(pair):
     theirs, config, params = pair
-    ours = logits_after(config, decoding.weights(config, params, FULL))
+    ours = logits_after(config, decoding.lay_out(config, params, FULL))
     for row, sequence in enumerate(sequences(config.vocab)):
         size = len(sequence) - 6
         close(ours[row, :size], their_logits(theirs, sequence)[6:])
 
 
-def test_repeated_key_value_heads_change_nothing(pair):
-    """More devices on the tensor axis than key-value heads: each has a copy of one."""
+def test_repeated_key_value_heads_change_no_logit(pair):
+    """With more devices on the tensor axis than heads, each has a copy of one."""
     _, config, params = pair
-    repeated = decoding.split_heads(config, 4)
+    repeated = decoding.repeat_kv_heads(config, 4)
     assert (config.kv_heads, repeated.kv_heads) == (2, 4)
-    assert decoding.split_heads(config, 2) == config
-    ours = logits_after(repeated, decoding.weights(repeated, params, FULL))
-    close(ours, logits_after(config, decoding.weights(config, params, FULL)))
+    assert decoding.repeat_kv_heads(config, 2) == config
+    ours = logits_after(repeated, decoding.lay_out(repeated, params, FULL))
+    close(ours, logits_after(config, decoding.lay_out(config, params, FULL)))
 
 
-def test_rows_of_a_decoding_batch_may_stand_at_different_positions():
+def test_sequences_of_a_decoding_batch_may_be_at_different_positions():
     params = model.init(TINY, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     states = model.hidden(TINY, params, tokens, positions, jnp.ones_like(tokens))
-    whole = model.logits(TINY, params, states)
-    weights = decoding.weights(TINY, params, FULL)
+    expected = model.logits(TINY, params, states)
+    weights = decoding.lay_out(TINY, params, FULL)
     cache, table = prefilled(TINY, weights, tokens[:, :8], [8, 8])
-    at = jnp.asarray([8, 5])  # the second row goes back to position 5
+    at = jnp.asarray([8, 5])  # the second sequence is back at position 5
     chosen = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
     logits, _ = decoding.decode(TINY, weights, chosen, at, cache, table)
-    np.testing.assert_allclose(logits[0], whole[0, 8], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(logits[1], whole[1, 5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[0], expected[0, 8], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[1], expected[1, 5], rtol=1e-4, atol=1e-5)
 
 
 def log_prob_error(ours, theirs) -> float:
-    """The mean difference of log-probabilities over the vocabulary."""
+    """Mean difference of log-probabilities over the vocabulary."""
     return float(jnp.abs(jax.nn.log_softmax(ours) - jax.nn.log_softmax(theirs)).mean())
 
 
-def test_int8_weights_are_near_and_quantize_every_matrix():
+def test_int8_quantizes_every_matrix_with_a_small_error():
     params = model.init(TINY, jax.random.key(0))
-    store = decoding.in_int8(jnp.float32)
-    small = decoding.weights(TINY, params, store)
+    store = decoding.store_int8(jnp.float32)
+    quantized = decoding.lay_out(TINY, params, store)
     dense = jax.tree.map(
         lambda w: w.dense(jnp.float32) if isinstance(w, decoding.Quantized) else w,
-        small,
+        quantized,
         is_leaf=lambda w: isinstance(w, decoding.Quantized),
     )
-    kept = decoding.weights(TINY, params, FULL)
-    for ours, weight in zip(jax.tree.leaves(dense), jax.tree.leaves(kept), strict=True):
+    exact = decoding.lay_out(TINY, params, FULL)
+    for ours, weight in zip(
+        jax.tree.leaves(dense), jax.tree.leaves(exact), strict=True
+    ):
         np.testing.assert_allclose(ours, weight, atol=np.abs(weight).max() / 127 / 1.9)
-    matrices = [w for w in jax.tree.leaves(small) if w.dtype == jnp.int8]
+    matrices = [w for w in jax.tree.leaves(quantized) if w.dtype == jnp.int8]
     assert len(matrices) == 7 * TINY.layers + 2
-    error = log_prob_error(logits_after(TINY, small), logits_after(TINY, kept))
+    error = log_prob_error(logits_after(TINY, quantized), logits_after(TINY, exact))
     assert 0 < error < 0.01
 
 
-def test_scales_of_int8_weights_lie_like_their_outputs():
-    names = decoding.axes(TINY, decoding.in_int8(jnp.float32))
+def test_scales_of_int8_weights_have_the_axes_of_their_outputs():
+    names = decoding.axes(TINY, decoding.store_int8(jnp.float32))
     attention = names["layers"][0]["attention"]
     assert attention["query"].values == ("embed", "heads", "head_dim")
     assert attention["query"].scale == (None, "heads", "head_dim")
@@ -129,7 +131,7 @@ def test_scales_of_int8_weights_lie_like_their_outputs():
 
 
 def dense_attention(query, keys, values, lengths) -> np.ndarray:
-    """Row by row and head by head, in float64."""
+    """Attention sequence by sequence and head by head, in float64."""
     B, H, K = query.shape
     out = np.zeros((B, H, K))
     for b in range(B):
@@ -141,9 +143,9 @@ def dense_attention(query, keys, values, lengths) -> np.ndarray:
     return out
 
 
-def in_interpreter(form, pages):
-    """`attend` of a form, on this machine."""
-    if form is GpuPages:
+def in_interpreter(pages):
+    """Return `pages.attend` as it runs on a CPU."""
+    if isinstance(pages, GpuPages):
         return functools.partial(pages.attend, interpret=True)
     return pages.attend
 
@@ -151,11 +153,14 @@ def in_interpreter(form, pages):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("form", [Pages, TpuPages, GpuPages])
 def test_all_kernels_attend_alike(monkeypatch, form, dtype):
-    """Prompts, then single tokens, then a page copied: all forms against a loop. For
-    the TPU kernel, which no interpreter runs, its authors' restatement stands in."""
+    """Prompts, then single tokens, then a copied page, against a loop.
+
+    No interpreter runs the TPU kernel: its authors' reference implementation replaces
+    it.
+    """
     package, _, _ = ref_ragged_paged_attention.__module__.rpartition(".")
     package = importlib.import_module(package)
-    monkeypatch.setattr(package, "ragged_paged_attention", restated)
+    monkeypatch.setattr(package, "ragged_paged_attention", reference_kernel)
     B, H, G, K, M, size = 3, 8, 4, 128, 4, 16
     draw = np.random.default_rng(0)
     rounded = lambda *shape: np.asarray(
@@ -173,19 +178,19 @@ def test_all_kernels_attend_alike(monkeypatch, form, dtype):
     for t in range(start, M * size):
         new = jnp.asarray(keys[:, t]), jnp.asarray(values[:, t])
         pages = pages.write(table, jnp.full(B, t), *new)
-    spare = jnp.asarray([B * M + 1])  # row 0's second page moves there
-    pages = pages.copy(table[0, 1][None], spare)
+    spare = jnp.asarray([B * M + 1])  # the second page of sequence 0 moves there
+    pages = jax.tree.map(lambda x: x.at[spare].set(x[table[0, 1]][None]), pages)
     table = table.at[0, 1].set(spare[0])
-    attend = in_interpreter(form, pages)
-    found = attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
+    attend = in_interpreter(pages)
+    ours = attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
     expected = dense_attention(query, keys, values, lengths)
-    rounding = 1e-2 if found.dtype == jnp.bfloat16 or dtype == jnp.bfloat16 else 1e-5
-    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+    rounding = 1e-2 if ours.dtype == jnp.bfloat16 or dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(ours, expected, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("order", ["longest first", "shortest first", "mixed"])
-def test_the_order_of_rows_changes_nothing(order):
-    """Long rows attend alone where halves of the batch have no such page."""
+def test_the_order_of_sequences_does_not_change_their_attention(order):
+    """The halves of a batch skip pages that none of their sequences has."""
     B, H, G, K, M, size = 40, 4, 2, 16, 8, 4
     draw = np.random.default_rng(0)
     lengths = np.sort(draw.integers(1, M * size, B))
@@ -197,12 +202,12 @@ def test_the_order_of_rows_changes_nothing(order):
     query = draw.normal(size=(B, H, K)).astype(np.float32)
     pages = Pages.empty(B * M + 1, size, G, K, jnp.float32)
     pages = pages.write_prompts(table, jnp.asarray(keys), jnp.asarray(values))
-    found = pages.attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
+    ours = pages.attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
     expected = dense_attention(query, keys, values, lengths)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def restated(query, pages, lengths, table, starts, rows, **options):
+def reference_kernel(query, pages, lengths, table, starts, rows, **options):
     sizes = ("num_kv_pages_per_block", "num_queries_per_block")
     options = {name: x for name, x in options.items() if name not in sizes}
     return ref_ragged_paged_attention(
@@ -236,11 +241,11 @@ def test_the_gpu_kernel_lowers_to_triton():
         ("cpu", 4, 128, jnp.bfloat16, Pages),
     ],
 )
-def test_a_backend_decodes_with_its_kernel_where_that_takes_the_shape(
+def test_a_backend_decodes_with_its_kernel_for_shapes_that_this_supports(
     backend, heads, size, dtype, form
 ):
-    assert pages_for(backend, heads, size, dtype) is form
-    if form is TpuPages:  # the kernel's own opinion, asked without a TPU
+    assert choose_pages(backend, heads, size, dtype) is form
+    if form is TpuPages:  # the kernel checks shapes when it is traced
         page = form.empty(9, 64, heads, size, dtype)
         query = jnp.zeros((2, 4 * heads, size), jnp.bfloat16)
         jax.eval_shape(
@@ -248,6 +253,6 @@ def test_a_backend_decodes_with_its_kernel_where_that_takes_the_shape(
         )
 
 
-def test_eight_bits_that_the_tpu_kernel_cannot_read_are_refused():
+def test_a_float8_cache_that_the_tpu_kernel_cannot_read_is_bad_input():
     with pytest.raises(InputError, match=r"1 key-value head\(s\) on a device"):
-        pages_for("tpu", 1, 128, jnp.float8_e4m3fn)
+        choose_pages("tpu", 1, 128, jnp.float8_e4m3fn)

@@ -1,5 +1,4 @@
-"""Exchanges between processes and how they end: real processes on loopback, without
-devices."""
+"""Exchanges between processes on one machine, and how their runs end."""
 
 import contextlib
 import re
@@ -52,7 +51,7 @@ def start(
     wait: float = 20.0,
     port: int | None = None,
 ) -> list[subprocess.Popen]:
-    """Start processes that run `body`; each is told of its own one of `counts`."""
+    """Start processes that run `body`; `counts` are their values of `--processes`."""
     program = PROGRAM.format(body=textwrap.indent(textwrap.dedent(body), " " * 8))
     port = port or free_port()
     indices = list(range(count)) if indices is None else indices
@@ -82,7 +81,7 @@ def wait_for_line(process: subprocess.Popen, line: str) -> None:
 def test_shares_are_gathered_in_order_and_exactly():
     body = """
     items = list(range(8))
-    results = [item / 7 for item in distributed.share(items)]
+    results = [item / 7 for item in distributed.take_share(items)]
     encode = lambda results: json.dumps(results).encode()
     gathered = distributed.gather_shares(results, encode, json.loads)
     assert gathered == [item / 7 for item in items], gathered
@@ -105,7 +104,7 @@ def test_shares_are_gathered_in_order_and_exactly():
         pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
     ],
 )
-def test_all_end_when_one_is_killed_or_suspended(victim, blow):
+def test_all_processes_exit_when_one_is_killed_or_suspended(victim, blow):
     """JAX aborts the others, with a message that names the index of the process."""
     body = """
     print("ready", flush=True)
@@ -162,8 +161,8 @@ def test_a_process_that_misses_an_exchange_is_named():
 
 
 @pytest.mark.parametrize("indices", [[0, 2], [1]])
-def test_processes_do_not_wait_longer_than_told_at_the_start(indices):
-    """Neither for the coordinator nor for others."""
+def test_processes_wait_for_each_other_for_a_limited_time(indices):
+    """Neither the coordinator nor another process is awaited longer than `--wait`."""
     began = time.monotonic()
     for code, _, errors in results(start("pass", indices=indices, wait=2.0)):
         assert code == 1
@@ -198,12 +197,12 @@ step = 0
 try:
     while True:
         {outside}
-        with distributed.together():
+        with distributed.enter_together():
             time.sleep({inside})
             step += 1
             print(step, flush=True)
 except KeyboardInterrupt:
-    distributed.stop_together("saving")
+    distributed.stop_all("saving")
     print("stopped", step)
     raise
 """
@@ -212,8 +211,8 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(
     ("blow", "where"), [(signal.SIGINT, "inside"), (signal.SIGTERM, "outside")]
 )
-def test_all_stop_at_the_same_step(blow, where):
-    """Whichever is asked to stop, and wherever it is: one is much slower."""
+def test_all_processes_stop_at_the_same_step(blow, where):
+    """A signal arrives inside or outside a step; one process is much slower."""
     slow = "time.sleep(0.3 * (index == 2))"
     inside = "0.01 * index" if where == "outside" else "0.2"
     started = start(STEPS.format(outside=slow, inside=inside))
@@ -227,7 +226,7 @@ def test_all_stop_at_the_same_step(blow, where):
     assert len(set(last)) == 1 and last[0].startswith("stopped ")
 
 
-def test_a_stop_interrupts_those_that_compute_alone():
+def test_a_stop_interrupts_processes_outside_a_step():
     body = "print('ready', flush=True); time.sleep(60)"
     started = start(body)
     for process in started:

@@ -1,5 +1,7 @@
-"""Attention kernels against the XLA form, and attention split over devices against
-attention on one. Kernels run in Pallas's interpreter here."""
+"""Attention kernels against XLA's, and attention on several devices against one.
+
+Kernels run in Pallas's interpreter.
+"""
 
 import functools
 import subprocess
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from tiny_runs import ALONE
 
-from oreal_jax import sharding
+from oreal_jax import model_parallel
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig, flash
 from oreal_jax.model.attention import attend_packed
 from oreal_jax.model.execution import Execution
@@ -32,7 +35,7 @@ def config(kv_heads=GROUPS, size=SIZE) -> ModelConfig:
 
 
 def packed(rows=2, kv_heads=GROUPS, size=SIZE):
-    """Queries, keys, values; segments of uneven lengths, the last one padding."""
+    """Return queries, keys, values, and segments, of which the last is padding."""
     key = jax.random.key(0)
     draw = lambda n, heads: jax.random.normal(
         jax.random.fold_in(key, n), (rows, LENGTH, heads, size)
@@ -56,32 +59,32 @@ def value_and_gradients(attend, query, key, value, segments):
     return attended, *gradients
 
 
-def agree(ours, expected):
-    for found, wanted in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+def assert_close(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
-def on(monkeypatch, prepare, shape, kv_heads=GROUPS, size=SIZE):
-    """`sharding.per_part` with a kernel of our choice, in the interpreter."""
-    monkeypatch.setattr(flash, "prepare_for", lambda *_: prepare)
+def sharded_attention(monkeypatch, prepare, shape, kv_heads=GROUPS, size=SIZE):
+    """`shard_attention` with the kernel that `prepare` makes."""
+    monkeypatch.setattr(flash, "choose_kernel", lambda *_: prepare)
     sizes = [max(1, size) for size in (shape.fsdp, shape.context, shape.tensor)]
     devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = sharding.make_mesh(shape, config(kv_heads, size), devices)
-    return sharding.per_part(mesh, rows="rows")
+    mesh = make_mesh(shape, config(kv_heads, size), devices)
+    return model_parallel.shard_attention(mesh, rows="rows")
 
 
 interpreted = {
-    "tpu": functools.partial(flash.on_tpu, interpret=True),
-    "gpu": functools.partial(flash.on_gpu, interpret=True),
+    "tpu": functools.partial(flash.prepare_splash, interpret=True),
+    "gpu": functools.partial(flash.prepare_triton, interpret=True),
 }
 
 
 @pytest.mark.parametrize(("kernel", "size"), [("tpu", 128), ("tpu", 64), ("gpu", 128)])
-def test_a_kernel_attends_as_xla_does(kernel, size, monkeypatch):
-    shape = sharding.MeshShape(fsdp=1)
-    attend = on(monkeypatch, interpreted[kernel], shape, size=size)
+def test_a_kernel_attends_like_xla(kernel, size, monkeypatch):
+    shape = MeshShape(fsdp=1)
+    attend = sharded_attention(monkeypatch, interpreted[kernel], shape, size=size)
     arrays = packed(size=size)
-    agree(
+    assert_close(
         value_and_gradients(attend, *arrays),
         value_and_gradients(attend_packed, *arrays),
     )
@@ -90,28 +93,30 @@ def test_a_kernel_attends_as_xla_does(kernel, size, monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "shape", "kv_heads"),
     [
-        (flash.plain, sharding.MeshShape(fsdp=2, context=2, tensor=2), 2),
-        (flash.plain, sharding.MeshShape(fsdp=1, context=1, tensor=4), 2),
-        (flash.on_cpu, sharding.MeshShape(fsdp=1, context=2), 2),
-        (interpreted["tpu"], sharding.MeshShape(fsdp=1, context=4), 2),
-        (interpreted["tpu"], sharding.MeshShape(fsdp=1, context=2, tensor=2), 1),
+        (flash.prepare_xla, MeshShape(fsdp=2, context=2, tensor=2), 2),
+        (flash.prepare_xla, MeshShape(fsdp=1, context=1, tensor=4), 2),
+        (flash.prepare_xla_cpu, MeshShape(fsdp=1, context=2), 2),
+        (interpreted["tpu"], MeshShape(fsdp=1, context=4), 2),
+        (interpreted["tpu"], MeshShape(fsdp=1, context=2, tensor=2), 1),
     ],
     ids=["everything", "more devices than heads", "cpu", "splash", "splash tensor"],
 )
-def test_attention_split_over_devices_is_that_of_one(
+def test_attention_on_several_devices_equals_that_on_one(
     kernel, shape, kv_heads, monkeypatch
 ):
-    attend = on(monkeypatch, kernel, shape, kv_heads)
+    attend = sharded_attention(monkeypatch, kernel, shape, kv_heads)
     arrays = packed(kv_heads=kv_heads)
-    agree(
+    assert_close(
         value_and_gradients(attend, *arrays),
         value_and_gradients(attend_packed, *arrays),
     )
 
 
 def maxima(jaxpr) -> int:
-    """How often scores are reduced to their maximum: in attention's forward pass alone,
-    kernels included. What has neither result nor effect is never run."""
+    """Count the maxima of scores, which only attention's forward pass computes.
+
+    Equations with neither result nor effect are never run and do not count.
+    """
     count = 0
     for equation in jaxpr.eqns:
         if not equation.outvars and not equation.effects:
@@ -129,28 +134,30 @@ def maxima(jaxpr) -> int:
 )
 @pytest.mark.parametrize(
     "shape",
-    [sharding.MeshShape(fsdp=1), sharding.MeshShape(fsdp=2, tensor=2)],
+    [MeshShape(fsdp=1), MeshShape(fsdp=2, tensor=2)],
     ids=["one device", "four"],
 )
 @pytest.mark.parametrize("kernel", ["plain", "cpu", *interpreted])
-def test_a_kept_output_of_attention_is_not_computed_again(
+def test_a_stored_output_of_attention_is_not_computed_again(
     kernel, shape, remat, passes, monkeypatch
 ):
-    """By every kernel; kept are its output and its log-sum-exp, one a query and head,
-    and nothing that the layer's own input gives."""
-    kernels = interpreted | {"plain": flash.plain, "cpu": flash.on_cpu}
-    attend = on(monkeypatch, kernels[kernel], shape)
+    """Stored are the output and the log-sum-exp, one per query and head.
+
+    Nothing is stored that follows from the layer's input.
+    """
+    kernels = interpreted | {"plain": flash.prepare_xla, "cpu": flash.prepare_xla_cpu}
+    attend = sharded_attention(monkeypatch, kernels[kernel], shape)
     *arrays, segments = packed()
 
     def layer(query, key, value):
         return jnp.sum(jnp.sin(attend(jnp.sin(query), key, value, segments)))
 
     def checkpointed(remat):
-        return Execution(remat=remat).remembering(layer)
+        return Execution(remat=remat).rematerialise(layer)
 
-    def kept(remat):
-        pulling = lambda *arrays: jax.vjp(checkpointed(remat), *arrays)[1]
-        sizes = jax.tree.leaves(jax.eval_shape(pulling, *arrays))
+    def stored(remat):
+        pull_back = lambda *arrays: jax.vjp(checkpointed(remat), *arrays)[1]
+        sizes = jax.tree.leaves(jax.eval_shape(pull_back, *arrays))
         return sum(size.size for size in sizes)
 
     both = jax.value_and_grad(checkpointed(remat), (0, 1, 2))
@@ -158,23 +165,23 @@ def test_a_kept_output_of_attention_is_not_computed_again(
     assert once > 0
     assert maxima(jax.make_jaxpr(both)(*arrays).jaxpr) == passes * once
     output = arrays[0].size + arrays[0].size // SIZE
-    assert kept(remat) - kept("everything") == (output if passes == 1 else 0)
+    assert stored(remat) - stored("everything") == (output if passes == 1 else 0)
 
 
 @pytest.mark.parametrize(
     ("platform", "length", "context", "chosen"),
     [
-        ("tpu", 16_384, 1, flash.on_tpu),
-        ("tpu", 16_384, 4, flash.on_tpu),
-        ("tpu", 256, 4, flash.plain),  # 64 queries a device: less than a block
-        ("gpu", 1024, 1, flash.on_gpu),
-        ("gpu", 1024, 2, flash.plain),
-        ("gpu", 1000, 1, flash.plain),
-        ("cpu", 1024, 1, flash.on_cpu),
+        ("tpu", 16_384, 1, flash.prepare_splash),
+        ("tpu", 16_384, 4, flash.prepare_splash),
+        ("tpu", 256, 4, flash.prepare_xla),  # 64 queries a device: less than a block
+        ("gpu", 1024, 1, flash.prepare_triton),
+        ("gpu", 1024, 2, flash.prepare_xla),
+        ("gpu", 1000, 1, flash.prepare_xla),
+        ("cpu", 1024, 1, flash.prepare_xla_cpu),
     ],
 )
-def test_a_kernel_is_chosen_where_its_blocks_fit(platform, length, context, chosen):
-    assert flash.prepare_for(platform, length, context) is chosen
+def test_a_kernel_is_chosen_if_its_blocks_fit(platform, length, context, chosen):
+    assert flash.choose_kernel(platform, length, context) is chosen
 
 
 WITHOUT_KERNELS = """
@@ -186,13 +193,13 @@ import oreal_jax.train.loop
 from oreal_jax.model import flash, kernels
 
 mesh = jax.make_mesh((1, 1), ("heads", "tokens"))
-prepare = flash.prepare_for({platform!r}, 256, 1)
+prepare = flash.choose_kernel({platform!r}, 256, 1)
 attend, _ = prepare(2, 256, NamedSharding(mesh, PartitionSpec("heads", "tokens")))
 x = jax.ShapeDtypeStruct((1, 256, 2, 128), "float32")
 ids = jax.ShapeDtypeStruct((1, 256), "int32")
 print(jax.eval_shape(attend, x, x, x, ids, ids, 0).shape)
 
-pages = kernels.pages_for({platform!r}, 2, 128, "float32")
+pages = kernels.choose_pages({platform!r}, 2, 128, "float32")
 print(jax.eval_shape(
     lambda: pages.empty(8, 16, 2, 128, "float32").attend(
         jax.numpy.zeros((4, 2, 128)),

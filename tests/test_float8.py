@@ -1,4 +1,4 @@
-"""A cache in e4m3: keys and values of any size, scales that change nothing."""
+"""A cache in e4m3: keys and values of any size, scales that change no logit."""
 
 import dataclasses
 import functools
@@ -21,22 +21,22 @@ YARN = Rope(kind="yarn", theta=1e4, factor=4.0, original_max_length=64)
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def logits(config, params, dtype=jnp.float32):
-    """Logits of four more tokens in each of three rows, their prompts in a cache."""
-    weights = decoding.weights(config, params, FULL)
+    """Logits of four tokens of three sequences after prompts of six tokens."""
+    weights = decoding.lay_out(config, params, FULL)
     tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, config.vocab)
     cache, table = prefilled(config, weights, tokens[:, :6], [6] * 3, 4, dtype)
 
     def one(cache, t):
-        found, cache = decoding.decode(
+        logits, cache = decoding.decode(
             config, weights, tokens[:, t], jnp.full(3, t), cache, table
         )
-        return cache, found
+        return cache, logits
 
     return jax.lax.scan(one, cache, jnp.arange(6, 10))[1]
 
 
 def random_params(config) -> model.Params:
-    """Weights whose norms and biases are not at their neutral start."""
+    """Weights with norms and biases other than their initial ones and zeros."""
     keys = iter(jax.random.split(jax.random.key(1), 100))
     move = lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape)
     return jax.tree.map(move, model.init(config, jax.random.key(0)))
@@ -46,35 +46,39 @@ def random_params(config) -> model.Params:
     "config",
     [
         CONFIG,
-        decoding.split_heads(CONFIG, 4),
+        decoding.repeat_kv_heads(CONFIG, 4),
         dataclasses.replace(CONFIG, qkv_bias=False, qk_norm=True),
         dataclasses.replace(CONFIG, rope=YARN),
     ],
     ids=["biases", "more-devices-than-heads", "normalised-heads", "yarn"],
 )
 def test_scales_change_no_bit_of_a_logit(config):
-    """Powers of two, which cancel in every score and every output."""
+    """They are powers of two and cancel in every score and every output."""
     params = random_params(dataclasses.replace(config, kv_heads=2))
-    fitted = float8.fit(config, params)
+    fitted = float8.fold_scales(config, params)
     np.testing.assert_array_equal(logits(config, params), logits(config, fitted))
     assert np.any(logits(config, params, E4M3) != logits(config, fitted, E4M3))
 
 
 @pytest.mark.parametrize(("plane", "limit"), [(1, 0.1), (7, 0.005)])
 @pytest.mark.parametrize("size", [500.0, 5000.0])
-def test_large_keys_leave_probabilities_near(size, plane, limit):
-    """One channel of one head far out, as in Qwen2.5's keys; nearer in the slowest
-    plane, where all tokens' keys round alike."""
+def test_large_keys_change_probabilities_little(size, plane, limit):
+    """One channel of one head is large, as in Qwen2.5's keys.
+
+    The error is smaller in the slowest plane, where the keys of all tokens round alike.
+    """
     params = random_params(CONFIG)
     attention = params["layers"]["attention"]
     attention["key_bias"] = attention["key_bias"].at[1, 0, plane].set(size)
-    small = logits(CONFIG, float8.fit(CONFIG, params), E4M3)
-    assert 0 < log_prob_error(small, logits(CONFIG, params)) < limit
+    narrow = logits(CONFIG, float8.fold_scales(CONFIG, params), E4M3)
+    assert 0 < log_prob_error(narrow, logits(CONFIG, params)) < limit
 
 
-def test_the_worst_text_reaches_the_bound_and_not_the_end_of_the_range():
-    """An embedding along a column (times the gain) makes its channel as large as it
-    can be: in the cache, between half of the limit and the limit."""
+def test_the_worst_text_reaches_the_bound_but_not_the_maximum_of_e4m3():
+    """An embedding along a column (times the gain) maximises its channel.
+
+    Its value in the cache is between half of the limit and the limit.
+    """
     G, K = CONFIG.kv_heads, CONFIG.head_dim
     config = dataclasses.replace(CONFIG, vocab=2 * G * K, layers=1, norm_epsilon=1e-12)
     params = model.init(config, jax.random.key(0))
@@ -89,8 +93,8 @@ def test_the_worst_text_reaches_the_bound_and_not_the_end_of_the_range():
         along = gain[:, None, None] * layers["attention"][name][0] * np.sign(bias)
         columns.append(np.asarray(along).reshape(config.embed, -1).T)
     params["embedding"] = jnp.asarray(np.concatenate(columns))
-    weights = decoding.weights(config, float8.fit(config, params), FULL)
-    tokens = jnp.arange(config.vocab)[:, None]  # a row each, at position 0
+    weights = decoding.lay_out(config, float8.fold_scales(config, params), FULL)
+    tokens = jnp.arange(config.vocab)[:, None]  # one per sequence, at position 0
     lengths = [1] * config.vocab
     (pages,), table = prefilled(config, weights, tokens, lengths, pages=1)
     assert isinstance(pages, Pages)
@@ -106,7 +110,7 @@ def test_the_worst_text_reaches_the_bound_and_not_the_end_of_the_range():
 
 
 @pytest.mark.parametrize("form", [Pages, TpuPages, GpuPages])
-def test_what_exceeds_the_range_is_stored_as_its_end_and_nan_as_nan(form):
+def test_values_beyond_the_range_saturate_and_nan_stays_nan(form):
     pages = form.empty(3, 4, 2, 16, E4M3)
     table = jnp.asarray([[1, 2]])
     shape = (1, 4, 2, 16)
@@ -116,16 +120,18 @@ def test_what_exceeds_the_range_is_stored_as_its_end_and_nan_as_nan(form):
     pages = pages.write(table, jnp.asarray([4]), jnp.inf * token, jnp.nan * token)
     stored = np.concatenate([np.ravel(x.astype(jnp.float32)) for x in pages])
     sizes, counts = np.unique(stored, return_counts=True)
-    kept = dict(zip(sizes.tolist(), counts.tolist(), strict=True))
-    one = 2 * 16  # numbers a token, of keys or of values
-    assert kept.pop(448.0) == 5 * one and kept.pop(-448.0) == 4 * one
+    found = dict(zip(sizes.tolist(), counts.tolist(), strict=True))
+    one = 2 * 16  # elements per token, of keys or of values
+    assert found.pop(448.0) == 5 * one and found.pop(-448.0) == 4 * one
     assert np.isnan(stored).sum() == one
-    assert kept.pop(0.0) == stored.size - 10 * one
+    assert found.pop(0.0) == stored.size - 10 * one
 
 
 def test_dead_weights_have_finite_scales():
     params = jax.tree.map(jnp.zeros_like, model.init(CONFIG, jax.random.key(0)))
-    fitted = jax.tree.leaves(float8.fit(CONFIG, params))
+    fitted = jax.tree.leaves(float8.fold_scales(CONFIG, params))
     assert not any(np.any(x) for x in fitted)
     small = jax.tree.map(lambda x: x + 1e-38, params)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(float8.fit(CONFIG, small)))
+    assert all(
+        np.isfinite(x).all() for x in jax.tree.leaves(float8.fold_scales(CONFIG, small))
+    )

@@ -13,7 +13,7 @@ from oreal_jax import hardware
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine without devices, before JAX is imported."""
+    """Simulate a machine without devices, before JAX is imported."""
     for name in [n for n in os.environ if n.startswith(("JAX_PLATFORMS", "TPU_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("JAX_PLATFORMS", "")

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from oreal_jax import sharding
 from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.config import TrainConfig
 from oreal_jax.config_loading import load
+from oreal_jax.mesh import MeshShape, make_engine_meshes, make_mesh
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["--name", "run", "--zone", "here", "--nfs", "server:/share"]
@@ -115,9 +115,9 @@ def test_a_task_under_slurm_has_the_devices_of_whole_engines(recipe):
     gpus = int(given["gpus-per-node"]) // int(given["ntasks-per-node"])
     config = load(ROOT / "configs" / f"{recipe}.py", TrainConfig, [])
     shape = PUBLISHED[config.model]
-    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=8), shape)
+    mesh = make_mesh(MeshShape(fsdp=8), shape)
     own = jax.devices()[:gpus]
-    meshes = sharding.engine_meshes(mesh, shape, config.decode_tensor, own)
+    meshes = make_engine_meshes(mesh, shape, config.decode_tensor, own)
     assert meshes.own.shape["tensor"] == config.decode_tensor
 
 

@@ -24,8 +24,9 @@ LAYOUT = """
     data
     verify
     efficiency
-    sharding model_parallel
+    model_parallel
     mesh
+    sharding
     model
     distributed
     interrupts cluster

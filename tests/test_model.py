@@ -1,4 +1,4 @@
-"""The decoder against transformers, and against itself by other routes."""
+"""The decoder against transformers and against independent formulas."""
 
 import dataclasses
 import functools
@@ -15,8 +15,8 @@ from oreal_jax import model
 from oreal_jax.checkpoints.families import from_hugging_face, to_hugging_face
 from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.errors import InputError
-from oreal_jax.model import ModelConfig, attention, head
-from oreal_jax.model.decoder import angles, rms_norm
+from oreal_jax.model import ModelConfig, attention, functional, head
+from oreal_jax.model.operations import rms_norm, rotary_angles
 
 TINY = ModelConfig(
     vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True
@@ -61,53 +61,51 @@ def test_rope_frequencies_equal_transformers(pair):
 
 
 def halved(logits, targets):
-    """A distribution over tokens of even number and the target, tempered."""
-    kept = jnp.arange(logits.shape[-1])[None, None] % 2 == 0
-    kept |= jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
-    return jnp.where(kept, logits / 0.7, -1e9)
+    """Allow even tokens and the target, at temperature 0.7."""
+    token = jnp.arange(logits.shape[-1])[None, None]
+    allowed = (token % 2 == 0) | (token == targets[..., None])
+    return jnp.where(allowed, logits / 0.7, -1e9)
 
 
-@pytest.mark.parametrize("distribution", [model.full, halved])
+@pytest.mark.parametrize("distribution", [model.full_softmax, halved])
 @pytest.mark.parametrize("tied", [False, True])
-def test_log_probs_in_chunks_equal_those_of_whole_logits(
-    monkeypatch, tied, distribution
-):
-    """Values and gradients, by states and head, of log-probability and entropy."""
+def test_log_probs_in_chunks_equal_those_of_all_logits(monkeypatch, tied, distribution):
+    """Log-probability and entropy, and their gradients by states and head."""
     monkeypatch.setattr(head, "HEAD_CHUNK", 12)
     config = dataclasses.replace(TINY, tied=tied)
     params = model.init(config, jax.random.key(0))
     states = jax.random.normal(jax.random.key(1), (3, 10, 16))
     targets = jax.random.randint(jax.random.key(2), (3, 10), 0, 50)
-    slopes = jax.random.normal(jax.random.key(3), (2, 3, 10))
+    grads = jax.random.normal(jax.random.key(3), (2, 3, 10))
 
     def chunked(params, states):
         return model.log_probs(config, params, states, targets, distribution)
 
-    def whole(params, states):
+    def at_once(params, states):
         scores = distribution(model.logits(config, params, states), targets)
         full = jax.nn.log_softmax(scores)
         chosen = jnp.take_along_axis(full, targets[..., None], -1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(full) * full, axis=-1)
 
     def with_gradient(function):
-        values, pull = jax.vjp(function, params, states)
-        return values, pull(tuple(slopes))
+        values, pull_back = jax.vjp(function, params, states)
+        return values, pull_back(tuple(grads))
 
-    ours, expected = with_gradient(chunked), with_gradient(whole)
+    ours, expected = with_gradient(chunked), with_gradient(at_once)
     for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
 
 
-def test_the_gradient_of_the_head_is_added_up_in_float32(monkeypatch):
-    """256 chunks of a token, in bfloat16, against all tokens at once in float32."""
+def test_the_gradient_of_the_head_is_summed_in_float32(monkeypatch):
+    """256 chunks of one token in bfloat16 against all tokens at once in float32."""
     params = model.init(TINY, jax.random.key(0))
     states = jax.random.normal(jax.random.key(1), (1, 256, 16))
     targets = jax.random.randint(jax.random.key(2), (1, 256), 0, 50)
 
     def gradient(dtype):
         def total(params):
-            given = TINY, params, states.astype(dtype), targets
-            return model.log_probs(*given)[0].sum()
+            arguments = TINY, params, states.astype(dtype), targets
+            return model.log_probs(*arguments)[0].sum()
 
         return jax.grad(total)(model.cast(params, dtype))["head"].astype(jnp.float32)
 
@@ -117,14 +115,14 @@ def test_the_gradient_of_the_head_is_added_up_in_float32(monkeypatch):
     assert error < 0.005 * jnp.linalg.norm(expected)
 
 
-def in_a_square(query, key, value, segments):
+def attend_densely(query, key, value, segments):
     """Attention with all scores at once."""
     B, S, H, K = query.shape
     key, value = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (key, value))
     scores = jnp.einsum("bthk,bshk->bhts", query, key) / np.sqrt(K)
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    sees = same & np.tri(S, dtype=bool)[None, None]
-    weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
+    visible = same & np.tri(S, dtype=bool)[None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshk->bthk", weights, value)
 
 
@@ -141,16 +139,16 @@ def random_heads():
 
 
 @pytest.mark.parametrize("block", [1, 5, 8, 12, 24])
-def test_attention_in_blocks_is_attention_and_so_is_its_gradient(block):
-    *heads, slope = random_heads()
-    slope = slope * (SEGMENTS > 0)[..., None, None]
+def test_attention_in_blocks_and_its_gradient_equal_dense_attention(block):
+    *heads, grad = random_heads()
+    grad = grad * (SEGMENTS > 0)[..., None, None]
 
     def with_gradient(attend):
-        total = lambda *heads: jnp.sum(attend(*heads, SEGMENTS) * slope)
+        total = lambda *heads: jnp.sum(attend(*heads, SEGMENTS) * grad)
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*heads)
 
     in_blocks = functools.partial(attention.attend_packed, block=block)
-    ours, expected = map(with_gradient, (in_blocks, in_a_square))
+    ours, expected = map(with_gradient, (in_blocks, attend_densely))
     for one, other in zip(
         jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True
     ):
@@ -158,30 +156,30 @@ def test_attention_in_blocks_is_attention_and_so_is_its_gradient(block):
 
 
 @pytest.mark.parametrize("first", [0, 5, 16])
-def test_a_part_of_the_queries_gets_its_part_of_attention(first):
+def test_attention_of_a_part_of_the_queries_equals_that_part_of_attention(first):
     query, key, value, _ = random_heads()
     part = slice(first, first + 8)
     ours = jax.jit(functools.partial(attention.attend_part, block=4))(
         query[:, part], key, value, SEGMENTS[:, part], SEGMENTS, first
     )
-    expected = in_a_square(query, key, value, SEGMENTS)[:, part]
+    expected = attend_densely(query, key, value, SEGMENTS)[:, part]
     where = SEGMENTS[:, part] > 0
     np.testing.assert_allclose(ours[where], expected[where], rtol=1e-4, atol=1e-4)
 
 
-def test_attention_never_visits_keys_that_no_query_of_a_block_sees():
+def test_attention_skips_blocks_of_keys_that_no_query_attends_to():
     query, key, value, _ = random_heads()
     segments = jnp.repeat(jnp.asarray([1, 2]), 12)[None].repeat(2, axis=0)
-    unseen = lambda x: x.at[:, :12].set(jnp.nan)  # who looks has NaN for it
-    ours = attention.attend_packed(query, unseen(key), unseen(value), segments, block=4)
-    expected = in_a_square(query, key, value, segments)
+    hidden = lambda x: x.at[:, :12].set(jnp.nan)  # NaN spreads if it is read
+    ours = attention.attend_packed(query, hidden(key), hidden(value), segments, block=4)
+    expected = attend_densely(query, key, value, segments)
     np.testing.assert_allclose(ours[:, 12:], expected[:, 12:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 4, 16)])
-def test_the_gradient_of_a_norm_is_that_of_its_formula(double, shape):
+def test_the_gradient_of_rms_norm_equals_that_of_its_formula(double, shape):
     keys = jax.random.split(jax.random.key(0), 3)
-    x, slope = (jax.random.normal(key, shape, jnp.float32) for key in keys[:2])
+    x, grad = (jax.random.normal(key, shape, jnp.float32) for key in keys[:2])
     gain = jax.random.normal(keys[2], shape[-1:], jnp.float32)
 
     def formula(x, gain):
@@ -189,36 +187,34 @@ def test_the_gradient_of_a_norm_is_that_of_its_formula(double, shape):
         root = jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
         return x / root * gain.reshape((1,) * (x.ndim - 1) + (-1,))
 
-    ours, pull = jax.vjp(lambda x, gain: rms_norm(x, gain, 1e-3), x, gain)
-    theirs, pull_theirs = jax.vjp(formula, x, gain)
+    ours, pull_back = jax.vjp(lambda x, gain: rms_norm(x, gain, 1e-3), x, gain)
+    expected, pull_back_expected = jax.vjp(formula, x, gain)
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    near(ours, theirs)
-    jax.tree.map(near, pull(slope), pull_theirs(slope.astype(jnp.float64)))
+    near(ours, expected)
+    jax.tree.map(near, pull_back(grad), pull_back_expected(grad.astype(jnp.float64)))
 
 
 def test_the_scan_over_layers_equals_a_loop():
     params = model.init(TINY, jax.random.key(0))
     tokens = jnp.arange(7)[None]
     ones = jnp.ones_like(tokens)
-    whole = model.hidden(TINY, params, tokens, tokens, ones)
+    scanned = model.hidden(TINY, params, tokens, tokens, ones)
     one = dataclasses.replace(TINY, layers=1)
     x = params["embedding"][tokens]
     for layer in range(TINY.layers):
         weights = jax.tree.map(lambda w, i=layer: w[i : i + 1], params["layers"])
-        # The stream before the final norm: a huge epsilon would hide it, so take the
-        # layer's own function through a one-layer model without embedding.
-        decoder = model._bound(one, params | {"layers": weights})
-        cosine, sine = angles(one, tokens)
-        only = jax.tree.map(lambda w: w[0], decoder.layers)
-        x, _, _ = only.packed(x, cosine, sine, ones, model.ALONE)
+        decoder = functional.bind(one, params | {"layers": weights})
+        cosine, sine = rotary_angles(one, tokens)
+        module = jax.tree.map(lambda w: w[0], decoder.layers)
+        x, _, _ = module.forward(x, cosine, sine, ones, model.ONE_DEVICE)
     gain = params["final_norm"]
     expected = (
         x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * gain[None, None]
     )
-    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_7b_shape_has_the_parameters_of_qwen2_5_7b():
+def test_the_7b_config_has_as_many_parameters_as_qwen2_5_7b():
     config = PUBLISHED["Qwen/Qwen2.5-7B"]
     assert model.parameter_count(config) == 7_615_616_512
     states = jax.eval_shape(
@@ -229,7 +225,7 @@ def test_the_7b_shape_has_the_parameters_of_qwen2_5_7b():
     assert (states.shape, states.dtype) == ((2, 16_384, 3584), jnp.bfloat16)
 
 
-def test_a_token_reward_model_starts_with_the_policys_body_and_scores_zero():
+def test_a_new_token_reward_model_has_the_body_of_the_policy_and_scores_zero():
     params = model.init(TINY, jax.random.key(0))
     config = dataclasses.replace(TINY, head="score")
     scoring = model.token_reward_params(params)
@@ -276,6 +272,6 @@ def test_a_field_value_that_is_not_supported_is_named(field, value):
     assert named in str(caught.value) and "config.json" in str(caught.value)
 
 
-def test_heads_that_do_not_divide_are_refused_with_both_numbers():
+def test_heads_that_do_not_divide_are_bad_input_with_both_numbers():
     with pytest.raises(InputError, match="heads=4.*kv_heads=3"):
         dataclasses.replace(TINY, kv_heads=3)

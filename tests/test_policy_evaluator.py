@@ -15,8 +15,8 @@ from tiny_runs import ONE_STEP
 from oreal_jax import metrics
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Engine
-from oreal_jax.sharding import MeshShape, make_mesh
 from oreal_jax.train import rollouts
 from oreal_jax.train.evaluator import PolicyEvaluator
 

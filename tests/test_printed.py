@@ -130,7 +130,7 @@ def lay_out(home: Path, hf: Path) -> None:
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.data import load_prompts
     from oreal_jax.data.builder import write_prompts
-    from oreal_jax.sharding import MeshShape, make_mesh
+    from oreal_jax.mesh import MeshShape, make_mesh
 
     demo, steps = home / "runs/demo", home / "runs/pass"
     for folder in (demo, steps, home / "data", home / "docs"):
@@ -572,12 +572,13 @@ def names_for_sampling() -> dict[str, Any]:
     """A tiny model of the length that the snippet needs, and a prompt."""
     import make_tiny
 
-    from oreal_jax import model, sharding
+    from oreal_jax import model
+    from oreal_jax.mesh import MeshShape, make_mesh
 
     config = dataclasses.replace(make_tiny.CONFIG, max_length=1024)
     return {
         "config": config,
-        "mesh": sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1]),
+        "mesh": make_mesh(MeshShape(), config, jax.devices()[:1]),
         "params": model.init(config, jax.random.key(0)),
         "stop_tokens": [256],
         "tokens": [1, 2, 3],
@@ -742,12 +743,12 @@ def test_completions_without_a_stop_token_fill_every_slot(start):
     import bench_sampling
     import make_tiny
 
-    from oreal_jax import sharding
     from oreal_jax.checkpoints import hf
+    from oreal_jax.mesh import MeshShape, make_mesh
     from oreal_jax.sampling import Engine, Request, Sampling
 
     config = make_tiny.CONFIG
-    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    mesh = make_mesh(MeshShape(), config, jax.devices()[:1])
     engine = Engine(config, mesh, [256], rows=4)
     request = Request([1, 2, 3], Sampling(max_tokens=1), 0)
     endless = bench_sampling.without_end([request], [256], 24)

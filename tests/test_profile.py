@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny_runs import train_ok
 
-from oreal_jax import metrics, sharding
+from oreal_jax import metrics
 from oreal_jax.cli import main
 from oreal_jax.console import Screen
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.losses import Oreal
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig
 from oreal_jax.optimizer import Optimizer
 from oreal_jax.train.profile import Profile
@@ -29,7 +30,7 @@ POLICY = Optimizer(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=0)
 
 def lowered(layers: int):
     config = dataclasses.replace(CONFIG, layers=layers)
-    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    mesh = make_mesh(MeshShape(), config, jax.devices()[:1])
     both = TrainedModels.create(config, POLICY, POLICY, 10, mesh)
     batch, _ = pack([Example([1, 2], [3, 4])] * 3, rows=1, row_length=32)
     update = make_train_step(both, Oreal(), mesh)

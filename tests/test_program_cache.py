@@ -75,7 +75,7 @@ def entries(directory: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A user's cache directory filled by a process, and the results of that process."""
+    """Fill a user's cache directory in a process; also return what that computed."""
     home = tmp_path_factory.mktemp("cache")
     loaded, written, numbers = run({"XDG_CACHE_HOME": str(home)})
     assert loaded == 0 and written == len(entries(home / "oreal_jax/programs")) > 4

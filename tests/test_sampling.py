@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from oreal_jax import metrics, model, program_cache, sharding
+from oreal_jax import metrics, model, model_parallel, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.errors import Diverged, Failure, InputError
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig
 from oreal_jax.plan.collectives import collective_bytes
 from oreal_jax.sampling import (
@@ -63,8 +64,8 @@ def prompts():
 def mesh_of(shape=None):
     if shape is None:
         devices = jax.devices()[:1]
-        return sharding.make_mesh(sharding.MeshShape(), CONFIG, devices)
-    return sharding.make_mesh(shape, CONFIG)
+        return make_mesh(MeshShape(), CONFIG, devices)
+    return make_mesh(shape, CONFIG)
 
 
 def make_engine(mesh=None, rows=64, **options) -> Engine:
@@ -83,7 +84,7 @@ def make_requests(
 
 
 def weights_for(engine: Engine, params):
-    placed = jax.device_put(params, sharding.of_params(CONFIG, engine.mesh))
+    placed = jax.device_put(params, sharding.param_shardings(CONFIG, engine.mesh))
     return engine.weights(placed)
 
 
@@ -149,7 +150,7 @@ def test_log_probs_are_those_of_the_full_forward_pass(params, prompts, drawn):
 
 @pytest.mark.parametrize(
     "shape",
-    [sharding.MeshShape(fsdp=4, tensor=2), sharding.MeshShape(data=4, tensor=2)],
+    [MeshShape(fsdp=4, tensor=2), MeshShape(data=4, tensor=2)],
     ids=str,
 )
 def test_devices_do_not_change_a_completion(params, prompts, drawn, shape):
@@ -158,15 +159,15 @@ def test_devices_do_not_change_a_completion(params, prompts, drawn, shape):
 
 
 def test_logits_are_exchanged_by_slot_and_never_gathered():
-    mesh = mesh_of(sharding.MeshShape(fsdp=2, tensor=4))
+    mesh = mesh_of(MeshShape(fsdp=2, tensor=4))
     engine, slots = make_engine(mesh=mesh), 16
     programs = engine.programs
     weights = jax.eval_shape(programs.reshard, model.abstract(CONFIG))
     array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-        (2, *shape), dtype, sharding=sharding.of_rows(programs.mesh)
+        (2, *shape), dtype, sharding=sharding.make_sharding(programs.mesh, "rows")
     )
     arguments = (
-        sharding.placed(weights, programs.own),
+        sharding.with_shardings(weights, programs.own),
         programs.abstract(Size(slots, 32, 8, 64, 16)),
         array(slots, 8),
         array(slots, dtype=bool),
@@ -181,9 +182,9 @@ def test_logits_are_exchanged_by_slot_and_never_gathered():
 def test_unneeded_steps_are_skipped_on_every_mesh():
     """Conditionals stay conditionals in a program of several engines."""
     branches = []
-    for shape in (None, sharding.MeshShape(data=2, tensor=4)):
+    for shape in (None, MeshShape(data=2, tensor=4)):
         engine = make_engine(mesh=mesh_of(shape))
-        programs, engines = engine.programs, sharding.row_ways(engine.mesh)
+        programs, engines = engine.programs, sharding.count_row_shards(engine.mesh)
         weights = jax.eval_shape(programs.reshard, model.abstract(CONFIG))
         array = lambda *shape, dtype=jnp.int32, engines=engines: jax.ShapeDtypeStruct(
             (engines, *shape), dtype
@@ -199,7 +200,7 @@ def test_slots_that_the_devices_do_not_divide_are_chosen_by_all():
     def double(logits, factor, state):
         return factor * logits[:, 0] * state
 
-    one = sharding.per_slot(double, mesh_of(sharding.MeshShape(fsdp=2, tensor=4)))
+    one = model_parallel.shard_over_slots(double, mesh_of(MeshShape(fsdp=2, tensor=4)))
     for slots in (3, 4):
         logits, state = jnp.arange(2.0 * slots).reshape(slots, 2), jnp.arange(slots)
         result = jax.jit(one)(logits, 2, state)
@@ -209,7 +210,7 @@ def test_slots_that_the_devices_do_not_divide_are_chosen_by_all():
 def test_an_engine_may_have_other_devices_than_a_row_of_the_mesh(
     params, prompts, drawn
 ):
-    mesh = mesh_of(sharding.MeshShape(fsdp=4, context=2))
+    mesh = mesh_of(MeshShape(fsdp=4, context=2))
     engine = make_engine(mesh=mesh, tensor=2)
     assert (engine.mesh.shape["data"], engine.mesh.shape["tensor"]) == (4, 2)
     again = draw(params, prompts, mesh=mesh, tensor=2)
@@ -237,7 +238,7 @@ def test_slots_do_not_change_a_completion(params, prompts, drawn, rows):
         {},
         {"cache": "float8", **PENALTIES},
         {"stop_strings": True, "renormalise": True},
-        {"mesh": sharding.MeshShape(data=2, tensor=4)},
+        {"mesh": MeshShape(data=2, tensor=4)},
     ],
     ids=lambda how: next(iter(how), "plain"),
 )
@@ -270,7 +271,7 @@ def test_a_cache_that_is_too_small_for_all_rows_changes_nothing(params, prompts,
 
 
 def test_all_that_a_row_has_goes_into_another_slot_and_nothing_else_changes():
-    mesh = mesh_of(sharding.MeshShape(data=2, tensor=4))
+    mesh = mesh_of(MeshShape(data=2, tensor=4))
     programs = make_engine(mesh=mesh, cache="float8").programs
     shapes = programs.abstract(Size(4, 8, 4, 64, 2))  # of each of two engines
     number = np.random.default_rng(0)
@@ -281,7 +282,7 @@ def test_all_that_a_row_has_goes_into_another_slot_and_nothing_else_changes():
     put = lambda state: jax.device_put(
         state, jax.tree.map(lambda x: x.sharding, shapes)
     )
-    lies = sharding.of_rows(programs.mesh)
+    lies = sharding.make_sharding(programs.mesh, "rows")
     array = lambda *engines: jax.device_put(np.array(engines, np.int32), lies)
     row = programs.swap_out(put(one), array([2], [1]), array([3, 5], [1, 2]))
     # Into the first engine alone; page 0 is nobody's.
@@ -376,7 +377,7 @@ def test_progress_counts_every_token_and_row_once(params, prompts, drawn):
 def test_greedy_equals_transformers_on_64_prompts(tmp_path, penalty):
     theirs = families.write("qwen2.5-untied", tmp_path)
     config = hf.read_config(tmp_path)
-    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    mesh = make_mesh(MeshShape(), config, jax.devices()[:1])
     sampling = Sampling(max_tokens=20, temperature=0.0, repetition_penalty=penalty)
     engine = Engine(config, mesh, [2], rows=16)
     draw = np.random.default_rng(0)
@@ -642,7 +643,7 @@ def test_the_size_of_keys_and_values_does_not_change_a_float8_completion(
 def test_more_tensor_devices_than_key_value_heads_change_nothing(
     params, prompts, drawn
 ):
-    shape = sharding.MeshShape(fsdp=2, tensor=4)  # the model has two such heads
+    shape = MeshShape(fsdp=2, tensor=4)  # the model has two such heads
     assert tokens_of(draw(params, prompts, mesh=mesh_of(shape))) == tokens_of(drawn)
 
 

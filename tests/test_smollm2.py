@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from oreal_jax import model, sharding
+from oreal_jax import model
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.gguf import to_hugging_face_directory
 from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Engine, Request, Sampling
 
 pytestmark = [
@@ -78,7 +79,7 @@ def test_greedy_completions_equal_transformers(both):
     directory, theirs = both
     config = hf.read_config(directory)
     chat = Chat(load_tokenizer(directory))
-    mesh = sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    mesh = make_mesh(MeshShape(), config, jax.devices()[:1])
     sampling = Sampling(max_tokens=24, temperature=0.0)
     engine = Engine(config, mesh, chat.stop_tokens())
     requests = [Request(chat.encode(q), sampling, i) for i, q in enumerate(QUESTIONS)]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oreal_jax import losses, model, sharding
+from oreal_jax import losses, model
 from oreal_jax.data.packing import Example, fill_rows, pack
 from oreal_jax.errors import InputError
 from oreal_jax.losses import Oreal
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig
 from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling, sampled_from
@@ -26,7 +27,7 @@ CONFIG = ModelConfig(
 POLICY = Optimizer(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=0)
 SCORES = dataclasses.replace(POLICY, learning_rate=2e-2)
 OREAL = Oreal()
-ONE = sharding.MeshShape(fsdp=1)
+ONE = MeshShape(fsdp=1)
 
 
 def examples(count: int = 12) -> list[Example]:
@@ -51,11 +52,11 @@ def run(
     freeze_steps=0,
     remat: model.Remat = "everything",
     policy=POLICY,
-    distribution: model.Distribution = model.full,
+    distribution: model.Distribution = model.full_softmax,
 ):
     """State, metrics and scores after some steps on the same batch."""
     devices = jax.devices()[: 1 if shape == ONE else 8]
-    mesh = sharding.make_mesh(shape, CONFIG, devices)
+    mesh = make_mesh(shape, CONFIG, devices)
     both = TrainedModels.create(CONFIG, policy, scores, 10, mesh)
     params = model.init(CONFIG, jax.random.key(0))
     state = both.initializer(mesh)(params)
@@ -112,7 +113,7 @@ def whole():
 
 
 def test_the_step_is_compiled_once():
-    mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
+    mesh = make_mesh(ONE, CONFIG, jax.devices()[:1])
     both = TrainedModels.create(CONFIG, POLICY, POLICY, 10, mesh)
     state = both.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
     packed = put_batch(pack(examples(), rows=1, row_length=256)[0], mesh)
@@ -136,10 +137,10 @@ def test_packing_and_microbatches_do_not_change_the_update(
 @pytest.mark.parametrize(
     "shape",
     [
-        sharding.MeshShape(fsdp=8),
-        sharding.MeshShape(fsdp=4, tensor=2),
-        sharding.MeshShape(data=2, fsdp=2, tensor=2),
-        sharding.MeshShape(fsdp=2, context=2, tensor=2),
+        MeshShape(fsdp=8),
+        MeshShape(fsdp=4, tensor=2),
+        MeshShape(data=2, fsdp=2, tensor=2),
+        MeshShape(fsdp=2, context=2, tensor=2),
     ],
     ids=str,
 )
@@ -160,7 +161,7 @@ def test_what_is_kept_trades_memory_for_products():
     tokens = jnp.zeros((1, 512), jnp.int32)
 
     def cost(remat):
-        execution = dataclasses.replace(model.ALONE, remat=remat)
+        execution = dataclasses.replace(model.ONE_DEVICE, remat=remat)
         states = lambda params: model.hidden(
             config, params, tokens, tokens, tokens, execution
         )
@@ -193,7 +194,7 @@ def test_scores_come_back_in_the_slot_of_their_example(whole):
 
 
 def test_moments_lie_like_their_parameters():
-    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4, tensor=2), CONFIG)
+    mesh = make_mesh(MeshShape(fsdp=4, tensor=2), CONFIG)
     models = TrainedModels.create(CONFIG, POLICY, SCORES, 10, mesh)
     state = models.initializer(mesh)(model.init(CONFIG, jax.random.key(0)))
     for trained in (state.policy, state.token_reward):
@@ -274,7 +275,7 @@ def test_the_rate_warms_up_and_decays_over_the_steps_of_the_run():
 )
 def test_every_optimizer_setting_changes_the_update(field, value):
     changed = dataclasses.replace(POLICY, **{field: value})
-    mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
+    mesh = make_mesh(ONE, CONFIG, jax.devices()[:1])
     ends = []
     for optimizer in (POLICY, changed):
         trained = TrainedModels.create(CONFIG, optimizer, None, 10, mesh).policy
@@ -297,7 +298,7 @@ def test_an_offloaded_optimizer_updates_alike_and_stays_with_the_host(whole):
 
 
 def test_a_bfloat16_momentum_is_near_and_half_as_large():
-    mesh = sharding.make_mesh(ONE, CONFIG, jax.devices()[:1])
+    mesh = make_mesh(ONE, CONFIG, jax.devices()[:1])
     ends = []
     for momentum in ("float32", "bfloat16"):
         optimizer = dataclasses.replace(POLICY, momentum=momentum)
@@ -340,20 +341,20 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        (sharding.MeshShape(fsdp=3), "3 devices, there are 8"),
-        (sharding.MeshShape(tensor=16), "a multiple of 16 devices"),
+        (MeshShape(fsdp=3), "3 devices, there are 8"),
+        (MeshShape(tensor=16), "a multiple of 16 devices"),
         (
-            sharding.MeshShape(fsdp=1, tensor=8),
+            MeshShape(fsdp=1, tensor=8),
             "heads=4 does not divide by tensor=8",
         ),
-        (sharding.MeshShape(data=-1, fsdp=-1), "at most one is -1"),
-        (sharding.MeshShape(data=0), "sizes are positive"),
+        (MeshShape(data=-1, fsdp=-1), "at most one is -1"),
+        (MeshShape(data=0), "sizes are positive"),
     ],
     ids=str,
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(shape, said):
     with pytest.raises(InputError, match=said):
-        sharding.make_mesh(shape, CONFIG)
+        make_mesh(shape, CONFIG)
 
 
 def test_key_value_heads_and_devices_must_divide_one_another():
@@ -361,4 +362,4 @@ def test_key_value_heads_and_devices_must_divide_one_another():
         vocab=64, embed=16, layers=1, heads=12, kv_heads=6, head_dim=8, mlp=32
     )
     with pytest.raises(InputError, match="kv_heads=6 and tensor=4: neither divides"):
-        sharding.make_mesh(sharding.MeshShape(fsdp=2, tensor=4), config)
+        make_mesh(MeshShape(fsdp=2, tensor=4), config)

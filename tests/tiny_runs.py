@@ -17,7 +17,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from oreal_jax import sharding
 from oreal_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -36,17 +35,14 @@ class Result(NamedTuple):
 
 def oreal_in_process(*arguments) -> Result:
     """Runs `oreal` in this process, with one device."""
-    make_mesh, one = sharding.make_mesh, jax.devices()[:1]
-    one_device = lambda shape, config, devices=None: make_mesh(
-        shape, config, devices or one
-    )
+    one_device = jax.devices()[:1]
     output, errors = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
-        patch.setattr(sharding, "make_mesh", one_device)
+        patch.setattr(jax, "devices", lambda: one_device)
         code = main(list(map(str, arguments)))
     return Result(code, output.getvalue(), errors.getvalue())
 

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from oreal_jax import losses, model, program_cache, sharding
+from oreal_jax import losses, model, program_cache
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.config import Packing, Saving, SftConfig, TrainConfig, Verification
@@ -44,6 +44,7 @@ from oreal_jax.errors import InputError
 from oreal_jax.evaluation import Evaluator, ProblemSet
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.interrupts import INTERRUPTED, exit_process
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
@@ -178,7 +179,7 @@ def config_of(home: Path, row: str, seed: int, steps: int, size: Size) -> TrainC
 def measure(run: Path, prompts: Path, size: Size, pool: Pool) -> float:
     """Mean accuracy of several samples of every held-out problem."""
     source = open_model(run)
-    mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    mesh = make_mesh(MeshShape(), source.config)
     program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     engine = Engine(source.config, mesh, chat.stop_tokens(), rows=size.slots)

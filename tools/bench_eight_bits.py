@@ -20,10 +20,11 @@ import numpy as np
 from bench_sampling import HOW, QUESTIONS
 from jax.sharding import Mesh
 
-from oreal_jax import model, program_cache, sharding
+from oreal_jax import model, program_cache
 from oreal_jax.checkpoints.source import ModelSource, open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import Params
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     screen = Screen()
     source = open_model(parsed.model)
     config = source.config
-    mesh = sharding.make_mesh(sharding.MeshShape(), config)
+    mesh = make_mesh(MeshShape(), config)
     program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)

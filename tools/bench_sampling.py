@@ -31,11 +31,12 @@ import torch
 import transformers
 from simulate_slots import published_lengths
 
-from oreal_jax import model, program_cache, sharding
+from oreal_jax import model, program_cache
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig, Params, decoding
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling import Completion, Engine, Request, Sampling
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     )
     source = open_model(parsed.model)
-    mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    mesh = make_mesh(MeshShape(), source.config)
     program_cache.enable()
     chat = Chat(load_tokenizer(source.files))
     params = source.load(mesh)
@@ -231,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sampling = Sampling(max_tokens=parsed.limit, **HOW)
     requests = [Request(chat.encode(q), sampling, i) for i, q in enumerate(questions)]
     engine = Engine(source.config, mesh, stops, rows=parsed.rows)
-    weights = decoding.weights(source.config, params, decoding.in_dtype(jnp.float32))
+    weights = decoding.lay_out(source.config, params, decoding.store_as(jnp.float32))
     products = matrix_products(source.config, weights, parsed.rows)
     products()
     groups = sample(engine, params, requests, samples, seed=0)  # compiles

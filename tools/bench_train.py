@@ -34,12 +34,13 @@ import torch
 import transformers
 from jax.sharding import Mesh
 
-from oreal_jax import efficiency, model, program_cache, sharding
+from oreal_jax import efficiency, model, program_cache
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.console import Screen
 from oreal_jax.data.packing import Example, pack
 from oreal_jax.losses import Oreal, PolicyLoss, Reinforce
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.head import HEAD_CHUNK
 from oreal_jax.optimizer import Optimizer
@@ -75,7 +76,7 @@ def seconds(work: Callable) -> float:
 
 def one_device(config: ModelConfig) -> Mesh:
     """A mesh of one device: a row is a micro-batch, as for torch."""
-    return sharding.make_mesh(sharding.MeshShape(), config, jax.devices()[:1])
+    return make_mesh(MeshShape(), config, jax.devices()[:1])
 
 
 class Ours:

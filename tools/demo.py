@@ -23,7 +23,7 @@ from plot_run import plot
 from rich.table import Table
 
 from oreal_jax import config as configuration
-from oreal_jax import config_loading, evaluation, program_cache, sharding
+from oreal_jax import config_loading, evaluation, program_cache
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.console import Screen
@@ -31,6 +31,7 @@ from oreal_jax.data import Chat, load_tokenizer, read_prompts
 from oreal_jax.errors import InputError
 from oreal_jax.files import write_lines
 from oreal_jax.interrupts import INTERRUPTED, exit_process
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Engine, Sampling
 from oreal_jax.train.loop import train
 from oreal_jax.train.sft import sft
@@ -99,7 +100,7 @@ def measure(
 ) -> evaluation.Report:
     """Greedy pass@1 of a model on the held-out problems; kept in a file."""
     source = open_model(model)
-    mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+    mesh = make_mesh(MeshShape(), source.config)
     chat = Chat(load_tokenizer(source.files))
     rows = read_prompts(prompts)
     engine = Engine(source.config, mesh, chat.stop_tokens(), rows=len(rows))
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 import_model(
                     tiny_weights(home, rows, screen) if parsed.smoke else weights(),
                     start,
-                    lambda model: sharding.make_mesh(sharding.MeshShape(), model),
+                    lambda model: make_mesh(MeshShape(), model),
                     "float32",
                     lambda name: advance(),
                 )
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not exported.exists():
             with screen.phase("export"):
                 source = open_model(run)
-                mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+                mesh = make_mesh(MeshShape(), source.config)
                 hf.save(source.load(mesh), source.config, exported, source=source.files)
     except InputError as error:
         print(f"demo: {error}", file=sys.stderr)

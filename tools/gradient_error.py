@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oreal_jax import model, sharding
+from oreal_jax import model
 from oreal_jax.data.packing import Batch, Example, pack
 from oreal_jax.losses import BestOfNCloning
+from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.model import ModelConfig
 from oreal_jax.optimizer import Optimizer
 from oreal_jax.train.scoring import put_batch
@@ -60,9 +61,9 @@ def make_batch(config: ModelConfig, rows: int, length: int) -> Batch:
 class Step:
     """One training step of both models from the same start, on one mesh."""
 
-    def __init__(self, config: ModelConfig, shape: sharding.MeshShape, **how: Any):
+    def __init__(self, config: ModelConfig, shape: MeshShape, **how: Any):
         """`how` are arguments of `train_step`: its types."""
-        self.mesh: Mesh = sharding.make_mesh(
+        self.mesh: Mesh = make_mesh(
             shape, config, jax.devices()[: math.prod(dataclasses.astuple(shape))]
         )
         self.models = TrainedModels.create(config, OPTIMIZER, OPTIMIZER, 9, self.mesh)
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     rows, length = (8, 64) if args.smoke else (args.rows, args.length)
     batch = make_batch(CONFIG, rows, length)
-    one, eight = sharding.MeshShape(fsdp=1), sharding.MeshShape(fsdp=8)
+    one, eight = MeshShape(fsdp=1), MeshShape(fsdp=8)
     expected = Step(CONFIG, one, dtype=jnp.float32).gradients(batch)
     ways = {
         "1 device": Step(CONFIG, one, dtype=jnp.bfloat16),

@@ -32,10 +32,10 @@ class ModelSource(NamedTuple):
         self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = hf.ignore
     ) -> Params:
         """Load the weights, sharded over the mesh."""
-        shardings = sharding.of_params(self.config, mesh)
+        shardings = sharding.param_shardings(self.config, mesh)
         if self.files == self.path:
             return hf.load(self.path, dtype, shardings, on_tensor=on_tensor)
-        target = sharding.placed(model.abstract(self.config, dtype), shardings)
+        target = sharding.with_shardings(model.abstract(self.config, dtype), shardings)
         return run.load_params(run.newest_policy(self.path), target)
 
 

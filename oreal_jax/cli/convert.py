@@ -40,7 +40,7 @@ def from_hf(parsed: argparse.Namespace) -> None:
     from oreal_jax import program_cache
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.console import Screen
-    from oreal_jax.sharding import MeshShape, make_mesh
+    from oreal_jax.mesh import MeshShape, make_mesh
 
     screen = Screen()
     program_cache.enable()
@@ -63,7 +63,7 @@ def to_hf(parsed: argparse.Namespace) -> None:
     from oreal_jax.checkpoints import hf
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.console import Screen
-    from oreal_jax.sharding import MeshShape, make_mesh
+    from oreal_jax.mesh import MeshShape, make_mesh
 
     screen = Screen()
     source = open_model(parsed.source)

@@ -176,15 +176,16 @@ class GenerationModel:
     """
 
     def __init__(self, args: argparse.Namespace, sampling, stops=()):
-        from oreal_jax import program_cache, sharding
+        from oreal_jax import program_cache
         from oreal_jax.checkpoints.source import open_model
         from oreal_jax.data import Chat, load_tokenizer
+        from oreal_jax.mesh import MeshShape, make_mesh
         from oreal_jax.sampling import Engine, token_table
         from oreal_jax.train.programs import compute_dtype
 
         check_min(1, "--rows", args.rows)
         source = self.source = open_model(args.model)
-        mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
+        mesh = make_mesh(MeshShape(), source.config)
         program_cache.enable()
         dtype = compute_dtype("auto", mesh)
         # Importing the tokenizer's library takes about as long.

@@ -1,4 +1,4 @@
-"""The shape of a decoder: the few numbers that tell Qwen2, Qwen3 and Llama apart."""
+"""The shape of a decoder: the numbers in which Qwen2, Qwen3 and Llama differ."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from oreal_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding: base frequency and how it is stretched.
+    """Rotary position embedding: its base, and how it is scaled to longer contexts.
 
     `kind` is Hugging Face's `rope_type`: "default", "linear", "llama3" or "yarn"
     (arXiv:2309.00071). The other fields are that type's parameters, 0 where unused.
@@ -28,8 +28,10 @@ class Rope:
     truncate: bool = True
 
     def frequencies(self, head_dim: int) -> tuple[list[float], float]:
-        """Angle per position of each of the `head_dim / 2` planes, and the factor
-        that multiplies cosine and sine."""
+        """Return radians per position, and the factor of cosine and sine.
+
+        There is a frequency for each of the `head_dim / 2` planes of channels.
+        """
         half = head_dim // 2
         base = [self.theta ** (-i / half) for i in range(half)]
         if self.kind == "linear":
@@ -41,18 +43,19 @@ class Rope:
         return base, 1.0
 
     def _llama3(self, frequency: float) -> float:
-        """Long waves are slowed by `factor`, short ones kept, between them a ramp."""
+        """Divide low frequencies by `factor`, keep high ones, interpolate between."""
         turns = self.original_max_length * frequency / (2 * math.pi)
         ramp = (turns - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
-        kept = min(1.0, max(0.0, ramp))
-        return kept * frequency + (1 - kept) * frequency / self.factor
+        share = min(1.0, max(0.0, ramp))
+        return share * frequency + (1 - share) * frequency / self.factor
 
     def _yarn(self, base: list[float], head_dim: int) -> tuple[list[float], float]:
-        """YaRN's ramp over the planes: fast ones kept, slow ones interpolated."""
+        """Keep the first planes, divide the last by `factor`, interpolate between."""
 
         def plane(rotations: float) -> float:
+            """Return the index at which a plane makes this number of rotations."""
             wave = self.original_max_length / (rotations * 2 * math.pi)
             return head_dim * math.log(wave) / (2 * math.log(self.theta))
 
@@ -61,22 +64,22 @@ class Rope:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         width = high - low if high != low else 0.001
-        slowed = [min(1.0, max(0.0, (i - low) / width)) for i in range(len(base))]
-        mixed = [
-            f * (1 - s) + f / self.factor * s for f, s in zip(base, slowed, strict=True)
+        shares = [min(1.0, max(0.0, (i - low) / width)) for i in range(len(base))]
+        frequencies = [
+            f * (1 - s) + f / self.factor * s for f, s in zip(base, shares, strict=True)
         ]
-        stretch = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-        return mixed, self.attention_factor or stretch
+        default = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return frequencies, self.attention_factor or default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One decoder-only transformer (pre-norm, RMSNorm, SwiGLU, grouped-query RoPE).
+    """A decoder-only transformer (pre-norm, RMSNorm, SwiGLU, grouped-query RoPE).
 
     `tied` shares the embedding with the vocabulary head; `qkv_bias` is Qwen2's;
-    `qk_norm` is Qwen3's RMSNorm over `head_dim` of queries and keys. `head` says what
+    `qk_norm` is Qwen3's RMSNorm over `head_dim` of queries and keys. `head` is what
     the last layer predicts: the next token, or one token score (the token reward
-    model: a linear layer with one output, no bias, zero at the start).
+    model: a linear layer with one output, without bias, initialised with zeros).
     """
 
     vocab: int
@@ -95,21 +98,22 @@ class ModelConfig:
     head: Literal["vocabulary", "score"] = "vocabulary"
 
     def __post_init__(self):
-        """Checks the one relation between the numbers that can be wrong."""
+        """Check that query heads divide into groups."""
         if self.heads % self.kv_heads:
             raise InputError(
                 f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}"
             )
 
-    def require_tokens(self, tokens: Iterable[int], what: str) -> None:
-        """Checks that the vocabulary has all tokens: in place of one that it has not,
-        JAX would read another.
+    def check_tokens(self, tokens: Iterable[int], source: str) -> None:
+        """Check that all tokens are in the vocabulary.
+
+        JAX would read another row of the embedding instead.
 
         Raises:
-            InputError: it has not; the tokenizer is likely another model's.
+            InputError: a token is not; the tokenizer is likely that of another model.
         """
         for token in tokens:
             if not 0 <= token < self.vocab:
                 raise InputError(
-                    f"{what}: no token {token}, the model has {self.vocab}"
+                    f"{source}: no token {token}, the model has {self.vocab}"
                 )

@@ -1,11 +1,11 @@
-"""Causal attention on packed rows, as each kind of device does it best: by kernels,
-splash attention on TPU and Triton on GPU, and by XLA on CPU.
+"""The fastest causal attention on packed rows for each kind of device.
 
-The kernels are JAX's own. They take a row apart in blocks and skip those that nobody
-sees, so that no scores leave fast memory. `attention.py` is their oracle.
+Splash attention on TPU, Triton on GPU (both JAX's own), XLA in blocks on CPU. The
+kernels skip blocks that no query attends to, and scores never leave fast memory.
+`attention.py` is their oracle.
 
-A kernel is prepared for a shape: that may take arrays (which blocks to visit) that are
-split over the devices as the queries are. What is prepared is a callable pytree.
+A kernel is prepared for a shape. It is a callable pytree, because its arrays (the
+blocks to visit) may be sharded like the queries.
 
 A kernel is imported where it is used: JAX may move or remove one (it has deprecated
 `jax.experimental.pallas.triton`) without breaking other kinds of devices.
@@ -22,35 +22,51 @@ from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from oreal_jax.model.attention import ATTENDED, attend_part
+from oreal_jax.model.attention import ATTENDED, BLOCK, attend_part
 
-# (heads, tokens of a row, where [heads, tokens] lie) to an `attend_part` for a device's
-# share of the heads and queries, and the specs of its arrays.
+# (heads, tokens per row, sharding of [heads, tokens]) -> an `attend_part` for a
+# device's heads and queries, and the partition specs of its arrays.
 Prepare = Callable[[int, int, NamedSharding], tuple[Partial, Any]]
 
-SMALLEST, LARGEST = 128, 1024  # blocks of queries and of keys
+MIN_BLOCK, MAX_BLOCK = 128, 1024  # of queries and of keys, for splash attention
 
 
-def plain(heads: int, length: int, where: NamedSharding) -> tuple[Partial, Any]:
-    """XLA, on any device."""
-    return Partial(attend_part), Partial(attend_part)
+def choose_kernel(platform: str, length: int, context: int) -> Prepare:
+    """Return the fastest kernel for rows of `length` tokens on `context` devices."""
+    fits = length % (MIN_BLOCK * context) == 0
+    if platform == "tpu" and fits:
+        return prepare_splash
+    if platform in ("gpu", "cuda") and fits and context == 1:
+        return prepare_triton
+    return prepare_xla_cpu if platform == "cpu" else prepare_xla
 
 
-def on_cpu(heads: int, length: int, where: NamedSharding) -> tuple[Partial, Any]:
-    """XLA in smaller blocks: fewer keys are visited in vain, and larger products are
-    hardly faster there."""
-    attend = Partial(functools.partial(attend_part, block=64))
+def prepare_xla(
+    heads: int, length: int, sharding: NamedSharding, *, block: int = BLOCK
+) -> tuple[Partial, Any]:
+    """Prepare XLA's attention, which runs on every device."""
+    attend = Partial(functools.partial(attend_part, block=block))
     return attend, attend
 
 
-def on_tpu(
-    heads: int, length: int, where: NamedSharding, *, interpret: bool = False
+def prepare_xla_cpu(
+    heads: int, length: int, sharding: NamedSharding
 ) -> tuple[Partial, Any]:
-    """Splash attention with segment ids."""
+    """Prepare XLA's attention for CPUs.
+
+    Small blocks visit fewer masked keys, and larger products are hardly faster there.
+    """
+    return prepare_xla(heads, length, sharding, block=64)
+
+
+def prepare_splash(
+    heads: int, length: int, sharding: NamedSharding, *, interpret: bool = False
+) -> tuple[Partial, Any]:
+    """Prepare splash attention with segment ids."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    own_heads, own = where.shard_shape((heads, length))
-    queries, keys = _block(own), _block(length)
+    shard_heads, shard_length = sharding.shard_shape((heads, length))
+    queries, keys = _block_size(shard_length), _block_size(length)
     mask = splash.CausalMask((length, length))
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
@@ -64,21 +80,21 @@ def on_tpu(
             block_q_dq=queries,
             block_kv_dq=keys,
         ),
-        head_shards=heads // own_heads,
-        q_seq_shards=length // own,
+        head_shards=heads // shard_heads,
+        q_seq_shards=length // shard_length,
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
-    lies = kernel.manual_sharding_spec(where)
-    return Partial(_splash, kernel), Partial(_splash, lies)
+    specs = kernel.manual_sharding_spec(sharding)
+    return Partial(_splash, kernel), Partial(_splash, specs)
 
 
-def _splash(kernel, query, key, value, of_queries, segments, first):
-    """`attend_part` by a prepared kernel, which knows `first` by its own arrays."""
+def _splash(kernel, query, key, value, query_segments, segments, first):
+    """Apply a prepared kernel as `attend_part`; its arrays imply `first`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    ids = splash.SegmentIds(of_queries, segments)
+    ids = splash.SegmentIds(query_segments, segments)
     attended = jax.vmap(kernel)(
         heads_first(query * query.shape[-1] ** -0.5),
         heads_first(key),
@@ -88,24 +104,27 @@ def _splash(kernel, query, key, value, of_queries, segments, first):
     return heads_first(attended)
 
 
-def on_gpu(
-    heads: int, length: int, where: NamedSharding, *, interpret: bool = False
+def _block_size(length: int) -> int:
+    """Return the largest block size that divides a length."""
+    size = MAX_BLOCK
+    while length % size:
+        size //= 2
+    return size
+
+
+def prepare_triton(
+    heads: int, length: int, sharding: NamedSharding, *, interpret: bool = False
 ) -> tuple[Partial, Any]:
-    """Flash attention in Triton; each device needs whole rows."""
+    """Prepare flash attention in Triton; each device needs whole rows."""
     attend = Partial(functools.partial(_triton, interpret=interpret))
     return attend, attend
 
 
-def repeat_heads(x: Float[Array, "B S G K"], repeats: int) -> Float[Array, "B S H K"]:
-    """Every head `repeats` times; their gradients are summed in float32."""
-    return jnp.repeat(x.astype(jnp.float32), repeats, axis=2).astype(x.dtype)
-
-
-def _triton(query, key, value, of_queries, segments, first, *, interpret):
+def _triton(query, key, value, query_segments, segments, first, *, interpret):
     from jax.experimental.pallas.ops.gpu import attention as triton
 
     repeats = query.shape[2] // key.shape[2]
-    return _naming(triton.mha)(
+    return _name_residuals(triton.mha)(
         query,
         repeat_heads(key, repeats),
         repeat_heads(value, repeats),
@@ -116,10 +135,12 @@ def _triton(query, key, value, of_queries, segments, first, *, interpret):
     )
 
 
-def _naming(kernel: Any) -> Callable:
-    """`triton.mha` with names for its output and its log of the sum of exponentials,
-    which its gradient reads. Without names `remat` cannot keep them, and the backward
-    pass would run the kernel again."""
+def _name_residuals(kernel: Any) -> Callable:
+    """Return `triton.mha` with checkpoint names for its output and log-sum-exp.
+
+    Its gradient reads both. Rematerialisation stores them by name only, and otherwise
+    the backward pass would run the kernel again.
+    """
 
     def forward(*arguments):
         out, (*inputs, _, log_total) = kernel.fwd(*arguments)
@@ -131,19 +152,6 @@ def _naming(kernel: Any) -> Callable:
     return named
 
 
-def prepare_for(platform: str, length: int, context: int) -> Prepare:
-    """What attends fastest on a platform, where its blocks fit the shape."""
-    fits = length % (SMALLEST * context) == 0
-    if platform == "tpu" and fits:
-        return on_tpu
-    if platform in ("gpu", "cuda") and fits and context == 1:
-        return on_gpu
-    return on_cpu if platform == "cpu" else plain
-
-
-def _block(length: int) -> int:
-    """The largest block that divides a length."""
-    size = LARGEST
-    while length % size:
-        size //= 2
-    return size
+def repeat_heads(x: Float[Array, "B S G K"], repeats: int) -> Float[Array, "B S H K"]:
+    """Repeat every head; the gradients of the repetitions are summed in float32."""
+    return jnp.repeat(x.astype(jnp.float32), repeats, axis=2).astype(x.dtype)

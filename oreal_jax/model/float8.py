@@ -1,8 +1,8 @@
-"""Keys and values in eight bits: e4m3, whose largest number is 448.
+"""Keys and values in eight bits: e4m3, whose maximum is 448.
 
-Scales are part of the weights (`fit`), so that kernels read the cache as it is and no
-page has a scale of its own: they follow from the weights alone, not from the text, so a
-completion still depends on nothing but its request.
+The scales are folded into the weights, so kernels read the cache as it is and no page
+has a scale of its own. They follow from the weights, not from the text, so a completion
+still depends on its request alone.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ from jaxtyping import Array, Float
 
 from oreal_jax.model.config import ModelConfig
 
-LIMIT = 256  # for bounds; from there to 448 is room for rounding of what they bound
+LIMIT = 256  # of bounds; rounding may exceed a bound, up to 448
 
 
-def fit(config: ModelConfig, params: Any) -> Any:
-    """The same model with keys and values that e4m3 can hold, whatever the text.
+def fold_scales(config: ModelConfig, params: Any) -> Any:
+    """Return an equal model whose keys and values fit into e4m3 for every text.
 
     Each channel of keys and values is divided by a power of two, and that of queries
-    and of the output projection's input multiplied by it. No score and no output
+    and of the output projection's input is multiplied by it. No score and no output
     changes, not even by rounding (int8 weights round the output projection elsewhere).
     The power brings a bound on the channel below `LIMIT`:
 
@@ -28,12 +28,13 @@ def fit(config: ModelConfig, params: Any) -> Any:
     * a normalised head (Qwen3) has a norm of at most sqrt(K);
     * rotation mixes the two channels of a plane: at most the root of both squares.
 
-    Bounds are loose, by about sqrt(D) for most texts, which costs little: e4m3 rounds
-    all numbers from 2^-6 to 448 by the same share.
+    Bounds are loose, by about sqrt(D) for most texts, which costs little: e4m3 has the
+    same relative precision from 2^-6 to 448.
     """
     layers = params["layers"]
     attention = layers["attention"]
-    of_query = lambda x: jnp.repeat(x, config.heads // attention["key"].shape[2], 1)
+    repeats = config.heads // attention["key"].shape[2]
+    repeat = lambda x: jnp.repeat(x, repeats, 1)  # for the query heads
     gain = layers["attention_norm"].astype(jnp.float32)
 
     def bound(name: str) -> Float[Array, "L G K"]:
@@ -45,42 +46,46 @@ def fit(config: ModelConfig, params: Any) -> Any:
     factors = {
         "value": 1 / value[:, None],
         "value_bias": 1 / value,
-        "output": of_query(value)[..., None],
+        "output": repeat(value)[..., None],
     }
     if config.qk_norm:
         normed = config.head_dim**0.5 * jnp.abs(attention["key_norm"])
-        key = _scale(_rotated(config, normed))
+        key = _scale(_rotate_bound(config, normed))
         factors |= {"key_norm": 1 / key, "query_norm": key}
     else:
-        key = _scale(_rotated(config, bound("key")))
+        key = _scale(_rotate_bound(config, bound("key")))
         factors |= {
             "key": 1 / key[:, None],
             "key_bias": 1 / key,
-            "query": of_query(key)[:, None],
-            "query_bias": of_query(key),
+            "query": repeat(key)[:, None],
+            "query_bias": repeat(key),
         }
     scaled = {name: x * factors.get(name, 1) for name, x in attention.items()}
     return params | {"layers": layers | {"attention": scaled}}
 
 
-def saturated(x: Float[Array, "*shape"], dtype) -> Float[Array, "*shape"]:
-    """`x` in `dtype`; the largest number of an eight-bit type where it does not reach
-    further, as a conversion to e4m3 gives NaN beyond 464. NaN stays NaN."""
+def saturating_cast(x: Float[Array, "*shape"], dtype) -> Float[Array, "*shape"]:
+    """Return `x` in `dtype`, clipped to the range of an eight-bit type.
+
+    Otherwise e4m3 would be NaN beyond 464. NaN stays NaN.
+    """
     if jnp.dtype(dtype).itemsize == 1:
         limit = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -limit, limit)
     return x.astype(dtype)
 
 
-def _rotated(config: ModelConfig, bound: Float[Array, "*_ K"]) -> Float[Array, "*_ K"]:
-    """Bounds after rotation: the same for both channels of a plane."""
+def _rotate_bound(
+    config: ModelConfig, bound: Float[Array, "*_ K"]
+) -> Float[Array, "*_ K"]:
+    """Return bounds after rotation, the same for both channels of a plane."""
     _, factor = config.rope.frequencies(config.head_dim)
     plane = factor * jnp.hypot(*jnp.split(bound, 2, axis=-1))
     return jnp.concatenate([plane, plane], axis=-1)
 
 
 def _scale(bound: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The power of two that brings a bound to at most `LIMIT`; 1 for a bound of 0."""
+    """Return the power of two that brings a bound to at most `LIMIT`; 1 for 0."""
     bound = bound.astype(jnp.float32)
     _, exponent = jnp.frexp(bound / LIMIT)
     return jnp.ldexp(jnp.ones_like(bound), jnp.clip(exponent, -64, 64))

@@ -95,7 +95,7 @@ def layout(
     completions = -(-config.prompts_per_step // processes) * config.samples_per_prompt
     batch, _ = pack(
         [Example([0] * prompt, [0] * completion) for prompt, completion in selected],
-        rows=config.packing.rows * sharding.row_ways(mesh),
+        rows=config.packing.rows * sharding.count_row_shards(mesh),
         row_length=config.packing.row_length,
         limits=run_programs.step_size_limits(config),
     )
@@ -108,9 +108,11 @@ def layout(
         engine=engine,
         size=engine.size(completions, longest, config.sampling.max_tokens),
         state=state,
-        reference=sharding.placed(reference, sharding.of_params(shape, mesh)),
-        weights=sharding.placed(weights, engine.programs.own),
-        batch=sharding.placed(batch, batch_shardings(mesh)),
+        reference=sharding.with_shardings(
+            reference, sharding.param_shardings(shape, mesh)
+        ),
+        weights=sharding.with_shardings(weights, engine.programs.own),
+        batch=sharding.with_shardings(batch, batch_shardings(mesh)),
         micros=int(batch.filled),
         processes=processes,
     )
@@ -156,7 +158,8 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     programs, mesh, size = run.engine.programs, run.engine.mesh, run.size
     params, weights = run.state.policy.params, run.weights
     state = programs.abstract(size)
-    engines, by_rows = sharding.row_ways(mesh), sharding.of_rows(mesh)
+    engines = sharding.count_row_shards(mesh)
+    by_rows = sharding.make_sharding(mesh, "rows")
     beside_weights = held + device_bytes(weights)
 
     def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
@@ -180,7 +183,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     yield Program(name, "gen", programs.admit, inputs, beside_weights)
 
     everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), run.engine.stops)
-    stops = sharding.placed(run.engine.stops, everywhere)
+    stops = sharding.with_shardings(run.engine.stops, everywhere)
     min_slots = size.slots
     while smaller(min_slots):
         min_slots = smaller(min_slots)

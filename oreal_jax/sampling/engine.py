@@ -23,6 +23,7 @@ from jaxtyping import Int
 
 from oreal_jax import sharding
 from oreal_jax.errors import Diverged, Failure, InputError
+from oreal_jax.mesh import make_engine_meshes
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.model.decoding import Weights
 from oreal_jax.sampling.completion import NOTHING_DRAWN, Completion, Request
@@ -69,11 +70,11 @@ class Engine:
         """
         if not stop_tokens:
             raise InputError("no stop token: completions would never end")
-        config.require_tokens(stop_tokens, "stop tokens")
-        meshes = sharding.engine_meshes(mesh, config, tensor, devices)
+        config.check_tokens(stop_tokens, "stop tokens")
+        meshes = make_engine_meshes(mesh, config, tensor, devices)
         self.config, self.mesh = config, meshes.own
-        self.engines = sharding.row_ways(meshes.own)
-        self.slots = -(-rows // sharding.row_ways(meshes.all))
+        self.engines = sharding.count_row_shards(meshes.own)
+        self.slots = -(-rows // sharding.count_row_shards(meshes.all))
         self.cache_tokens, self.longest = cache_tokens, longest
         self.stops = Stops.of(stop_tokens, stop_table, config.vocab)
         self.programs = programs_for(
@@ -208,7 +209,7 @@ class Engine:
             InputError: one is outside the vocabulary, or all of it is banned.
         """
         biased = (token for token, _ in sampling.logit_bias)
-        self.config.require_tokens(biased, "sampling: logit_bias")
+        self.config.check_tokens(biased, "sampling: logit_bias")
         banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
         if len(banned) == self.config.vocab:
             raise InputError(
@@ -238,7 +239,7 @@ class Engine:
             self.check_sampling(sampling)
         for request in requests:
             self.check_length(len(request.prompt), request.sampling.max_tokens)
-            self.config.require_tokens(request.prompt, "prompt")
+            self.config.check_tokens(request.prompt, "prompt")
         # Prompts of like length are prefilled together.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         return [

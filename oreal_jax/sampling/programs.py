@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from oreal_jax import sharding
+from oreal_jax import model_parallel, sharding
+from oreal_jax.mesh import EngineMeshes, platform
 from oreal_jax.metrics import compilations
-from oreal_jax.model import ModelConfig, Params, decoding, exact, float8
+from oreal_jax.model import ModelConfig, Params, decoding, exact_matmuls, float8
 from oreal_jax.model.decoding import Cache, Weights
-from oreal_jax.model.kernels import pages_for
+from oreal_jax.model.kernels import choose_pages
 from oreal_jax.sampling.choice import Seen, Uses, choose
 from oreal_jax.sampling.parameters import SlotSampling
 from oreal_jax.sampling.stops import FOUND, START
 from oreal_jax.shapes import bucket
-from oreal_jax.sharding import EngineMeshes
 
 
 class Size(NamedTuple):
@@ -117,37 +117,38 @@ class Programs:
         the trainer concerns the engines of other processes."""
         mesh = meshes.own
         self.mesh, self.page, self.cache_dtype = mesh, page, cache_dtype
-        self.config = decoding.split_heads(config, mesh.shape["tensor"])
-        store = (decoding.in_int8 if weights == "int8" else decoding.in_dtype)(dtype)
-        fit = float8.fit if cache_dtype.itemsize == 1 else lambda _, params: params
+        self.config = decoding.repeat_kv_heads(config, mesh.shape["tensor"])
+        store = (decoding.store_int8 if weights == "int8" else decoding.store_as)(dtype)
+        is_float8 = cache_dtype.itemsize == 1
+        fit = float8.fold_scales if is_float8 else lambda _, params: params
         heads = self.config.kv_heads // mesh.shape["tensor"]
-        self.form = pages_for(
-            sharding.platform(mesh), heads, config.head_dim, cache_dtype
-        )
-        self.attend = sharding.per_head(self.form.attend, mesh)
-        self.choose = sharding.per_slot(choose, mesh)
+        self.form = choose_pages(platform(mesh), heads, config.head_dim, cache_dtype)
+        self.attend = model_parallel.shard_over_heads(self.form.attend, mesh)
+        self.choose = model_parallel.shard_over_slots(choose, mesh)
         axes = decoding.axes(self.config, store)
-        each = lambda work, *engines: sharding.per_engine(work, mesh, engines)
-        self.execution = sharding.of_prompts(mesh)
+        each = lambda work, *engines: model_parallel.map_engines(work, mesh, engines)
+        self.execution = model_parallel.make_prompt_execution(mesh)
         self.reshard = jax.jit(
-            lambda params: decoding.weights(
+            lambda params: decoding.lay_out(
                 self.config, fit(self.config, params), store
             ),
-            out_shardings=sharding.of_weights(axes, meshes.all),
+            out_shardings=sharding.decoding_shardings(axes, meshes.all),
         )
-        self.own = sharding.of_weights(axes, mesh)
+        self.own = sharding.decoding_shardings(axes, mesh)
         self.shardings = self._shardings()
         self.empty = jax.jit(
             self._empty, static_argnums=0, out_shardings=self.shardings
         )
         # A decoder compiled for a size must accept the state from all these programs.
-        prefill = each(exact(self._prefill, dtype), False, True, True, True, True)
+        prefill = each(
+            exact_matmuls(self._prefill, dtype), False, True, True, True, True
+        )
         self.prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self.shardings)
         admit = each(self._admit, True, True, False)
         self.admit = jax.jit(admit, donate_argnums=0, out_shardings=self.shardings)
         results = self.shardings, sharding.replicated(mesh)
         self.decode = jax.jit(
-            exact(self._decode, dtype), donate_argnums=1, out_shardings=results
+            exact_matmuls(self._decode, dtype), donate_argnums=1, out_shardings=results
         )
         rows = self.shardings._replace(cache=())
         self.shrink = jax.jit(each(self._shrink, True, True), out_shardings=rows)
@@ -160,7 +161,7 @@ class Programs:
 
     def weights(self, params: Params) -> Weights:
         """The trainer's parameters as decoding reads them, on engines of our own."""
-        return jax.tree.map(sharding.own_part, self.reshard(params), self.own)
+        return jax.tree.map(sharding.local_part, self.reshard(params), self.own)
 
     def decoder(self, size: Size, *arguments) -> Callable:
         """`_decode` bound to these arguments, compiled once per size and shape of the
@@ -181,19 +182,19 @@ class Programs:
     def abstract(self, size: Size) -> Decoding:
         """Shapes, types and shardings of `empty`."""
         shapes = jax.eval_shape(lambda: self._empty(size))
-        return sharding.placed(shapes, self.shardings)
+        return sharding.with_shardings(shapes, self.shardings)
 
     def _shardings(self) -> Decoding:
         """The shardings of `Decoding`, the same for all sizes."""
         shapes = jax.eval_shape(lambda: self._empty(Size(1, 1, 1, 1, 1)))
-        rows = sharding.of_rows(self.mesh)
+        rows = sharding.make_sharding(self.mesh, "rows")
         shardings = jax.tree.map(lambda _: rows, shapes)
-        page = sharding.of_pages(self.form, self.mesh)
+        page = sharding.page_shardings(self.form, self.mesh)
         return shardings._replace(cache=(page,) * self.config.layers)
 
     def _empty(self, size: Size) -> Decoding:
         """Idle slots and an empty cache on every engine."""
-        config, engines = self.config, sharding.row_ways(self.mesh)
+        config, engines = self.config, sharding.count_row_shards(self.mesh)
         B, N, V = size.slots, size.new_tokens, config.vocab
         page = self.form.empty(
             size.pages, self.page, config.kv_heads, config.head_dim, self.cache_dtype
@@ -241,8 +242,8 @@ class Programs:
         prompt = put(state.seen.prompt, False)
         prompt = prompt.at[slot[:, None], starts.prompts].set(True, mode="drop")
         return state._replace(
-            cache=tuple(
-                pages.copy(starts.source, starts.target) for pages in state.cache
+            cache=jax.tree.map(
+                lambda x: x.at[starts.target].set(x[starts.source]), state.cache
             ),
             token=put(state.token, starts.token),
             position=put(state.position, starts.position),
@@ -272,7 +273,7 @@ class Programs:
         wanted = jnp.where(enough > 0, wanted, state.done.size)
         wanted = jnp.minimum(wanted, state.done.size)
         uses = Uses.of(state.sampling, ~state.done)
-        advance = sharding.per_engine(
+        advance = model_parallel.map_engines(
             self._advance, self.mesh, (False, True, True, False, False)
         )
 

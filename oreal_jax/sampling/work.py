@@ -46,7 +46,7 @@ class Work:
         self.renormalise, self.resumable = renormalise, resumable
         self.stop_tokens = stops.tokens
         self.stops = jax.device_put(stops, sharding.replicated(programs.mesh))
-        self.engines = sharding.row_ways(programs.mesh)
+        self.engines = sharding.count_row_shards(programs.mesh)
         self.scheduler = Scheduler(
             jobs,
             shards=self.engines,
@@ -78,7 +78,9 @@ class Work:
 
     def _place(self, values: np.ndarray) -> jax.Array:
         """Puts [engines, ...] where the engines are."""
-        return jax.device_put(values, sharding.of_rows(self.programs.mesh))
+        return jax.device_put(
+            values, sharding.make_sharding(self.programs.mesh, "rows")
+        )
 
     def _prefill(self, prefills: list[Prefill]) -> None:
         """Runs prompts, those of like length together."""

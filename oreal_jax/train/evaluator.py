@@ -21,7 +21,7 @@ from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, Prompt
-from oreal_jax.distributed import uninterrupted
+from oreal_jax.distributed import defer_interrupts
 from oreal_jax.errors import InputError
 from oreal_jax.evaluation import (
     Evaluator,
@@ -75,7 +75,7 @@ class PolicyEvaluator:
         if not self.is_due(step):
             return 0.0
         rows = metrics.read(path) if path.exists() else []
-        with uninterrupted():
+        with defer_interrupts():
             best = checkpoints.newest_step(self.run / "best")
             # As process 0 sees them.
             rows, best = distributed.gather_values([rows, best])[0]
@@ -86,7 +86,7 @@ class PolicyEvaluator:
                 return 0.0
             weights = self.engine.weights(state.policy.params)
         shares = [
-            ProblemSet(name, list(distributed.share(problems)))
+            ProblemSet(name, list(distributed.take_share(problems)))
             for name, problems in self.sets
         ]
         samples = self.config.evaluation.samples
@@ -103,7 +103,7 @@ class PolicyEvaluator:
         )
         if judge:
             judge.take_counts()  # not those of the step
-        with uninterrupted():
+        with defer_interrupts():
             self._record(state, rows, best, path, completions)
         return time.perf_counter() - start
 

@@ -23,7 +23,7 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import build
 from oreal_jax.data.packing import pack
-from oreal_jax.distributed import uninterrupted
+from oreal_jax.distributed import defer_interrupts
 from oreal_jax.train import metrics as step_metrics
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.rollouts import Rollouts, all_trajectories, step_prompts
@@ -57,22 +57,22 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
         build(setup.prompts, run / "data")
     pool = Pool(verification.workers, verification.deadline)
     with directory, pool, judging as judge:
-        with distributed.together():
+        with distributed.enter_together():
             reference = directory.load_reference()
         add_reference = make_reference_scorer(
             setup.source.config, mesh, directory.dtype
         )
         train_step = make_run_step(config, directory.models, mesh)
         rollouts = Rollouts(config, run, screen, chat, setup.engine, pool, judge)
-        rows = config.packing.rows * sharding.row_ways(mesh)
+        rows = config.packing.rows * sharding.count_row_shards(mesh)
         state = directory.state
         while (step := int(state.step)) < config.steps:
             evaluation_seconds = setup.evaluator(state, pool, judge)
             label, frozen = f"step {step + 1}: ", step < config.freeze_steps
             prompts = step_prompts(config, chat, setup.order, directory.taken)
-            share = distributed.share(prompts)
+            share = distributed.take_share(prompts)
             verified = rollouts(state.policy.params, share, step)
-            with uninterrupted():
+            with defer_interrupts():
                 groups = trajectory.with_advantages(
                     all_trajectories(prompts, verified),
                     config.loss.advantage,

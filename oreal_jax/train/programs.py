@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from oreal_jax import model, sharding, trajectory
+from oreal_jax import model, trajectory
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
+from oreal_jax.mesh import make_mesh, platform
 from oreal_jax.model import Distribution, ModelConfig
 from oreal_jax.sampling import Engine, sampled_from
 from oreal_jax.train.step import TrainStep, make_train_step
@@ -28,7 +29,7 @@ def make_run_mesh(
     Raises:
         InputError: devices, model, rows and dtypes do not go together.
     """
-    mesh = sharding.make_mesh(config.mesh, shape, devices)
+    mesh = make_mesh(config.mesh, shape, devices)
     length, context = config.packing.row_length, mesh.shape["context"]
     if length % context:
         raise InputError(
@@ -46,7 +47,7 @@ def make_run_mesh(
 def compute_dtype(name: str, mesh: Mesh):
     """Return the dtype of activations: "auto" is bfloat16, on CPU float32."""
     if name == "auto":
-        name = "float32" if sharding.platform(mesh) == "cpu" else "bfloat16"
+        name = "float32" if platform(mesh) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -69,7 +70,7 @@ def make_run_step(
         mesh,
         freeze_steps=config.freeze_steps if is_train else 0,
         dtype=compute_dtype(config.compute, mesh),
-        distribution=loss_distribution(config) if is_train else model.full,
+        distribution=loss_distribution(config) if is_train else model.full_softmax,
         remat=config.remat,
         gradient_sums=jnp.dtype(config.gradient_sums),
     )
@@ -79,7 +80,7 @@ def loss_distribution(config: TrainConfig) -> Distribution:
     """Return the distribution whose probabilities the loss is about."""
     if config.log_probs == "sampled":
         return sampled_from(config.sampling)
-    return model.full
+    return model.full_softmax
 
 
 def make_engine(

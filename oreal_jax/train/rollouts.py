@@ -106,7 +106,7 @@ class Rollouts:
                 self.pool.submit(text, prompts[n].prompt.gold_answer)
 
         config, samples = self.config, self.config.samples_per_prompt
-        with distributed.together():
+        with distributed.enter_together():
             weights = self.engine.weights(policy)
         requests = [
             Request(

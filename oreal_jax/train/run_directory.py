@@ -37,7 +37,7 @@ from oreal_jax.checkpoints.source import ModelSource, copy_files
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat
-from oreal_jax.distributed import uninterrupted
+from oreal_jax.distributed import defer_interrupts
 from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged, InputError, summarize
 from oreal_jax.files import BackgroundWriter, write_bytes, write_text
@@ -170,16 +170,16 @@ class RunDirectory:
         reference = self.path / "reference"
         if not reference.is_dir():
             cast = jax.jit(model.cast, static_argnums=1)
-            with uninterrupted():
+            with defer_interrupts():
                 checkpoints.save_params(reference, cast(params, self.dtype))
         return self.models.initializer(self.mesh)(params)
 
     def load_reference(self) -> Params:
         """Return the initial policy in the compute dtype."""
-        shardings = sharding.of_params(self.model_config, self.mesh)
+        shardings = sharding.param_shardings(self.model_config, self.mesh)
         shapes = model.abstract(self.model_config, self.dtype)
         return checkpoints.load_params(
-            self.path / "reference", sharding.placed(shapes, shardings)
+            self.path / "reference", sharding.with_shardings(shapes, shardings)
         )
 
     def hold(self, state: TrainState) -> None:
@@ -255,13 +255,13 @@ class RunDirectory:
         if error and kind is not KeyboardInterrupt:
             # An interrupt must not replace the original error.
             ignoring = ignoring_interrupts("closing the run")
-        with uninterrupted(), ignoring, contextlib.ExitStack() as closing:
+        with defer_interrupts(), ignoring, contextlib.ExitStack() as closing:
             for part in (self._profile, self._metrics, self._checkpoints):
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
                 self.screen.log(f"stopped after step {int(self.state.step)}; saving")
-                distributed.stop_together("saving the run")
+                distributed.stop_all("saving the run")
                 self._save()
             elif error and not isinstance(error, Diverged):
                 self._save_after(error)
@@ -288,7 +288,7 @@ class RunDirectory:
                 return  # no new step to save
             distributed.report(error)
             reason = summarize(error)
-            distributed.stop_together(
+            distributed.stop_all(
                 f"saving the run after {reason}", distributed.STOP_LIMIT
             )
             self._save()

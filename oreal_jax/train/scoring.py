@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from oreal_jax import model, sharding
+from oreal_jax import model, model_parallel, sharding
 from oreal_jax.data.packing import Batch
-from oreal_jax.model import ALONE, Execution, ModelConfig, Params
+from oreal_jax.model import ONE_DEVICE, Execution, ModelConfig, Params
 
 Jitted = Any  # callable, with `lower`
 
@@ -28,7 +28,8 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 def batch_shardings(mesh: Mesh) -> Batch:
     """Return the shardings of a batch: rows are split over the data axes and their
     tokens over the context axis, everything else is replicated."""
-    rows, replicated = sharding.of_tokens(mesh, leading=1), sharding.replicated(mesh)
+    rows = sharding.make_sharding(mesh, None, "rows", "sequence")
+    replicated = sharding.replicated(mesh)
     split = {"tokens", "positions", "segments", "predicts", "targets"}
     return Batch(*(rows if name in split else replicated for name in Batch._fields))
 
@@ -37,7 +38,7 @@ def completion_states(
     config: ModelConfig,
     params: Params,
     part: Batch,
-    execution: Execution = ALONE,
+    execution: Execution = ONE_DEVICE,
 ) -> Float[Array, "R C D"]:
     """Return the hidden states that predict completion tokens, row by row."""
     states = model.hidden(
@@ -58,8 +59,8 @@ def completion_log_probs(
     config: ModelConfig,
     params: Params,
     part: Batch,
-    distribution: model.Distribution = model.full,
-    execution: Execution = ALONE,
+    distribution: model.Distribution = model.full_softmax,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"], Float[Array, "N T"] | None]:
     """Return the log-probability of every completion token and the entropy at each;
     also the log-probabilities of the full distribution if `distribution` is another,
@@ -73,14 +74,14 @@ def completion_log_probs(
         return [unpack(x, part) for x in scores]
 
     log_probs, entropy = score(distribution)
-    full = None if distribution is model.full else score(model.full)[0]
+    full = None if distribution is model.full_softmax else score(model.full_softmax)[0]
     return log_probs, entropy, full
 
 
 def make_reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
     """Return a jitted function of parameters and batch: the batch with the reference
     model's log-probabilities filled in."""
-    execution = sharding.execution(mesh)
+    execution = model_parallel.make_execution(mesh)
 
     def score(params: Params, batch: Batch) -> Batch:
         params = model.cast(params, dtype)
@@ -95,4 +96,6 @@ def make_reference_scorer(config: ModelConfig, mesh: Mesh, dtype) -> Jitted:
         log_probs = jax.lax.fori_loop(0, batch.filled, add, empty)
         return batch._replace(reference_log_probs=log_probs)
 
-    return jax.jit(model.exact(score, dtype), out_shardings=batch_shardings(mesh))
+    return jax.jit(
+        model.exact_matmuls(score, dtype), out_shardings=batch_shardings(mesh)
+    )

@@ -178,7 +178,7 @@ def usable_prompts(
     """Return the prompts of at most `max_prompt_tokens`, repeated by difficulty as
     published; and their lengths in tokens, without repetition."""
     encoded = [chat.encode(prompt.question) for prompt in prompts]
-    shape.require_tokens(itertools.chain.from_iterable(encoded), config.prompts)
+    shape.check_tokens(itertools.chain.from_iterable(encoded), config.prompts)
     lengths = [len(tokens) for tokens in encoded]
     fits = [length <= config.max_prompt_tokens for length in lengths]
     short = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]

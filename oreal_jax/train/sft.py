@@ -68,11 +68,11 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
             batch_examples = [example for example, _ in order.batch(directory.taken)]
             batch, _ = pack(
                 batch_examples,
-                rows=config.packing.rows * sharding.row_ways(mesh),
+                rows=config.packing.rows * sharding.count_row_shards(mesh),
                 row_length=config.packing.row_length,
                 limits=limits,
             )
-            with distributed.together():
+            with distributed.enter_together():
                 with screen.phase("update_actor", label=f"step {step}: "):
                     state, metrics, _ = train_step(state, put_batch(batch, mesh))
                     directory.hold(state)
@@ -113,7 +113,7 @@ def usable_examples(
     file."""
     encoded = [chat.example(row.question, row.solution) for row in rows]
     tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(encoded))
-    shape.require_tokens(tokens, config.examples)
+    shape.check_tokens(tokens, config.examples)
     usable = {
         place: Example(prompt, completion)
         for place, (prompt, completion) in enumerate(encoded)

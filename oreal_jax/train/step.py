@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from oreal_jax import model, sharding
+from oreal_jax import model, model_parallel, sharding
 from oreal_jax.data.packing import Batch
 from oreal_jax.losses import (
     Counts,
@@ -84,7 +84,7 @@ def make_train_step(
     *,
     freeze_steps: int = 0,
     dtype: Any = jnp.float32,
-    distribution: model.Distribution = model.full,
+    distribution: model.Distribution = model.full_softmax,
     remat: model.Remat = "everything",
     gradient_sums: Any = jnp.float32,
 ) -> TrainStep:
@@ -94,7 +94,7 @@ def make_train_step(
     starts at zero, which gives every token the weight 0). `remat` says what the
     backward pass computes again; for the other options see `Objective`.
     """
-    execution = sharding.execution(mesh, remat, dtype)
+    execution = model_parallel.make_execution(mesh, remat, dtype)
     objective = Objective(loss, distribution, execution, gradient_sums)
     replicated = sharding.replicated(mesh)
 
@@ -102,7 +102,7 @@ def make_train_step(
         return update(models, objective, state, batch, frozen)
 
     program = jax.jit(
-        model.exact(step, dtype),
+        model.exact_matmuls(step, dtype),
         static_argnums=2,
         donate_argnums=0,
         out_shardings=(models.shardings(mesh), replicated, replicated),
