@@ -43,27 +43,19 @@ def make_mesh(
             evenly.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = resolve_sizes(shape, config, len(devices))
-    return _mesh(sorted(devices, key=lambda d: d.process_index), sizes)
-
-
-def resolve_sizes(
-    shape: MeshShape, config: ModelConfig, devices: int
-) -> tuple[int, ...]:
-    """Return the sizes of `AXES` on a number of devices; raises as `make_mesh`."""
     sizes = dataclasses.astuple(shape)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise InputError(f"{shape}: sizes are positive, at most one is -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
-    rest, left_over = divmod(devices, known)
+    rest, left_over = divmod(len(devices), known)
     if left_over or rest == 0 or (-1 not in sizes and rest != 1):
         raise InputError(
             f"mesh: {shape} needs {'a multiple of ' if -1 in sizes else ''}{known} "
-            f"devices, there are {devices}"
+            f"devices, there are {len(devices)}"
         )
     sizes = tuple(rest if size == -1 else size for size in sizes)
-    _check_splits(config, fsdp=sizes[1], tensor=sizes[3])
-    return sizes
+    _check_splits(config, **dict(zip(AXES, sizes, strict=True)))
+    return _mesh(sorted(devices, key=lambda d: d.process_index), sizes)
 
 
 class EngineMeshes(NamedTuple):

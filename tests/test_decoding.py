@@ -23,7 +23,6 @@ TINY = ModelConfig(
     vocab=50, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, qkv_bias=True
 )
 SIZE = 4  # tokens per page
-FULL = decoding.store_as(jnp.float32)
 
 
 def prefilled(config, weights, tokens, lengths, pages: int = 8, dtype=jnp.float32):
@@ -64,7 +63,7 @@ def logits_after(config, weights, prompt: int = 6, dtype=jnp.float32):
 
 def test_logits_with_a_cache_equal_transformers(pair):
     theirs, config, params = pair
-    ours = logits_after(config, decoding.lay_out(config, params, FULL))
+    ours = logits_after(config, decoding.lay_out(config, params, jnp.float32))
     for row, sequence in enumerate(sequences(config.vocab)):
         size = len(sequence) - 6
         close(ours[row, :size], their_logits(theirs, sequence)[6:])
@@ -76,8 +75,8 @@ def test_repeated_key_value_heads_change_no_logit(pair):
     repeated = decoding.repeat_kv_heads(config, 4)
     assert (config.kv_heads, repeated.kv_heads) == (2, 4)
     assert decoding.repeat_kv_heads(config, 2) == config
-    ours = logits_after(repeated, decoding.lay_out(repeated, params, FULL))
-    close(ours, logits_after(config, decoding.lay_out(config, params, FULL)))
+    ours = logits_after(repeated, decoding.lay_out(repeated, params, jnp.float32))
+    close(ours, logits_after(config, decoding.lay_out(config, params, jnp.float32)))
 
 
 def test_sequences_of_a_decoding_batch_may_be_at_different_positions():
@@ -86,7 +85,7 @@ def test_sequences_of_a_decoding_batch_may_be_at_different_positions():
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     states = model.hidden(TINY, params, tokens, positions, jnp.ones_like(tokens))
     expected = model.logits(TINY, params, states)
-    weights = decoding.lay_out(TINY, params, FULL)
+    weights = decoding.lay_out(TINY, params, jnp.float32)
     cache, table = prefilled(TINY, weights, tokens[:, :8], [8, 8])
     at = jnp.asarray([8, 5])  # the second sequence is back at position 5
     chosen = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
@@ -102,14 +101,13 @@ def log_prob_error(ours, theirs) -> float:
 
 def test_int8_quantizes_every_matrix_with_a_small_error():
     params = model.init(TINY, jax.random.key(0))
-    store = decoding.store_int8(jnp.float32)
-    quantized = decoding.lay_out(TINY, params, store)
+    quantized = decoding.lay_out(TINY, params, jnp.float32, int8=True)
     dense = jax.tree.map(
         lambda w: w.dense(jnp.float32) if isinstance(w, decoding.Quantized) else w,
         quantized,
         is_leaf=lambda w: isinstance(w, decoding.Quantized),
     )
-    exact = decoding.lay_out(TINY, params, FULL)
+    exact = decoding.lay_out(TINY, params, jnp.float32)
     for ours, weight in zip(
         jax.tree.leaves(dense), jax.tree.leaves(exact), strict=True
     ):
@@ -121,7 +119,7 @@ def test_int8_quantizes_every_matrix_with_a_small_error():
 
 
 def test_scales_of_int8_weights_have_the_axes_of_their_outputs():
-    names = decoding.axes(TINY, decoding.store_int8(jnp.float32))
+    names = decoding.axes(TINY, int8=True)
     attention = names["layers"][0]["attention"]
     assert attention["query"].values == ("embed", "heads", "head_dim")
     assert attention["query"].scale == (None, "heads", "head_dim")

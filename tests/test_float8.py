@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoding import FULL, TINY, log_prob_error, prefilled
+from test_decoding import TINY, log_prob_error, prefilled
 
 from oreal_jax import model
 from oreal_jax.model import Rope, decoding, float8
@@ -22,7 +22,7 @@ YARN = Rope(kind="yarn", theta=1e4, factor=4.0, original_max_length=64)
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def logits(config, params, dtype=jnp.float32):
     """Logits of four tokens of three sequences after prompts of six tokens."""
-    weights = decoding.lay_out(config, params, FULL)
+    weights = decoding.lay_out(config, params, jnp.float32)
     tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, config.vocab)
     cache, table = prefilled(config, weights, tokens[:, :6], [6] * 3, 4, dtype)
 
@@ -93,7 +93,7 @@ def test_the_worst_text_reaches_the_bound_but_not_the_maximum_of_e4m3():
         along = gain[:, None, None] * layers["attention"][name][0] * np.sign(bias)
         columns.append(np.asarray(along).reshape(config.embed, -1).T)
     params["embedding"] = jnp.asarray(np.concatenate(columns))
-    weights = decoding.lay_out(config, float8.fold_scales(config, params), FULL)
+    weights = decoding.lay_out(config, float8.fold_scales(config, params), jnp.float32)
     tokens = jnp.arange(config.vocab)[:, None]  # one per sequence, at position 0
     lengths = [1] * config.vocab
     (pages,), table = prefilled(config, weights, tokens, lengths, pages=1)

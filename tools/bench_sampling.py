@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sampling = Sampling(max_tokens=parsed.limit, **HOW)
     requests = [Request(chat.encode(q), sampling, i) for i, q in enumerate(questions)]
     engine = Engine(source.config, mesh, stops, rows=parsed.rows)
-    weights = decoding.lay_out(source.config, params, decoding.store_as(jnp.float32))
+    weights = decoding.lay_out(source.config, params, jnp.float32)
     products = matrix_products(source.config, weights, parsed.rows)
     products()
     groups = sample(engine, params, requests, samples, seed=0)  # compiles

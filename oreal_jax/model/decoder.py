@@ -70,11 +70,8 @@ class Attention(nnx.Module):
             query = rms_norm(query, self.query_norm[...], self.config.norm_epsilon)
             key = rms_norm(key, self.key_norm[...], self.config.norm_epsilon)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        return (
-            checkpoint_name(query, "query"),
-            checkpoint_name(key, "key"),
-            checkpoint_name(value, "value"),
-        )
+        names = "query", "key", "value"
+        return map(checkpoint_name, (query, key, value), names)
 
     def merge(self, attended: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
         """Project the heads back to the residual stream."""

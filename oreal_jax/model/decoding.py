@@ -29,7 +29,6 @@ from oreal_jax.model.operations import rms_norm, rotary_angles
 Cache = tuple[LayerCache, ...]  # one per layer
 Weights = Any  # parameters whose "layers" are a tuple; leaves may be `Quantized`
 Attend = Callable[..., Array]  # (pages, query, table, lengths) as `Pages.attend`
-Store = Callable[[tuple[int, ...], Array], Any]  # (axes it is summed over, weight)
 
 
 class Quantized(NamedTuple):
@@ -43,23 +42,12 @@ class Quantized(NamedTuple):
         return self.values.astype(dtype) * self.scale.astype(dtype)
 
 
-def store_as(dtype) -> Store:
-    """Return a `Store` that keeps all weights in `dtype`."""
-    return lambda summed_axes, weight: weight.astype(dtype)
-
-
-def store_int8(dtype) -> Store:
-    """Return a `Store` that keeps matrices in int8 and other weights in `dtype`."""
-
-    def store(summed_axes, weight):
-        if not summed_axes:
-            return weight.astype(dtype)
-        largest = jnp.max(jnp.abs(weight), axis=summed_axes, keepdims=True)
-        scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / 127
-        values = jnp.round(weight / scale).astype(jnp.int8)
-        return Quantized(values, scale.astype(jnp.float32))
-
-    return store
+def quantize(weight: Float[Array, "..."], summed_axes: tuple[int, ...]) -> Quantized:
+    """Return a weight in int8; its product sums over `summed_axes`."""
+    largest = jnp.max(jnp.abs(weight), axis=summed_axes, keepdims=True)
+    scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / 127
+    values = jnp.round(weight / scale).astype(jnp.int8)
+    return Quantized(values, scale.astype(jnp.float32))
 
 
 def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
@@ -72,46 +60,48 @@ def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
     return dataclasses.replace(config, kv_heads=tensor)
 
 
-def lay_out(config: ModelConfig, params: Params, store: Store) -> Weights:
-    """Return parameters in the layout of decoding, repeated to `config.kv_heads`."""
+def lay_out(
+    config: ModelConfig, params: Params, dtype, *, int8: bool = False
+) -> Weights:
+    """Return parameters in the layout of decoding.
+
+    Key-value heads are repeated to `config.kv_heads`. The weights are in `dtype`, with
+    `int8` except for the matrices.
+    """
     repeats = config.kv_heads // params["layers"]["attention"]["key"].shape[2]
 
-    def store_weight(axes, weight):
-        if "kv_heads" in axes and repeats > 1:
-            weight = jnp.repeat(weight, repeats, axis=axes.index("kv_heads"))
-        return store(_summed_axes(axes), weight)
+    def convert(names, weight):
+        if "kv_heads" in names and repeats > 1:
+            weight = jnp.repeat(weight, repeats, axis=names.index("kv_heads"))
+        summed_axes = _summed_axes(names)
+        if int8 and summed_axes:
+            return quantize(weight, summed_axes)
+        return weight.astype(dtype)
 
-    store_all = functools.partial(jax.tree.map, store_weight, is_leaf=_is_names)
+    convert_all = functools.partial(jax.tree.map, convert, is_leaf=_is_names)
     names, layers = _axes(config), params["layers"]
 
     @jax.jit
     def layer(layers, index):
         take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-        return store_all(names["layers"], jax.tree.map(take, layers))
+        return convert_all(names["layers"], jax.tree.map(take, layers))
 
-    tree = store_all(names | {"layers": {}}, params | {"layers": {}})
+    tree = convert_all(names | {"layers": {}}, params | {"layers": {}})
     return tree | {"layers": tuple(layer(layers, i) for i in range(config.layers))}
 
 
-def axes(config: ModelConfig, store: Store) -> Any:
+def axes(config: ModelConfig, *, int8: bool = False) -> Any:
     """Return the axis names of every array of `lay_out`."""
 
-    def name_arrays(axes, arrays):
-        # The scale of a quantized weight has size 1 where the weight is summed over.
-        name = lambda x: tuple(
-            name if size > 1 else None for name, size in zip(axes, x.shape, strict=True)
-        )
-        return jax.tree.map(name, arrays)
+    def name_arrays(names):
+        summed_axes = _summed_axes(names)
+        if not (int8 and summed_axes):
+            return names
+        scale = (None if i in summed_axes else name for i, name in enumerate(names))
+        return Quantized(names, tuple(scale))
 
-    # All layers have the same axes.
-    one = dataclasses.replace(config, layers=1)
-    shapes = jax.eval_shape(
-        lambda params: lay_out(one, params, store), functional.abstract(one)
-    )
-    names = _axes(config)
-    names |= {"layers": (names["layers"],)}
-    tree = jax.tree.map(name_arrays, names, shapes, is_leaf=_is_names)
-    return tree | {"layers": tree["layers"] * config.layers}
+    names = jax.tree.map(name_arrays, _axes(config), is_leaf=_is_names)
+    return names | {"layers": (names["layers"],) * config.layers}
 
 
 def prefill(

@@ -118,19 +118,19 @@ class Programs:
         mesh = meshes.own
         self.mesh, self.page, self.cache_dtype = mesh, page, cache_dtype
         self.config = decoding.repeat_kv_heads(config, mesh.shape["tensor"])
-        store = (decoding.store_int8 if weights == "int8" else decoding.store_as)(dtype)
+        int8 = weights == "int8"
         is_float8 = cache_dtype.itemsize == 1
         fit = float8.fold_scales if is_float8 else lambda _, params: params
         heads = self.config.kv_heads // mesh.shape["tensor"]
         self.form = choose_pages(platform(mesh), heads, config.head_dim, cache_dtype)
         self.attend = model_parallel.shard_over_heads(self.form.attend, mesh)
         self.choose = model_parallel.shard_over_slots(choose, mesh)
-        axes = decoding.axes(self.config, store)
+        axes = decoding.axes(self.config, int8=int8)
         each = lambda work, *engines: model_parallel.map_engines(work, mesh, engines)
         self.execution = model_parallel.make_prompt_execution(mesh)
         self.reshard = jax.jit(
             lambda params: decoding.lay_out(
-                self.config, fit(self.config, params), store
+                self.config, fit(self.config, params), dtype, int8=int8
             ),
             out_shardings=sharding.decoding_shardings(axes, meshes.all),
         )

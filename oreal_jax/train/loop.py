@@ -99,11 +99,11 @@ def train(config: TrainConfig, run: Path, screen: Screen, profile: int = 0) -> N
                     with screen.phase("update_actor", label=label):
                         state, measured, token_scores = train_step(state, batch)
                         directory.hold(state)
-                        metrics |= step_metrics.finite(measured, step + 1)
+                        metrics |= step_metrics.check_finite(measured, step + 1)
                     selected = step_metrics.with_scores(
                         selected, indices, batch, token_scores
                     )
-                    metrics |= step_metrics.agreement(selected, config, step + 1)
+                    metrics |= step_metrics.check_agreement(selected, config, step + 1)
                     del batch, measured, token_scores  # frees memory of the devices
                 else:
                     state = state._replace(step=state.step + 1)

@@ -19,7 +19,7 @@ from oreal_jax.train_state import TrainedModels
 from oreal_jax.trajectory import Group, TokenScores, Trajectory
 
 
-def finite(metrics: Mapping[str, Float[Array, ""]], step: int) -> dict[str, float]:
+def check_finite(metrics: Mapping[str, Float[Array, ""]], step: int) -> dict[str, float]:
     """Return the metrics of the update of step `step` (from 1) as numbers.
 
     Raises:
@@ -58,7 +58,7 @@ def with_scores(
     return scored
 
 
-def agreement(
+def check_agreement(
     selected: Sequence[Trajectory], config: TrainConfig, step: int
 ) -> dict[str, float]:
     """Return difference and correlation of token probabilities between sampler and

@@ -18,7 +18,7 @@ from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.model import ModelConfig
-from oreal_jax.train.metrics import finite
+from oreal_jax.train.metrics import check_finite
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.resume import Data, read_progress
 from oreal_jax.train.run_directory import RunDirectory
@@ -76,7 +76,7 @@ def sft(config: SftConfig, run: Path, screen: Screen, profile: int = 0) -> None:
                 with screen.phase("update_actor", label=f"step {step}: "):
                     state, metrics, _ = train_step(state, put_batch(batch, mesh))
                     directory.hold(state)
-                    metrics = finite(metrics, step)
+                    metrics = check_finite(metrics, step)
                 loss = metrics.get("actor/pg_loss", metrics["actor/loss"])
                 lengths = ((len(e.prompt), len(e.completion)) for e in batch_examples)
                 work = efficiency.full_pass(lengths)
