@@ -279,8 +279,12 @@ def _connect(arguments: dict[str, Any], timeout: float) -> None:
     try:
         connected.result(timeout)
     except TimeoutError:
-        address = global_state.coordinator_address
-        _exit(1, f"not all processes came to {address} within {timeout:g} s (--wait)")
+        # JAX does not tell which of the other processes are missing.
+        address = global_state.coordinator_address or "unknown address"
+        reason = f"not all {process_count()} processes connected to {address}"
+        if not _is_reachable(address):
+            reason = f"cannot reach process 0 at {address}"
+        _exit(1, f"{reason} within {timeout:g} s (--wait)")
     except ValueError:  # a parameter is neither given nor detected
         raise InputError(
             "--processes auto: neither a TPU pod nor a SLURM step, no Open MPI and no "
@@ -288,6 +292,15 @@ def _connect(arguments: dict[str, Any], timeout: float) -> None:
         ) from None
     except jax.errors.JaxRuntimeError as error:
         raise Failure(f"the processes cannot connect: {summarize(error)}") from None
+
+
+def _is_reachable(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), port), 1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_port(port: int) -> None:

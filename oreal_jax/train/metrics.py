@@ -19,7 +19,9 @@ from oreal_jax.train_state import TrainedModels
 from oreal_jax.trajectory import Group, TokenScores, Trajectory
 
 
-def check_finite(metrics: Mapping[str, Float[Array, ""]], step: int) -> dict[str, float]:
+def check_finite(
+    metrics: Mapping[str, Float[Array, ""]], step: int
+) -> dict[str, float]:
     """Return the metrics of the update of step `step` (from 1) as numbers.
 
     Raises:
