@@ -33,7 +33,7 @@ def make_execution(
     return Execution(
         attend=shard_attention(mesh, rows="rows"),
         constrain=_constrain(mesh, "rows", "sequence", None),
-        # The head was cast before: constrained as stored, it is gathered after that.
+        # Constrained as it is stored, then gathered: so the cast precedes the gather.
         gather_head=lambda weight: gathered(stored(weight)),
         row_shards=count_row_shards(mesh),
         context_shards=mesh.shape["context"],
@@ -62,14 +62,14 @@ def map_engines(work: Callable, mesh: Mesh, has_engines: Sequence[bool]) -> Call
         axes = [0 if has_axis else None for has_axis in has_engines]
         return jax.vmap(work, in_axes=axes, spmd_axis_name=RULES["rows"])
 
-    def run(*arguments):
+    def alone(*arguments):
         without_axis = (
             jax.tree.map(lambda x: x[0], argument) if has_axis else argument
             for argument, has_axis in zip(arguments, has_engines, strict=True)
         )
         return jax.tree.map(lambda x: x[None], work(*without_axis))
 
-    return run
+    return alone
 
 
 def shard_attention(mesh: Mesh, rows: str | None = None) -> Callable:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from oreal_jax import efficiency, sharding, trajectory
+from oreal_jax import efficiency, trajectory
 from oreal_jax.checkpoints.published import PUBLISHED
 from oreal_jax.cli import main
 from oreal_jax.data.packing import fill_rows
+from oreal_jax.errors import InputError
 from oreal_jax.losses import Grpo
 from oreal_jax.plan import Plan, compiler, load_shape, make_plan
 from oreal_jax.plan.bounds import (
@@ -272,7 +273,7 @@ def test_a_mean_of_zero_tokens_is_rejected(config_file, capsys):
 def test_a_model_that_is_not_on_disk_is_planned_as_published():
     assert load_shape(config()).embed == 3584
     unknown = dataclasses.replace(config(), model="nobody/knows")
-    with pytest.raises(sharding.InputError, match="nobody/knows"):
+    with pytest.raises(InputError, match="nobody/knows"):
         load_shape(unknown)
 
 

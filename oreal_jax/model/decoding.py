@@ -98,7 +98,7 @@ def axes(config: ModelConfig, *, int8: bool = False) -> Any:
         if not (int8 and summed_axes):
             return names
         scale = (None if i in summed_axes else name for i, name in enumerate(names))
-        return Quantized(names, tuple(scale))
+        return Quantized._make([names, tuple(scale)])
 
     names = jax.tree.map(name_arrays, _axes(config), is_leaf=_is_names)
     return names | {"layers": (names["layers"],) * config.layers}
