@@ -19,7 +19,7 @@ CONFIGS = (
 
 @pytest.fixture(scope="module")
 def hooks():
-    """The module that makes the tables."""
+    """Load the module that makes the tables."""
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

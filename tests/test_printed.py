@@ -493,7 +493,7 @@ class Check:
                 assert extra in provided, f"{requirement}: no such extra"
 
     def hf(self, words: list[str]) -> None:
-        """Checks the options of the Hugging Face client, and downloads nothing."""
+        """Check the options of the Hugging Face client; download nothing."""
         verb, *rest = words
         command = [sys.executable, "-m", "huggingface_hub.cli.hf", verb, "--help"]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -574,7 +574,7 @@ def check_setting(setting: str) -> None:
 
 @functools.cache
 def strings() -> list[str]:
-    """The texts of the program, with "..." in place of values."""
+    """Return the texts of the program, with "..." in place of values."""
 
     def text(node: ast.expr) -> str:
         match node:
@@ -592,7 +592,7 @@ def strings() -> list[str]:
 
 
 def check_message(text: str) -> None:
-    """Fails unless a text of the program has these parts in this order."""
+    """Fail unless a text of the program has these parts in this order."""
     parts = [re.escape(part) for part in re.split(r"(?:\.{3})+", text)]
     pattern = re.compile(".*".join(parts), re.DOTALL)
     assert any(map(pattern.search, strings())), f"no such message: {text}"
