@@ -622,6 +622,10 @@ WRONG = [
 
 # different, or not safely the same: wrong or undecided
 NOT_RIGHT = [
+    ("x^2=8", "8"),
+    ("ab=8", "8"),
+    ("2x=10", "10"),
+    ("x^2+y^2=25", "25"),
     (r"3\text{ eighths}", "3"),
     (r"3\text{ quarters}", "3"),
     (r"5\text{ pi}", "5"),

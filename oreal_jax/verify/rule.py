@@ -30,7 +30,7 @@ from oreal_jax.verify.verdict import Undecided, Verdict
 MAX_LENGTH = 1000  # characters of an answer that is read at all
 MAX_PARTS = 8  # of lists that are compared part by part
 
-NAME = r"[a-zA-Z\\][\w\\{}'^]*(?:\^\{-1\})?(?:\s*\([^()=]*\))?"
+NAME = r"(?![a-z]{2}\s*=)[a-zA-Z\\][\w\\{}']*(?:\^\{-1\})?(?:\s*\([^()=]*\))?"
 NAMED = re.compile(
     rf"^(?:\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*\w+|{NAME}(?:\s*:\s*{NAME})?)\s*(?:=|\\in\b)(.*)$"
 )

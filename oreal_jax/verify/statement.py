@@ -29,6 +29,7 @@ from oreal_jax.verify.wording import (
     STATED,
     STATED_OR,
     SUBJECT,
+    UNKNOWN_CHANGED,
     is_denied,
     is_doubted,
     is_remark,
@@ -89,6 +90,7 @@ COMPUTATION = re.compile(
 )
 AND = re.compile(r"(?:and|or|as well as)\s+", re.IGNORECASE)
 ARROW = re.compile(r"\\(?:Rightarrow|implies|Longrightarrow|therefore)(?![a-zA-Z])")
+SUBJECT_FORMULA = re.compile(r"(?<!\bof )([\ue000-\uf8ff])\s*$")
 OPERATORS = "+-*/=<>^_&!\\"
 
 
@@ -188,7 +190,11 @@ def stated(text: str, labelled: bool = False) -> str:
                 unclear = QUANTITY.search(before)  # "5 and sold 3", "step 2: 3"
             else:
                 unclear = STATED.search(before)  # "x is 3 and y is 5"
-            return "" if unclear or is_denied(before) else value
+                unclear = unclear or UNKNOWN_CHANGED.search(before)
+            if unclear or is_denied(before):
+                return ""
+            subject = SUBJECT_FORMULA.search(before)  # "$2x$ is 8" is an equation
+            return f"{subject[1]} = {value}" if subject else value
     return only_quantity(text, labelled)
 
 

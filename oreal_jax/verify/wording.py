@@ -55,9 +55,17 @@ SEPARATOR = re.compile(
     re.IGNORECASE,
 )
 STATED = re.compile(rf"\b(?:{STATES})\s+[-−($]*[\d\ue000-\uf8ff]", re.IGNORECASE)
+# A subject that is an unknown changed: "2x is 8", "half the number is 8".
+UNKNOWN_CHANGED = re.compile(
+    r"\d ?[a-z]\b|\b[a-z] ?[-+*/^²³]|[-+*/] ?[a-z]\b"
+    r"|^\D*\b(?:twice|half|double|triple|squared?|cubed?|root|reciprocal|negative"
+    r"|opposite|inverse|absolute|plus|minus|times|less|more)\b\D*$",
+    re.IGNORECASE,
+)
 STATED_OR = re.compile(rf"\b(?:{STATES}|or)\b", re.IGNORECASE)
 HYPOTHESIS = re.compile(
-    r"(?:let|suppose|assume|consider|define|denote|try|if)\b(?! me| us|['’]s)",
+    r"(?:let|suppose|assume|consider|define|denote|try|if|say|imagine)\b"
+    r"(?! me| us|['’]s)",
     re.IGNORECASE,
 )
 # A number after one of these is part of what they begin.
@@ -72,7 +80,7 @@ BEFORE = re.compile(
 SUBJECT = re.compile(  # the number before it is what the sentence is about
     rf"(?:{STATES}|{ACTIONS}|does|do|did|will|can|divides?|appears?|occurs?|works?"
     r"|fails?|leads?|violates?|exceeds?|satisf(?:y|ies)|of|to|in|into|by|at|from"
-    r"|through)\b",
+    r"|through|as an?)\b",
     re.IGNORECASE,
 )
 
