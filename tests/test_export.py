@@ -33,15 +33,8 @@ from oreal_jax.sampling import Sampling
 def write_run(
     start: Path, run: Path, stop_words: tuple[str, ...] = ("<|im_start|>",)
 ) -> Path:
-<<<<<<< HEAD
-    """A run directory as after training with evaluations."""
-    one_device = lambda model: make_mesh(MeshShape(), model, jax.devices()[:1])
-=======
     """Write a run directory as training with evaluations would."""
-    one_device = lambda model: sharding.make_mesh(
-        sharding.MeshShape(), model, jax.devices()[:1]
-    )
->>>>>>> h_loading
+    one_device = lambda model: make_mesh(MeshShape(), model, jax.devices()[:1])
     import_model(start, run, one_device, jnp.float32)
     settings = config.TrainConfig(
         model="Qwen/Qwen2.5-7B",

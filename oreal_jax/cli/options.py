@@ -185,67 +185,11 @@ def load_for_generation(args: argparse.Namespace, sampling, stops: Sequence[str]
     """
     from oreal_jax.loading import load_model
 
-<<<<<<< HEAD
     check_min(1, "--rows", args.rows)
     model = load_model(args.model, system_prompt=args.system_prompt, stops=stops)
     engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
     engine.check_sampling(sampling)
     return model, engine
-=======
-    def __init__(self, args: argparse.Namespace, sampling, stops=()):
-        from oreal_jax import program_cache, sharding
-        from oreal_jax.checkpoints.source import open_model
-        from oreal_jax.data import Chat, load_tokenizer
-        from oreal_jax.sampling import Engine, token_table
-        from oreal_jax.train.programs import compute_dtype
-
-        check_min(1, "--rows", args.rows)
-        source = self.source = open_model(args.model)
-        mesh = sharding.make_mesh(sharding.MeshShape(), source.config)
-        program_cache.enable()
-        dtype = compute_dtype("auto", mesh)
-        # Importing the tokenizer's library takes about as long.
-        self.load = in_background(lambda: source.load(mesh, dtype))
-        system_prompt = args.system_prompt
-        if system_prompt is None:
-            system_prompt = source.system_prompt
-        tokenizer = load_tokenizer(source.files)
-        words = [text for text in stops if text in tokenizer.all_special_tokens]
-        strings = [text for text in stops if text not in words]
-        words += source.settings.get("stop_words", ())
-        strings += source.settings.get("stop_strings", ())
-        self.chat = Chat(tokenizer, system_prompt, stop_strings=strings)
-        self.engine = Engine(
-            source.config,
-            mesh,
-            self.chat.stop_tokens(words),
-            stop_table=token_table(strings, self.chat.token_bytes, source.config.vocab),
-            rows=args.rows,
-            dtype=dtype,
-            weights=args.weights,
-            cache=args.cache,
-        )
-        self.engine.check_sampling(sampling)
-        self.sampling = sampling
-
-
-def in_background(work: Callable[[], T]) -> Callable[[], T]:
-    """Start `work` in a thread that does not keep the process alive.
-
-    Returns a function that waits for the result, or raises the error; it can be called
-    once and keeps no reference to the result.
-    """
-    futures: list[Future[T]] = [Future()]
-
-    def run(future: Future[T]) -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, args=futures, daemon=True).start()
-    return lambda: futures.pop().result()
->>>>>>> h_loading
 
 
 def make_sampling(args: argparse.Namespace, greedy: bool):
