@@ -122,7 +122,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def params():
-    """The weights of tiny_engine.py's model."""
+    """Return the weights of tiny_engine.py's model."""
     import tiny_engine
 
     return tiny_engine.make_params()

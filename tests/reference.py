@@ -45,13 +45,15 @@ class Batch(NamedTuple):
             yield b, bool(self.rewards.reshape(-1)[b] > 0), tokens
 
     def scores(self, b: int, tokens: list[int]) -> list[float]:
-        """The token scores of a completion."""
+        """Return the token scores of a completion."""
         return [float(self.token_scores[b, t]) for t in tokens]
 
 
 class Result(NamedTuple):
-    """A loss, its metrics, and its gradient [B, T]: with respect to log-probabilities,
-    for `token_reward` with respect to token scores."""
+    """A loss, its metrics and its gradient [B, T].
+
+    The gradient is with respect to log-probabilities, for `token_reward` to scores.
+    """
 
     value: float
     metrics: dict[str, float]
@@ -135,7 +137,7 @@ def group_normalised(rewards: np.ndarray) -> np.ndarray:
 
 
 def zero_one(advantage: Advantage) -> Advantage:
-    """The same advantage of rewards 1 and 0 instead of +1 and -1."""
+    """Return the same advantage of rewards 1 and 0 instead of +1 and -1."""
     return lambda rewards: advantage(np.where(rewards > 0, 1.0, 0.0))
 
 
@@ -155,7 +157,7 @@ def clone(log_prob: float) -> Term:
 
 
 def reinforce(advantage: float) -> Term:
-    """-A pi / stop(pi): value -A, derivative -A."""
+    """Return -A pi / stop(pi): value -A, derivative -A."""
     return -advantage, -advantage
 
 
@@ -167,8 +169,10 @@ def clipped_surrogate(
     high: float,
     dual: float = math.inf,
 ) -> Term:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old; where A < 0, at most
-    dual |A|. The derivative is 0 where a bound holds."""
+    """Return -min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old.
+
+    Where A < 0, at most dual |A|. The derivative is 0 where a bound holds.
+    """
     r, slope = exponential(log_prob - old)
     free = -r * advantage
     bounded = -min(max(r, 1 - low), 1 + high) * advantage
@@ -233,8 +237,10 @@ HALF = threshold_weights(0.5)
 
 
 def top_k_weights(ratio: float) -> Weighting:
-    """(q - low) / (high - low) for the top int(ratio n) credits, at least one; 1 where
-    high = low; 0 for other tokens."""
+    """Weigh the top int(ratio n) credits by (q - low) / (high - low).
+
+    At least one token has a weight; it is 1 where high = low, other tokens have 0.
+    """
 
     def weigh(credits: list[float]) -> list[float]:
         keep = max(1, int(ratio * len(credits)))
@@ -436,8 +442,11 @@ def plain_reinforce(
     entropy_weight: float = 0.0,
     importance_cap: float | None = None,
 ) -> Result:
-    """Mean over tokens of -A pi/stop(pi) min(pi / pi_old, importance_cap)
-    + kl_weight k3(log pi, log reference) - entropy_weight entropy."""
+    """Average the clipped policy loss over tokens.
+
+    -A pi/stop(pi) min(pi / pi_old, importance_cap) + kl_weight k3(log pi, log
+    reference) - entropy_weight entropy.
+    """
     A = advantage(batch.rewards).reshape(-1)
     gradient = np.zeros(batch.completion.shape)
     policy = penalty = entropy = 0.0
@@ -578,11 +587,10 @@ def xtuner_oreal(
 
 
 def token_reward(batch: Batch) -> Result:
-    """Sum over completions of BCE(sigmoid(mean w), correct) / completions (equation
-    12).
+    """Sum BCE(sigmoid(mean w), correct) over completions / their number.
 
-    Its derivative with respect to a token's score is (sigmoid(mean w) - 1 or 0) / n
-    / completions, for a completion of n tokens.
+    Equation 12. Its derivative with respect to a token's score is (sigmoid(mean w) - 1
+    or 0) / n / completions, for a completion of n tokens.
     """
     gradient = np.zeros(batch.completion.shape)
     loss = hits = 0.0

@@ -303,7 +303,7 @@ def test_the_split_of_a_tfds_set_is_named(tmp_path, built):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """The folder of a downloaded set of the hub."""
+    """Return the folder of a downloaded set of the hub."""
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path)
     )

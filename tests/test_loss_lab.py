@@ -19,7 +19,7 @@ from oreal_jax.loss_lab.load import PER_TOKEN
 
 
 def row(verdict="correct", tokens=4, seed=0, **fields) -> dict:
-    """A line as a run writes it."""
+    """Return a line as a run writes it."""
     draw = np.random.default_rng(seed)
     log_probs = draw.normal(-1, 0.3, tokens)
     lists = {

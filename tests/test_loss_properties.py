@@ -91,7 +91,7 @@ class Sampled(NamedTuple):
     rewards: np.ndarray
 
     def scored(self, loss) -> Scored:
-        """The arrays for a loss, not yet masked, as float64 exact in float32."""
+        """Return the arrays for a loss, not yet masked, as float64 exact in float32."""
         advantage = getattr(loss, "advantage", outcome)(self.rewards).reshape(-1)
         fields: dict[str, Any] = {
             "completion": np.arange(T)[None] < self.lengths[:, None],
@@ -103,8 +103,10 @@ class Sampled(NamedTuple):
 
 @st.composite
 def batches(draw, *, mixed: bool = False) -> Sampled:
-    """Random numbers from a seed, a length and a verdict for each completion; `mixed`
-    has correct and incorrect samples of every prompt."""
+    """Draw random numbers: a seed, and a length and verdict of each completion.
+
+    `mixed` has correct and incorrect samples of every prompt.
+    """
     lengths = draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
     if mixed:
         correct = [draw(st.integers(1, K - 1)) for _ in range(N)]
@@ -167,7 +169,7 @@ def close(ours, theirs):
 
 
 def enlarged(scored: Scored, places, garbage: float) -> Scored:
-    """The same completions in the rows `places` of larger arrays full of garbage."""
+    """Put completions into the rows `places` of larger arrays full of garbage."""
 
     def widen(x) -> Any:
         shape = (LARGE_B, LARGE_T)[: x.ndim]
@@ -284,7 +286,7 @@ def test_packing_changes_nothing(loss, sampled, prompts, height, row_length):
 
 
 def packed_outputs(loss, scored, packed, index, counts, spread):
-    """Outputs of a micro-batch as in the training step, gradients by column."""
+    """Return outputs of a micro-batch as in the training step, gradients by column."""
     with jax.enable_x64(True):
         part = micro_batch(packed, index)
         columns = {name: spread(getattr(scored, name), np.nan) for name in FLOATS}
@@ -318,8 +320,7 @@ def test_a_policy_loss_never_trains_the_token_reward_model(loss, sampled):
 @thorough
 @given(batches())
 def test_the_reference_is_compared_with_the_full_distribution(loss, sampled):
-    """The KL of the reference to itself and its gradient are 0, whatever distribution
-    the tokens were sampled from."""
+    """Whatever distribution the tokens were sampled from, KL and gradient are 0."""
     scored = sampled.scored(loss)
     metrics = evaluate(loss, scored).metrics
     same = scored._replace(reference_log_probs=scored.full_log_probs)

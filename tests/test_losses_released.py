@@ -58,7 +58,7 @@ class Case(NamedTuple):
         )
 
     def scored(self, logits, token_scores) -> Scored:
-        """The arrays for the loss; entry t - 1 of a row predicts token t."""
+        """Return the arrays for the loss; entry t - 1 of a row predicts token t."""
 
         def chosen(logits):
             log_probs = jax.nn.log_softmax(logits[:, :-1])
@@ -154,7 +154,7 @@ def token_reward(case: Case, dtype):
 
 
 def released_token_reward(case: Case, dtype: torch.dtype):
-    """The release's token reward loss, each mean score cast to `dtype`."""
+    """Return the release's token reward loss, each mean score cast to `dtype`."""
     scores = torch.tensor(case.arrays["token_scores"], requires_grad=True)
     correct = torch.tensor(case.arrays["rewards"] > 0)
     N = len(correct)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("judges")
 
 
 def written(run) -> set[str]:
-    """The names of all metrics of a run."""
+    """Return the names of all metrics of a run."""
     return {name for row in metrics.read(run / "metrics.jsonl") for name in row}
 
 

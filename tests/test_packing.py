@@ -19,8 +19,10 @@ Lengths = Callable[[np.random.Generator, int], np.ndarray]
 def steps(
     config: TrainConfig, prompts: Lengths, completions: Lengths
 ) -> list[list[tuple[int, int]]]:
-    """(prompt, completion) lengths of the pairs of each step. The model improves: more
-    and more prompts have only correct completions."""
+    """Yield the (prompt, completion) lengths of the pairs of each step.
+
+    The model improves: more and more prompts have only correct completions.
+    """
     random = np.random.default_rng(0)
     batches = []
     for step in range(config.steps):
@@ -41,7 +43,7 @@ def published(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def shapes(config: TrainConfig, lengths, shards: int) -> list[tuple[Shape, int]]:
-    """The batch shape and the number of micro-batches of each step."""
+    """Return the batch shape and the number of micro-batches of each step."""
     packing = config.packing
     limits = step_size_limits(
         config, min(prompt for step in lengths for prompt, _ in step)

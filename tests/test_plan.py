@@ -1,5 +1,7 @@
-"""Plans against programs of known size and measured times; and one small plan by the
-TPU's own compiler."""
+"""Plans against programs of known size and measured times.
+
+One small plan is compiled by the TPU's own compiler.
+"""
 
 import dataclasses
 import json
@@ -134,7 +136,7 @@ def test_an_asynchronous_collective_counts_once():
 
 
 def config(**changes):
-    """A small run of a model that TPU kernels take."""
+    """Return a small run of a model that TPU kernels take."""
     from oreal_7b import config
 
     return dataclasses.replace(
@@ -198,7 +200,7 @@ def test_every_program_is_planned_and_its_float32_products_are_exact(cache_token
 
 @pytest.fixture
 def model_file(tmp_path):
-    """A directory with the config.json of a small model."""
+    """Return a directory with the config.json of a small model."""
     from oreal_jax.checkpoints.families import to_hugging_face
 
     (tmp_path / "config.json").write_text(json.dumps(to_hugging_face(SHAPE)))
@@ -323,7 +325,7 @@ def test_the_larger_cache_that_a_plan_proposes_lets_all_slots_run(config_file, c
 
 
 def seven_billion(**changes):
-    """The published recipe on eight H100s, and the sequences that its steps select."""
+    """Return the published recipe on eight H100s and its selected sequences."""
     import oreal_7b
 
     config = dataclasses.replace(oreal_7b.config, **changes)
@@ -335,8 +337,10 @@ def seven_billion(**changes):
 
 
 def test_all_completions_that_a_step_may_select_are_counted():
-    """1,024 completions of 7,000 tokens with their prompts fill 57 micro-batches of
-    eight rows; a pair of each prompt an eighth of that."""
+    """1,024 completions fill 57 micro-batches; a pair of each prompt, an eighth.
+
+    Sequences of 7,000 tokens and their prompts, in micro-batches of eight rows.
+    """
     selected, everything = seven_billion(keep=trajectory.select_all)
     assert len(selected) == 1024
     rows = fill_rows([sum(lengths) for lengths in selected], 16_384)
@@ -424,10 +428,12 @@ def test_rounds_add_up_to_the_work_of_decoding():
 
 
 def test_the_bound_of_a_plan_exceeds_a_measured_throughput():
-    """NeMo-RL 0.4 (docs/about/performance-summary.md there): GRPO of Llama 3.1 8B on
-    16 H100, 64 prompts x 32 samples of 1,060 tokens on average and 4,096 at most, no
-    tensor parallelism in generation, activation checkpointing: 1,562 tokens/s a GPU,
-    with prompts (97.7 s a step: they have 132 tokens)."""
+    """NeMo-RL 0.4 measured 1,562 tokens/s per GPU, with prompts.
+
+    docs/about/performance-summary.md there: GRPO of Llama 3.1 8B on 16 H100, 64 prompts
+    x 32 samples of 1,060 tokens on average and 4,096 at most, no tensor parallelism in
+    generation, activation checkpointing (97.7 s per step: prompts have 132 tokens).
+    """
     import oreal_7b
 
     measured, sampling = 1562, oreal_7b.config.sampling
@@ -462,8 +468,10 @@ QWEN_7B = PUBLISHED["Qwen/Qwen2.5-7B"]
 def test_a_decoding_step_on_an_h200_takes_up_to_three_bounds(
     rows, context, milliseconds
 ):
-    """Measured with commit ba428a3 and jax 0.11.2: Qwen2.5-7B's shape in bfloat16, 128
-    tokens for prompts of 1,984 (256 rows: 500)."""
+    """Measured with commit ba428a3 and jax 0.11.2.
+
+    Qwen2.5-7B's shape in bfloat16, 128 tokens for prompts of 1,984 (256 rows: 500).
+    """
     findings = investigate(config(), SHAPE, "h200:1", PAIRS)._replace(slots=rows)
     cached = np.array([rows * context])
     step = Round(steps=1, slots=rows, running=np.array([rows]), cached=cached)
@@ -473,9 +481,11 @@ def test_a_decoding_step_on_an_h200_takes_up_to_three_bounds(
 
 
 def test_a_train_step_on_an_h200_takes_up_to_three_bounds():
-    """Measured with commit ba428a3 and jax 0.11.2: 0.935 s for eight layers of
-    Qwen2.5-7B, without a token reward model, on one sequence of 1,024 + 15,360 tokens;
-    the backward pass computes everything again."""
+    """Measured with commit ba428a3 and jax 0.11.2: 0.935 s.
+
+    Eight layers of Qwen2.5-7B, without a token reward model, on one sequence of 1,024 +
+    15,360 tokens; the backward pass computes everything again.
+    """
     shape = dataclasses.replace(QWEN_7B, layers=8)
     recipe = config(token_reward=None, freeze_steps=0)
     packing = dataclasses.replace(recipe.packing, row_length=16_384)

@@ -211,8 +211,10 @@ Engine.sample, loop.pack = broken_sample, broken_pack
 def test_an_error_in_one_is_saved_by_all_or_ends_all(
     tiny, tmp_path, start, place, limit, saved, error, code
 ):
-    """Processes that wait for it in collectives of the update cannot save; all exit
-    with the message of the error and its exit code."""
+    """All processes exit with the message and the exit code of the error.
+
+    Processes that wait for the failed one in collectives of the update cannot save.
+    """
     config, run = tmp_path / "own.py", tmp_path / "run"
     shutil.copy(CONFIG, tmp_path)
     config.write_text(BROKEN.format(place=place, limit=limit, error=error))

@@ -76,8 +76,10 @@ def test_the_logit_bias_is_that_of_transformers():
 
 
 def test_presence_counts_once_and_frequency_each_time():
-    """OpenAI's formula: logit - presence * (count > 0) - frequency * count, over the
-    completion alone."""
+    """OpenAI's formula: logit - presence * (count > 0) - frequency * count.
+
+    Counts are over the completion alone.
+    """
     logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
     sampling = Sampling(max_tokens=1, presence_penalty=0.5, frequency_penalty=0.25)
     slots = make_slots(sampling, 3)
@@ -150,8 +152,11 @@ def test_frequencies_of_tokens_follow_the_distribution(options):
 
 @pytest.mark.parametrize("lowest", [0.0, 1e-3])
 def test_no_uniform_number_gives_a_token_of_weight_zero(lowest):
-    """Rounding decides at the boundaries of blocks, so uniform numbers (multiples of
-    2^-23) next to all of them are tried; `lowest` masks all other tokens."""
+    """Try uniform numbers next to all boundaries of blocks.
+
+    Rounding decides there. Uniform numbers are multiples of 2^-23; `lowest` masks all
+    other tokens.
+    """
     rows, blocks, kept, one = 64, 16, 20, 2**23
     random = np.random.default_rng(0)
     weights = np.zeros((rows, blocks * 256), np.float32)

@@ -174,8 +174,10 @@ def full_logits(params, tokens):
 
 
 def test_penalties_apply_to_each_slots_own_tokens(params, prompts):
-    """Token by token against the full forward pass. Slots are reused, so the tokens of
-    one sequence must not reach the next."""
+    """Token by token against the full forward pass.
+
+    Slots are reused: the tokens of one sequence must not reach the next.
+    """
     how: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 12}
     completions = sample(params, prompts, 1, rows=2, **how, **PENALTIES)
     for prompt, (completion,) in zip(prompts, completions, strict=True):

@@ -26,7 +26,7 @@ from oreal_jax.sampling.programs import Size
 
 
 def pairs(groups, others):
-    """The completions of two calls, side by side."""
+    """Return the completions of two calls, side by side."""
     return zip(*map(itertools.chain.from_iterable, (groups, others)), strict=True)
 
 
@@ -108,8 +108,10 @@ def test_an_engine_may_have_fewer_devices_than_a_row_of_the_mesh(
     ids=lambda how: next(iter(how), "plain"),
 )
 def test_a_cache_that_is_too_small_for_all_slots_changes_nothing(params, prompts, how):
-    """Sequences without pages are swapped out with all that their next tokens depend
-    on, and no token is generated twice."""
+    """Sequences are swapped out with all that their next tokens depend on.
+
+    No token is generated twice.
+    """
     options = dict(how)
     renormalise = options.pop("renormalise", False)
     mesh = make_tiny_mesh(options.pop("mesh", None))
@@ -185,8 +187,10 @@ def test_eight_bits_change_little_and_depend_on_nothing_else(params, prompts, op
 def test_the_size_of_keys_and_values_does_not_change_a_float8_completion(
     params, prompts
 ):
-    """The same model with keys and values of thousands, queries and the output
-    projection as much smaller; e4m3 ends at 448."""
+    """Keys and values of thousands give the same model; e4m3 ends at 448.
+
+    Queries and the output projection are as much smaller.
+    """
     attention = dict(params["layers"]["attention"])
     for name, factor in [("key", 12), ("query", -12), ("value", 12), ("output", -12)]:
         attention[name] = attention[name] * 2.0**factor

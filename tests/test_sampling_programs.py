@@ -73,8 +73,7 @@ def test_engines_shrink_only_if_that_saves_time(params, prompts, monkeypatch):
 
 
 def test_sizes_in_a_resumable_run_depend_on_requests_alone(params, prompts):
-    """They are the same with and without an earlier, longer call, whatever the clock
-    says."""
+    """An earlier, longer call and the clock change nothing."""
     engine = make_engine(rows=32, longest=(40, 150))
     programs, weights = engine.programs, put_weights(engine, params)
     compiled_decode, sizes = programs.compiled_decode, []

@@ -27,7 +27,7 @@ def check_pages(schedule: Schedule) -> None:
 
 
 def make_scheduler(jobs: list[Job], **options) -> Scheduler:
-    """A scheduler of one engine with pages of 16 tokens, unless overridden."""
+    """Return a scheduler of one engine with pages of 16 tokens, unless overridden."""
     return Scheduler(jobs, **({"engines": 1, "page_size": 16, "steps": 4} | options))
 
 
@@ -42,8 +42,10 @@ def test_every_sample_finishes_once(engines, slots):
 @pytest.mark.parametrize("steps", [7, 64])
 @pytest.mark.parametrize("pages", [80, 140])
 def test_preempted_sequences_resume_where_they_were(engines, steps, pages):
-    """Pages for about one, or two, of eight sequences at their longest: no token is
-    generated twice."""
+    """No token is generated twice.
+
+    There are pages for about one, or two, of eight sequences at their longest.
+    """
     lengths = heavy_tailed(120, 300, 900).reshape(24, 5)
     cache = {"engines": engines, "pages": pages, "longest": 1000}
     simulation = simulate_checked(lengths, steps=steps, **cache)

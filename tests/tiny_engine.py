@@ -71,7 +71,7 @@ def make_engine(mesh=None, rows=64, **options) -> Engine:
 def make_requests(
     prompts, *, keys=None, first_sample=0, seed=1, **options
 ) -> list[Request]:
-    """Requests for 90 tokens with a nucleus of 0.9, unless `options` override them."""
+    """Return requests for 90 tokens with a nucleus of 0.9, or with `options`."""
     sampling = Sampling(**({"max_tokens": 90, "top_p": 0.9} | options))
     return [
         Request(prompt, sampling, key, first_sample, seed)
