@@ -86,6 +86,8 @@ def same(answer: str, gold: str) -> bool | None:
     )
     if both_values and not equal and at_points(first, second):
         return None  # equal as numbers, but not proved
+    if both_values and equal and not at_points(first, second) and first != second:
+        return None  # it takes infinite values for any other
     agreed = agree(first, second)
     if equal and agreed is False and getattr(first, "is_Relational", False):
         return None
