@@ -94,7 +94,7 @@ def load_model(
     """Load a Hugging Face or run directory onto devices.
 
     Returns as soon as the tokenizer is loaded; `LoadedModel.params` waits for the
-    weights. `mesh` says how they are sharded over `devices` (None: fully, over all).
+    weights. `mesh` is how they are sharded over `devices` (None: fully, over all).
     `dtype` is that of weights and activations: "auto" is bfloat16, float32 on CPU.
     `system_prompt` None is the run's, else the chat template's own. Completions end
     before the first of `stops`, or at it if it is a special token.

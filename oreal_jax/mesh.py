@@ -47,13 +47,13 @@ def make_mesh(
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise InputError(f"{shape}: sizes are positive, at most one is -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
-    rest, left_over = divmod(len(devices), known)
-    if left_over or rest == 0 or (-1 not in sizes and rest != 1):
+    free, left_over = divmod(len(devices), known)
+    if left_over or free == 0 or (-1 not in sizes and free != 1):
         raise InputError(
             f"mesh: {shape} needs {'a multiple of ' if -1 in sizes else ''}{known} "
             f"devices, there are {len(devices)}"
         )
-    sizes = tuple(rest if size == -1 else size for size in sizes)
+    sizes = tuple(free if size == -1 else size for size in sizes)
     _check_splits(config, **dict(zip(AXES, sizes, strict=True)))
     return _mesh(sorted(devices, key=lambda d: d.process_index), sizes)
 

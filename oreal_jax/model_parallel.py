@@ -161,7 +161,7 @@ def shard_over_slots(choose: Callable, mesh: Mesh) -> Callable:
     tensor = mesh.shape["tensor"]
     slots = make_sharding(mesh, "slots", rules=DECODING_RULES).spec
     # Constrained on entry, or the split would spread to the inputs of these arrays.
-    by_token, whole = _constrain(mesh, None, "vocab"), _constrain(mesh)
+    by_token, complete = _constrain(mesh, None, "vocab"), _constrain(mesh)
 
     def choose_part(*arguments):
         return jax.lax.all_gather(choose(*arguments), "tensor", tiled=True)
@@ -176,6 +176,6 @@ def shard_over_slots(choose: Callable, mesh: Mesh) -> Callable:
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-        return sharded(by_token(logits), common, *jax.tree.map(whole, state))
+        return sharded(by_token(logits), common, *jax.tree.map(complete, state))
 
     return run

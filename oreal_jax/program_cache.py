@@ -100,7 +100,7 @@ class Entries(CacheInterface):
         self._max_bytes = max_bytes
         self._bytes: int | None = None  # counted at the first write
 
-    def get(self, key: str) -> bytes | None:  # pyright: ignore  # JAX's says None
+    def get(self, key: str) -> bytes | None:  # pyright: ignore  # JAX's: None
         """Return the entry, None if it is missing."""
         path = self._path / (key + SUFFIX)
         try:
@@ -122,13 +122,13 @@ class Entries(CacheInterface):
             unfinished = self._path / (secrets.token_hex(8) + UNFINISHED)
             unfinished.write_bytes(value)
             unfinished.replace(self._path / (key + SUFFIX))
-            self._make_room(len(value))
+            self._free_space(len(value))
         except OSError:
             if unfinished:
                 with contextlib.suppress(OSError):
                     unfinished.unlink(missing_ok=True)
 
-    def _make_room(self, added: int) -> None:
+    def _free_space(self, added: int) -> None:
         if self._bytes is not None and self._bytes + added <= self._max_bytes:
             self._bytes += added
             return

@@ -138,9 +138,12 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
 def test_names_and_texts_use_plain_words():
     offences = []
     for path in [*ROOT.rglob("*.py"), *(ROOT.parent / "tools").glob("*.py")]:
-        tree = ast.parse(path.read_text())
-        matches = [(line, WORDS.fullmatch(name)) for line, name in names(tree)]
-        matches += [(line, PHRASES.search(text)) for line, text in texts(path)]
+        defined = list(names(ast.parse(path.read_text())))
+        if "right" in {name for _, name in defined}:  # the left side
+            defined = [(line, name) for line, name in defined if name != "left"]
+        matches = [(line, WORDS.fullmatch(name)) for line, name in defined]
+        if path.name != "wording.py":  # its patterns are for what answers say
+            matches += [(line, PHRASES.search(text)) for line, text in texts(path)]
         place = path.relative_to(ROOT.parent)
         offences += [f"{place}:{line}: {m[0]}" for line, m in matches if m]
     assert not offences, "\n".join(offences)

@@ -120,8 +120,8 @@ class Setting:
     @classmethod
     def parse(cls, text: str) -> "Setting":
         """Parse e.g. "4_sorted" or "8_unsorted_checkpointing"."""
-        batch, order, *rest = text.split("_")
-        return cls(int(batch), order == "sorted", rest == ["checkpointing"])
+        batch, order, *options = text.split("_")
+        return cls(int(batch), order == "sorted", options == ["checkpointing"])
 
     def __str__(self):
         order = "sorted" if self.by_length else "unsorted"

@@ -153,10 +153,10 @@ def _take_rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
             raise InputError(f"{where}: {name}={values[name]!r}, expected an object")
     name = "rope_scaling" if values["rope_scaling"] else "rope_parameters"
     dropped = values["rope_parameters"] if name == "rope_scaling" else {}
-    given = {"rope_theta": fields.pop("rope_theta", None), **values[name]}
-    given = {key: value for key, value in given.items() if value is not None}
+    entries = {"rope_theta": fields.pop("rope_theta", None), **values[name]}
+    entries = {key: value for key, value in entries.items() if value is not None}
     number = lambda key, default=None: _take_number(
-        given, key, f"{where}: {name}", default, float
+        entries, key, f"{where}: {name}", default, float
     )
     theta = float(number("rope_theta", 10_000.0))
     if (dropped.get("rope_theta") or theta) != theta:
@@ -165,23 +165,23 @@ def _take_rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
             f"{dropped['rope_theta']!r} would become {theta}; add rope_theta to "
             "rope_scaling and remove rope_parameters"
         )
-    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]
+    kinds = [entries.pop(key) for key in ("rope_type", "type") if key in entries]
     kind, *others = kinds or ["default"]
     if kind not in [*ROPE_FIELDS] or others not in ([], [kind]):
         raise InputError(
             f"{where}: {name}: rope_type={' and '.join(map(repr, kinds))} is not "
             f"supported ({', '.join(ROPE_FIELDS)} are)"
         )
-    if given.get("partial_rotary_factor") == 1:
-        given.pop("partial_rotary_factor")
-    for key in sorted(given.keys() - {*ROPE_FIELDS[kind]}):
+    if entries.get("partial_rotary_factor") == 1:
+        entries.pop("partial_rotary_factor")
+    for key in sorted(entries.keys() - {*ROPE_FIELDS[kind]}):
         raise InputError(
-            f"{where}: {name}: {key}={given[key]!r} is not supported with "
+            f"{where}: {name}: {key}={entries[key]!r} is not supported with "
             f"rope_type={kind!r}"
         )
     if kind == "default":
         return Rope(theta=theta)
-    truncate = given.pop("truncate", True)
+    truncate = entries.pop("truncate", True)
     if not isinstance(truncate, bool):
         raise InputError(
             f"{where}: {name}: truncate={truncate!r}, expected true or false"

@@ -213,12 +213,12 @@ def _tokenizer(
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     core.pre_tokenizer = pre_tokenizer(split)
     core.decoder = decoders.ByteLevel()
-    whole = [
+    added = [
         AddedToken(token, special=type == SPECIAL, normalized=False)
         for token, type in zip(tokens, types, strict=True)
         if type in (SPECIAL, USER_DEFINED)
     ]
-    core.add_tokens(whole)  # they keep their ids
+    core.add_tokens(added)  # they keep their ids
     ids = {
         "bos": int(get("bos_token_id", -1)),
         "eos": int(get("eos_token_id")),

@@ -73,11 +73,11 @@ def attend_part(
 
 def _blocks(x: Array, T: int, fill: int = 0) -> Array:
     """Split [B, S, ...] into [n, B, T, ...]; the last block is padded with `fill`."""
-    B, S, *rest = x.shape
+    B, S, *inner = x.shape
     n = -(-S // T)
-    pad = ((0, 0), (0, n * T - S)) + ((0, 0),) * len(rest)
+    pad = ((0, 0), (0, n * T - S)) + ((0, 0),) * len(inner)
     x = jnp.pad(x, pad, constant_values=fill)
-    return jnp.moveaxis(x.reshape(B, n, T, *rest), 1, 0)
+    return jnp.moveaxis(x.reshape(B, n, T, *inner), 1, 0)
 
 
 class _Visibility(NamedTuple):

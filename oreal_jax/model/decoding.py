@@ -146,7 +146,7 @@ def decode(
     positions: Int[Array, "B"],
     cache: Cache,
     table: Int[Array, "B M"],
-    attend: Attend = lambda pages, *rest: pages.attend(*rest),
+    attend: Attend = lambda pages, *inputs: pages.attend(*inputs),
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Return the logits after one new token per sequence, and the new cache.
 

@@ -45,7 +45,7 @@ class Execution:
     dtype: Any = None
 
     def rematerialise(self, layer: Callable) -> Callable:
-        """Return `layer` with a backward pass that recomputes what `remat` says."""
+        """Return `layer` with a backward pass that recomputes as `remat` sets."""
         if self.remat == "nothing":
             return layer
         store = jax.checkpoint_policies.save_only_these_names

@@ -96,7 +96,7 @@ class GpuPages(Pages):
         heads = max(16, pl.next_power_of_2(H // G))  # a matrix unit's minimum
         grouped = query.reshape(B, G, H // G, K)
         grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, heads - H // G), (0, 0)))
-        whole = lambda array: pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+        complete = lambda array: pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
         part = lambda *block: pl.BlockSpec(
             (None, None, None, *block), lambda b, g, s: (b, g, s) + (0,) * len(block)
         )
@@ -108,8 +108,8 @@ class GpuPages(Pages):
                 pl.BlockSpec((None, None, heads, K), lambda b, g, s: (b, g, 0, 0)),
                 pl.BlockSpec((None, M), lambda b, g, s: (b, 0)),
                 pl.BlockSpec((None,), lambda b, g, s: (b,)),
-                whole(self.keys),
-                whole(self.values),
+                complete(self.keys),
+                complete(self.values),
             ],
             out_specs=[part(heads), part(heads), part(heads, K)],
             out_shape=[

@@ -101,7 +101,9 @@ class Runner:
             count = prompt_batch(max(1, PREFILL // width))
             fits = lambda admission, width=width: stored(admission) <= width
             batch = [[*itertools.takewhile(fits, queue[:count])] for queue in queues]
-            queues = [q[len(taken) :] for q, taken in zip(queues, batch, strict=True)]
+            queues = [
+                q[len(admitted) :] for q, admitted in zip(queues, batch, strict=True)
+            ]
             self._prefill_batch(batch, width)
 
     def _prefill_batch(self, batch: list[list[Admission]], width: int) -> None:

@@ -111,12 +111,12 @@ def simulate(
         waiting, tables = scheduler.waiting, schedule.block_tables
         if not tables:  # the oldest was preempted: waiting samples hold the pages
             continue
-        # Decoding: `left` is what each running sequence has yet to generate.
+        # Decoding: `remaining` is what each running sequence has yet to generate.
         running = samples[tuple(np.transpose(list(tables)))]
-        left = lengths.reshape(-1)[running] - generated[running]
-        ending = min(schedule.min_finished or len(left), len(left))
-        round_steps = min(steps, int(np.sort(left)[ending - 1]))
-        new = np.minimum(left, round_steps)
+        remaining = lengths.reshape(-1)[running] - generated[running]
+        ending = min(schedule.min_finished or len(remaining), len(remaining))
+        round_steps = min(steps, int(np.sort(remaining)[ending - 1]))
+        new = np.minimum(remaining, round_steps)
         read = new * (prompt + generated[running]) + new * (new - 1) // 2
         engine = np.array([engine for engine, _ in tables])
         totals = (np.bincount(engine, x, engines) for x in (new, read))

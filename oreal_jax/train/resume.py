@@ -90,7 +90,7 @@ def record_progress(run: Path) -> None:
 
 
 def _unrecorded_progress(run: Path, step: int) -> Progress:
-    """Every earlier step took as many prompts as the run's config says."""
+    """Assume that every earlier step took as many prompts as in the run's config."""
     config = read_json(run / "config.json")
     per_step = config.get("prompts_per_step") or config["examples_per_step"]
     return Progress(taken=step * per_step)

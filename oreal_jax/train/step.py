@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 class Objective(NamedTuple):
     """The loss, and how the models compute it.
 
-    `distribution` says which of the policy's probabilities the loss reads,
+    `distribution` is which of the policy's probabilities the loss reads,
     `gradient_sums` is the dtype in which the gradients of the layers' matrices are
     summed over the devices (all others and sums over micro-batches: float32).
     """
@@ -93,7 +93,7 @@ def make_train_step(
     """Return the jitted training step.
 
     During the first `freeze_steps` steps only the token reward model learns (its head
-    starts at zero, which gives every token the weight 0). `remat` says what the
+    starts at zero, which gives every token the weight 0). `remat` is what the
     backward pass recomputes; for the other options see `Objective`.
     """
     execution = model_parallel.make_execution(mesh, remat, dtype)

@@ -151,7 +151,7 @@ def compare_approximations(answer: str, gold: str) -> bool | None:
     if r"\approx" not in answer or r"\approx" in gold:
         return None
     if not same(answer.split(r"\approx", 1)[0].strip(), gold):
-        raise Undecided(f"{shorten(answer)} says so only approximately")
+        raise Undecided(f"{shorten(answer)} is only approximate")
     return True
 
 

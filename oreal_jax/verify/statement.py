@@ -221,8 +221,8 @@ def only_quantity(text: str, labelled: bool) -> str:
     matches = list(re.finditer(pattern, text))
     if len(matches) != 1 or BEFORE.search(text[: matches[0].start()]):
         return ""
-    rest = text[: matches[0].start()] + text[matches[0].end() :]
-    return "" if re.search(r"\d", rest) else matches[0][0]
+    remaining = text[: matches[0].start()] + text[matches[0].end() :]
+    return "" if re.search(r"\d", remaining) else matches[0][0]
 
 
 def expression(text: str, words: bool = False, most_words: int = 30) -> str:
