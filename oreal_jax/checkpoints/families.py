@@ -187,7 +187,7 @@ def _take_rope(fields: dict[str, Any], max_length: int, where: str) -> Rope:
             f"{where}: {name}: truncate={truncate!r}, expected true or false"
         )
     required = ROPE_FIELDS[kind] if kind == "llama3" else ("factor",)
-    own = {key: float(number(key)) for key in sorted({*required, *given})}
+    own = {key: float(number(key)) for key in sorted({*required, *entries})}
     if kind == "llama3" and own["low_freq_factor"] >= own["high_freq_factor"]:
         raise InputError(
             f"{where}: {name}: low_freq_factor={own['low_freq_factor']} must be below "
