@@ -108,7 +108,7 @@ def load_model(
     placement = make_mesh(shape, source.config, devices)
     program_cache.enable()
     compute = compute_dtype(dtype, placement)
-    # Importing the tokenizer's library takes about as long.
+    # Importing the tokenizer's library takes about as long as loading the weights.
     loading = in_background(lambda: source.load(placement, compute))
     tokenizer = load_tokenizer(source.files)
     words = [text for text in stops if text in tokenizer.all_special_tokens]

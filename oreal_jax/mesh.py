@@ -87,7 +87,7 @@ def make_engine_meshes(
         own = [device for device in devices if device.process_index == here]
     if len(own) % tensor:
         raise InputError(
-            f"an engine of {tensor} devices: a process has {len(own)}, which is no "
+            f"an engine of {tensor} devices: a process has {len(own)}, not a "
             "multiple; set decode_tensor, or start fewer processes with more devices "
             "each (under SLURM: one task per node)"
         )
@@ -120,5 +120,5 @@ def _check_splits(config: ModelConfig, **sizes: int) -> None:
         size = getattr(config, name)
         if size % sizes[axis]:
             raise InputError(
-                f"mesh: {name}={size} does not divide by {axis}={sizes[axis]}"
+                f"mesh: {name}={size} is not divisible by {axis}={sizes[axis]}"
             )

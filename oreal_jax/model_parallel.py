@@ -55,8 +55,8 @@ def _constrain(mesh: Mesh, *axes: str | None) -> Callable[[jax.Array], jax.Array
 def map_engines(work: Callable, mesh: Mesh, has_engines: Sequence[bool]) -> Callable:
     """Return `work` mapped over engines, the data shards of a mesh, in one program.
 
-    `has_engines` tells which arguments have a leading axis of engines, which `work`
-    does not see (the others are replicated); all results have one.
+    Argument i has a leading axis of engines where `has_engines[i]`, which `work` does
+    not see; engines share the other arguments. Every result has such an axis.
     """
     if count_row_shards(mesh) > 1:
         axes = [0 if has_axis else None for has_axis in has_engines]
@@ -87,7 +87,9 @@ def shard_attention(mesh: Mesh, rows: str | None = None) -> Callable:
         kernel, kernel_specs = prepare(
             heads, length, make_sharding(mesh, "heads", "sequence")
         )
-        if key.shape[2] % tensor:  # fewer than devices: each gets the one it reads
+        if (
+            key.shape[2] % tensor
+        ):  # fewer KV heads than devices: each has the one it reads
             repeats = tensor // key.shape[2]
             key, value = (flash.repeat_heads(x, repeats) for x in (key, value))
 

@@ -1,7 +1,7 @@
 """Where arrays are stored: one table from logical axes to mesh axes.
 
 A weight names its logical axes where it is declared; `RULES` maps them to axes of the
-mesh. To try another layout, change the table and nothing else.
+mesh.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "pages": None,
 }
 
-# Every data shard of a mesh is an engine with complete weights, split over `tensor`
-# alone, so engines do not communicate. The device that has the logits of a slot chooses
-# its token: to gather them would move `tensor` times as much.
+# While decoding, each data shard is one engine: it holds a full copy of the weights,
+# split only over `tensor`, and engines do not communicate. One device chooses the token
+# of a slot: gathering the logits on all would move `tensor` times the data.
 DECODING_RULES = RULES | {"embed": None, "slots": "tensor"}
 
 

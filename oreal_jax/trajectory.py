@@ -128,7 +128,7 @@ def select_all(group: Group, random: np.random.Generator) -> Group:
     return group
 
 
-# The names in config files that were written before December 2026.
+# Former names, still accepted in config files.
 one_pair, everything = select_pair, select_all
 
 

@@ -154,7 +154,7 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["mesh.fsdp=3"], "3 devices, there are 8"),
         (
             lambda d: ["mesh.fsdp=1", "mesh.tensor=8"],
-            "heads=4 does not divide by tensor=8",
+            "heads=4 is not divisible by tensor=8",
         ),
         (lambda d: ["prompts_per_step=1000"], "1000 prompts, the data set has 100"),
         (lambda d: ["stop_words=('two words',)"], "'two words' is 9 tokens"),

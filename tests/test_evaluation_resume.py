@@ -136,7 +136,7 @@ def test_a_journal_with_another_option_is_refused(
 
 @pytest.mark.slow
 def test_the_tiny_model_resumes_after_a_real_interruption(start, tmp_path):
-    """SIGINT during generation; the same command then ends as if defer_interrupts."""
+    """SIGINT during generation; the same command then ends as if uninterrupted."""
     words = ["data", "pass-rate", "--model", start / "hf", "--k", "8", "--rows", "8"]
     words += ["--data", start / "prompts.jsonl", "--max-tokens", "12", "--out"]
 

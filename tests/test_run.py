@@ -251,7 +251,7 @@ def test_row_lengths_must_divide_by_the_context_axis(tiny):
     settings = ["mesh.context=8", "packing.row_length=300"]
     config = load(ROOT / "configs/tiny.py", TrainConfig, settings)
     with pytest.raises(
-        InputError, match="row_length=300 does not divide by .*context=8"
+        InputError, match="row_length=300 is not divisible by .*context=8"
     ):
         make_run_mesh(config, open_model(tiny / "sft").config)
 

@@ -1,4 +1,4 @@
-"""Token weights: the share in [0, 1] of an outcome that is attributed to a token.
+"""Token weights: a factor in [0, 1] on each token's loss.
 
 A *credit* turns raw token scores into q, the probability that a token leads to a
 correct answer: `running_credit` or `token_credit`. A *weighting* turns q for correct

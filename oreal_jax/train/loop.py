@@ -2,15 +2,15 @@
 
     for each step:
         generate K completions of each prompt with the current policy
-        verify them: correct or incorrect
+        verify them: correct, incorrect or undecided
         compute advantages over all K; select one correct and one incorrect
         add the reference model's log-probabilities
         update the token reward model and the policy
 
 Everything random is a function of (seed, step), and a checkpoint records how many
-prompts were used, so a resumed run matches an defer_interrupts one. With several
+prompts were used, so a resumed run matches an uninterrupted one. With several
 processes, each generates and verifies its share of the prompts; the completions are
-then gathered, and every process computes the same update.
+then gathered, and all processes run the update together, as one program.
 """
 
 import functools

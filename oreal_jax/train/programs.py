@@ -32,7 +32,7 @@ def make_run_mesh(
     length, context = config.packing.row_length, mesh.shape["context"]
     if length % context:
         raise InputError(
-            f"packing.row_length={length} does not divide by mesh.context={context}"
+            f"packing.row_length={length} is not divisible by mesh.context={context}"
         )
     is_float32 = compute_dtype(config.compute, mesh) == jnp.float32
     if is_float32 and config.gradient_sums != "float32":

@@ -48,9 +48,9 @@ class Scores(NamedTuple):
 class Objective(NamedTuple):
     """The loss, and how the models compute it.
 
-    `distribution` is which of the policy's probabilities the loss reads,
-    `gradient_sums` is the dtype in which the gradients of the layers' matrices are
-    summed over the devices (all others and sums over micro-batches: float32).
+    `distribution` gives the log-probabilities that the loss reads: of the whole
+    vocabulary, or as sampled. `gradient_sums` is the dtype for sums of the layers'
+    matrix gradients over devices; all other sums are float32.
     """
 
     loss: PolicyLoss
