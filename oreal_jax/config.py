@@ -86,8 +86,8 @@ class Verification:
 
     def __post_init__(self):
         check_verifiers(self.verifiers)
-        _check_min(1, self, "workers", "judge_concurrency", "judge_tries")
-        _check_min(1, self, "judge_max_tokens")
+        names = "workers", "judge_concurrency", "judge_tries", "judge_max_tokens"
+        _check_min(1, self, *names)
         _check_positive(self, "deadline", "judge_timeout")
 
 

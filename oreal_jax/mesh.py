@@ -45,7 +45,9 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.astuple(shape)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"{shape}: sizes are positive, at most one is -1 (the rest)")
+        raise InputError(
+            f"{shape}: sizes must be positive; one may be -1, for all other devices"
+        )
     known = math.prod(size for size in sizes if size != -1)
     free, left_over = divmod(len(devices), known)
     if left_over or free == 0 or (-1 not in sizes and free != 1):

@@ -266,6 +266,10 @@ EVAL = ["eval", "--model", "gone", "--data", "gone.jsonl"]
         ([*SAMPLE, "--rows", "0"], "--rows 0: must be at least 1"),
         ([*EVAL, "--temperature", "0.5"], "--temperature with --k 1"),
         ([*EVAL, "--items", "a.jsonl", "--json", "a.jsonl"], "are the same: a.jsonl"),
+        (
+            [*EVAL, "--items", "gone.jsonl"],
+            "--items are the same: gone.jsonl",
+        ),
         ([*EVAL, "--items", "a.txt"], "--items a.txt: expected a .jsonl file"),
         (["compare", "a", "b", "--json", "b"], "are the same: b"),
         (["compare", "a", "b", "--json", "/dev/null"], "a device, expected a file"),

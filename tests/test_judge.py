@@ -152,7 +152,8 @@ def test_without_hosts_the_rule_decides_if_configured():
             assert judge.verdicts(candidates, by_rule) == by_rule
             assert judge_metrics([judge.take_counts()])["judge/left_to_rule"] == 2
     assert messages == [
-        f"judge: no host replies ({stub.url}); continuing by rule alone"
+        f"judge: {stub.url} fails: HTTP status 500",
+        f"judge: no host replies ({stub.url}); continuing without the judge",
     ]
 
 
@@ -164,16 +165,15 @@ def test_without_hosts_the_judge_pauses_until_one_is_back():
         with Judge([stub.url], "m", log=messages.append, **options) as judge:
             future = judge.submit(candidate("correct"), INCORRECT)
             until = time.monotonic() + 5
-            while not messages:
+            while len(messages) < 2:
                 assert time.monotonic() < until
                 time.sleep(0.02)
-            assert messages == [
-                f"judge: no host replies ({stub.url}); paused until one is back"
-            ]
+            paused = f"judge: no host replies ({stub.url}); paused until one is back"
+            assert messages[1:] == [paused]
             assert not future.done()
             stub.behave, stub.healthy = honest, True
             assert future.result(5).outcome == "correct"
-    assert messages[1:] == [f"judge: {stub.url} is back"]
+    assert messages[2:] == [f"judge: {stub.url} is back"]
 
 
 def test_closing_does_not_wait_for_a_paused_judge():
@@ -290,6 +290,14 @@ def test_fields_that_an_api_rejects_are_renamed_or_left_out():
     assert stub.requests == 2 + 3
     assert stub.bodies[-1]["max_completion_tokens"] == 77
     assert not {"max_tokens", "temperature"} & set(stub.bodies[-1])
+
+
+def test_the_judge_overrules_neither_another_verifier_nor_its_failure():
+    final = [Verdict("incorrect", "41 words", "is_brief")]
+    final += [Verdict("undecided", "is_brief failed: KeyError", "crash")]
+    with serving(replies("VERDICT: RIGHT")) as stub, Judge([stub.url], "m") as judge:
+        assert judge.verdicts([candidate("7")] * 2, final) == final
+        assert stub.requests == 0
 
 
 def test_no_judge_decides_about_gold_that_is_no_answer():

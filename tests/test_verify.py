@@ -389,6 +389,14 @@ def test_a_config_files_function_is_a_verifier(tmp_path):
     assert verdicts[1].reason == "21 words on '3 + 4?'"
 
 
+def in_main(completion, prompt):
+    """Return a verdict; defined in a script or a notebook."""
+    return Verdict("correct", "")
+
+
+in_main.__module__ = "__main__"
+
+
 @pytest.mark.parametrize(
     ("verifiers", "message"),
     [
@@ -398,11 +406,13 @@ def test_a_config_files_function_is_a_verifier(tmp_path):
         ),
         ((by_rule, functools.partial(by_rule)), "partial.* must be a function"),
         ((), "at least one"),
+        ((in_main,), "in_main must be a function at the top level of a module"),
     ],
 )
 def test_verifiers_that_workers_cannot_import_are_refused(verifiers, message):
-    with pytest.raises(InputError, match=message):
-        Verification(verifiers=verifiers)
+    for use in (Verification, functools.partial(Pool, 1)):
+        with pytest.raises(InputError, match=message):
+            use(verifiers=verifiers)
 
 
 def test_verifiers_read_the_row_of_the_prompt():

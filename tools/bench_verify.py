@@ -114,7 +114,7 @@ def reversed_list(text: str) -> str:
 
 
 def hanging(completion: str, prompt: Mapping[str, Any]) -> Verdict:
-    """Return a verifier that hangs on completions that begin with "hang"."""
+    """Refuse every completion, and hang on those that begin with "hang"."""
     time.sleep(60 if completion.startswith("hang") else 0)
     return Verdict("incorrect", "")
 

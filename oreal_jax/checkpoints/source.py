@@ -28,11 +28,6 @@ class ModelSource(NamedTuple):
     files: Path
     settings: Mapping[str, Any] = {}
 
-    @property
-    def system_prompt(self) -> str | None:
-        """The system message of the run; None where there is none."""
-        return self.settings.get("system_prompt")
-
     def load(
         self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = hf.ignore
     ) -> Params:

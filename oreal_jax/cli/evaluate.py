@@ -90,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_min(1, "--k", args.k)
     if args.greedy and args.k == 1:
         raise InputError("--greedy with --k 1: one sample is greedy already")
-    check_apart({"--items": args.items, "--json": args.json})
+    check_apart({"--items": args.items, "--json": args.json}, {"--data": args.data})
     if args.items and args.items.suffix not in (".jsonl", ".json"):
         raise InputError(f"--items {args.items}: expected a .jsonl file")
     for path in (args.items, args.json):

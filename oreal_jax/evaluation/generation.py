@@ -125,6 +125,8 @@ def generation_settings(
         "model": str(weights),
         "model of": datetime.datetime.fromtimestamp(newest).isoformat(),
         "system_prompt": chat.system_prompt,
+        "stop_strings": list(chat.stop_strings),
+        "stop_words": list(source.settings.get("stop_words", ())),
         "questions": fingerprint([(p.id, p.question) for p in prompts]),
     }
 

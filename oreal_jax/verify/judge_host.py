@@ -27,8 +27,9 @@ class RequestFailed(Exception):
         host: bool = True,
         retry_after: float = 0.0,
         tokens: Mapping[str, int] = types.MappingProxyType({}),
+        message: str = "",
     ):
-        super().__init__(kind)
+        super().__init__(message or kind)
         self.kind, self.host, self.retry_after = kind, host, retry_after
         self.tokens = tokens
 
@@ -45,6 +46,7 @@ class Host:
     requests: int = 0  # under way
     failures: int = 0  # in a row
     out: bool = False
+    reported: bool = False  # its failure has been logged
 
     def request(
         self,
@@ -95,8 +97,10 @@ class Host:
             for chunk in response.iter_bytes():
                 content += chunk
                 # httpx limits the time of a chunk, not that of the whole reply.
-                if time.monotonic() > deadline or is_closed():
+                if time.monotonic() > deadline:
                     raise RequestFailed("timeout")
+                if is_closed():
+                    raise RequestFailed("closed", host=False)
                 if len(content) > MAX_REPLY:
                     raise RequestFailed("garbage")
             return response.status_code, content
@@ -127,7 +131,8 @@ def check_status(response: httpx.Response) -> None:
         return
     header = response.headers.get("retry-after", "")
     seconds = min(30.0, float(header)) if re.fullmatch(r"\d{1,4}", header) else 0.0
-    raise RequestFailed("status", retry_after=seconds)
+    message = f"HTTP status {status}"
+    raise RequestFailed("status", retry_after=seconds, message=message)
 
 
 def read_reply(reply: Any) -> tuple[str, dict[str, int]]:
@@ -141,7 +146,9 @@ def read_reply(reply: Any) -> tuple[str, dict[str, int]]:
         message, finish_reason = choice["message"], choice["finish_reason"]
         text = message["content"]
         counts = {name: usage.get(name) for name in TOKENS}
-        if text is None and (message.get("reasoning_content") or message["reasoning"]):
+        if text is None and (
+            message.get("reasoning_content") or message.get("reasoning")
+        ):
             text = ""  # it has only thought
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed("garbage") from None

@@ -208,7 +208,7 @@ class Judge:
                 host.failures = 0
         except RequestFailed as failure:
             if failure.host:
-                self._record_failure(host)
+                self._record_failure(host, failure)
             raise
         finally:
             with self._state:
@@ -219,18 +219,21 @@ class Judge:
         free = lambda host: not host.out and host.requests < self._concurrency
         return list(filter(free, self._hosts))
 
-    def _record_failure(self, host: Host) -> None:
+    def _record_failure(self, host: Host, failure: RequestFailed) -> None:
         with self._state:
             host.failures += 1
             if host.failures >= MAX_FAILURES and not host.out:
                 host.out = True
                 self._count(taken_out=1)
+                if not host.reported:
+                    host.reported = True
+                    self._log(f"judge: {host.url} fails: {failure}")
 
     def _log_outage(self) -> None:
         if not self._outage_logged:
             self._outage_logged = True
             urls = ", ".join(host.url for host in self._hosts)
-            consequence = "continuing by rule alone"
+            consequence = "continuing without the judge"
             if self._lost == "pause":
                 consequence = "paused until one is back"
             self._log(f"judge: no host replies ({urls}); {consequence}")
@@ -297,7 +300,8 @@ def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def needs_judge(candidate: Candidate, by_rule: Verdict) -> bool:
     """Return whether there may be an answer that the rule does not call correct."""
-    if by_rule.outcome == "correct" or by_rule.by == "truncated":
+    # What another verifier decides, or its failure, is final.
+    if by_rule.outcome == "correct" or by_rule.by not in ("rule", "timeout"):
         return False
     if not extract.has_answer(candidate.gold_answer):
         return False

@@ -39,7 +39,8 @@ def check_verifiers(verifiers: Sequence[Verifier]) -> None:
         raise InputError("config: verifiers=(): at least one is needed")
     for verifier in verifiers:
         name = getattr(verifier, "__qualname__", repr(verifier))
-        if not name.isidentifier() or not hasattr(verifier, "__module__"):
+        module = getattr(verifier, "__module__", "__main__")
+        if not name.isidentifier() or module == "__main__":
             raise InputError(
                 f"config: verifiers: {name} must be a function at the top level of a "
                 "module, which workers import by its name"
@@ -59,7 +60,11 @@ class Pool:
         """Start the workers; `deadline` is in seconds per answer, memory per worker.
 
         The first of the `verifiers` whose verdict is not undecided decides.
+
+        Raises:
+            InputError: a verifier cannot be imported by name.
         """
+        check_verifiers(verifiers)
         names = ",".join(f"{v.__module__}:{v.__name__}" for v in verifiers)
         command = [sys.executable, "-m", "oreal_jax.verify.worker"]
         command += [names, str(deadline), str(memory_bytes)]

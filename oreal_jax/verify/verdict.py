@@ -49,7 +49,7 @@ Verifier = Callable[[str, Mapping[str, Any]], Verdict]
 
 
 class Undecided(ValueError):
-    """The reason that no comparison should decide."""
+    """No comparison may decide; the message becomes the reason of the verdict."""
 
 
 def read_outcome(where: str, row: Mapping[str, Any]) -> Outcome:
