@@ -60,7 +60,10 @@ class OpenModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel(OpenModel):
-    """A model on a mesh, with its weights, which load in the background."""
+    """A model on a mesh, with its weights, which load in the background.
+
+    An engine has its own copy: delete the model to free these.
+    """
 
     loading: Future[Params]
 

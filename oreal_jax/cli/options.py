@@ -81,7 +81,7 @@ def generation_defaults() -> dict[str, Any]:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of `generation_defaults` that a verb has, with their values."""
+    """Return the options of `generation_defaults` that a verb has, with values."""
     defaults = generation_defaults()
     return {k: v for k, v in vars(args).items() if k in defaults}
 

@@ -60,7 +60,7 @@ class Engine:
         weights, cache: "int8" and "float8" (e4m3) take half the memory of bfloat16, and
             halve what is read per token; they apply to prefill too.
         tensor: devices per engine (0: as in the mesh).
-        devices: of this process (None: those of JAX).
+        devices: of this process (None: those of `mesh`).
         longest: maximum tokens of a prompt and of a completion, for runs that resume
             bit for bit: programs then follow from these and the requests, not from the
             clock or what is compiled, as the number of slots affects rounding.

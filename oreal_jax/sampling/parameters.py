@@ -30,12 +30,13 @@ class Sampling:
     temperature: float = 1.0
     """Divides logits; 0: greedy."""
     top_p: float = 1.0
-    """Keep the most likely tokens with this total probability; 1: off."""
+    """Keep the fewest most likely tokens that hold this share of the probability that
+    `top_k` left; 1: off."""
     top_k: int = 0
     """Keep this many of the most likely tokens; 0: off."""
     min_p: float = 0.0
-    """Keep tokens with this share of the highest probability (arXiv:2407.01082);
-    0: off."""
+    """Keep tokens at least this fraction as likely as the most likely one
+    (arXiv:2407.01082); 0: off."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens in the prompt or completion, and multiplies
     negative ones (arXiv:1909.05858); 1: off."""

@@ -3,8 +3,8 @@
 The parameters are arrays over slots, so one compiled program serves every mixture of
 requests; a stage that no slot needs is skipped (`Stages`). The vocabulary is never
 sorted. Truncation is a threshold per slot: tokens of smaller weight are masked. A token
-is sampled by inverting the cumulative distribution in two levels; one sum over the
-likelier tokens tells whether it is in the nucleus.
+is sampled by inverting the cumulative distribution in two levels. It is in the nucleus
+if the tokens that are likelier hold less than `top_p`.
 """
 
 from typing import Any, NamedTuple
@@ -241,12 +241,12 @@ def sampling_distribution(sampling: Sampling) -> Distribution:
 
 
 def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Return tempered unnormalized probabilities, 0 for tokens that are cut off."""
+    """Return tempered unnormalised probabilities, 0 for tokens that are cut off."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp((logits - highest) / sampling.temperature)
     rows, threshold = jnp.ones(len(logits), bool), jnp.zeros(len(logits))
     if sampling.top_k:
-        k = jnp.full(len(logits), sampling.top_k)
+        k = jnp.full(len(logits), min(sampling.top_k, logits.shape[-1]))
         threshold = top_k_threshold(weights, k, rows)
     if sampling.top_p < 1:
         mass = sampling.top_p * jnp.sum(mask_below(weights, threshold), axis=-1)

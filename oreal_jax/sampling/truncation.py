@@ -1,6 +1,6 @@
 """Truncation by thresholds and sampling by inversion, without sorting.
 
-Weights are unnormalized probabilities. A threshold is found by bisection; a cumulative
+Weights are unnormalised probabilities. A threshold is found by bisection; a cumulative
 distribution is inverted in two levels: over the sums of blocks, then within one.
 """
 

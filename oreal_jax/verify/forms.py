@@ -59,7 +59,7 @@ def compare_residues(answer: str, gold: str) -> bool | None:
             return False
         return (int(first[1]) - int(second[1])) % modulus == 0
     match, other = (first, gold) if first else (second, answer)
-    value = number(other)
+    value = number(flat(other))
     if value is None or not match or not 0 <= int(match[1]) < int(match[2]):
         return None
     return value == int(match[1])
