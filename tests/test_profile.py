@@ -60,6 +60,7 @@ def traced(tiny):
     return output, run
 
 
+@pytest.mark.slow
 def test_steps_after_the_first_are_traced_with_their_phases(traced):
     output, run = traced
     assert f"profile: xprof --logdir {run / 'profile'}" in output
@@ -69,6 +70,7 @@ def test_steps_after_the_first_are_traced_with_their_phases(traced):
         assert name in content
 
 
+@pytest.mark.slow
 def test_a_run_reports_throughput_and_flops_of_every_phase(traced):
     first, second, _ = metrics.read(traced[1] / "metrics.jsonl")
     for row in (first, second):
