@@ -406,7 +406,7 @@ class Check:
         targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].split("\n")[0]
         assert set(words) <= set(targets.split()), f"make {words}: no such target"
         # Not with the variables of the `make` that these tests may run under.
-        outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+        outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "VENV")
         result = subprocess.run(
             ["make", "-n", "-C", ROOT, "--no-print-directory", *words],
             env={k: v for k, v in os.environ.items() if k not in outer},

@@ -347,8 +347,8 @@ def test_the_head_has_a_column_for_every_prediction_and_few_shapes():
             MeshShape(fsdp=1, tensor=8),
             "heads=4 is not divisible by tensor=8",
         ),
-        (MeshShape(data=-1, fsdp=-1), "at most one is -1"),
-        (MeshShape(data=0), "sizes are positive"),
+        (MeshShape(data=-1, fsdp=-1), "one may be -1"),
+        (MeshShape(data=0), "sizes must be positive"),
     ],
     ids=str,
 )

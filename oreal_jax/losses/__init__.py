@@ -19,9 +19,9 @@ Equations of the paper (arXiv:2502.06781v1) and the functions that compute them:
 | Eq. 10 | q = sigmoid(mean of w so far), as released | `weights.running_credit` |
 | Eq. 10 | max(2q - 1, 0) and max(1 - 2q, 0) | `weights.ThresholdWeights` |
 | Eq. 10 | omega+ where correct, omega- where incorrect | `weights.token_weights` |
-| Eq. 11 | L_total | `oreal.OrealPaper` |
+| Eq. 11 | L_total | `OrealPaper` |
 | Eq. 12 | cross-entropy of sigmoid(mean of w) | `terms.outcome_cross_entropy` |
-| Eq. 12 | its mean over completions | `oreal.TokenReward` |
+| Eq. 12 | its mean over completions | `TokenReward` |
 
 `Oreal`, the default, is the released loss: `rloo`, L1 times A, L2 and credit as
 released. `OrealPaper` is Eq. 11.
