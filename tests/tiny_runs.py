@@ -24,7 +24,7 @@ from oreal_jax.cli import main
 ROOT = Path(__file__).parents[1]
 ONE_STEP = ("steps=1", "freeze_steps=0")  # in which the policy is trained
 ALONE = os.environ | {"PYTHONPATH": str(ROOT)}
-ALONE.pop("TPU_LIBRARY_PATH", None)  # set by the import of JAX beside libtpu
+ALONE.pop("TPU_LIBRARY_PATH", None)  # set by importing JAX where libtpu is installed
 
 
 class Result(NamedTuple):

@@ -93,7 +93,8 @@ class Chat:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return a completion's text up to a stop string, without special tokens.
 
-        Those that begin or end thinking are kept: what is thought is no answer.
+        Tokens that begin or end thinking are kept: the verifier must know where
+        thinking ends, because an answer in it does not count.
         """
         tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
         with self._lock:

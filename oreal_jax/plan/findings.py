@@ -10,7 +10,7 @@ class Compiled(NamedTuple):
 
     outputs: those that do not reuse an argument.
     temporary: None if no compiler reports it; `peak` is then a lower bound.
-    beside: arrays of the run that are no arguments of this program; part of `peak`.
+    others: arrays of the run that are not arguments of this program; part of `peak`.
     moved: by kind of collective, for one execution.
     error: the compiler's if the program does not fit; `peak` is then its need.
     """
@@ -20,7 +20,7 @@ class Compiled(NamedTuple):
     arguments: int
     outputs: int
     temporary: int | None
-    beside: int
+    others: int
     peak: int
     moved: dict[str, int]
     seconds: float

@@ -83,6 +83,6 @@ def gpu_memory(topology: str) -> int:
 
 def measure_arguments(program: Program) -> Compiled:
     """Return the memory of a program without its temporaries and new outputs."""
-    size, beside = device_bytes(program.arguments), program.beside
-    sizes = size, 0, None, beside, size + beside
+    size, others = device_bytes(program.arguments), program.others
+    sizes = size, 0, None, others, size + others
     return Compiled(program.name, program.phase, *sizes, moved={}, seconds=0.0)

@@ -30,7 +30,7 @@ from oreal_jax.train_state import TrainedModels, TrainState
 class Program(NamedTuple):
     """A jitted function of a phase and the shapes of its arguments.
 
-    beside: bytes that a device holds in addition to the arguments.
+    others: bytes that a device holds in addition to the arguments.
     repeats: length of loops whose length is data: micro-batches; 1 token in decoding.
     """
 
@@ -38,7 +38,7 @@ class Program(NamedTuple):
     phase: str
     function: Any
     arguments: tuple
-    beside: int
+    others: int
     repeats: int = 1
 
 
@@ -163,7 +163,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     state = programs.abstract(size)
     engines = sharding.count_row_shards(mesh)
     by_rows = sharding.make_sharding(mesh, "rows")
-    beside_weights = held + device_bytes(weights)
+    others = held + device_bytes(weights)
 
     def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((engines, *shape), dtype, sharding=by_rows)
@@ -184,7 +184,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         sampling=programs.abstract(size._replace(slots=batch)).slots.sampling,
     )._replace(key=array(batch, dtype=jnp.uint32))
     name, inputs = f"admission of {batch}", (state, starts, 0)
-    yield Program(name, "gen", programs.admit, inputs, beside_weights)
+    yield Program(name, "gen", programs.admit, inputs, others)
 
     everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), run.engine.stops)
     stops = sharding.with_shardings(run.engine.stops, everywhere)
@@ -200,11 +200,11 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         row = programs.abstract(size._replace(slots=1, pages=pages))
         place = array(1), array(1, pages)
         name, inputs = f"swap-out of {pages} pages", (state, *place)
-        yield Program(name, "gen", programs.swap_out, inputs, beside_weights)
+        yield Program(name, "gen", programs.swap_out, inputs, others)
         name, inputs = f"swap-in of {pages} pages", (state, row, *place)
-        yield Program(name, "gen", programs.swap_in, inputs, beside_weights)
+        yield Program(name, "gen", programs.swap_in, inputs, others)
     name, inputs = f"collection of {batch}", (state.slots.outputs, array(batch))
-    yield Program(name, "gen", programs.take, inputs, beside_weights)
+    yield Program(name, "gen", programs.take, inputs, others)
 
 
 def device_bytes(tree: Any) -> int:

@@ -61,7 +61,7 @@ def conclusion(plan: Plan) -> str:
     most = max(arrays, key=lambda name: arrays[name])
     return (
         f"{needs}: does not fit with {HEADROOM:.0%} to spare; "
-        f"{_gib(largest.beside)} GiB of it are not the program's; largest: {most}, "
+        f"{_gib(largest.others)} GiB of it are not the program's; largest: {most}, "
         f"{_gib(arrays[most])} GiB" + (f" ({largest.error})" if largest.error else "")
     )
 
@@ -88,7 +88,7 @@ def _programs(findings: Findings) -> Table:
     sizes = lambda program: (
         program.arguments,
         program.temporary,
-        program.beside,
+        program.others,
         program.peak,
     )
     return make_table(

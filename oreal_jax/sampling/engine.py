@@ -58,7 +58,7 @@ class Engine:
         rows: decoding slots, over all devices of the trainer's `mesh`.
         cache_tokens: of each engine's cache (0: the longest completion in every slot).
         weights, cache: "int8" and "float8" (e4m3) take half the memory of bfloat16, and
-            halve what is read per token; they apply to prefill too.
+            halve the bytes read per token; prefill uses them too.
         tensor: devices per engine (0: as in the mesh).
         devices: of this process (None: those of `mesh`).
         longest: maximum tokens of a prompt and of a completion, for runs that resume
