@@ -257,6 +257,7 @@ EVAL = ["eval", "--model", "gone", "--data", "gone.jsonl"]
         (["verify", "--gold", "1"], "either --gold and --answer, or --file"),
         (["verify", "--file", "gone.jsonl"], "gone.jsonl: no such file"),
         ([*VERIFY, "--workers", "0"], "--workers 0: must be at least 1"),
+        ([*VERIFY, "--judge-max-tokens", "9"], "--judge-max-tokens without --judge"),
         ([*VERIFY, "--deadline", "nan"], "--deadline nan: must be above 0 and"),
         ([*VERIFY, "--deadline", "-1"], "--deadline -1.0: must be above 0 and"),
         ([*SAMPLE, "--n", "0"], "--n 0: must be at least 1"),

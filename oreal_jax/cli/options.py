@@ -122,8 +122,7 @@ def judge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge-max-tokens",
         type=int,
-        default=1024,
-        help="maximum tokens of its reply, thinking included",
+        help="maximum tokens of its reply, thinking included; default 1024",
     )
 
 
@@ -131,20 +130,23 @@ def judge_options(parser: argparse.ArgumentParser) -> None:
 def open_judge(args: argparse.Namespace, screen) -> Iterator[Any]:
     """Open the judge of these options, None without hosts; log its metrics at the end.
 
-    If all hosts are lost, the rule judges alone, which is logged.
+    If all hosts fail, verification continues without the judge, which is logged.
     """
     from oreal_jax.verify.llm_judge import Judge, judge_metrics
 
     if not args.judge:
         if args.judge_model:
             raise InputError("--judge-model without --judge: where is it served?")
+        if args.judge_max_tokens is not None:
+            raise InputError("--judge-max-tokens without --judge: there is no judge")
         yield None
         return
-    check_min(1, "--judge-max-tokens", args.judge_max_tokens)
+    max_tokens = 1024 if args.judge_max_tokens is None else args.judge_max_tokens
+    check_min(1, "--judge-max-tokens", max_tokens)
     with Judge(
         args.judge,
         args.judge_model,
-        max_tokens=args.judge_max_tokens,
+        max_tokens=max_tokens,
         lost="rule",
         log=screen.log,
     ) as judge:
