@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from oreal_jax import model
-from oreal_jax.model import ModelConfig
+from oreal_jax.model import ModelConfig, functional
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
@@ -64,11 +64,8 @@ def decoding_shardings(axes: Any, mesh: Mesh) -> Any:
 
 
 def _map_names(axes: Any, mesh: Mesh, rules) -> Any:
-    is_names = lambda x: (
-        isinstance(x, tuple) and not any(isinstance(name, tuple | dict) for name in x)
-    )
     place = lambda names: make_sharding(mesh, *names, rules=rules)
-    return jax.tree.map(place, axes, is_leaf=is_names)
+    return jax.tree.map(place, axes, is_leaf=functional.is_names)
 
 
 def page_shardings(pages: Any, mesh: Mesh) -> Any:

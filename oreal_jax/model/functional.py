@@ -66,6 +66,11 @@ def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
+def is_names(x) -> bool:
+    """Return whether `x` names the axes of one array: a leaf of a tree of names."""
+    return isinstance(x, tuple) and all(isinstance(name, str | None) for name in x)
+
+
 def cast_matrices(config: ModelConfig, params: Params, dtype) -> Params:
     """Return the parameters with the matrices of the layers in another dtype."""
 
@@ -73,7 +78,6 @@ def cast_matrices(config: ModelConfig, params: Params, dtype) -> Params:
         is_matrix = "layers" in names and "embed" in names and len(names) > 2
         return weight.astype(dtype) if is_matrix else weight
 
-    is_names = lambda x: isinstance(x, tuple)
     return jax.tree.map(cast_matrix, axes(config), params, is_leaf=is_names)
 
 
