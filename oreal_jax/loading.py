@@ -48,11 +48,14 @@ class OpenModel:
             InputError: an option or a stop word cannot be used with this model.
         """
         strings, token_bytes = self.chat.stop_strings, self.chat.token_bytes
+        stop_tokens = self.chat.stop_tokens(self.stop_words)
         return Engine(
             self.config,
             self.mesh,
-            self.chat.stop_tokens(self.stop_words),
+            stop_tokens,
             stop_table=make_stop_table(strings, token_bytes, self.config.vocab),
+            # A checkpoint may name a stop token that its tokenizer lacks.
+            real_tokens=max([self.chat.size, *(token + 1 for token in stop_tokens)]),
             dtype=self.dtype,
             **options,
         )

@@ -109,6 +109,11 @@ class Chat:
                 self._pieces[token] = self.tokenizer.decode([token])
         return [self._pieces[int(token)] for token in tokens]
 
+    @property
+    def size(self) -> int:
+        """The number of tokens, added ones included: the highest token and one."""
+        return max([*self.tokenizer.get_vocab().values(), -1]) + 1
+
     def token_bytes(self) -> list[bytes]:
         """Return the bytes that each token adds to a text; none for special tokens.
 
@@ -120,8 +125,7 @@ class Chat:
         """
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        size = max([*self.tokenizer.get_vocab().values(), -1]) + 1
-        names = self.tokenizer.convert_ids_to_tokens(range(size))
+        names = self.tokenizer.convert_ids_to_tokens(range(self.size))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InputError(

@@ -64,7 +64,8 @@ def train_oreal(
         with distributed.enter_together():
             reference = directory.load_reference()
         add_reference = make_reference_scorer(model.config, mesh, model.dtype)
-        train_step = make_run_step(config, directory.models, mesh)
+        real_tokens = setup.engine.real_tokens
+        train_step = make_run_step(config, directory.models, mesh, real_tokens)
         rollouts = Rollouts(config, run, screen, chat, setup.engine, pool, judge)
         make_batch = functools.partial(
             pack,
