@@ -4,8 +4,12 @@ import datetime
 
 import make_tiny
 import pytest
+from scripted import read_lines
+from scripted_runs import sft, train
 from tokenizers import AddedToken
 
+from oreal_jax.cli import main
+from oreal_jax.cli.options import template_var
 from oreal_jax.data import Chat
 from oreal_jax.errors import InputError
 
@@ -122,3 +126,67 @@ def test_variables_reach_the_template():
 def test_a_variable_that_no_template_reads_is_rejected(name):
     with pytest.raises(InputError, match=f"the chat template has no variable '{name}'"):
         make_chat(THINKING + "{{ strftime_now('') }}", template_vars={name: True})
+
+
+def test_values_of_variables_are_json_or_text():
+    values = ["true", "False", "3", "0.5", "null", "[1]", "a=b", ""]
+    parsed = [template_var(f"n={value}")[1] for value in values]
+    assert parsed == [True, False, 3, 0.5, "null", "[1]", "a=b", ""]
+    with pytest.raises(SystemExit):
+        main(["sample", "--model", "m", "--prompt", "?", "--template-var", "n"])
+
+
+@pytest.mark.usefixtures("judges")
+def test_a_run_keeps_the_date_and_the_variables_of_its_prompts(
+    start, files, policy, capsys
+):
+    template = files / "own.jinja"
+    template.write_text("{{ strftime_now('%Y') }}{{ word }} " + make_tiny.TEMPLATE)
+    settings = [f"chat_template={template}", "template_vars=(('word','w'),)"]
+    assert train(start, files, "steps=1", *settings).code == 0
+    recorded = files / "run" / "model" / "template_date"
+    assert datetime.date.fromisoformat(recorded.read_text().strip())
+    recorded.write_text("2001-02-03\n")
+    policy.script.prompts.clear()
+    assert train(start, files, "steps=2", *settings).code == 0
+    assert all(p.startswith("2001w ") for p in policy.script.prompts)
+    policy.script.prompts.clear()
+    words = ["eval", "--model", str(files / "run")]
+    words += ["--data", str(files / "exam.jsonl")]
+    assert main(words) == 0
+    assert main([*words, "--template-var", "word=x"]) == 0
+    prompts = policy.script.prompts
+    assert {p.split(" ")[0] for p in prompts} == {"2001w", "2001x"}
+    recorded.write_text("today\n")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "template_date: Invalid isoformat string" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("judges")
+def test_unfinished_work_is_resumed_with_its_date(home, script, oreal, capsys):
+    (home / "own.jinja").write_text("{{ strftime_now('%Y') }} " + make_tiny.TEMPLATE)
+    words = ["data", "pass-rate", "--data", "six.jsonl", "--k", 2, "--out", "m.jsonl"]
+    words += ["--chat-template", "own.jinja"]
+    script.patience = 3
+    assert oreal(*words) == 130
+    journal = home / "m.jsonl.unfinished"
+    today = datetime.date.today().isoformat()
+    assert read_lines(journal)[0]["drawing"]["date"] == today
+    journal.write_text(journal.read_text().replace(today, "2001-02-03"))
+    script.patience = 10**9
+    script.prompts.clear()
+    (home / "own.jinja").rename(home / "moved.jinja")
+    assert oreal(*words[:-1], "moved.jinja") == 0
+    assert all(prompt.startswith("2001 ") for prompt in script.prompts)
+    script.patience = 3
+    assert oreal(*words[:-1], "moved.jinja") == 130
+    (home / "moved.jinja").write_text("other" + make_tiny.TEMPLATE)
+    assert oreal(*words[:-1], "moved.jinja") == 2
+    assert "the unfinished work had " in capsys.readouterr().err
+
+
+def test_sft_reads_variables_of_the_template(start, files):
+    settings = ["template_vars=(('n',1),)"]
+    code, _, errors = sft(start, files, *settings)
+    assert code == 2 and "the chat template has no variable 'n'" in errors

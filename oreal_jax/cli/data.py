@@ -314,7 +314,7 @@ def _completions(
         resumable,
     )
 
-    model, engine = load_for_generation(args, sampling)
+    model, engine = load_for_generation(args, sampling, out=args.out)
     chat, options = model.chat, generation_options(args)
     settings = generation_settings(model.source, chat, prompts, options)
     with resumable(args.out, settings, screen.log) as records:

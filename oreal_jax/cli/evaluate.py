@@ -105,14 +105,15 @@ def evaluate(args: argparse.Namespace) -> None:
     check_fields(sets, args.by)
     sampling = make_sampling(args, args.k == 1)
     greedy = make_sampling(args, True) if args.greedy or args.k == 1 else None
-    model, engine = load_for_generation(args, sampling)
+    out = args.items or args.json
+    model, engine = load_for_generation(args, sampling, out=out)
     chat = model.chat
     problems = [problem for each in sets for problem in each.problems]
     options = generation_options(args)
     settings = generation_settings(model.source, chat, problems, options)
     with (
         open_judge(args, screen) as judge,
-        resumable(args.items or args.json, settings, screen.log) as records,
+        resumable(out, settings, screen.log) as records,
     ):
         with screen.phase("load"):
             weights = engine.weights(model.params)

@@ -6,6 +6,7 @@ a parser must not import JAX; the command line has defaults of its own.
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,26 @@ SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the model, its system prompt, and how it decodes."""
+    """Add the model, its prompts' template, and how it decodes."""
     parser.add_argument(
         "--model", required=required, help="a Hugging Face directory or a run directory"
     )
     parser.add_argument(
         "--system-prompt",
         help="system message (default: the run's, else the chat template's own)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file that replaces the model's chat template",
+    )
+    parser.add_argument(
+        "--template-var",
+        type=template_var,
+        action="append",
+        metavar="NAME=VALUE",
+        help="set a variable of the chat template: enable_thinking=false; may be "
+        "repeated",
     )
     parser.add_argument(
         "--rows", type=int, default=64, help="completions decoded at the same time"
@@ -176,19 +190,46 @@ def bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 1234=-5") from None
 
 
-def load_for_generation(args: argparse.Namespace, sampling, stops: Sequence[str] = ()):
+def template_var(text: str) -> tuple[str, bool | int | float | str]:
+    """Parse a variable of a template and its value, such as "n=3" or "think=false"."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        message = f"{text!r}: expected e.g. enable_thinking=false"
+        raise argparse.ArgumentTypeError(message)
+    try:
+        parsed = json.loads(value.lower())
+    except ValueError:
+        return name, value
+    return name, parsed if isinstance(parsed, bool | int | float) else value
+
+
+def load_for_generation(
+    args: argparse.Namespace,
+    sampling,
+    *,
+    stops: Sequence[str] = (),
+    out: Path | None = None,
+):
     """Load the model of these options, and make its engine.
 
     The weights are still loading when this returns. `stops` are texts that end a
-    completion.
+    completion. Unfinished work of `out` is resumed with the date of its prompts.
 
     Raises:
         InputError: the model cannot be used, or not with this `sampling`.
     """
+    from oreal_jax.evaluation.generation import unfinished_date
     from oreal_jax.loading import load_model
 
     check_min(1, "--rows", args.rows)
-    model = load_model(args.model, system_prompt=args.system_prompt, stops=stops)
+    model = load_model(
+        args.model,
+        system_prompt=args.system_prompt,
+        chat_template=args.chat_template,
+        template_vars=dict(args.template_var or ()),
+        date=unfinished_date(out),
+        stops=stops,
+    )
     engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
     engine.check_sampling(sampling)
     return model, engine

@@ -17,6 +17,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Names that are ours to set when a template is applied.
 RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now")
 ANSWER = "\ue000"  # stands for an answer, to find the text after it
+DATE_FILE = "template_date"  # in the model directory of a run: the date of its prompts
 PRIVATE_USE = range(0xE000, 0xF900)  # characters without meaning
 
 
@@ -40,6 +41,21 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # transformers passes on errors of many kinds
         reason = summarize(error)
         raise InputError(f"{directory}: no usable tokenizer: {reason}") from None
+
+
+def read_date(directory: Path) -> datetime.date | None:
+    """Return the date that the prompts of a run print, None if it recorded none.
+
+    Raises:
+        InputError: the file in its model directory is not a date.
+    """
+    path = directory / DATE_FILE
+    if not path.exists():
+        return None
+    try:
+        return datetime.date.fromisoformat(read_text(path).strip())
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 class Chat:
@@ -83,7 +99,9 @@ class Chat:
         self._control_start = control_start(tokenizer)
         self._lock = threading.Lock()  # some tokenizers fail in two threads at once
         for name in self.template_vars:
-            if name in RESERVED or not re.search(rf"\b{name}\b", self.template):
+            if name in RESERVED or not re.search(
+                rf"\b{re.escape(name)}\b", self.template
+            ):
                 raise InputError(
                     f"{source}: the chat template has no variable {name!r}"
                 )
