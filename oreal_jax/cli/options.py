@@ -7,7 +7,7 @@ a parser must not import JAX; the command line has defaults of its own.
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ SAMPLING = {
     "frequency_penalty": 0.0,
     "max_tokens": 512,
 }
+RULE = "oreal_jax.verify.rule.by_rule"  # in the config.json of a run
 SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 
 
@@ -120,6 +121,47 @@ def folder(parser: argparse.ArgumentParser) -> None:
         default=Path("data"),
         help="a preset NAME is read from NAME.jsonl here, else downloaded from the hub",
     )
+
+
+def verifier_options(parser: argparse.ArgumentParser) -> None:
+    """Add the config file whose verifiers are used."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="verify with the verifiers and the deadline of this config file of `oreal "
+        "train` (default: with the rule)",
+    )
+
+
+def pool_settings(args: argparse.Namespace) -> tuple:
+    """Return deadline and verifiers of `--config` for `Pool`; nothing without it.
+
+    Raises:
+        InputError: the file has no config of `oreal train`.
+    """
+    if not args.config:
+        return ()
+    from oreal_jax.config import TrainConfig
+    from oreal_jax.config_loading import load
+
+    verification = load(args.config, TrainConfig).verification
+    return verification.deadline, verification.verifiers
+
+
+def log_verifiers(
+    args: argparse.Namespace, settings: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """Log the verifiers that a run of these settings had, if they are not used.
+
+    A run directory names them, but not their file, and none is imported because of it.
+    """
+    names = settings.get("verification", {}).get("verifiers", [RULE])
+    if names != [RULE] and not args.config:
+        log(
+            f"{args.model}: trained with the verifiers {', '.join(names)}, measured by "
+            "the rule alone; --config FILE uses those of a config file"
+        )
 
 
 def judge_options(parser: argparse.ArgumentParser) -> None:

@@ -85,7 +85,8 @@ def train_oreal(
                 groups = all_trajectories(prompts, verified)
                 groups = with_advantages(groups, config.loss.advantage, undecided)
                 selected = select(groups, config.keep, config.seed, step, undecided)
-                metrics = trajectory_metrics(groups, selected) | rollouts.metrics()
+                metrics = trajectory_metrics(groups, selected, verification.verifiers)
+                metrics |= rollouts.metrics()
                 if selected:
                     batch, indices = make_batch([t.example() for t in selected])
                     batch = put_batch(batch, mesh)
