@@ -139,7 +139,7 @@ def load_model(
         chat=Chat(
             tokenizer,
             system_prompt,
-            chat_template and Path(chat_template),
+            Path(chat_template) if chat_template else None,
             strings,
             own | dict(template_vars),
             date or read_date(source.files),

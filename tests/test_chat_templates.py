@@ -37,7 +37,8 @@ def make_chat(template: str, *arguments, **options) -> Chat:
     """Return a chat of a byte tokenizer whose end-of-sequence is <|endoftext|>."""
     tokenizer = make_tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
-    tokenizer.add_tokens([AddedToken("<think>"), AddedToken("  ")])
+    for added in ("<think>", "  "):
+        tokenizer.add_tokens(AddedToken(added))
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.chat_template = template
     return Chat(tokenizer, *arguments, **options)
