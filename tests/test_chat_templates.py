@@ -6,7 +6,6 @@ import make_tiny
 import pytest
 from scripted import read_lines
 from scripted_runs import sft, train
-from tokenizers import AddedToken
 
 from oreal_jax.cli import main
 from oreal_jax.cli.options import template_var
@@ -37,8 +36,7 @@ def make_chat(template: str, *arguments, **options) -> Chat:
     """Return a chat of a byte tokenizer whose end-of-sequence is <|endoftext|>."""
     tokenizer = make_tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
-    for added in ("<think>", "  "):
-        tokenizer.add_tokens(AddedToken(added))
+    tokenizer.add_tokens(["<think>", "  "])
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.chat_template = template
     return Chat(tokenizer, *arguments, **options)
