@@ -72,7 +72,13 @@ def verify(args: argparse.Namespace) -> None:
     if args.file:
         predictions = read_judgements(args.file)
     candidates = [
-        Candidate(p.question or "(not given)", p.gold, p.prediction, prompt=p.prompt)
+        Candidate(
+            p.question or "(not given)",
+            p.gold,
+            p.prediction,
+            # Equal answers are judged once, so the rule does not get the other fields.
+            prompt=p.prompt if args.config else None,
+        )
         for p in predictions
     ]
     screen = Screen.on_stderr()

@@ -248,7 +248,7 @@ class Chat:
     def _turn_end(self) -> list[int]:
         """The tokens that the template puts after an answer, up to the special one.
 
-        None if there is no special one. What follows it, as a line break, is for the
+        Empty if there is no special one. What follows it, as a line break, is for the
         next turn: completions end before.
         """
         try:
