@@ -136,6 +136,8 @@ class TrainConfig:
     """System message; None: that of the chat template."""
     chat_template: str | None = None
     """A Jinja file that replaces the checkpoint's chat template."""
+    template_vars: tuple[tuple[str, bool | int | float | str], ...] = ()
+    """(name, value) pairs: variables of the template, as ("enable_thinking", False)."""
     stop_words: tuple[str, ...] = ()
     """Further tokens that end a completion."""
     stop_strings: tuple[str, ...] = ()
@@ -257,6 +259,7 @@ class SftConfig:
     """A jsonl or parquet file with `question` and `solution`."""
     system_prompt: str | None = None
     chat_template: str | None = None
+    template_vars: tuple[tuple[str, bool | int | float | str], ...] = ()
     seed: int = 0
     steps: int = 0
     """Training steps; 0: `epochs` passes over the file."""

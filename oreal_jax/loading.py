@@ -1,8 +1,9 @@
 """Models opened for use: architecture, mesh, chat template, weights and engines."""
 
 import dataclasses
+import datetime
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from oreal_jax import program_cache
 from oreal_jax.checkpoints.export import export
 from oreal_jax.checkpoints.source import ModelSource, open_model
 from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.data.chat import read_date
 from oreal_jax.mesh import MeshShape, make_mesh, platform
 from oreal_jax.model import ModelConfig, Params
 from oreal_jax.sampling import Engine, make_stop_table
@@ -48,11 +50,14 @@ class OpenModel:
             InputError: an option or a stop word cannot be used with this model.
         """
         strings, token_bytes = self.chat.stop_strings, self.chat.token_bytes
+        stop_tokens = self.chat.stop_tokens(self.stop_words)
         return Engine(
             self.config,
             self.mesh,
-            self.chat.stop_tokens(self.stop_words),
+            stop_tokens,
             stop_table=make_stop_table(strings, token_bytes, self.config.vocab),
+            # A checkpoint may name a stop token that its tokenizer lacks.
+            real_tokens=max([self.chat.size, *(token + 1 for token in stop_tokens)]),
             dtype=self.dtype,
             **options,
         )
@@ -92,6 +97,9 @@ def load_model(
     devices: Sequence | None = None,
     dtype: str = "auto",
     system_prompt: str | None = None,
+    chat_template: str | Path | None = None,
+    template_vars: Mapping[str, Any] = {},
+    date: datetime.date | None = None,
     stops: Sequence[str] = (),
 ) -> LoadedModel:
     """Load a Hugging Face or run directory onto devices.
@@ -99,12 +107,15 @@ def load_model(
     Returns as soon as the tokenizer is loaded; `LoadedModel.params` waits for the
     weights. `mesh` is how they are sharded over `devices` (None: fully, over all).
     `dtype` is that of weights and activations: "auto" is bfloat16, float32 on CPU.
-    `system_prompt` None is the run's, else the chat template's own. Completions end
-    before the first of `stops`, or at it if it is a special token.
+    `system_prompt` None is the run's, else the chat template's own. `chat_template` is
+    a Jinja file that replaces the model's; `template_vars` are variables of it, in
+    addition to the run's. If it prints the date, that is `date` (None: the run's, else
+    today's). Completions end before the first of `stops`, or at it if it is a special
+    token.
 
     Raises:
-        InputError: the directory has no usable model or tokenizer, or the devices do
-            not fit the model.
+        InputError: the directory has no usable model, tokenizer or template, or the
+            devices do not fit the model.
     """
     source = open_model(directory)
     shape = mesh or MeshShape()
@@ -120,11 +131,19 @@ def load_model(
     strings += source.settings.get("stop_strings", ())
     if system_prompt is None:
         system_prompt = source.settings.get("system_prompt")
+    own = {} if chat_template else dict(source.settings.get("template_vars", ()))
     return LoadedModel(
         source=source,
         mesh=placement,
         dtype=compute,
-        chat=Chat(tokenizer, system_prompt, stop_strings=strings),
+        chat=Chat(
+            tokenizer,
+            system_prompt,
+            Path(chat_template) if chat_template else None,
+            strings,
+            own | dict(template_vars),
+            date or read_date(source.files),
+        ),
         stop_words=words,
         loading=loading,
     )

@@ -53,6 +53,8 @@ verdict/undecided | completions | verified neither correct nor incorrect | below
 verdict/by_{rule,judge,truncated,timeout,crash} | completions | by origin of the
     verdict; truncated: no stop token; judge: only with one | by_timeout and by_crash
     near 0
+verdict/by_VERIFIER | completions | by a verifier of your own, VERIFIER being the name
+    of its function |
 oreal/kept | completions | selected for the update | above 0; a step without any changes
     no weights
 oreal/kept_correct | completions | correct ones of these | half

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from oreal_jax.data.packing import Example
 from oreal_jax.data.prompts import Prompt
 from oreal_jax.sampling import Completion
-from oreal_jax.verify import Verdict
+from oreal_jax.verify import Verdict, Verifier, by_rule
 
 Rewards = Float[np.ndarray, "N K"]
 
@@ -204,9 +204,14 @@ def token_count(groups: Sequence[Group]) -> int:
 
 
 def trajectory_metrics(
-    groups: Sequence[Group], selected: Sequence[Trajectory]
+    groups: Sequence[Group],
+    selected: Sequence[Trajectory],
+    verifiers: Sequence[Verifier] = (),
 ) -> dict[str, float]:
-    """Return reward, length and verdict metrics of a step, named as in verl and TRL."""
+    """Return reward, length and verdict metrics of a step, named as in verl and TRL.
+
+    Every one of the `verifiers` has a metric, also if it decided nothing.
+    """
     trajectories = [t for group in groups for t in group]
     lengths = np.array([len(t.completion.tokens) for t in trajectories])
     reward = np.array([_rewards(group) for group in groups])
@@ -230,6 +235,7 @@ def trajectory_metrics(
         "verdict/incorrect": outcomes.count("incorrect"),
         "verdict/undecided": outcomes.count("undecided"),
     }
-    for name in sorted({*by, "rule", "timeout", "truncated", "crash"}):
+    own = {verifier.__name__ for verifier in verifiers if verifier is not by_rule}
+    for name in sorted({*by, *own, "rule", "timeout", "truncated", "crash"}):
         values[f"verdict/by_{name}"] = by.count(name)
     return {name: float(value) for name, value in values.items()}

@@ -84,6 +84,8 @@ def test_options_of_sampling_reach_the_sampler(tiny, capsys):
     always = sample("--logit-bias", f"{letter}=1e4")
     text = always["completion"]
     assert text == text[0] * 6 and always["finish_reason"] == "length"
+    padded = sample("--logit-bias", "260=1e4")  # a row beyond the tokenizer
+    assert padded["completion"] == sample()["completion"]
     bias = ("--logit-bias", f"{letter}=30")
     for penalty in (
         ("--repetition-penalty", "1000"),

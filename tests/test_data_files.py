@@ -154,7 +154,9 @@ def test_solutions_questions_and_judgements_are_read_from_rows(tmp_path):
     )
     assert [dataclasses.astuple(row) for row in read_examples(path)] == [("q", "s")]
     assert read_questions(path) == ["q"]
-    assert read_judgements(path) == [("p", "1", "q")]
+    assert read_judgements(path) == [
+        ("p", "1", "q", {"question": "q", "solution": "s"})
+    ]
 
 
 @pytest.mark.parametrize("indent", [None, 2])

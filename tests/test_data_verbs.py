@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import make_tiny
 import pytest
 from scripted import read_lines, write_lines
 
@@ -124,12 +125,16 @@ def test_label_and_sampling_options_reach_the_engine(home, script, oreal):
         ["data", "label", "--skills", "skills.txt", "--out", "m.jsonl"],
     ],
 )
-def test_slots_and_system_prompt_reach_the_engine(home, script, oreal, words):
+def test_slots_and_prompt_options_reach_the_engine(home, script, oreal, words):
     Path("skills.txt").write_text("a\n")
+    text = "{{ 'Be quick.' if not thinking }}{{ n + 1 }}" + make_tiny.TEMPLATE
+    Path("own.jinja").write_text(text)
     data = ["--data", "six.jsonl", "--rows", 24, "--system-prompt", "Be brief."]
-    assert oreal(*words, *data) == 0
+    data += ["--chat-template", "own.jinja", "--template-var", "n=3"]
+    assert oreal(*words, *data, "--template-var", "thinking=False") == 0
     assert script.slots == {3}  # on each of 8 devices
-    assert all("Be brief." in prompt for prompt in script.prompts)
+    for prompt in script.prompts:
+        assert prompt.startswith("Be quick.4") and "Be brief." in prompt
 
 
 RATE = ["data", "pass-rate", "--data", "six.jsonl", "--out", "new.jsonl"]
@@ -144,6 +149,8 @@ RFT = ["data", "rft", "--out", "new.jsonl"]
         ([*RFT, "--data", "six.jsonl", "--keep", "0"], "--keep 0: must be at least 1"),
         ([*RFT, "--data", "six.jsonl", "--k", "0"], "--k 0: must be at least 1"),
         ([*RFT, "--data", "gone.jsonl"], "gone.jsonl: no such file"),
+        ([*RATE, "--chat-template", "gone.jinja"], "gone.jinja: no such file"),
+        ([*RATE, "--template-var", "n=3"], "the chat template has no variable 'n'"),
         (["data", "label", "--data", "six.jsonl", "--skills", "gone.txt", "--out", "l"],
          "gone.txt: no such file"),
     ],
@@ -192,6 +199,7 @@ WEAK = ["data", "weak", "--data", "six.jsonl", "--out", "new.jsonl"]
         ([*RFT, "--completions", "six.jsonl"], "six.jsonl:1: field 'completion' is"),
         ([*RFT, "--completions", "six.jsonl", "--k", "4"], "--k with --completions"),
         ([*RFT, "--completions", "six.jsonl", "--top-p", "0.5"], "--top-p with --comp"),
+        ([*RFT, "--completions", "a", "--template-var", "n=3"], "--template-var with"),
         (["data", "rft", "--completions", "x", "--out", "new"], "expected a .jsonl"),
         (WEAK, "six.jsonl: no row has both a pass_rate and a field 'skills'; its"),
         ([*WEAK, "--below", "0"], "--below 0.0: must be above 0"),

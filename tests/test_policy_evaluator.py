@@ -221,18 +221,23 @@ def test_evaluation_time_is_not_counted_in_the_step_time(start, tmp_path, monkey
         ("evaluation.data=('TRAIN',)", "problem '0' of train is trained on"),
         (
             "evaluation.data=('LONG',)",
-            "problem '0' of long has 308 tokens, there is",
+            "problem '0' of long: prompt of 308 tokens + max_tokens=8 must lie within",
+        ),
+        (
+            "evaluation.data=('MEDIUM',) cache_tokens=192",
+            "problem '0' of medium: prompt of 88 tokens + max_tokens=8 does not fit",
         ),
     ],
 )
 def test_invalid_evaluation_settings_are_one_line_and_leave_nothing(
     start, tmp_path, capsys, setting, message
 ):
-    text = {"question": "7" * 300, "gold_answer": "7"}
-    (tmp_path / "long.jsonl").write_text(json.dumps(text) + "\n")
+    for name, length in [("long", 300), ("medium", 80)]:
+        row = {"question": "7" * length, "gold_answer": "7"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        setting = setting.replace(name.upper(), str(tmp_path / f"{name}.jsonl"))
     setting = setting.replace("TRAIN", str(start / "train.jsonl"))
-    setting = setting.replace("LONG", str(tmp_path / "long.jsonl"))
-    assert train(start, tmp_path / "run", setting) == 2
+    assert train(start, tmp_path / "run", *setting.split()) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Completions of the engine: tokens, log-probabilities, reports and errors."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import families
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny_engine import (
     CONFIG,
+    MIXED,
     PENALTIES,
     PIECES,
     STOP,
@@ -265,20 +267,21 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(
     assert ended > 3
 
 
+def log_probs_of(params, prompt, completion, distribution=model.full_softmax):
+    """Return the trainer's log-probabilities and entropies of a completion."""
+    tokens = jnp.asarray([[*prompt, *completion.tokens]])
+    positions = jnp.arange(tokens.shape[1])[None]
+    states = model.hidden(CONFIG, params, tokens, positions, jnp.ones_like(tokens))
+    states, targets = states[:, len(prompt) - 1 : -1], tokens[:, len(prompt) :]
+    return model.log_probs(CONFIG, params, states, targets, distribution)
+
+
 def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, prompts):
     sampling = Sampling(max_tokens=20, temperature=0.8, top_p=0.7)
     how = dataclasses.asdict(sampling)
     ((completion,),) = sample(params, prompts[:1], 1, seed=3, renormalise=True, **how)
-    tokens = jnp.asarray([[*prompts[0], *completion.tokens]])
-    positions = jnp.arange(tokens.shape[1])[None]
-    states = model.hidden(CONFIG, params, tokens, positions, jnp.ones_like(tokens))
-    start = len(prompts[0])
-    log_probs, entropy = model.log_probs(
-        CONFIG,
-        params,
-        states[:, start - 1 : -1],
-        tokens[:, start:],
-        sampling_distribution(sampling),
+    log_probs, entropy = log_probs_of(
+        params, prompts[0], completion, sampling_distribution(sampling)
     )
     assert completion.sampled_log_probs is not None
     np.testing.assert_allclose(
@@ -286,3 +289,70 @@ def test_the_trainer_computes_the_sampled_log_probs_of_a_completion(params, prom
     )
     assert sample(params, prompts[:1], 1, **how)[0][0].sampled_log_probs is None
     assert jnp.all(entropy >= 0) and jnp.all(entropy < jnp.log(CONFIG.vocab))
+
+
+REAL = 60  # tokens of a tokenizer; the other rows of the head are padding
+
+
+@pytest.fixture(scope="module")
+def padded(params):
+    """Return weights whose padded rows are likelier than most tokens."""
+    head = params["head"].at[:, REAL:].multiply(2)
+    return params | {"head": head}
+
+
+def sample_mixed(params, prompts, banned=(), **engine_options):
+    """Return completions of requests that differ in everything, some tokens banned."""
+    requests = []
+    for key, options in enumerate(MIXED):
+        bias = options.get("logit_bias", ())
+        bias += tuple((token, float("-inf")) for token in banned)
+        own = options | {"logit_bias": bias}
+        requests += make_requests([prompts[key]], keys=[key], **own)
+    engine = make_engine(rows=8, **engine_options)
+    groups = engine.sample(engine.weights(params), requests, 2, renormalise=True)
+    return [completion for group in groups for completion in group]
+
+
+def both_log_probs(completion) -> np.ndarray:
+    """Return a completion's log-probabilities, full and as sampled."""
+    return np.array([completion.log_probs, completion.sampled_log_probs])
+
+
+def test_padded_rows_are_sampled_as_if_banned(padded, prompts):
+    ours = sample_mixed(padded, prompts, real_tokens=REAL)
+    banned = sample_mixed(padded, prompts, range(REAL, CONFIG.vocab))
+    for x, y in zip(ours, banned, strict=True):
+        assert x.tokens == y.tokens
+        np.testing.assert_allclose(both_log_probs(x), both_log_probs(y), atol=1e-5)
+    unbanned = sample_mixed(padded, prompts)
+    assert max(token for c in unbanned for token in c.tokens) >= REAL
+
+
+def test_the_trainer_agrees_with_the_sampler_about_padded_rows(padded, prompts):
+    sampling = Sampling(max_tokens=20, temperature=0.8, top_p=0.7)
+    how = dataclasses.asdict(sampling) | {"real_tokens": REAL, "renormalise": True}
+    ((completion,),) = sample(padded, prompts[:1], 1, seed=3, **how)
+    distributions = model.full_softmax, sampling_distribution(sampling, REAL)
+    for ours, distribution in zip(
+        both_log_probs(completion), distributions, strict=True
+    ):
+        theirs, entropy = log_probs_of(padded, prompts[0], completion, distribution)
+        np.testing.assert_allclose(ours, theirs[0], rtol=1e-3, atol=1e-4)
+        assert jnp.isfinite(entropy).all()
+
+
+def test_rows_that_all_are_tokens_change_no_number(params, prompts, completions):
+    same = sample(params, prompts, real_tokens=CONFIG.vocab)
+    for ours, expected in zip(
+        itertools.chain(*same), itertools.chain(*completions), strict=True
+    ):
+        assert ours.tokens == expected.tokens
+        assert ours.log_probs.tobytes() == expected.log_probs.tobytes()
+
+
+def test_a_ban_of_all_tokens_but_padded_rows_is_rejected():
+    engine = make_engine(real_tokens=REAL)
+    bans = tuple((token, float("-inf")) for token in range(REAL))
+    with pytest.raises(InputError, match="bans all 60 tokens"):
+        engine.check_sampling(Sampling(max_tokens=1, logit_bias=bans))

@@ -42,6 +42,7 @@ ENGINE_OPTIONS = (
     "weights",
     "cache",
     "tensor",
+    "real_tokens",
 )
 CALL_OPTIONS = ("step", "renormalise")
 

@@ -14,9 +14,12 @@ from oreal_jax.cli.options import (
     generation_defaults,
     generation_options,
     load_for_generation,
+    log_verifiers,
     make_sampling,
     model_options,
+    pool_settings,
     sampling_options,
+    verifier_options,
 )
 from oreal_jax.errors import InputError
 from oreal_jax.files import check_apart, check_writable, write_lines
@@ -147,6 +150,7 @@ def _add_generation(command: argparse.ArgumentParser, *, required: bool) -> None
     command.add_argument("--data", required=required, metavar="SOURCE", help="prompts")
     command.add_argument("--k", type=int, default=K, help="completions per prompt")
     sampling_options(command, greedy=False)
+    verifier_options(command)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -207,13 +211,14 @@ def rft(args: argparse.Namespace) -> None:
     inputs = [x is not None for x in (args.completions, args.model, args.data)]
     if inputs not in ([True, False, False], [False, True, True]):
         raise InputError("rft takes either --completions, or --model and --data")
-    # Generation options have no effect on existing completions; the seed also selects
-    # the solutions.
-    for name, default in {**generation_defaults(), "k": K, "rows": ROWS}.items():
+    # These options have no effect on existing completions; the seed also selects the
+    # solutions.
+    defaults = {**generation_defaults(), "k": K, "rows": ROWS, "config": None}
+    for name, default in defaults.items():
         if args.completions and name != "seed" and getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise InputError(
-                f"{option} with --completions: those are already generated"
+                f"{option} with --completions: those are already generated and verified"
             )
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: expected a .jsonl file")
@@ -314,8 +319,10 @@ def _completions(
         resumable,
     )
 
-    model, engine = load_for_generation(args, sampling)
+    model, engine = load_for_generation(args, sampling, out=args.out)
     chat, options = model.chat, generation_options(args)
+    if "config" in args:  # its verbs verify
+        log_verifiers(args, model.source.settings, screen.log)
     settings = generation_settings(model.source, chat, prompts, options)
     with resumable(args.out, settings, screen.log) as records:
         with screen.phase("load"):
@@ -346,11 +353,11 @@ def _verified_completions(
     from oreal_jax.verify import Pool
 
     check_min(1, "--k", args.k)
-    sampling = make_sampling(args, greedy=False)
+    sampling, verification = make_sampling(args, greedy=False), pool_settings(args)
     seed, total = args.seed, len(prompts) * args.k
     with _completions(args, prompts, sampling, args.k, seed, screen) as groups:
         with (
-            Pool(os.cpu_count() or 1) as pool,
+            Pool(os.cpu_count() or 1, *verification) as pool,
             screen.phase("verify", total=total) as advance,
         ):
             verified = verify(pool, prompts, groups, advance)

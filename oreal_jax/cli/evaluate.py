@@ -14,10 +14,13 @@ from oreal_jax.cli.options import (
     generation_options,
     judge_options,
     load_for_generation,
+    log_verifiers,
     make_sampling,
     model_options,
     open_judge,
+    pool_settings,
     sampling_options,
+    verifier_options,
 )
 from oreal_jax.errors import InputError
 from oreal_jax.files import check_apart, check_writable, write_lines, write_text
@@ -58,6 +61,7 @@ def add(verb: Verb) -> None:
         metavar="FIELD",
         help="break down by a field of the rows, as subject or level; may be repeated",
     )
+    verifier_options(parser)
     judge_options(parser)
     parser.add_argument("--limit", type=int, help="only the first problems of each set")
     parser.add_argument("--items", type=Path, help="write all items here (.jsonl)")
@@ -103,21 +107,24 @@ def evaluate(args: argparse.Namespace) -> None:
         check_min(1, "--limit", args.limit)
         sets = [each._replace(problems=each.problems[: args.limit]) for each in sets]
     check_fields(sets, args.by)
+    verification = pool_settings(args)
     sampling = make_sampling(args, args.k == 1)
     greedy = make_sampling(args, True) if args.greedy or args.k == 1 else None
-    model, engine = load_for_generation(args, sampling)
+    out = args.items or args.json
+    model, engine = load_for_generation(args, sampling, out=out)
+    log_verifiers(args, model.source.settings, screen.log)
     chat = model.chat
     problems = [problem for each in sets for problem in each.problems]
     options = generation_options(args)
     settings = generation_settings(model.source, chat, problems, options)
     with (
         open_judge(args, screen) as judge,
-        resumable(args.items or args.json, settings, screen.log) as records,
+        resumable(out, settings, screen.log) as records,
     ):
         with screen.phase("load"):
             weights = engine.weights(model.params)
         del model  # frees the loaded weights
-        with Pool(os.cpu_count() or 1) as pool:
+        with Pool(os.cpu_count() or 1, *verification) as pool:
             evaluator = Evaluator(
                 engine=engine,
                 weights=weights,

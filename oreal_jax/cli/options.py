@@ -6,7 +6,8 @@ a parser must not import JAX; the command line has defaults of its own.
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,31 @@ SAMPLING = {
     "frequency_penalty": 0.0,
     "max_tokens": 512,
 }
+RULE = "oreal_jax.verify.rule.by_rule"  # in the config.json of a run
 SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the model, its system prompt, and how it decodes."""
+    """Add the model, its prompts' template, and how it decodes."""
     parser.add_argument(
         "--model", required=required, help="a Hugging Face directory or a run directory"
     )
     parser.add_argument(
         "--system-prompt",
         help="system message (default: the run's, else the chat template's own)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file that replaces the model's chat template",
+    )
+    parser.add_argument(
+        "--template-var",
+        type=template_var,
+        action="append",
+        metavar="NAME=VALUE",
+        help="set a variable of the chat template: enable_thinking=false; may be "
+        "repeated",
     )
     parser.add_argument(
         "--rows", type=int, default=64, help="completions decoded at the same time"
@@ -108,6 +123,47 @@ def folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def verifier_options(parser: argparse.ArgumentParser) -> None:
+    """Add the config file whose verifiers are used."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="verify with the verifiers and the deadline of this config file of `oreal "
+        "train` (default: with the rule)",
+    )
+
+
+def pool_settings(args: argparse.Namespace) -> tuple:
+    """Return deadline and verifiers of `--config` for `Pool`; nothing without it.
+
+    Raises:
+        InputError: the file has no config of `oreal train`.
+    """
+    if not args.config:
+        return ()
+    from oreal_jax.config import TrainConfig
+    from oreal_jax.config_loading import load
+
+    verification = load(args.config, TrainConfig).verification
+    return verification.deadline, verification.verifiers
+
+
+def log_verifiers(
+    args: argparse.Namespace, settings: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """Log the verifiers that a run of these settings had, if they are not used.
+
+    A run directory names them, but not their file, and none is imported because of it.
+    """
+    names = settings.get("verification", {}).get("verifiers", [RULE])
+    if names != [RULE] and not args.config:
+        log(
+            f"{args.model}: trained with the verifiers {', '.join(names)}, measured by "
+            "the rule alone; --config FILE uses those of a config file"
+        )
+
+
 def judge_options(parser: argparse.ArgumentParser) -> None:
     """Add the hosts and the model of the judge."""
     parser.add_argument(
@@ -176,19 +232,46 @@ def bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. 1234=-5") from None
 
 
-def load_for_generation(args: argparse.Namespace, sampling, stops: Sequence[str] = ()):
+def template_var(text: str) -> tuple[str, bool | int | float | str]:
+    """Parse a variable of a template and its value, such as "n=3" or "think=false"."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        message = f"{text!r}: expected e.g. enable_thinking=false"
+        raise argparse.ArgumentTypeError(message)
+    try:
+        parsed = json.loads(value.lower())
+    except ValueError:
+        return name, value
+    return name, parsed if isinstance(parsed, bool | int | float) else value
+
+
+def load_for_generation(
+    args: argparse.Namespace,
+    sampling,
+    *,
+    stops: Sequence[str] = (),
+    out: Path | None = None,
+):
     """Load the model of these options, and make its engine.
 
     The weights are still loading when this returns. `stops` are texts that end a
-    completion.
+    completion. Unfinished work of `out` is resumed with the date of its prompts.
 
     Raises:
         InputError: the model cannot be used, or not with this `sampling`.
     """
+    from oreal_jax.evaluation.generation import unfinished_date
     from oreal_jax.loading import load_model
 
     check_min(1, "--rows", args.rows)
-    model = load_model(args.model, system_prompt=args.system_prompt, stops=stops)
+    model = load_model(
+        args.model,
+        system_prompt=args.system_prompt,
+        chat_template=args.chat_template,
+        template_vars=dict(args.template_var or ()),
+        date=unfinished_date(out),
+        stops=stops,
+    )
     engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
     engine.check_sampling(sampling)
     return model, engine

@@ -58,7 +58,7 @@ def sample(args: argparse.Namespace) -> None:
     screen = Screen.on_stderr()
     questions = [args.prompt] if args.file is None else read_questions(args.file)
     sampling = make_sampling(args, args.greedy)
-    model, engine = load_for_generation(args, sampling, args.stop)
+    model, engine = load_for_generation(args, sampling, stops=args.stop)
     chat = model.chat
     requests = [
         Request(chat.encode(question), sampling, key, seed=args.seed)

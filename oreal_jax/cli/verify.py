@@ -6,7 +6,14 @@ import math
 import os
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb, check_min, judge_options, open_judge
+from oreal_jax.cli.options import (
+    Verb,
+    check_min,
+    judge_options,
+    open_judge,
+    pool_settings,
+    verifier_options,
+)
 from oreal_jax.errors import InputError
 
 BATCH = 256  # answers that are judged before their verdicts are printed
@@ -25,14 +32,18 @@ def add(verb: Verb) -> None:
     parser.add_argument(
         "--file",
         type=Path,
-        help="JSON lines with `gold`, `prediction` and, for the judge, `question`",
+        help="JSON lines with `gold`, `prediction` and, for the judge, `question`; the "
+        "verifiers of --config read all fields",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--deadline", type=float, default=5.0, help="seconds per answer"
+        "--deadline",
+        type=float,
+        help="seconds per answer (default: the config's, or 5)",
     )
+    verifier_options(parser)
     judge_options(parser)
-    parser.add_argument("--question", help="of --answer, for the judge")
+    parser.add_argument("--question", help="of --answer, for --judge or --config")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
 
 
@@ -47,22 +58,33 @@ def verify(args: argparse.Namespace) -> None:
     present = [x is not None for x in (args.gold, args.answer, args.file)]
     if present not in ([True, True, False], [False, False, True]):
         raise InputError("verify takes either --gold and --answer, or --file")
-    if args.question and not (args.judge and args.answer is not None):
-        raise InputError("--question goes with --answer and --judge")
+    is_read = args.judge or args.config
+    if args.question and not (is_read and args.answer is not None):
+        raise InputError("--question goes with --answer and --judge or --config")
     check_min(1, "--workers", args.workers)
-    if not 0 < args.deadline < math.inf:
+    if args.deadline is not None and not 0 < args.deadline < math.inf:
         raise InputError(f"--deadline {args.deadline}: must be above 0 and finite")
-    predictions = [Prediction(str(args.answer), str(args.gold), args.question)]
+    deadline, *verifiers = pool_settings(args) or (5.0,)
+    if args.deadline is not None:
+        deadline = args.deadline
+    prompt = {"question": args.question} if args.question else {}
+    predictions = [Prediction(str(args.answer), str(args.gold), args.question, prompt)]
     if args.file:
         predictions = read_judgements(args.file)
     candidates = [
-        Candidate(p.question or "(not given)", p.gold, p.prediction)
+        Candidate(
+            p.question or "(not given)",
+            p.gold,
+            p.prediction,
+            # Equal answers are judged once, so the rule does not get the other fields.
+            prompt=p.prompt if args.config else None,
+        )
         for p in predictions
     ]
     screen = Screen.on_stderr()
     with (
         open_judge(args, screen) as judge,
-        Pool(min(args.workers, len(candidates)), args.deadline) as pool,
+        Pool(min(args.workers, len(candidates)), deadline, *verifiers) as pool,
         screen.phase("verify", total=len(candidates)) as advance,
     ):
         for start in range(0, len(candidates), BATCH):

@@ -1,7 +1,10 @@
 """Questions to tokens and back, with the checkpoint's own tokenizer and template."""
 
+import datetime
+import functools
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,11 @@ from oreal_jax.verify.extract import is_thinking_mark
 
 # Without any of these, transformers silently makes a tokenizer without a vocabulary.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Names that are ours to set when a template is applied.
+RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now")
+ANSWER = "\ue000"  # stands for an answer, to find the text after it
+DATE_FILE = "template_date"  # in the model directory of a run: the date of its prompts
+PRIVATE_USE = range(0xE000, 0xF900)  # characters without meaning
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -35,12 +43,28 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputError(f"{directory}: no usable tokenizer: {reason}") from None
 
 
+def read_date(directory: Path) -> datetime.date | None:
+    """Return the date that the prompts of a run print, None if it recorded none.
+
+    Raises:
+        InputError: the file in its model directory is not a date.
+    """
+    path = directory / DATE_FILE
+    if not path.exists():
+        return None
+    try:
+        return datetime.date.fromisoformat(read_text(path).strip())
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
 class Chat:
     """A tokenizer and its chat template, applied to one question.
 
     `system_prompt` None leaves the system message to the template. `template` is a
-    Jinja file that replaces the tokenizer's own. Completions end before the first of
-    the `stop_strings`. `encode`, `decode` and `pieces` are thread-safe.
+    Jinja file that replaces the tokenizer's own; it reads `template_vars`, and prints
+    `date` (None: today) if it prints one. Completions end before the first of the
+    `stop_strings`. `encode`, `decode` and `pieces` are thread-safe.
     """
 
     def __init__(
@@ -49,28 +73,38 @@ class Chat:
         system_prompt: str | None = None,
         template: Path | None = None,
         stop_strings: Sequence[str] = (),
+        template_vars: Mapping[str, Any] = {},
+        date: datetime.date | None = None,
     ):
         """Check the template.
 
         Raises:
-            InputError: there is none, or it is invalid or rejects these messages (some
-                accept no system message).
+            InputError: there is none, or it is invalid, rejects these messages (some
+                accept no system message) or has no such variable.
         """
         if template:
             tokenizer.chat_template = read_text(template)
         source = template or tokenizer.name_or_path
-        if not tokenizer.chat_template:
-            raise InputError(f"{source}: no chat template in it")
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
-        self.stop_strings = stop_strings
+        self.stop_strings, self.template_vars = stop_strings, dict(template_vars)
+        self.date = date or datetime.date.today()
+        self.template = chat_template(tokenizer, source)
+        self._dated_template = with_date(self.template, self.date)
         self._pieces: dict[int, str] = {}
-        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._hidden = {
             token
-            for token in special | set(tokenizer.all_special_ids)
+            for token in special_tokens(tokenizer)
             if not is_thinking_mark(tokenizer.convert_ids_to_tokens(token))
         }
+        self._control_start = control_start(tokenizer)
         self._lock = threading.Lock()  # some tokenizers fail in two threads at once
+        for name in self.template_vars:
+            if name in RESERVED or not re.search(
+                rf"\b{re.escape(name)}\b", self.template
+            ):
+                raise InputError(
+                    f"{source}: the chat template has no variable {name!r}"
+                )
         try:
             self.encode("?")
         except Exception as error:  # templates raise errors of many kinds
@@ -79,14 +113,42 @@ class Chat:
                 f"{error}"
             ) from None
 
+    @property
+    def prints_date(self) -> bool:
+        """Whether the template prints the date."""
+        return self._dated_template != self.template
+
     def encode(self, question: str) -> list[int]:
-        """Return the tokens of a conversation up to the start of the answer."""
+        """Return the tokens of a conversation up to the start of the answer.
+
+        Text of the question is never a control token: "<|im_end|>" in it is spelled by
+        other tokens.
+        """
+        text, mark = self._apply(question), None
+        if self._control_start.search(question):
+            # The template gets the question in one piece, with a character inside each
+            # of these texts, at which the result is split to encode the parts.
+            mark = next(x for x in map(chr, PRIVATE_USE) if x not in text)
+            text = self._apply(self._control_start.sub(rf"\g<0>{mark}", question))
+        parts = text.split(mark) if mark else [text]
+        return [token for part in parts for token in self._encode(part)]
+
+    def _apply(self, question: str, answer: str | None = None) -> str:
+        """Return the text of a conversation, up to the answer if there is none."""
         messages = [{"role": "user", "content": question}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._dated_template,
+            tokenize=False,
+            add_generation_prompt=answer is None,
+            **self.template_vars,
         )
+
+    def _encode(self, text: str) -> list[int]:
         with self._lock:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -109,6 +171,11 @@ class Chat:
                 self._pieces[token] = self.tokenizer.decode([token])
         return [self._pieces[int(token)] for token in tokens]
 
+    @property
+    def size(self) -> int:
+        """The number of tokens, added ones included: the highest token and one."""
+        return max([*self.tokenizer.get_vocab().values(), -1]) + 1
+
     def token_bytes(self) -> list[bytes]:
         """Return the bytes that each token adds to a text; none for special tokens.
 
@@ -120,8 +187,7 @@ class Chat:
         """
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        size = max([*self.tokenizer.get_vocab().values(), -1]) + 1
-        names = self.tokenizer.convert_ids_to_tokens(range(size))
+        names = self.tokenizer.convert_ids_to_tokens(range(self.size))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InputError(
@@ -140,13 +206,13 @@ class Chat:
         """Return the tokens that end a completion: the model's own and one per word.
 
         The model's own are those of its tokenizer, config.json and
-        generation_config.json.
+        generation_config.json, and the one with which its template ends a turn.
 
         Raises:
             InputError: a word is not exactly one known token, or a file of the model is
                 invalid.
         """
-        tokens = {self.tokenizer.eos_token_id}
+        tokens = {self.tokenizer.eos_token_id, *self._turn_end[-1:]}
         for name in ("config.json", "generation_config.json"):
             path = Path(self.tokenizer.name_or_path) / name
             value = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -155,7 +221,7 @@ class Chat:
                 raise InputError(f"{path}: eos_token_id={value!r}, expected tokens")
             tokens.update(model_tokens)
         for word in words:
-            pieces = self.tokenizer.encode(word, add_special_tokens=False)
+            pieces = self._encode(word)
             if len(pieces) != 1:
                 raise InputError(
                     f"stop word {word!r} is {len(pieces)} tokens, must be exactly 1"
@@ -166,16 +232,85 @@ class Chat:
         return tuple(sorted(tokens - {None}))
 
     def example(self, question: str, solution: str) -> tuple[list[int], list[int]]:
-        """Return prompt and completion tokens; the latter end with end-of-sequence.
+        """Return prompt and completion tokens; the latter end as the template's turns.
+
+        Where these have no special token, completions end with end-of-sequence.
 
         Raises:
             InputError: the tokenizer has no such token.
         """
-        end = self.tokenizer.eos_token_id
-        if end is None:
+        end = self._turn_end or [self.tokenizer.eos_token_id]
+        if end == [None]:
             raise InputError(f"{self.tokenizer.name_or_path}: no end-of-sequence token")
-        completion = self.tokenizer.encode(solution, add_special_tokens=False)
-        return self.encode(question), [*completion, end]
+        return self.encode(question), [*self._encode(solution), *end]
+
+    @functools.cached_property
+    def _turn_end(self) -> list[int]:
+        """The tokens that the template puts after an answer, up to the special one.
+
+        Empty if there is no special one. What follows it, as a line break, is for the
+        next turn: completions end before.
+        """
+        try:
+            text = self._apply("?", ANSWER)
+        except Exception:  # templates raise errors of many kinds
+            return []  # one for questions only
+        tokens = self._encode(text.rpartition(ANSWER)[2]) if ANSWER in text else []
+        marks = self._hidden - {self.tokenizer.unk_token_id}
+        index = next((i for i, token in enumerate(tokens) if token in marks), -1)
+        return tokens[: index + 1]
+
+
+def chat_template(tokenizer: Any, source: Any) -> str:
+    """Return the chat template of a tokenizer.
+
+    Raises:
+        InputError: it has none; or several, and none of them is the default.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(f"{source}: no chat template in it")
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Return the special tokens of a tokenizer."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token for token, entry in added if entry.special}
+    return special | set(tokenizer.all_special_ids)
+
+
+def control_start(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern for the first character of a text that is a control token.
+
+    These are the special tokens and other added ones in brackets, such as "<think>";
+    added tokens such as blanks are for plain text.
+    """
+    special = special_tokens(tokenizer)
+    controls = [
+        re.escape(entry.content)
+        for token, entry in tokenizer.added_tokens_decoder.items()
+        if token in special or re.fullmatch(r"[<\[].+[>\]]", entry.content)
+    ]
+    return re.compile(f"(?=(?:{'|'.join(controls) or '(?!)'})).", re.DOTALL)
+
+
+def with_date(template: str, date: datetime.date) -> str:
+    """Return a template whose `strftime_now` prints this date.
+
+    The library's own prints the present time; it takes no function as a variable.
+    """
+    if "strftime_now" not in template:
+        return template
+    letters = "aAbBcdDeFGhHIjmMpRSTuUVwWxXyY"
+    directives = [f"%-{x}" for x in "dmyHIMSj"] + [f"%{x}" for x in letters]
+    replace = "".join(f".replace({x!r}, {date.strftime(x)!r})" for x in directives)
+    return (
+        "{%- macro strftime_now(format) -%}{{ format"
+        f"{replace}.replace('%%', '%') }}}}{{%- endmacro %}}\n{template}"
+    )
 
 
 def _plain_bytes(token: str) -> bytes:

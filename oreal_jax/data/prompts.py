@@ -57,11 +57,15 @@ class SolvedQuestion:
 
 
 class Prediction(NamedTuple):
-    """An answer to verify, which may be empty; the question if it is known."""
+    """An answer to verify, which may be empty; the question if it is known.
+
+    `prompt` has the other fields of its row, for verifiers that read them.
+    """
 
     prediction: str
     gold: str
     question: str | None
+    prompt: Mapping[str, Any]
 
 
 def read_prompts(path: Path, *fields: Any) -> list[Prompt]:
@@ -174,6 +178,11 @@ def read_judgements(path: Path) -> list[Prediction]:
             "" if row.get("prediction") == "" else text_field(name, row, "prediction"),
             text_field(name, row, "gold"),
             None if row.get("question") is None else text_field(name, row, "question"),
+            {
+                field: value
+                for field, value in row.items()
+                if field not in ("prediction", "gold") and _is_label(value)
+            },
         )
         for name, row in read_rows(path)
     ]

@@ -82,6 +82,23 @@ class Journal(dict[Key, CompletionRecord]):
             write_text(self.path, "".join(complete))
 
 
+def journal_path(out: Path | None) -> Path | None:
+    """Return the journal of a command that writes `out`."""
+    return out and out.with_name(f"{out.name}.unfinished")
+
+
+def unfinished_date(out: Path | None) -> datetime.date | None:
+    """Return the date that prompts of unfinished work print, None if there is none."""
+    if not (path := journal_path(out)):
+        return None
+    try:
+        with path.open(encoding="utf-8") as file:
+            settings = json.loads(file.readline())["drawing"]
+        return settings["date"] and datetime.date.fromisoformat(settings["date"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # `Journal` reports a file that is none
+
+
 @contextlib.contextmanager
 def resumable(
     out: Path | None, settings: Mapping[str, Any], log: Callable[[str], None]
@@ -91,7 +108,7 @@ def resumable(
     The journal is removed when the block ends without error. Without `out` the records
     are in memory only.
     """
-    path = out and out.with_name(f"{out.name}.unfinished")
+    path = journal_path(out)
     records = Journal(path, settings) if path else {}
     if records:
         log(f"{path}: resuming after {len(records)} completions")
@@ -125,6 +142,9 @@ def generation_settings(
         "model": str(weights),
         "model of": datetime.datetime.fromtimestamp(newest).isoformat(),
         "system_prompt": chat.system_prompt,
+        "chat_template": options.get("chat_template") and fingerprint(chat.template),
+        "template_vars": chat.template_vars or None,
+        "date": chat.date.isoformat() if chat.prints_date else None,
         "stop_strings": list(chat.stop_strings),
         "stop_words": list(source.settings.get("stop_words", ())),
         "questions": fingerprint([(p.id, p.question) for p in prompts]),

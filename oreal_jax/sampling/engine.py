@@ -43,6 +43,7 @@ class Engine:
         stop_tokens: Sequence[int],
         *,
         stop_table: Int[np.ndarray, "V S"] | None = None,
+        real_tokens: int = 0,
         rows: int = 64,
         cache_tokens: int = 0,
         dtype=jnp.float32,
@@ -55,6 +56,8 @@ class Engine:
         """Make the engines of a process; nothing is compiled or allocated yet.
 
         stop_table: result of `make_stop_table` for stop strings.
+        real_tokens: tokens of the tokenizer, the first rows of the vocabulary; no
+            other is sampled (0: all rows).
         rows: decoding slots, over all devices of the trainer's `mesh`.
         cache_tokens: of each engine's cache (0: the longest completion in every slot).
         weights, cache: "int8" and "float8" (e4m3) take half the memory of bfloat16, and
@@ -77,6 +80,7 @@ class Engine:
         self.engines = sharding.count_row_shards(meshes.own)
         self.slots = -(-rows // sharding.count_row_shards(meshes.all))
         self.cache_tokens, self.longest = cache_tokens, longest
+        self.real_tokens = min(real_tokens or config.vocab, config.vocab)
         self.stops = Stops.padded(stop_tokens, stop_table, config.vocab)
         self.programs = programs_for(
             config,
@@ -85,6 +89,7 @@ class Engine:
             dtype=jnp.dtype(dtype),
             weights=weights,
             cache_dtype=jnp.dtype(jnp.float8_e4m3fn if cache == "float8" else dtype),
+            real_tokens=self.real_tokens,
         )
         self.formats = f"in {jnp.dtype(dtype)}, weights={weights!r}, cache={cache!r}"
         self.statistics = Statistics()
@@ -217,10 +222,11 @@ class Engine:
         """
         biased = (token for token, _ in sampling.logit_bias)
         self.config.check_tokens(biased, "sampling: logit_bias")
-        banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
-        if len(banned) == self.config.vocab:
+        bans = {token for token, bias in sampling.logit_bias if bias == -math.inf}
+        if all(token in bans for token in range(self.real_tokens)):
             raise InputError(
-                f"sampling: logit_bias: bans all {len(banned)} tokens of the vocabulary"
+                f"sampling: logit_bias: bans all {self.real_tokens} tokens of the "
+                "vocabulary"
             )
 
     def _no_probability(self, weights: Weights) -> Failure:

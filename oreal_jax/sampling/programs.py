@@ -128,6 +128,7 @@ class Programs:
         dtype: Any,
         weights: Literal["full", "int8"],
         cache_dtype: Any,
+        real_tokens: int,
     ):
         """Make programs for a cache of `page_size` tokens per page.
 
@@ -140,7 +141,8 @@ class Programs:
         heads = self.config.kv_heads // mesh.shape["tensor"]
         self.form = choose_pages(platform(mesh), heads, config.head_dim, cache_dtype)
         self.attend = model_parallel.shard_over_heads(self.form.attend, mesh)
-        self.sample_tokens = model_parallel.shard_over_slots(sample_tokens, mesh)
+        choose = functools.partial(sample_tokens, real_tokens=real_tokens)
+        self.sample_tokens = model_parallel.shard_over_slots(choose, mesh)
         self.execution = model_parallel.make_prompt_execution(mesh)
 
         int8 = weights == "int8"

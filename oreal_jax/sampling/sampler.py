@@ -5,6 +5,10 @@ requests; a stage that no slot needs is skipped (`Stages`). The vocabulary is ne
 sorted. Truncation is a threshold per slot: tokens of smaller weight are masked. A token
 is sampled by inverting the cumulative distribution in two levels. It is in the nucleus
 if the tokens that are likelier hold less than `top_p`.
+
+The vocabulary of many models is padded: its last rows belong to no token of the
+tokenizer. They are masked like banned tokens; the log-probability of the full model
+counts them, as it does for the trainer.
 """
 
 from typing import Any, NamedTuple
@@ -95,24 +99,34 @@ def sample_tokens(
     keys: UInt32[Array, "B 2"],
     slots: SlotSampling,
     history: History,
+    real_tokens: int = 0,
 ) -> NextToken:
     """Sample a token for every slot, from that slot's arguments alone.
+
+    Only the first `real_tokens` are sampled (0: all).
 
     A wide nucleus is not searched for: a token is sampled from all, and again where
     likelier tokens hold at least `top_p` of the mass. Its log-probability within the
     nucleus needs the mass of the nucleus, which is computed if `renormalise` is set.
     """
 
-    # Each branch returns tokens: one that returned scores would copy them.
+    # Each branch returns tokens: one that returned scores would copy them. For the same
+    # reason they are masked where they are read.
     def sample_from(scores: Float[Array, "B V"]) -> NextToken:
-        highest, likeliest = largest(scores)
+        highest, likeliest = largest(mask_padding(scores, real_tokens))
+
+        def sample() -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+            shifted = mask_padding(scores, real_tokens) - highest[:, None]
+            return _sample(shifted, likeliest, stages, keys, slots)
+
         token, sampled = jax.lax.cond(
-            stages.random,
-            lambda: _sample(scores - highest[:, None], likeliest, stages, keys, slots),
-            lambda: (likeliest, jnp.zeros(likeliest.shape)),
+            stages.random, sample, lambda: (likeliest, jnp.zeros(likeliest.shape))
         )
         if scores is not logits:
             highest, _ = largest(logits)
+        elif has_padding(logits, real_tokens):
+            padding = jnp.max(logits[:, real_tokens:], axis=-1)
+            highest = jnp.maximum(highest, padding)
         total = jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
         log_prob = _at(logits, token) - highest - jnp.log(total)
         return NextToken(token, log_prob, sampled)
@@ -122,6 +136,19 @@ def sample_tokens(
         lambda: sample_from(adjust(logits, slots, history)),
         lambda: sample_from(logits),
     )
+
+
+def has_padding(logits: Float[Array, "*B V"], real_tokens: int) -> bool:
+    """Return whether the vocabulary has more rows than tokens (0: it has none)."""
+    return 0 < real_tokens < logits.shape[-1]
+
+
+def mask_padding(logits: Float[Array, "B V"], real_tokens: int) -> Float[Array, "B V"]:
+    """Set the logits of padded rows to -inf; the others are returned as they are."""
+    if not has_padding(logits, real_tokens):
+        return logits
+    is_token = jnp.arange(logits.shape[-1])[None] < real_tokens
+    return jnp.where(is_token, logits, -jnp.inf)
 
 
 def _at(values: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -215,8 +242,10 @@ def _uniform(key: UInt32[Array, "2"], number) -> Float[Array, ""]:
     return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), number))
 
 
-def sampling_distribution(sampling: Sampling) -> Distribution:
+def sampling_distribution(sampling: Sampling, real_tokens: int = 0) -> Distribution:
     """Return the distribution that tokens are sampled from, as a function of logits.
+
+    Only the first `real_tokens` are sampled (0: all).
 
     For trainers whose loss is about these probabilities: biased, tempered, and
     renormalised over the kept tokens. It has no penalties, which depend on earlier
@@ -231,6 +260,7 @@ def sampling_distribution(sampling: Sampling) -> Distribution:
             tokens, values = zip(*sampling.logit_bias, strict=True)
             logits = logits.at[..., jnp.array(tokens)].add(jnp.array(values))
         flat = jax.lax.stop_gradient(logits).reshape(-1, logits.shape[-1])
+        flat = mask_padding(flat, real_tokens)
         kept = (truncate(flat, sampling) > 0).reshape(logits.shape)
         kept |= jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
         # Finite, so that the entropy has no 0 times infinity.

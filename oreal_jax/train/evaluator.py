@@ -205,14 +205,14 @@ def load_evaluation_sets(
     evaluation = config.evaluation
     sets = load_sets(evaluation.data, Path(evaluation.folder), "evaluation.data")
     trained_on = {prompt.question for prompt in prompts}
-    max_length = engine.config.max_length - config.sampling.max_tokens
     for name, problems in sets:
         for problem in problems:
             where = f"evaluation.data: problem {problem.id!r} of {name}"
             if problem.question in trained_on:
                 raise InputError(f"{where} is trained on")
-            if (length := len(chat.encode(problem.question))) > max_length:
-                raise InputError(
-                    f"{where} has {length} tokens, there is room for {max_length}"
-                )
+            length = len(chat.encode(problem.question))
+            try:
+                engine.check_length(length, config.sampling.max_tokens)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
     return sets

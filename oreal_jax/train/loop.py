@@ -64,7 +64,8 @@ def train_oreal(
         with distributed.enter_together():
             reference = directory.load_reference()
         add_reference = make_reference_scorer(model.config, mesh, model.dtype)
-        train_step = make_run_step(config, directory.models, mesh)
+        real_tokens = setup.engine.real_tokens
+        train_step = make_run_step(config, directory.models, mesh, real_tokens)
         rollouts = Rollouts(config, run, screen, chat, setup.engine, pool, judge)
         make_batch = functools.partial(
             pack,
@@ -84,7 +85,8 @@ def train_oreal(
                 groups = all_trajectories(prompts, verified)
                 groups = with_advantages(groups, config.loss.advantage, undecided)
                 selected = select(groups, config.keep, config.seed, step, undecided)
-                metrics = trajectory_metrics(groups, selected) | rollouts.metrics()
+                metrics = trajectory_metrics(groups, selected, verification.verifiers)
+                metrics |= rollouts.metrics()
                 if selected:
                     batch, indices = make_batch([t.example() for t in selected])
                     batch = put_batch(batch, mesh)

@@ -52,9 +52,12 @@ def make_trained_models(
 
 
 def make_run_step(
-    config: TrainConfig | SftConfig, models: TrainedModels, mesh: Mesh
+    config: TrainConfig | SftConfig,
+    models: TrainedModels,
+    mesh: Mesh,
+    real_tokens: int = 0,
 ) -> TrainStep:
-    """Return the training step of a run."""
+    """Return the training step of a run; `real_tokens` is as in `Engine`."""
     is_train = isinstance(config, TrainConfig)
     return make_train_step(
         models,
@@ -62,16 +65,18 @@ def make_run_step(
         mesh,
         freeze_steps=config.freeze_steps if is_train else 0,
         dtype=compute_dtype(config.compute, mesh),
-        distribution=loss_distribution(config) if is_train else model.full_softmax,
+        distribution=loss_distribution(config, real_tokens)
+        if is_train
+        else model.full_softmax,
         remat=config.remat,
         gradient_sums=jnp.dtype(config.gradient_sums),
     )
 
 
-def loss_distribution(config: TrainConfig) -> Distribution:
+def loss_distribution(config: TrainConfig, real_tokens: int) -> Distribution:
     """Return the distribution whose probabilities the loss is about."""
     if config.log_probs == "sampled":
-        return sampling_distribution(config.sampling)
+        return sampling_distribution(config.sampling, real_tokens)
     return model.full_softmax
 
 

@@ -35,6 +35,7 @@ from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import copy_files
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.console import Screen
+from oreal_jax.data.chat import DATE_FILE
 from oreal_jax.distributed import defer_interrupts
 from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged, InputError, summarize
@@ -135,6 +136,8 @@ class RunDirectory:
         if distributed.is_first():
             resume.record_progress(self.path)
             write_text(path, text)
+            if (chat := self.model.chat).prints_date:
+                write_text(self.path / "model" / DATE_FILE, f"{chat.date}\n")
             for line in resume.discard_after(self.path, self._first):
                 self.screen.log(line)
         distributed.barrier(f"{path} was written")

@@ -1,6 +1,7 @@
 """Set-up of a run: everything that is read and checked before the first step."""
 
 import contextlib
+import datetime
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from oreal_jax.data import (
     load_tokenizer,
     repeat_by_difficulty,
 )
+from oreal_jax.data.chat import read_date
 from oreal_jax.data.packing import SizeLimits
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
@@ -83,7 +85,7 @@ def open_run_model(
     stop_strings: Sequence[str] = (),
     stop_words: Sequence[str] = (),
 ) -> OpenModel:
-    """Open the model of a run; the chat template is the run's own once it has begun.
+    """Open the model of a run; its chat template and date stay as when it began.
 
     Raises:
         InputError: model, mesh, tokenizer or template cannot be used.
@@ -95,11 +97,21 @@ def open_run_model(
     if config.chat_template and source.path != run:
         template = Path(config.chat_template)
     tokenizer = load_tokenizer(source.files)
+    date = read_date(source.files) if source.path == run else None
+    today = datetime.date.today().isoformat()
+    today = distributed.gather_values(today)[0]  # midnight may be between processes
     return OpenModel(
         source=source,
         mesh=mesh,
         dtype=compute_dtype(config.compute, mesh),
-        chat=Chat(tokenizer, config.system_prompt, template, stop_strings),
+        chat=Chat(
+            tokenizer,
+            config.system_prompt,
+            template,
+            stop_strings,
+            dict(config.template_vars),
+            date or datetime.date.fromisoformat(today),
+        ),
         stop_words=stop_words,
     )
 
