@@ -25,6 +25,7 @@ from oreal_jax.data import build
 from oreal_jax.data.packing import pack
 from oreal_jax.distributed import defer_interrupts
 from oreal_jax.train import metrics as step_metrics
+from oreal_jax.train.lock import locked
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.rollouts import Rollouts, all_trajectories, step_prompts
 from oreal_jax.train.run_directory import RunDirectory
@@ -50,7 +51,11 @@ def train_oreal(
     Raises:
         InputError: the config, model, prompts or run directory cannot be used.
     """
-    run, screen = Path(run), screen or Screen()
+    with locked(Path(run)):
+        _train(config, Path(run), screen or Screen(), profile)
+
+
+def _train(config: TrainConfig, run: Path, screen: Screen, profile: int) -> None:
     setup = set_up(config, run, screen)
     model, mesh, chat = setup.model, setup.model.mesh, setup.model.chat
     judging, verification = open_judge(config, screen), config.verification

@@ -18,6 +18,7 @@ from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.loading import OpenModel
+from oreal_jax.train.lock import locked
 from oreal_jax.train.metrics import check_finite
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.resume import Data, read_progress
@@ -36,7 +37,11 @@ def train_sft(
     Raises:
         InputError: the config, model, examples or run directory cannot be used.
     """
-    run, screen = Path(run), screen or Screen()
+    with locked(Path(run)):
+        _train(config, Path(run), screen or Screen(), profile)
+
+
+def _train(config: SftConfig, run: Path, screen: Screen, profile: int) -> None:
     model = open_run_model(config, run)
     check_loss(config)
     rows = read_examples(Path(config.examples))
