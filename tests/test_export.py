@@ -67,7 +67,7 @@ def test_an_export_of_a_run_has_its_stop_tokens_and_a_model_card(start, tmp_path
         "on `train.jsonl`",
         "\nThink.\n",
         '`"<|im_start|>"`, `"\\n\\n"`',
-        "| after step | math/pass@1 |",
+        "| steps | math/pass@1 |",
         "| 0.5 | 75.0% |",
         '"learning_rate": 5e-07',
     ]:

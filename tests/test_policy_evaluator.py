@@ -97,7 +97,7 @@ def test_the_policy_is_measured_before_every_n_steps_and_at_the_end(
     assert [row["best"] for row in evaluations] == [True, True, False, False]
     assert evaluations[0]["val-core/exam/pass@1"] == 0.25
     assert {sampling.temperature for *_, sampling in skill.examined()} == {0.0}
-    assert "after step 2: exam pass@1 75.0%" in capsys.readouterr().out
+    assert "after 2 step(s): exam pass@1 75.0%" in capsys.readouterr().out
     # The best is a model directory with all that the run's own has.
     best = open_model(tmp_path / "run" / "best")
     assert best.settings["system_prompt"] == "Be brief."

@@ -109,7 +109,7 @@ def _evaluation_table(run: Path) -> str:
     rows = [row for _, row in read_rows(path)]
     names = [name for name in rows[-1] if name.startswith("val-core/")]
     cells = [
-        ["after step", *(name.removeprefix("val-core/") for name in names)],
+        ["steps", *(name.removeprefix("val-core/") for name in names)],
         ["---"] * (1 + len(names)),
     ]
     for row in rows:

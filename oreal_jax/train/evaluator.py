@@ -145,12 +145,12 @@ class PolicyEvaluator:
             top = max(higher, key=lambda row: row["score"])
             text += (
                 f"; kept in {directory}, though its score {score:.4g} is "
-                f"below {top['score']:.4g} after step {top['step']}, whose policy is "
-                "no longer there"
+                f"below {top['score']:.4g} after {top['step']} step(s), whose policy "
+                "is no longer there"
             )
         elif is_best:
             text += f"; the best so far, kept in {directory}"
-        self.screen.log(f"after step {step}: {text}")
+        self.screen.log(f"after {step} step(s): {text}")
 
 
 def gather_completions(problems: Sequence[Prompt], groups: Groups) -> Groups:

@@ -81,7 +81,7 @@ def _train(config: TrainConfig, run: Path, screen: Screen, profile: int) -> None
         state = directory.state
         while (step := int(state.step)) < config.steps:
             evaluation_seconds = setup.evaluator(state, pool, judge)
-            label, frozen = f"step {step + 1}: ", step < config.freeze_steps
+            label, frozen = f"step {step}: ", step < config.freeze_steps
             prompts = step_prompts(config, chat, setup.order, directory.data_position)
             share = distributed.take_share(prompts)
             verified = rollouts(state.policy.params, share, step)
@@ -98,11 +98,11 @@ def _train(config: TrainConfig, run: Path, screen: Screen, profile: int) -> None
                     with screen.phase("update_actor", label=label):
                         state, measured, token_scores = train_step(state, batch)
                         directory.record_state(state)
-                        metrics |= step_metrics.check_finite(measured, step + 1)
+                        metrics |= step_metrics.check_finite(measured, step)
                     selected = step_metrics.with_scores(
                         selected, indices, batch, token_scores
                     )
-                    metrics |= step_metrics.check_agreement(selected, config, step + 1)
+                    metrics |= step_metrics.check_agreement(selected, config, step)
                     del batch, measured, token_scores  # frees memory of the devices
                 else:
                     state = state._replace(step=state.step + 1)
@@ -112,7 +112,7 @@ def _train(config: TrainConfig, run: Path, screen: Screen, profile: int) -> None
                     directory.write_trajectories(step, groups, chat.pieces)
                 directory.finish_step(
                     metrics,
-                    step_metrics.screen_line(step + 1, config.steps, metrics),
+                    step_metrics.screen_line(step, config.steps, metrics),
                     step_metrics.phase_totals(
                         directory.models, groups, selected, frozen
                     ),

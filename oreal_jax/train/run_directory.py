@@ -1,6 +1,7 @@
 """The directory of a run: model, state, checkpoints, metrics and trajectories.
 
     RUN/config.json        the settings
+    RUN/history.jsonl      starts and ends, and how the settings changed
     RUN/model/             config.json, tokenizer, chat template
     RUN/metrics.jsonl      one object per step
     RUN/trajectories/      one file per step, written while the next one samples
@@ -44,6 +45,7 @@ from oreal_jax.loading import OpenModel
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import Params, abstract, cast, parameter_count
 from oreal_jax.train import resume
+from oreal_jax.train.history import record_end, record_start
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import make_trained_models
 from oreal_jax.train.resume import Data
@@ -93,8 +95,9 @@ class RunDirectory:
             self._rates["token_reward/lr"] = jax.jit(self.models.token_reward.rate)
         newest, progress = resume.read_progress(path)
         self._first, self.data_position = newest or 0, progress.taken
+        self._finished = self._first
         is_resumed, log = newest is not None, screen.log
-        resume.compare_settings(path, config, is_resumed, log)
+        self._changes = resume.compare_settings(path, config, is_resumed, log)
         resume.compare_progress(path, self._first, progress, data, self._rates, log)
         if is_resumed:
             self.state = self._restore()
@@ -112,10 +115,15 @@ class RunDirectory:
             )
         self._profile = Profile(path / "profile", profile, screen)
         self._step_started = time.perf_counter()
+        if self._first >= steps:  # exit code 0: nothing is missing of what was asked
+            log(
+                f"{path}: already finished at step {self._first}; raise steps "
+                f"({steps}) or choose another --run"
+            )
 
     def _restore(self) -> TrainState:
         count = f"{parameter_count(self.model.config):,} parameters"
-        self.screen.log(f"resuming {self.path} after step {self._first} ({count})")
+        self.screen.log(f"resuming {self.path} after {self._first} step(s) ({count})")
         with self.screen.phase("restore"):
             target = self.models.abstract(self.model.mesh)
             return checkpoints.restore(self.path, self._first, target)
@@ -135,6 +143,7 @@ class RunDirectory:
         if distributed.is_first():
             resume.record_progress(self.path)
             write_text(path, text)
+            record_start(self.path, self._first, self._changes)
             for line in resume.discard_after(self.path, self._first):
                 self.screen.log(line)
         distributed.barrier(f"{path} was written")
@@ -169,6 +178,7 @@ class RunDirectory:
     def record_state(self, state: TrainState) -> None:
         """Set the state after a step, which is saved if a later step fails."""
         self.state = state
+        self._finished += 1
         self.data_position += self.data.per_step
 
     def write_trajectories(
@@ -242,15 +252,26 @@ class RunDirectory:
             # An interrupt must not replace the original error.
             ignoring = ignoring_interrupts("closing the run")
         with defer_interrupts(), ignoring, contextlib.ExitStack() as closing:
+            closing.push(lambda _, inner, __: self._record_end(error or inner))
             for part in filter(None, (self._profile, self._metrics, self._checkpoints)):
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
-                self.screen.log(f"stopped after step {int(self.state.step)}; saving")
+                self.screen.log(f"stopped after {self._finished} step(s); saving")
                 distributed.stop_all("saving the run")
                 self._save()
             elif error and not isinstance(error, Diverged):
                 self._save_after(error)
+
+    def _record_end(self, error: BaseException | None) -> None:
+        if not distributed.is_first():
+            return
+        outcome, reason = "finished", ""
+        if isinstance(error, KeyboardInterrupt):
+            outcome = "stopped"
+        elif error:
+            outcome, reason = "failed", summarize(error)
+        record_end(self.path, self._finished, outcome, reason)
 
     def _close_writer(self, error: BaseException | None) -> None:
         """Close the writer; raise its error, or log it if `error` is already set."""
@@ -279,7 +300,7 @@ class RunDirectory:
             )
             self._save()
             self._checkpoints.wait()
-            log(f"{reason}; saved step {step}")
+            log(f"{reason}; saved after {step} step(s)")
         except Exception as failure:
             log(f"not saved: {summarize(failure)}")
 
