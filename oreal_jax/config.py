@@ -132,6 +132,10 @@ class TrainConfig:
     """A Hugging Face directory or a run directory."""
     prompts: str
     """A jsonl or parquet file, a built data set, or a data set on the hub."""
+    question: str = "question"
+    """Field of a prompt's row that holds the question."""
+    answer: str = "gold_answer"
+    """Field that holds the answer."""
     system_prompt: str | None = None
     """System message; None: that of the chat template."""
     chat_template: str | None = None

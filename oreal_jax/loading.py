@@ -88,6 +88,7 @@ class LoadedModel(OpenModel):
 def load_model(
     directory: str | Path,
     *,
+    step: int | None = None,
     mesh: MeshShape | None = None,
     devices: Sequence | None = None,
     dtype: str = "auto",
@@ -97,8 +98,10 @@ def load_model(
     """Load a Hugging Face or run directory onto devices.
 
     Returns as soon as the tokenizer is loaded; `LoadedModel.params` waits for the
-    weights. `mesh` is how they are sharded over `devices` (None: fully, over all).
-    `dtype` is that of weights and activations: "auto" is bfloat16, float32 on CPU.
+    weights. Of a run, `step` N is the policy after N steps (None: the newest), and
+    RUN/reference the initial one. `mesh` is how they are sharded over `devices` (None:
+    fully, over all). `dtype` is that of weights and activations: "auto" is bfloat16,
+    float32 on CPU.
     `system_prompt` None is the run's, else the chat template's own. Completions end
     before the first of `stops`, or at it if it is a special token.
 
@@ -106,7 +109,7 @@ def load_model(
         InputError: the directory has no usable model or tokenizer, or the devices do
             not fit the model.
     """
-    source = open_model(directory)
+    source = open_model(directory, step)
     shape = mesh or MeshShape()
     placement = make_mesh(shape, source.config, devices)
     program_cache.enable()

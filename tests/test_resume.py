@@ -290,7 +290,7 @@ def test_files_of_abandoned_steps_are_removed(start, files, policy):
     assert code == 130
     assert (
         f"{run}: removed 2 step(s) of trajectories, 1 interrupted step(s), "
-        "2 evaluation(s) after 2 step(s)" in output
+        "2 file(s) of evaluations, 2 evaluation(s) after 2 step(s)" in output
     )
     assert sorted(path.name for path in (run / "trajectories").iterdir()) == [
         "step_000000.jsonl",

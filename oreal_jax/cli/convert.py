@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb
+from oreal_jax.cli.options import Verb, step_option
 
 
 def add(verb: Verb) -> None:
@@ -23,6 +23,7 @@ def add(verb: Verb) -> None:
         command.add_argument("--dtype", choices=dtypes, default="float32")
         if name == "to-hf":
             command.add_argument("--max-shard-size", type=size, default="5GB")
+            step_option(command)
 
 
 def size(text: str) -> int:
@@ -66,7 +67,7 @@ def to_hf(args: argparse.Namespace) -> None:
     from oreal_jax.mesh import MeshShape, make_mesh
 
     screen = Screen()
-    source = open_model(args.source)
+    source = open_model(args.source, args.step)
     program_cache.enable()
     with screen.phase("convert") as advance:
         export(

@@ -32,8 +32,12 @@ SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the model, its system prompt, and how it decodes."""
     parser.add_argument(
-        "--model", required=required, help="a Hugging Face directory or a run directory"
+        "--model",
+        required=required,
+        help="a Hugging Face or run directory; RUN/best, RUN/reference: its best and "
+        "its initial policy",
     )
+    step_option(parser)
     parser.add_argument(
         "--system-prompt",
         help="system message (default: the run's, else the chat template's own)",
@@ -47,6 +51,16 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     ]:
         choices = ["full", choice]
         parser.add_argument(option, choices=choices, default="full", help=what)
+
+
+def step_option(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint of a run."""
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="the policy after N steps of the run (default: the newest checkpoint)",
+    )
 
 
 def sampling_options(parser: argparse.ArgumentParser, *, greedy: bool = True) -> None:
@@ -188,7 +202,9 @@ def load_for_generation(args: argparse.Namespace, sampling, stops: Sequence[str]
     from oreal_jax.loading import load_model
 
     check_min(1, "--rows", args.rows)
-    model = load_model(args.model, system_prompt=args.system_prompt, stops=stops)
+    model = load_model(
+        args.model, step=args.step, system_prompt=args.system_prompt, stops=stops
+    )
     engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
     engine.check_sampling(sampling)
     return model, engine

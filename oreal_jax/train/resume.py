@@ -165,6 +165,7 @@ def discard_after(run: Path, step: int) -> list[str]:
         "step(s) of trajectories": _remove_steps(run / "trajectories", step),
         # Those of the next step stay until it is finished.
         "interrupted step(s)": _remove_steps(run / "interrupted", step + 1),
+        "file(s) of evaluations": _remove_steps(run / "evaluations", step + 1),
         "evaluation(s)": _remove_evaluations(run / "evaluations.jsonl", step),
     }
     removed = [f"{count} {name}" for name, count in counts.items() if count]

@@ -135,11 +135,12 @@ def load_run_prompts(config: TrainConfig, run: Path, screen: Screen) -> list[Pro
     """
     copy = run / "data"
     if not copy.is_dir():
-        return load_prompts(config.prompts)
+        return load_prompts(config.prompts, config.question, config.answer)
     prompts = load_prompts(str(copy))
     if Path(config.prompts).exists():
         try:
-            changed = load_prompts(config.prompts) != prompts
+            original = load_prompts(config.prompts, config.question, config.answer)
+            changed = original != prompts
         except InputError:
             changed = True
         if changed:
