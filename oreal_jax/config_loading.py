@@ -132,6 +132,7 @@ def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> No
         changes = changes[parent]
     _get(config, name, key)
     hint = typing.get_type_hints(type(config))[name]
+    hint = getattr(hint, "type", hint)  # of an `InitVar`
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -152,7 +153,7 @@ def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> No
 
 
 def _get(config: Any, name: str, key: str) -> Any:
-    names = sorted(field.name for field in dataclasses.fields(config))
+    names = sorted(type(config).__dataclass_fields__)  # with `InitVar`s
     if name not in names:
         raise InputError(
             f"--set {key}: {type(config).__name__} has no field {name!r}; "

@@ -1,4 +1,4 @@
-"""Metrics of a run: their table, a JSON object per step, optional TensorBoard files."""
+"""Metrics of a run: their table, and a JSON object per step."""
 
 import json
 import math
@@ -127,32 +127,22 @@ METRICS = tuple(
 class MetricsLog:
     """The open `metrics.jsonl` of a run; repeated steps replace their old lines."""
 
-    def __init__(self, run: Path, start: int, *, tensorboard: bool = False):
+    def __init__(self, run: Path, start: int):
         """Open the file of `run` and remove its lines from step `start` on."""
         self._path = run / "metrics.jsonl"
         if self._path.exists():
             rows = [row for row in read(self._path) if row["step"] < start]
             write_text(self._path, "".join(map(_line, rows)))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step to disk."""
         self._file.write(_line({"step": step} | dict(metrics)))
         self._file.flush()
-        if self._board:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file."""
         self._file.close()
-        if self._board:
-            self._board.close()
 
 
 class Compilations:

@@ -39,13 +39,16 @@ def size(text: str) -> int:
 def from_hf(args: argparse.Namespace) -> None:
     """Run `oreal convert from-hf`."""
     from oreal_jax import program_cache
-    from oreal_jax.checkpoints.source import import_model
+    from oreal_jax.checkpoints import hf
+    from oreal_jax.checkpoints.source import import_model, open_model
     from oreal_jax.console import Screen
     from oreal_jax.mesh import MeshShape, make_mesh
 
-    screen = Screen()
+    screen, total = Screen(), None
+    if args.source.suffix != ".gguf":
+        total = len(hf.tensors(open_model(args.source).config))
     program_cache.enable()
-    with screen.phase("convert") as advance:
+    with screen.phase("convert", total=total) as advance:
         import_model(
             args.source,
             args.destination,
@@ -61,6 +64,7 @@ def to_hf(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from oreal_jax import program_cache
+    from oreal_jax.checkpoints import hf
     from oreal_jax.checkpoints.export import export
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.console import Screen
@@ -69,7 +73,7 @@ def to_hf(args: argparse.Namespace) -> None:
     screen = Screen()
     source = open_model(args.source, args.step)
     program_cache.enable()
-    with screen.phase("convert") as advance:
+    with screen.phase("convert", total=len(hf.tensors(source.config))) as advance:
         export(
             source,
             source.load(make_mesh(MeshShape(), source.config), jnp.dtype(args.dtype)),

@@ -47,7 +47,7 @@ def setting_changes(old: Mapping[str, Any], config: Any) -> dict[str, Change]:
     Names that were changed by a newer version, and fields that it added, with their
     default, are no changes: their meaning is the same.
     """
-    before, after = _flatten(old), _flatten(configuration.as_json(config))
+    before, after = flatten(old), flatten(configuration.as_json(config))
     if before.pop("tensorboard", False):  # `trackers` replaced it
         before["trackers"] = ["tensorboard"]
     before = _defaults(config) | before
@@ -58,13 +58,13 @@ def setting_changes(old: Mapping[str, Any], config: Any) -> dict[str, Change]:
     }
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return the values of nested objects by dotted name."""
     if not isinstance(value, Mapping):
         return {prefix.removesuffix("."): value}
     flat = {}
     for name, item in value.items():
-        flat |= _flatten(item, f"{prefix}{RENAMED.get(name, name)}.")
+        flat |= flatten(item, f"{prefix}{RENAMED.get(name, name)}.")
     return flat
 
 

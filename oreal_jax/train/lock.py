@@ -24,7 +24,7 @@ from oreal_jax.files import check_local, read_json
 # Of `open_run_directory`: a directory with other files, and no run, is not written to.
 RUN_FILES = {"checkpoints", "data", "evaluations", "history.jsonl", "interrupted"}
 RUN_FILES |= {"lock", "metrics.jsonl", "model", "profile", "reference", "tensorboard"}
-RUN_FILES |= {"trackers.json", "trajectories"}
+RUN_FILES |= {"trackers.json", "trajectories", "wandb"}
 LAUNCHER_SUFFIXES = (".err", ".log", ".out", ".pid")  # or hidden, or a folder of logs
 # Of file systems that have no `flock`.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)

@@ -22,6 +22,7 @@ the rest.
 import contextlib
 import functools
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,11 +32,12 @@ import orjson
 
 from oreal_jax import config as configuration
 from oreal_jax import distributed, efficiency, sharding
+from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import copy_files
 from oreal_jax.config import SftConfig, TrainConfig
-from oreal_jax.console import Screen
+from oreal_jax.console import Screen, time_text
 from oreal_jax.distributed import defer_interrupts
 from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import Diverged, InputError, summarize
@@ -49,6 +51,7 @@ from oreal_jax.train.history import record_end, record_start
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import make_trained_models
 from oreal_jax.train.resume import Data
+from oreal_jax.train.trackers import Trackers
 from oreal_jax.train_state import TrainState
 from oreal_jax.trajectory import Group
 
@@ -108,14 +111,16 @@ class RunDirectory:
             self.state = self._initialize(params)
         self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
         self._writer = BackgroundWriter()
-        self._metrics = None
+        self._metrics = self._trackers = None
         if distributed.is_first():
-            self._metrics = MetricsLog(
-                path, self._first, tensorboard=config.tensorboard
-            )
+            self._metrics = MetricsLog(path, self._first)
+            self._trackers = Trackers(config, path, self._first)
         self._profile = Profile(path / "profile", profile, screen)
         self._step_started = time.perf_counter()
-        if self._first >= steps:  # exit code 0: nothing is missing of what was asked
+        self._step_seconds: list[float] = []
+        if self._first < steps:
+            log(f"step {self._first} compiles its programs, or loads compiled ones")
+        else:  # exit code 0: a launcher that repeats failed commands is done
             log(
                 f"{path}: already finished at step {self._first}; raise steps "
                 f"({steps}) or choose another --run"
@@ -131,7 +136,8 @@ class RunDirectory:
     def _load(self) -> Params:
         source, mesh = self.model.source, self.model.mesh
         count = f"{parameter_count(source.config):,} parameters"
-        with self.screen.phase("load") as advance:
+        total = len(hf.tensors(source.config)) if source.files == source.path else None
+        with self.screen.phase("load", total=total) as advance:
             params = source.load(mesh, on_tensor=lambda name: advance())
         self.screen.log(f"{source.path}: {count} on {mesh.size} device(s)")
         return params
@@ -190,6 +196,8 @@ class RunDirectory:
                 write_trajectories, self.path, step, groups, pieces
             )
             self._writer.submit(write)
+        if self._trackers:
+            self._trackers.log_samples(step, groups)
 
     def finish_step(
         self,
@@ -209,6 +217,7 @@ class RunDirectory:
         now, step, mesh = time.perf_counter(), int(self.state.step), self.model.mesh
         seconds = now - self._step_started - excluded_seconds
         self._step_started = now
+        self._step_seconds.append(seconds)
         timed = {
             "perf/time_per_step": seconds,
             "perf/throughput": tokens / seconds / mesh.size,
@@ -221,9 +230,12 @@ class RunDirectory:
             devices=mesh.size,
             peak=efficiency.PEAKS.get(mesh.devices.flat[0].device_kind),
         )
-        if self._metrics:
-            self._metrics.write(step - 1, dict(metrics) | timed | rates)
-        self.screen.log(f"{line}  {seconds:.1f} s")
+        for record in filter(None, (self._metrics, self._trackers)):
+            record.write(step - 1, dict(metrics) | timed | rates)
+        usual = statistics.median(self._step_seconds[-10:])
+        remaining = time_text(usual * (self.steps - step))
+        remaining = f"  about {remaining} left" if step < self.steps else ""
+        self.screen.log(f"{line}  {seconds:.1f} s{remaining}")
         if step % self.config.saving.every == 0 or step == self.steps:
             with self.screen.phase("save"):
                 self._save()
@@ -253,7 +265,8 @@ class RunDirectory:
             ignoring = ignoring_interrupts("closing the run")
         with defer_interrupts(), ignoring, contextlib.ExitStack() as closing:
             closing.push(lambda _, inner, __: self._record_end(error or inner))
-            for part in filter(None, (self._profile, self._metrics, self._checkpoints)):
+            records = filter(None, (self._metrics, self._trackers))
+            for part in (self._profile, *records, self._checkpoints):
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:

@@ -25,6 +25,7 @@ from oreal_jax.sampling import Engine
 from oreal_jax.train.evaluator import PolicyEvaluator, load_evaluation_sets
 from oreal_jax.train.programs import make_engine, make_run_mesh, step_size_limits
 from oreal_jax.train.resume import Data, open_source
+from oreal_jax.train.trackers import check_trackers
 from oreal_jax.verify.llm_judge import Judge
 
 
@@ -88,6 +89,7 @@ def open_run_model(
     Raises:
         InputError: model, mesh, tokenizer or template cannot be used.
     """
+    check_trackers(config)
     source = open_source(config, run)
     mesh = make_run_mesh(config, source.config)
     program_cache.enable()
