@@ -106,12 +106,14 @@ class Screen:
 
 
 def time_text(seconds: float) -> str:
-    """Return a time for people: "50 s", "12 min" or "3.4 h"."""
+    """Return a time for people: "50 s", "12 min", "3.4 h" or "9.1 d"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} d"
 
 
 def make_table(

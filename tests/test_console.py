@@ -60,7 +60,7 @@ def test_a_terminal_shows_the_time_left_and_no_lines(clock):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0 s"), (89.0, "89 s"), (100.0, "2 min"), (6e3, "1.7 h")],
+    [(0.2, "0 s"), (89.0, "89 s"), (100.0, "2 min"), (6e3, "1.7 h"), (3e5, "3.5 d")],
 )
 def test_times_are_in_one_unit(seconds, text):
     assert time_text(seconds) == text

@@ -10,7 +10,17 @@ from importlib import metadata
 from typing import NoReturn
 
 from oreal_jax import hardware
-from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
+from oreal_jax.cli import (
+    convert,
+    data,
+    evaluate,
+    losses,
+    plan,
+    runs,
+    sample,
+    train,
+    verify,
+)
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.interrupts import (
     INTERRUPTED,
@@ -95,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
             verb, nested.add_subparsers(required=True, metavar=metavar)
         )
 
-    for module in (train, plan, sample, evaluate):
+    for module in (train, runs, plan, sample, evaluate):
         module.add(functools.partial(verb, verbs))
     what = "clean prompts, measure pass rates, collect RFT sets"
     data.add(group("data", "VERB", what))

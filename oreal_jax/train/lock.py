@@ -115,15 +115,19 @@ def holder(run: Path) -> Holder | None:
 
 def _acquire(run: Path) -> IO[str]:
     """Return the locked file of this process."""
-    path = run / "lock"
+    path, deadline = run / "lock", time.monotonic() + 0.5
     while True:
         file, is_locked = path.open("a+"), True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                _refuse(run, _read(run))
             is_locked = False
+            if error.errno not in UNSUPPORTED:
+                file.close()
+                if time.monotonic() > deadline:  # `holder` locks it for a moment
+                    _refuse(run, _read(run))
+                time.sleep(0.05)
+                continue
         # Its last holder may have removed the file between these two calls.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
