@@ -65,7 +65,7 @@ def test_the_table_begins_with_the_newest_run(tmp_path, capsys):
     for name, seconds in (("old", 300), ("new", 20)):
         run = write_run(tmp_path / name, 2)
         for path in run.iterdir():
-            os.utime(path, (time.time() - seconds,) * 2)
+            os.utime(path, (0, time.time() - seconds))
     assert main(["runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.index("20 s") < printed.index("5 min")

@@ -7,6 +7,7 @@ WANDB_MODE=offline.
 """
 
 import html
+import importlib
 import json
 import math
 import os
@@ -151,7 +152,7 @@ class Wandb:
 
     def __init__(self, run: Path, id: str, config: Mapping[str, Any], first: int):
         """Begin the run of this id, or continue it."""
-        import wandb
+        wandb = importlib.import_module("wandb")
 
         self._table = wandb.Table
         self._run = wandb.init(
@@ -184,7 +185,7 @@ class Trackio:
 
     def __init__(self, run: Path, id: str, config: Mapping[str, Any], first: int):
         """Begin the run of this name, or continue it."""
-        import trackio
+        trackio = importlib.import_module("trackio")
 
         self._table = trackio.Table
         self._run = trackio.init(
@@ -199,10 +200,9 @@ class Trackio:
         self._run.log(dict(metrics), step=step)
 
     def log_samples(self, step: int, rows: Sequence[Sequence[str]]) -> None:
-        """Log a table."""
-        import pandas
-
-        table = self._table(dataframe=pandas.DataFrame(rows, columns=COLUMNS))
+        """Log a table, whose cells are Markdown."""
+        cells = [list(map(_without_markup, row)) for row in rows]
+        table = self._table(columns=list(COLUMNS), data=cells)
         self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
@@ -211,11 +211,13 @@ class Trackio:
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, in which text of a model has no markup."""
-    special = {ord(character): f"&#{ord(character)};" for character in "|`*_[]\\~"}
-
-    def cell(text: str) -> str:
-        return html.escape(text).translate(special).replace("\n", "<br>")
-
-    lines = [columns, ["---"] * len(columns), *(map(cell, row) for row in rows)]
+    cells = [map(_without_markup, row) for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _without_markup(text: str) -> str:
+    """Return Markdown that shows a text as it is: that of a model may contain any."""
+    special = {ord(character): f"&#{ord(character)};" for character in "|`*_[]\\~#"}
+    text = html.escape(text, quote=False)  # of quotes it would make "&#..."
+    return text.translate(special).replace("\n", "<br>")
