@@ -114,9 +114,9 @@ perf/tflops/{gen,ref,actor} | TFLOP/s per device | useful matrix products: no pa
     no rematerialisation | constant
 perf/mfu/{gen,ref,actor} | share | these over the device's bfloat16 peak (TPUs and known
     GPUs) | actor 0.3 to 0.5; gen far less, as memory limits decoding
-perf/compilations | programs | compiled, not loaded | 0 after step 1
+perf/compilations | programs | compiled, not loaded | 0 after the first step
 perf/compile_seconds | seconds | tracing, lowering, compiling and loading programs | 0
-    after step 1
+    after the first step
 """
 METRICS = tuple(
     Metric(*(" ".join(cell.split()) for cell in row.split("|")))

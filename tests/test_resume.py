@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("judges")
 def test_a_changed_setting_is_one_line_and_is_kept(start, files, policy):
     run = files / "run"
     code, output, _ = train(start, files, "steps=2")
-    assert code == 0 and "step 1 (2/2)" in output
+    assert code == 0 and "step 0 compiles its programs, or loads" in output
+    first, last = [line for line in output.splitlines() if "correct" in line]
+    assert "step 0 (1/2)" in first and first.endswith(" left")
+    assert "step 1 (2/2)" in last and not last.endswith(" left")
     code, output, _ = train(start, files, "steps=2")  # nothing is left to do
     assert code == 0 and "changed setting" not in output
     message = "already finished at step 2; raise steps (2) or choose another --run"
@@ -47,6 +50,22 @@ def test_a_changed_setting_is_one_line_and_is_kept(start, files, policy):
         (2, "finished"),
         (3, "finished"),
     ]
+
+
+def test_the_fields_of_prompts_can_be_named(start, files, policy):
+    path, run = files / "prompts.jsonl", files / "run"
+    names = {"question": "problem", "gold_answer": "final"}
+    rows = [{names[k]: v for k, v in row.items()} for row in read_lines(path)]
+    write_lines(path, rows)
+    code, _, errors = train(start, files, "steps=1")
+    assert code == 2 and not run.exists()
+    message = f"{path}:1: no field 'question'; its fields are final, problem\n"
+    assert errors.endswith(message)
+    options = ["--question", "problem", "--answer", "final"]
+    assert train(start, files, "steps=1", options=options).code == 0
+    code, output, _ = train(start, files, "steps=2", options=options)
+    assert code == 0 and "has changed" not in output
+    assert len(set(policy.take_prompts())) == 8
 
 
 def test_the_end_of_a_failed_run_is_recorded_with_its_reason(start, files, policy):
