@@ -284,7 +284,8 @@ class RunDirectory:
             outcome = "stopped"
         elif error:
             outcome, reason = "failed", summarize(error)
-        record_end(self.path, self._finished, outcome, reason)
+        with contextlib.suppress(OSError):  # such as a full disk: `error` matters more
+            record_end(self.path, self._finished, outcome, reason)
 
     def _close_writer(self, error: BaseException | None) -> None:
         """Close the writer; raise its error, or log it if `error` is already set."""
