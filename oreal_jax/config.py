@@ -7,6 +7,7 @@ of these texts.
 
 import dataclasses
 import functools
+import sys
 from typing import Any, Literal
 
 from oreal_jax import losses, trajectory
@@ -19,6 +20,8 @@ from oreal_jax.optimizer import Optimizer
 from oreal_jax.sampling import Sampling
 from oreal_jax.verify import Verifier, by_rule
 from oreal_jax.verify.pool import check_verifiers
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -41,6 +44,15 @@ def _check_positive(config: Any, *names: str) -> None:
 def _check_seed(seed: int) -> None:
     message = f"config: seed={seed} must be from 0 to {2**31 - 1}"
     _check(0 <= seed < 2**31, message)
+
+
+def _read_tensorboard(config: Any, tensorboard: bool | None) -> None:
+    """Add "tensorboard" to the trackers of a config that still has the old field."""
+    if tensorboard and "tensorboard" not in config.trackers:
+        trackers = (*config.trackers, "tensorboard")
+        object.__setattr__(config, "trackers", trackers)  # the config is frozen
+        message = f"oreal: tensorboard=True is read as {trackers=}, its new name"
+        print(message, file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +144,10 @@ class TrainConfig:
     """A Hugging Face directory or a run directory."""
     prompts: str
     """A jsonl or parquet file, a built data set, or a data set on the hub."""
+    question: str = "question"
+    """Field of a prompt's row that holds the question."""
+    answer: str = "gold_answer"
+    """Field that holds the answer."""
     system_prompt: str | None = None
     """System message; None: that of the chat template."""
     chat_template: str | None = None
@@ -202,18 +218,22 @@ class TrainConfig:
     """Checkpoints."""
     evaluation: Evaluation = Evaluation()
     """Evaluations during training."""
-    tensorboard: bool = False
-    """Also write metrics as TensorBoard files, into RUN/tensorboard."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where metrics are recorded in addition to metrics.jsonl (docs/metrics.md)."""
+    sample_table_every: int = 10
+    """Steps between two tables of completions in the trackers."""
+    tensorboard: dataclasses.InitVar[bool | None] = None
+    """Former name of `trackers=("tensorboard",)`."""
 
-    def __post_init__(self):
+    def __post_init__(self, tensorboard: bool | None):
         """Check ranges, and fields that depend on each other.
 
         Raises:
             InputError: names the fields and their values.
         """
-        _check_min(
-            1, self, "steps", "prompts_per_step", "max_prompt_tokens", "decode_rows"
-        )
+        _read_tensorboard(self, tensorboard)
+        positive = "steps", "prompts_per_step", "max_prompt_tokens", "decode_rows"
+        _check_min(1, self, *positive, "sample_table_every")
         _check_min(2, self, "samples_per_prompt")
         _check_min(0, self, "freeze_steps", "cache_tokens", "decode_tensor")
         _check_positive(self, "max_disagreement")
@@ -277,9 +297,11 @@ class SftConfig:
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_sums: Literal["float32", "bfloat16"] = "float32"
     saving: Saving = Saving(every=100)
-    tensorboard: bool = False
+    trackers: tuple[Tracker, ...] = ()
+    tensorboard: dataclasses.InitVar[bool | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self, tensorboard: bool | None):
+        _read_tensorboard(self, tensorboard)
         _check_min(1, self, "epochs", "examples_per_step")
         _check_min(0, self, "steps")
         _check_seed(self.seed)

@@ -1,11 +1,13 @@
 """Config files, and `--set a.b=value` settings that change plain fields of them.
 
-Functions and losses are set in config files, variants made by `dataclasses.replace`.
+Functions and losses of your own are set in config files, variants made by
+`dataclasses.replace`; `loss=grpo` sets a loss by its name in `losses.presets`.
 """
 
 import ast
 import dataclasses
 import importlib.util
+import re
 import sys
 import traceback
 import types
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oreal_jax.errors import InputError
+from oreal_jax.losses import PolicyLoss
+from oreal_jax.losses.presets import NAMED
 
 PLAIN = (int, float, str, bool, types.NoneType)
 UNIONS = (types.UnionType, typing.Union)
@@ -38,7 +42,10 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
         key, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: expected name=value")
-        _add_change(changes, config, key, text)
+        if key == "loss" and text in NAMED:
+            config = dataclasses.replace(config, loss=NAMED[text])
+        else:
+            _add_change(changes, config, key, text)
     return _replace(config, changes)
 
 
@@ -55,15 +62,14 @@ def _import(path: Path) -> types.ModuleType:
     sys.modules[path.stem] = module  # dataclasses in the file look up their module
     try:
         spec.loader.exec_module(module)
-    except InputError:
-        raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines.append(error.lineno)
         line = f", line {lines[-1]}" if lines else ""
-        raise InputError(f"{path}{line}: {type(error).__name__}: {error}") from None
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}{line}: {kind}{error}") from None
     return module
 
 
@@ -126,23 +132,28 @@ def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> No
         changes = changes[parent]
     _get(config, name, key)
     hint = typing.get_type_hints(type(config))[name]
+    hint = getattr(hint, "type", hint)  # of an `InitVar`
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    if not _matches(value, hint):
-        value = text  # a string that looks like a number
-    if not _matches(value, hint):
+    candidates = [value, text]  # a string may look like a number
+    if not isinstance(value, tuple | list | dict | set):
+        candidates += [(value,), (text,)]  # the only item of a tuple
+    matches = [each for each in candidates if _matches(each, hint)]
+    if not matches:
         is_plain = not _matches(object(), hint, unknown=True)
         advice = "" if is_plain else ", which only a config file can give"
+        if hint is PolicyLoss:
+            advice = f" of a config file, or one of {', '.join(NAMED)}"
         raise InputError(
             f"--set {key}={text}: {name} must be {_describe(hint)}{advice}"
         )
-    changes[name] = float(value) if hint is float else value
+    changes[name] = float(matches[0]) if hint is float else matches[0]
 
 
 def _get(config: Any, name: str, key: str) -> Any:
-    names = sorted(field.name for field in dataclasses.fields(config))
+    names = sorted(type(config).__dataclass_fields__)  # with `InitVar`s
     if name not in names:
         raise InputError(
             f"--set {key}: {type(config).__name__} has no field {name!r}; "
@@ -151,12 +162,21 @@ def _get(config: Any, name: str, key: str) -> Any:
     return getattr(config, name)
 
 
-def _replace(config: Any, changes: dict[str, Any]) -> Any:
-    """Apply all changes at once, because fields are checked against each other."""
+def _replace(config: Any, changes: dict[str, Any], path: str = "") -> Any:
+    """Apply all changes at once, because fields are checked against each other.
+
+    `path` is the dotted name of `config`, which is a part of errors.
+    """
     values = {
-        name: _replace(getattr(config, name), value)
+        name: _replace(getattr(config, name), value, f"{path}{name}.")
         if isinstance(value, dict)
         else value
         for name, value in changes.items()
     }
-    return dataclasses.replace(config, **values)
+    try:
+        return dataclasses.replace(config, **values)
+    except InputError as error:
+        if not path:
+            raise
+        text = re.sub(r"^\w+: ", "", str(error))  # without the name of the class
+        raise InputError(f"config: {path}{text}") from None

@@ -1,6 +1,6 @@
 """Console output: lines of text, and a progress bar for the current phase.
 
-In a file or a pipe only the lines appear.
+In a file or a pipe, a line a minute takes the place of the bar.
 """
 
 import contextlib
@@ -15,10 +15,12 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 
 Advance = Callable[..., None]  # advance(done=1, tokens=0)
+INTERVAL = 60.0  # seconds between two lines of a phase in a file
 
 
 class Screen:
@@ -51,13 +53,15 @@ class Screen:
         self, name: str, total: int | None = None, label: str = ""
     ) -> Iterator[Advance]:
         """Show the progress of a phase; yields `advance(done, tokens)`."""
-        start, total_tokens = time.perf_counter(), 0
+        start, finished, total_tokens = time.perf_counter(), 0, 0
+        next_line = start + INTERVAL
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[rate]}"),
         )
         with (
@@ -72,11 +76,21 @@ class Screen:
             task = progress.add_task(f"{label}{name}", total=total, rate="")
 
             def advance(done: int = 1, tokens: int = 0) -> None:
-                nonlocal total_tokens
-                total_tokens += tokens
-                seconds = max(1e-9, time.perf_counter() - start)
+                nonlocal finished, total_tokens, next_line
+                finished, total_tokens = finished + done, total_tokens + tokens
+                now = time.perf_counter()
+                seconds = max(1e-9, now - start)
                 rate = f"{total_tokens / seconds:,.0f} tokens/s" if total_tokens else ""
                 progress.update(task, advance=done, rate=rate)
+                if not self.console.is_terminal and now >= next_line:
+                    next_line = now + INTERVAL
+                    remaining = ""
+                    if total and finished:
+                        remaining = time_text(seconds / finished * (total - finished))
+                        remaining = f"about {remaining} left"
+                    count = f"{finished}/{total}" if total else f"{finished}"
+                    parts = filter(None, (f"{label}{name} {count}", rate, remaining))
+                    self.log(", ".join(parts))
 
             try:
                 yield advance
@@ -89,6 +103,17 @@ class Screen:
         seconds = {f"timing_s/{name}": value for name, value in self.timings.items()}
         self.timings = {}
         return seconds
+
+
+def time_text(seconds: float) -> str:
+    """Return a time for people: "50 s", "12 min", "3.4 h" or "9.1 d"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} d"
 
 
 def make_table(

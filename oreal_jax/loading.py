@@ -93,6 +93,7 @@ class LoadedModel(OpenModel):
 def load_model(
     directory: str | Path,
     *,
+    step: int | None = None,
     mesh: MeshShape | None = None,
     devices: Sequence | None = None,
     dtype: str = "auto",
@@ -105,8 +106,10 @@ def load_model(
     """Load a Hugging Face or run directory onto devices.
 
     Returns as soon as the tokenizer is loaded; `LoadedModel.params` waits for the
-    weights. `mesh` is how they are sharded over `devices` (None: fully, over all).
-    `dtype` is that of weights and activations: "auto" is bfloat16, float32 on CPU.
+    weights. Of a run, `step` N is the policy after N steps (None: the newest), and
+    RUN/reference the initial one. `mesh` is how they are sharded over `devices` (None:
+    fully, over all). `dtype` is that of weights and activations: "auto" is bfloat16,
+    float32 on CPU.
     `system_prompt` None is the run's, else the chat template's own. `chat_template` is
     a Jinja file that replaces the model's; `template_vars` are variables of it, in
     addition to the run's. If it prints the date, that is `date` (None: the run's, else
@@ -117,7 +120,7 @@ def load_model(
         InputError: the directory has no usable model, tokenizer or template, or the
             devices do not fit the model.
     """
-    source = open_model(directory)
+    source = open_model(directory, step)
     shape = mesh or MeshShape()
     placement = make_mesh(shape, source.config, devices)
     program_cache.enable()

@@ -1,4 +1,4 @@
-"""Metrics of a run: their table, a JSON object per step, optional TensorBoard files."""
+"""Metrics of a run: their table, and a JSON object per step."""
 
 import json
 import math
@@ -116,9 +116,9 @@ perf/tflops/{gen,ref,actor} | TFLOP/s per device | useful matrix products: no pa
     no rematerialisation | constant
 perf/mfu/{gen,ref,actor} | share | these over the device's bfloat16 peak (TPUs and known
     GPUs) | actor 0.3 to 0.5; gen far less, as memory limits decoding
-perf/compilations | programs | compiled, not loaded | 0 after step 1
+perf/compilations | programs | compiled, not loaded | 0 after the first step
 perf/compile_seconds | seconds | tracing, lowering, compiling and loading programs | 0
-    after step 1
+    after the first step
 """
 METRICS = tuple(
     Metric(*(" ".join(cell.split()) for cell in row.split("|")))
@@ -129,32 +129,22 @@ METRICS = tuple(
 class MetricsLog:
     """The open `metrics.jsonl` of a run; repeated steps replace their old lines."""
 
-    def __init__(self, run: Path, start: int, *, tensorboard: bool = False):
+    def __init__(self, run: Path, start: int):
         """Open the file of `run` and remove its lines from step `start` on."""
         self._path = run / "metrics.jsonl"
         if self._path.exists():
             rows = [row for row in read(self._path) if row["step"] < start]
             write_text(self._path, "".join(map(_line, rows)))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step to disk."""
         self._file.write(_line({"step": step} | dict(metrics)))
         self._file.flush()
-        if self._board:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file."""
         self._file.close()
-        if self._board:
-            self._board.close()
 
 
 class Compilations:

@@ -58,18 +58,26 @@ def write_files(folder: Path) -> Path:
     return folder
 
 
-def run_verb(verb: str, config: Path, run: Path, settings: Sequence[str]) -> Result:
+def run_verb(
+    verb: str, config: Path, run: Path, settings: Sequence[str], *options: str
+) -> Result:
     flags = [word for setting in settings for word in ("--set", setting)]
-    return oreal_in_process(verb, config, *flags, "--run", run)
+    return oreal_in_process(verb, config, *flags, "--run", run, *options)
 
 
-def train(start: Path, files: Path, *settings: str, run: str = "run") -> Result:
+def train(
+    start: Path,
+    files: Path,
+    *settings: str,
+    run: str = "run",
+    options: Sequence[str] = (),
+) -> Result:
     own = [f"model={start / 'hf'}", f"prompts={files / 'prompts.jsonl'}"]
     own += ["prompts_per_step=4", "samples_per_prompt=4", "saving.keep=9"]
     # A script has no probabilities, and one program of the update is enough.
     own += ["max_disagreement=2.0", "freeze_steps=0"]
     config = ROOT / "configs/tiny.py"
-    return run_verb("train", config, files / run, [*own, *settings])
+    return run_verb("train", config, files / run, [*own, *settings], *options)
 
 
 def sft(start: Path, files: Path, *settings: str, config=ROOT / "configs/tiny_sft.py"):

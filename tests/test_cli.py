@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import make_tiny
@@ -290,6 +291,24 @@ def test_every_verb_rejects_invalid_options_and_missing_files(
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"oreal-jax {metadata.version('oreal-jax')}\n"
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys):
+    name = "a" * 300
+    for words in (
+        ["train", f"{name}.py"],
+        ["eval", "--model", "m", "--data", f"{name}.jsonl"],
+        ["sample", "--model", name, "--prompt", "a"],
+    ):
+        assert main(words) == 2
+        errors = capsys.readouterr().err
+        assert name in errors and errors.count("\n") == 1
 
 
 def test_verify_prints_one_verdict_per_line(tmp_path, capsys):

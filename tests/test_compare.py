@@ -92,6 +92,48 @@ def test_incomparable_files_are_refused(home, capsys, change, message):
     assert not Path("c.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "other", "greedy", "name"),
+    [
+        ({"max_tokens": 24}, {"max_tokens": 48}, True, "max_tokens=24 and 48"),
+        ({"top_p": 0.9}, {"top_p": 1.0}, False, "top_p=0.9 and 1.0"),
+        ({"system_prompt": None}, {"system_prompt": "a"}, True, "system_prompt=None"),
+        ({"top_p": 0.9}, {"top_p": 1.0}, True, None),  # without effect
+        ({"model": "a", "k": 1, "seed": 0}, {"model": "b", "k": 2, "seed": 1}, 0, None),
+        ({"max_tokens": 24}, {}, False, None),  # of an older version
+    ],
+)
+def test_evaluations_with_other_settings_are_refused(
+    home, capsys, settings, other, greedy, name
+):
+    greedy = bool(greedy)
+    items(home / "a.jsonl", {"x": [True]}, greedy=greedy, settings=settings)
+    items(home / "b.jsonl", {"x": [True]}, greedy=greedy, settings=other)
+    words = ["compare", "a.jsonl", "b.jsonl"]
+    assert main(words) == (2 if name else 0)
+    printed = capsys.readouterr().err
+    if name:
+        assert f"set 'six' was evaluated with {name}" in printed
+        assert printed.count("\n") == 1
+    assert main([*words, "--other-settings"]) == 0
+
+
+def test_items_never_replace_those_of_other_settings(home, script, oreal, capsys):
+    words = ["eval", "--data", "six.jsonl", "--items", "i.jsonl"]
+    assert oreal(*words) == 0
+    text, rows = Path("i.jsonl").read_text(), read_lines(home / "i.jsonl")
+    assert rows[0]["settings"]["max_tokens"] == 512 and rows[0]["settings"]["k"] == 1
+    assert oreal(*words) == 0 and Path("i.jsonl").read_text() == text  # the same again
+    capsys.readouterr()
+    assert oreal(*words, "--max-tokens", 99) == 2
+    printed = capsys.readouterr().err
+    assert "--items i.jsonl: has items with max_tokens=512, not 99; remove" in printed
+    assert printed.count("\n") == 1 and Path("i.jsonl").read_text() == text
+    write_lines(home / "i.jsonl", [{"question": "notes"}])
+    assert oreal(*words) == 2
+    assert "i.jsonl: has no items with these settings" in capsys.readouterr().err
+
+
 def test_problems_with_unequal_numbers_of_samples_are_refused(home):
     items(home / "a.jsonl", {"x": [True, False], "y": [True]})
     with pytest.raises(InputError, match="a.jsonl: problems with 1 and with 2 samples"):

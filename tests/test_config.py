@@ -99,8 +99,11 @@ def test_without_token_rewards_everything_is_selected_and_nothing_frozen():
         ),
         ("model=7", lambda c: c.model == "7"),
         ("system_prompt=Be brief.", lambda c: c.system_prompt == "Be brief."),
-        ("tensorboard=True", lambda c: c.tensorboard is True),
+        ("tensorboard=True", lambda c: c.trackers == ("tensorboard",)),
+        ("trackers=wandb", lambda c: c.trackers == ("wandb",)),
         ("compute=float32", lambda c: c.compute == "float32"),
+        ("evaluation.data=a.jsonl", lambda c: c.evaluation.data == ("a.jsonl",)),
+        ("loss=grpo", lambda c: c.loss == losses.Grpo()),
         ("stop_words=('a','b')", lambda c: c.stop_words == ("a", "b")),
         ("verification.judge_tries=5", lambda c: c.verification.judge_tries == 5),
         ("difficulty=((0.0,0.5,3),)", lambda c: c.difficulty == ((0.0, 0.5, 3),)),
@@ -119,13 +122,20 @@ def test_a_setting_reaches_its_field(setting, read):
         ("compute=float8", "must be one of auto, bfloat16, float32$"),
         ("steps={[]:1}", "steps must be int"),
         ("tensorboard=1", "tensorboard must be bool"),
+        ("trackers=mlflow", "trackers must be"),
         ("stop_words=('a',1)", "stop_words"),
         ("keep=select_all", "which only a config file can give"),
+        ("token_reward=off", "token_reward must be"),
+        ("loss=gpro", "loss must be PolicyLoss of a config file, or one of released"),
         ("steps.more=1", "has no fields"),
         ("loss.threshold=1", "Oreal has no field 'threshold'; it has"),
         ("seed=-1", "seed=-1 must be from 0 to 2147483647"),
         ("seed=2147483648", "seed=2147483648 must be from 0 to 2147483647"),
-        ("policy.learning_rate=-1", "learning_rate=-1.0 must be at least 0"),
+        (
+            "policy.learning_rate=-1",
+            "^config: policy.learning_rate=-1.0 must be at least 0",
+        ),
+        ("sampling.top_p=2", "^config: sampling.top_p=2.0 must be"),
         ("policy.final_learning_rate=-1", "final_learning_rate=-1.0 must be"),
         ("policy.warmup_steps=-1", "warmup_steps=-1 must be at least 0"),
         ("policy.weight_decay=-1", "weight_decay=-1.0 must be at least 0"),
@@ -281,4 +291,16 @@ def test_a_config_file_without_a_config_is_rejected(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="must be a TrainConfig, found nothing"):
+        config_loading.load(path, TrainConfig)
+
+
+def test_fields_of_a_loss_set_by_name_can_be_set(tmp_path):
+    config = loaded("oreal_7b", "loss=grpo", "loss.kl_weight=0.5")
+    assert config.loss == losses.Grpo(kl_weight=0.5)
+
+
+def test_an_invalid_value_in_a_config_file_is_reported_with_its_line(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("from oreal_jax.config import Saving\n\nSaving(every=0)\n")
+    with pytest.raises(InputError, match=f"^{path}, line 3: config: every=0 must be"):
         config_loading.load(path, TrainConfig)

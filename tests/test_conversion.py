@@ -193,6 +193,10 @@ def spoil_value(value: Any) -> Callable[[Path], None]:
         (spoil_index, "gone.safetensors"),
         (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
         (
+            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+            r"no model.safetensors .*convert them .*save_pretrained\(NEW\)$",
+        ),
+        (
             lambda d: (d / INDEX).write_text("{}"),
             f"has model.safetensors and {INDEX}; remove",
         ),

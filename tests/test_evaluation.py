@@ -65,6 +65,8 @@ def test_items_are_json_lines_with_all_fields(home, script, oreal):
     assert [item["verdict"] for item in items] == [
         "correct" if correct(a, 1)[0] else "incorrect" for a in range(6)
     ]
+    settings = items[1].pop("settings")
+    assert settings.items() >= {"max_tokens": 512, "seed": 0, "k": 1}.items()
     assert items[1] | {"reason": ""} == {
         "set": "six",
         "greedy": True,

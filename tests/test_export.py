@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,10 +22,11 @@ from test_model_config import edit
 
 from oreal_jax import config
 from oreal_jax.checkpoints import hf
-from oreal_jax.checkpoints.source import import_model
+from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.cli import main
 from oreal_jax.cli.options import load_for_generation, model_options
-from oreal_jax.data import Chat
+from oreal_jax.data import Chat, load_tokenizer
+from oreal_jax.errors import InputError
 from oreal_jax.files import write_lines, write_text
 from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Sampling
@@ -67,7 +69,7 @@ def test_an_export_of_a_run_has_its_stop_tokens_and_a_model_card(start, tmp_path
         "on `train.jsonl`",
         "\nThink.\n",
         '`"<|im_start|>"`, `"\\n\\n"`',
-        "| after step | math/pass@1 |",
+        "| steps | math/pass@1 |",
         "| 0.5 | 75.0% |",
         '"learning_rate": 5e-07',
     ]:
@@ -75,6 +77,50 @@ def test_an_export_of_a_run_has_its_stop_tokens_and_a_model_card(start, tmp_path
     assert "judge:1" not in card
     plain = export(start / "hf", tmp_path / "plain")
     assert not (plain / "README.md").exists()
+
+
+@pytest.mark.parametrize("text", ['Say "é\\n" 😀.', ""])
+def test_an_export_of_a_run_has_its_system_prompt(start, tmp_path, text):
+    run = write_run(start / "hf", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    write_text(run / "config.json", json.dumps(config | {"system_prompt": text}))
+    exported = load_tokenizer(export(run, tmp_path / "exported"))
+    of_run = load_tokenizer(run / "model")
+    assert Chat(exported).encode("1?") == Chat(of_run, text).encode("1?")
+    assert Chat(exported, "Own.").encode("1?") == Chat(of_run, "Own.").encode("1?")
+
+
+def test_all_files_of_an_export_have_one_mode(start, tmp_path):
+    source = Path(shutil.copytree(start / "hf", tmp_path / "source"))
+    (source / "tokenizer.json").chmod(0o600)
+    run = write_run(source, tmp_path / "run")
+    modes = {p.stat().st_mode for p in export(run, tmp_path / "exported").iterdir()}
+    assert len(modes) == 1 and modes != {0o100600}
+
+
+def test_any_policy_of_a_run_can_be_chosen(start, tmp_path, capsys):
+    run = write_run(start / "hf", tmp_path / "run")
+    policies = run / "checkpoints"
+    shutil.copytree(policies / "0" / "policy", policies / "7" / "policy")
+    shutil.copytree(policies / "0" / "policy", run / "reference")
+    newest, first = policies / "7" / "policy", policies / "0" / "policy"
+    for source, weights, steps in [
+        (open_model(run), newest, 7),
+        (open_model(run, 0), first, 0),
+        (open_model(policies / "0"), first, 0),
+        (open_model(run / "reference"), run / "reference", 0),
+    ]:
+        assert (source.path, source.weights, source.steps) == (run, weights, steps)
+        assert source.settings["system_prompt"] == "Think."
+    first_export = tmp_path / "exported"
+    words = ["convert", "to-hf", str(run), str(first_export), "--step"]
+    assert main([*words, "3"]) == 2
+    message = f"{run}: no checkpoint 3; its checkpoints: 0, 7"
+    assert message in capsys.readouterr().err and not first_export.exists()
+    assert main([*words, "0"]) == 0
+    assert "after 0 steps" in (first_export / "README.md").read_text()
+    with pytest.raises(InputError, match="no checkpoint 1; its checkpoints: none"):
+        open_model(start / "hf", 1)
 
 
 def test_completions_of_a_run_end_at_its_stop_words_and_strings(start, tmp_path):

@@ -1,15 +1,19 @@
 """The fields that losses depend on, against their definitions."""
 
 import dataclasses
+from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
+from oreal_jax.errors import InputError
 from oreal_jax.losses import (
     Grpo,
     Oreal,
     Reinforce,
     fields_read,
     has_gradient,
+    outcome,
     presets,
     unweighted,
 )
@@ -66,3 +70,32 @@ def test_an_entropy_bonus_alone_has_a_gradient():
     assert not has_gradient(zero, 4, token_scores=True)
     bonus = dataclasses.replace(zero, entropy_weight=0.1)
     assert has_gradient(bonus, 4, token_scores=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing:
+    kind: str
+    advantage: Any = outcome
+
+    def __call__(self, scored: Any, counts: Any) -> Any:
+        if self.kind == "name":
+            return scored.log_prob.sum(), {}
+        value = scored.log_probs.sum()
+        if self.kind == "metric":
+            return value, {"own/rows": jnp.sum(scored.log_probs, axis=1)}
+        return value
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("name", r"test_loss_probe.py, line \d+: loss=.*no attribute 'log_prob'"),
+        ("metric", r"loss=.*own/rows has shape \(4,\), expected a scalar"),
+        ("alone", "loss=Failing.* fails: "),
+    ],
+)
+def test_a_loss_that_fails_is_named_with_its_line(kind, message):
+    with pytest.raises(InputError, match=message):
+        has_gradient(Failing(kind=kind), 4, token_scores=True)
+    with pytest.raises(InputError, match=f"loss=Failing.*kind='{kind}'.* fails"):
+        fields_read(Failing(kind=kind), "entropy")

@@ -265,6 +265,13 @@ def test_an_invalid_topology_is_rejected(config_file, arguments, message, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("topology", ["v5e", "v5e:16", "b300:4", "v5p:2x2x"])
+def test_a_malformed_topology_is_answered_with_examples(config_file, topology, capsys):
+    assert main(["plan", str(config_file), "--topology", topology]) == 2
+    errors = capsys.readouterr().err
+    assert f"--topology {topology}: unknown; expected for example v4:2x2x4" in errors
+
+
 def test_a_mean_of_zero_tokens_is_rejected(config_file, capsys):
     arguments = ["--topology", "v5e:2x2", "--mean-tokens", "0"]
     assert main(["plan", str(config_file), *arguments]) == 2

@@ -15,6 +15,7 @@ from tiny_runs import ONE_STEP
 from oreal_jax import metrics
 from oreal_jax.checkpoints.source import open_model
 from oreal_jax.cli import main
+from oreal_jax.evaluation import compare
 from oreal_jax.mesh import MeshShape, make_mesh
 from oreal_jax.sampling import Engine
 from oreal_jax.train import rollouts
@@ -97,7 +98,14 @@ def test_the_policy_is_measured_before_every_n_steps_and_at_the_end(
     assert [row["best"] for row in evaluations] == [True, True, False, False]
     assert evaluations[0]["val-core/exam/pass@1"] == 0.25
     assert {sampling.temperature for *_, sampling in skill.examined()} == {0.0}
-    assert "after step 2: exam pass@1 75.0%" in capsys.readouterr().out
+    files = sorted((tmp_path / "run" / "evaluations").iterdir())
+    assert [file.name for file in files] == [
+        f"step_{n:06d}.jsonl" for n in (0, 2, 4, 5)
+    ]
+    verdicts = [[row["verdict"] for row in metrics.read(file)] for file in files]
+    assert [each.count("correct") for each in verdicts] == [1, 3, 3, 2]
+    assert compare(*files[:2])[0].paired.better == 2
+    assert "after 2 step(s): exam pass@1 75.0%" in capsys.readouterr().out
     # The best is a model directory with all that the run's own has.
     best = open_model(tmp_path / "run" / "best")
     assert best.settings["system_prompt"] == "Be brief."
@@ -214,8 +222,8 @@ def test_evaluation_time_is_not_counted_in_the_step_time(start, tmp_path, monkey
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("evaluation.every=0", "config: every=0 must be at least 1"),
-        ("evaluation.samples=0", "config: samples=0 must be at least 1"),
+        ("evaluation.every=0", "config: evaluation.every=0 must be at least 1"),
+        ("evaluation.samples=0", "config: evaluation.samples=0 must be at least 1"),
         ("evaluation.data=('gone.jsonl',)", "gone.jsonl: no such file"),
         ("evaluation.data=('exams',)", "evaluation.data exams: no such file, and no"),
         ("evaluation.data=('TRAIN',)", "problem '0' of train is trained on"),

@@ -128,6 +128,7 @@ def stand_in(engine, weights, requests, samples, **options) -> list[list]:
 
 def lay_out(home: Path, hf: Path) -> None:
     """Write a small file or model under every printed name."""
+    from oreal_jax import config
     from oreal_jax.checkpoints.source import import_model
     from oreal_jax.data import load_prompts
     from oreal_jax.data.builder import write_prompts
@@ -140,6 +141,8 @@ def lay_out(home: Path, hf: Path) -> None:
         hf, demo / "start", lambda m: make_mesh(MeshShape(), m), np.dtype("float32")
     )
     shutil.copytree(demo / "start", demo / "run")
+    settings = config.TrainConfig(model="runs/demo/start", prompts="prompts")
+    (demo / "run/config.json").write_text(json.dumps(config.as_json(settings)))
     (demo / "run/trajectories").mkdir()
     for step in (5, 9):
         two_groups(demo / f"run/trajectories/step_{step:06d}.jsonl")

@@ -54,7 +54,7 @@ def alone(tiny):
 def two(tiny, start) -> Path:
     """Two steps of two processes."""
     first, second = start(2, tiny / "two", "steps=2")
-    assert "step 2/2" in finish(first)
+    assert "(2/2)" in finish(first)
     assert "step" not in finish(second)
     return tiny / "two"
 

@@ -13,11 +13,72 @@ from oreal_jax.config import TrainConfig
 from oreal_jax.config_loading import load
 from oreal_jax.data import PromptOrder, load_prompts
 from oreal_jax.train import sft as fine_tuning
+from oreal_jax.train.history import read_history
 
 pytestmark = pytest.mark.usefixtures("judges")
 
 
-# Prompts, learning rates and data.
+# Settings, prompts, learning rates and data.
+
+
+def test_a_changed_setting_is_one_line_and_is_kept(start, files, policy):
+    run = files / "run"
+    code, output, _ = train(start, files, "steps=2")
+    assert code == 0 and "step 0 compiles its programs, or loads" in output
+    first, last = [line for line in output.splitlines() if "correct" in line]
+    assert "step 0 (1/2)" in first and first.endswith(" left")
+    assert "step 1 (2/2)" in last and not last.endswith(" left")
+    code, output, _ = train(start, files, "steps=2")  # nothing is left to do
+    assert code == 0 and "changed setting" not in output
+    message = "already finished at step 2; raise steps (2) or choose another --run"
+    assert f"{run}: {message}" in output
+    code, output, _ = train(start, files, "steps=3", "policy.learning_rate=5e-05")
+    assert code == 0 and "already finished" not in output
+    changes = {"steps": [2, 3], "policy.learning_rate": [0.001, 5e-05]}
+    lines = [line for line in output.splitlines() if "changed setting" in line]
+    assert lines == [
+        f"changed setting: {k}: {a} -> {b}" for k, (a, b) in changes.items()
+    ]
+    starts, ends = [
+        [row for row in read_history(run) if row["event"] == event]
+        for event in ("start", "end")
+    ]
+    assert [row["changes"] for row in starts] == [{}, {}, changes]
+    assert [row["step"] for row in starts] == [0, 2, 2]
+    assert [(row["step"], row["outcome"]) for row in ends] == [
+        (2, "finished"),
+        (2, "finished"),
+        (3, "finished"),
+    ]
+
+
+def test_the_fields_of_prompts_can_be_named(start, files, policy):
+    path, run = files / "prompts.jsonl", files / "run"
+    names = {"question": "problem", "gold_answer": "final"}
+    rows = [{names[k]: v for k, v in row.items()} for row in read_lines(path)]
+    write_lines(path, rows)
+    code, _, errors = train(start, files, "steps=1")
+    assert code == 2 and not run.exists()
+    message = f"{path}:1: no field 'question'; its fields are final, problem\n"
+    assert errors.endswith(message)
+    options = ["--question", "problem", "--answer", "final"]
+    assert train(start, files, "steps=1", options=options).code == 0
+    code, output, _ = train(start, files, "steps=2", options=options)
+    assert code == 0 and "has changed" not in output
+    assert len(set(policy.take_prompts())) == 8
+
+
+def test_the_end_of_a_failed_run_is_recorded_with_its_reason(start, files, policy):
+    policy.fails_at = 1
+    with pytest.raises(RuntimeError):
+        train(start, files, "steps=3")
+    policy.error = KeyboardInterrupt()
+    assert train(start, files, "steps=3").code == 130
+    ends = [row for row in read_history(files / "run") if row["event"] == "end"]
+    assert [(row["outcome"], row["reason"], row["step"]) for row in ends] == [
+        ("failed", "RuntimeError: a bug", 1),
+        ("stopped", "", 1),
+    ]
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "older"])
@@ -67,7 +128,7 @@ def test_a_learning_rate_that_jumps_is_logged_with_both_values(start, files, pol
             ]:
                 rates = [float(optimizer.rate(steps)(2)) for steps in (4, 9)]
                 values = f"from {rates[0]:.4g} to {rates[1]:.4g}"
-                assert f"step 3: {name} jumps {values}" in output
+                assert f"step 2: {name} jumps {values}" in output
 
 
 def test_sft_counts_examples_and_rejects_an_edited_file(start, files, monkeypatch):
@@ -90,7 +151,7 @@ def test_sft_counts_examples_and_rejects_an_edited_file(start, files, monkeypatc
     assert f"{path}: has changed since {files / 'run'} began; restore it" in errors
     path.write_text(text.replace("}\n", " }\n"))  # the same rows
     code, output, _ = sft(start, files, "examples_per_step=6")
-    assert code == 0 and "step 5/5" in output
+    assert code == 0 and "step 4 (5/5)" in output
     assert [len(batch) for batch in batches] == [4, 4, 4, 0, 6, 6]
     assert len({prompt for batch in batches for prompt in batch}) == COUNT
 
@@ -132,7 +193,7 @@ def test_a_setting_that_changes_the_usable_prompts_is_logged(start, files, polic
     code, output, _ = train(start, files, "steps=3", bands.format(1))
     assert code == 0 and "usable prompts" not in output
     code, output, _ = train(start, files, "steps=4", bands.format(2))
-    assert code == 0 and "step 4: the usable prompts" in output
+    assert code == 0 and "step 3: the usable prompts" in output
 
 
 # Damaged checkpoints.
@@ -161,7 +222,7 @@ def test_a_run_with_an_incomplete_checkpoint_resumes_from_the_previous_one(
     code, output, errors = train(start, files, "steps=4", "saving.every=2")
     assert code == 0, errors
     assert f"{run / 'checkpoints' / '4'}: incomplete, without {item}; removed" in output
-    assert f"resuming {run} after step 2" in output
+    assert f"resuming {run} after 2 step(s)" in output
     assert saved_steps(run) == [2, 4] and policy.take_prompts() == last
     for ours, theirs in zip(arrays(run, 4), expected, strict=True):
         assert ours.tobytes() == theirs.tobytes()
@@ -177,7 +238,7 @@ def test_a_checkpoint_without_its_data_is_reported_with_advice(start, files, pol
     assert "; if a part of it is missing, remove it\n" in errors
     shutil.rmtree(run / "checkpoints" / "2")
     code, output, _ = train(start, files, "steps=2")
-    assert code == 0 and f"resuming {files / 'run'} after step 1" in output
+    assert code == 0 and f"resuming {files / 'run'} after 1 step(s)" in output
 
 
 def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
@@ -189,7 +250,7 @@ def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
         shutil.rmtree(run / "checkpoints" / str(step) / "trainer")
     shutil.rmtree(run / "checkpoints" / "1" / "policy")  # nothing of use is left
     code, output, _ = train(start, files, "steps=5", "saving.every=1")
-    assert code == 0 and f"resuming {files / 'run'} after step 3" in output
+    assert code == 0 and f"resuming {files / 'run'} after 3 step(s)" in output
     for step, items in ((1, "policy and trainer"), (4, "trainer")):
         directory = run / "checkpoints" / str(step)
         assert f"{directory}: incomplete, without {items}; removed" in output
@@ -248,7 +309,7 @@ def test_files_of_abandoned_steps_are_removed(start, files, policy):
     assert code == 130
     assert (
         f"{run}: removed 2 step(s) of trajectories, 1 interrupted step(s), "
-        "2 evaluation(s) after step 2" in output
+        "2 file(s) of evaluations, 2 evaluation(s) after 2 step(s)" in output
     )
     assert sorted(path.name for path in (run / "trajectories").iterdir()) == [
         "step_000000.jsonl",
@@ -299,7 +360,7 @@ def test_a_best_policy_below_a_recorded_score_is_logged(start, files, policy):
     policy.score = 2
     code, output, _ = train(start, files, "steps=3", *examined(files))
     assert code == 0
-    assert "its score 0.5 is below 0.75 after step 0, whose policy is no" in output
+    assert "its score 0.5 is below 0.75 after 0 step(s), whose policy" in output
     assert checkpoints.steps(run / "best") == [2]
     policy.score = 4
     code, output, _ = train(start, files, "steps=4", *examined(files))

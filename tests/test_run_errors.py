@@ -26,7 +26,7 @@ def test_an_error_saves_the_last_finished_step(start, files, policy):
     assert saved_steps(files / "run") == [3]
     policy.fails_at = -1
     code, output, _ = train(start, files, "steps=5")
-    assert code == 0 and f"resuming {files / 'run'} after step 3" in output
+    assert code == 0 and f"resuming {files / 'run'} after 3 step(s)" in output
     assert len(set(policy.take_prompts())) == 20
 
 
@@ -131,7 +131,7 @@ def test_ctrl_c_while_saving_after_an_error_does_not_mask_it(files, log_of_error
         signal.raise_signal(signal.SIGINT)
         save(*given)
 
-    assert log_of_error(interrupted)[-1] == "RuntimeError: a bug; saved step 2"
+    assert log_of_error(interrupted)[-1] == "RuntimeError: a bug; saved after 2 step(s)"
     assert saved_steps(files / "run") == [2]
 
 

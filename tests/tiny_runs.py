@@ -85,7 +85,7 @@ def fine_tuned(home: Path) -> Path:
             *("--run", home / "sft"),
         )
     )
-    assert "step 60/60" in output
+    assert "(60/60)" in output
     return home
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from oreal_jax.checkpoints import hf
-from oreal_jax.checkpoints.run import newest_step
 from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, load_tokenizer
 from oreal_jax.files import new_directory, read_json, read_rows, write_text
@@ -44,7 +43,8 @@ def export(
 ) -> None:
     """Write the model of `source` with the weights `params`.
 
-    Of a run, generation_config.json has the stop tokens, and README.md is a model card.
+    Of a run, generation_config.json has the stop tokens, the chat template adds the
+    system prompt, and README.md is a model card.
 
     Raises:
         InputError: the directory is not empty or cannot be written, or the tokenizer
@@ -65,7 +65,25 @@ def export(
             chat = Chat(load_tokenizer(source.files))
             stops = chat.stop_tokens(source.settings.get("stop_words", ()))
             hf.write_json(path, fields | {"eos_token_id": list(stops)})
+            if (text := source.settings.get("system_prompt")) is not None:
+                _add_system_prompt(scratch, chat.tokenizer.chat_template, text)
             write_text(scratch / "README.md", model_card(source, directory.name))
+
+
+def _add_system_prompt(directory: Path, template: str, system_prompt: str) -> None:
+    """Let the chat template add a system message to conversations without one."""
+    content = json.dumps(system_prompt, ensure_ascii=False)
+    # Both are read with `trim_blocks`: the line break is no part of the text.
+    template = (
+        "{%- if messages[0]['role'] != 'system' %}{%- set messages = "
+        f"[{{'role': 'system', 'content': {content}}}] + messages %}}{{%- endif %}}\n"
+        f"{template}"
+    )
+    write_text(directory / "chat_template.jinja", template)
+    path = directory / "tokenizer_config.json"  # older versions of transformers read it
+    fields = read_json(path) if path.is_file() else {}
+    if "chat_template" in fields:
+        hf.write_json(path, fields | {"chat_template": template})
 
 
 def model_card(source: ModelSource, name: str) -> str:
@@ -90,7 +108,7 @@ def model_card(source: ModelSource, name: str) -> str:
     return CARD.format(
         name=name,
         model=settings["model"],
-        steps=newest_step(source.path),
+        steps=source.steps,
         method=f"{kind} (loss `{loss}`)",
         data=settings.get("prompts", settings.get("examples")),
         prompting=prompting,
@@ -109,7 +127,7 @@ def _evaluation_table(run: Path) -> str:
     rows = [row for _, row in read_rows(path)]
     names = [name for name in rows[-1] if name.startswith("val-core/")]
     cells = [
-        ["after step", *(name.removeprefix("val-core/") for name in names)],
+        ["steps", *(name.removeprefix("val-core/") for name in names)],
         ["---"] * (1 + len(names)),
     ]
     for row in rows:

@@ -269,7 +269,14 @@ def _checked_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
             "not the model's"
         )
     if not index.is_file() and not single.is_file():
-        raise InputError(f"{directory}: no {single.name} and no {index.name}")
+        advice = ""
+        if any(directory.glob("*.bin")):
+            advice = (
+                "; .bin files can run code when they are read: convert them with torch "
+                "and transformers: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+            )
+        raise InputError(f"{directory}: no {single.name} and no {index.name}{advice}")
     stored = _read_shards(index) if index.is_file() else _read_header(single)
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
     problems = [f"missing {name}" for name in expected if name not in stored]
@@ -367,6 +374,9 @@ def save(
         # The name in transformers 4, and the newer one.
         fields |= {"torch_dtype": dtype.name, "dtype": dtype.name}
         write_json(scratch / "config.json", fields)
+        # Those of safetensors are private, copies have the mode of their originals.
+        for path in scratch.iterdir():
+            shutil.copymode(scratch / "config.json", path)
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -20,13 +20,32 @@ class ModelSource(NamedTuple):
     """A model on disk.
 
     `files` is the directory of its config.json and tokenizer, `settings` is the config
-    of the run that trained it (empty for other models).
+    of the run that trained it (empty for other models). `policy` is the directory of
+    the weights in a run; None: of its newest policy.
     """
 
     path: Path
     config: ModelConfig
     files: Path
     settings: Mapping[str, Any] = {}
+    policy: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        """The directory of the weights.
+
+        Raises:
+            InputError: a run without checkpoints.
+        """
+        if self.files == self.path:
+            return self.path
+        return self.policy or run.newest_policy(self.path)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that the policy of a run was trained for."""
+        weights = self.weights
+        return 0 if weights.name == "reference" else int(weights.parent.name)
 
     def load(
         self, mesh: Mesh, dtype=jnp.float32, on_tensor: OnTensor = hf.ignore
@@ -36,17 +55,26 @@ class ModelSource(NamedTuple):
         if self.files == self.path:
             return hf.load(self.path, dtype, shardings, on_tensor=on_tensor)
         target = sharding.with_shardings(model.abstract(self.config, dtype), shardings)
-        return run.load_params(run.newest_policy(self.path), target)
+        return run.load_params(self.weights, target)
 
 
-def open_model(path: str | Path) -> ModelSource:
+def open_model(path: str | Path, step: int | None = None) -> ModelSource:
     """Describe a model without reading its weights.
 
+    RUN/checkpoints/N is the policy of a run after N steps, as is RUN with `step` N;
+    RUN/reference is its initial policy, RUN/best a run directory of its own.
+
     Raises:
-        InputError: neither kind of directory, or an unsupported model.
+        InputError: neither kind of directory, an unsupported model, or a run without
+            that checkpoint.
     """
-    path = Path(path)
+    path, policy = Path(path), None
     check_local(path)
+    if not (path / "config.json").is_file():
+        if path.name == "reference" and (path.parent / "model").is_dir():
+            path, policy = path.parent, path
+        elif path.parent.name == "checkpoints" and path.name.isdigit():
+            path, step = path.parents[1], int(path.name)
     if path.suffix == ".gguf":
         raise InputError(f"{path}: convert it first: oreal convert from-hf {path} DIR")
     if not path.is_dir():
@@ -60,7 +88,17 @@ def open_model(path: str | Path) -> ModelSource:
     run_config = path / "config.json"
     is_run = files != path and run_config.is_file()
     settings = read_json(run_config) if is_run else {}
-    return ModelSource(path, hf.read_config(files), files, settings)
+    if step is not None:
+        policy = _policy_after(path, step)
+    return ModelSource(path, hf.read_config(files), files, settings, policy)
+
+
+def _policy_after(path: Path, step: int) -> Path:
+    steps = run.steps(path)
+    if step not in steps:
+        existing = ", ".join(map(str, steps)) or "none"
+        raise InputError(f"{path}: no checkpoint {step}; its checkpoints: {existing}")
+    return path / "checkpoints" / str(step) / "policy"
 
 
 def copy_files(source: ModelSource, destination: Path) -> None:

@@ -6,10 +6,21 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import NoReturn
 
 from oreal_jax import hardware
-from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
+from oreal_jax.cli import (
+    convert,
+    data,
+    evaluate,
+    losses,
+    plan,
+    runs,
+    sample,
+    train,
+    verify,
+)
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.interrupts import (
     INTERRUPTED,
@@ -37,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(f"{error.filename}: the name of a file is too long", 2)
         if error.errno != errno.ENOSPC:
             raise
         return _fail("no space left on the device", 1)
@@ -69,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
         "(OREAL, arXiv:2502.06781) in JAX.",
         epilog="Each verb explains itself: oreal train --help",
     )
+    version = f"oreal-jax {metadata.version('oreal-jax')}"
+    top.add_argument("--version", action="version", version=version)
     verbs = top.add_subparsers(required=True, metavar="VERB", title="verbs")
 
     def verb(
@@ -90,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
             verb, nested.add_subparsers(required=True, metavar=metavar)
         )
 
-    for module in (train, plan, sample, evaluate):
+    for module in (train, runs, plan, sample, evaluate):
         module.add(functools.partial(verb, verbs))
     what = "clean prompts, measure pass rates, collect RFT sets"
     data.add(group("data", "VERB", what))

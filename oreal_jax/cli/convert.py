@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from oreal_jax.cli.options import Verb
+from oreal_jax.cli.options import Verb, step_option
 
 
 def add(verb: Verb) -> None:
@@ -23,6 +23,7 @@ def add(verb: Verb) -> None:
         command.add_argument("--dtype", choices=dtypes, default="float32")
         if name == "to-hf":
             command.add_argument("--max-shard-size", type=size, default="5GB")
+            step_option(command)
 
 
 def size(text: str) -> int:
@@ -38,13 +39,16 @@ def size(text: str) -> int:
 def from_hf(args: argparse.Namespace) -> None:
     """Run `oreal convert from-hf`."""
     from oreal_jax import program_cache
-    from oreal_jax.checkpoints.source import import_model
+    from oreal_jax.checkpoints import hf
+    from oreal_jax.checkpoints.source import import_model, open_model
     from oreal_jax.console import Screen
     from oreal_jax.mesh import MeshShape, make_mesh
 
-    screen = Screen()
+    screen, total = Screen(), None
+    if args.source.suffix != ".gguf":
+        total = len(hf.tensors(open_model(args.source).config))
     program_cache.enable()
-    with screen.phase("convert") as advance:
+    with screen.phase("convert", total=total) as advance:
         import_model(
             args.source,
             args.destination,
@@ -60,15 +64,16 @@ def to_hf(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from oreal_jax import program_cache
+    from oreal_jax.checkpoints import hf
     from oreal_jax.checkpoints.export import export
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.console import Screen
     from oreal_jax.mesh import MeshShape, make_mesh
 
     screen = Screen()
-    source = open_model(args.source)
+    source = open_model(args.source, args.step)
     program_cache.enable()
-    with screen.phase("convert") as advance:
+    with screen.phase("convert", total=len(hf.tensors(source.config))) as advance:
         export(
             source,
             source.load(make_mesh(MeshShape(), source.config), jnp.dtype(args.dtype)),

@@ -76,6 +76,11 @@ def add(verb: Verb) -> None:
     for name in ("first", "second"):
         parser.add_argument(name, type=Path, help="a file of `oreal eval --items`")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--other-settings",
+        action="store_true",
+        help="compare evaluations with different settings, such as --max-tokens, too",
+    )
     parser.add_argument("--json", type=Path, help="write all numbers here")
 
 
@@ -83,6 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Run `oreal eval`."""
     from oreal_jax.console import Screen
     from oreal_jax.evaluation import Evaluator, load_sets
+    from oreal_jax.evaluation.compare import check_items_overwritable
     from oreal_jax.evaluation.evaluator import check_fields
     from oreal_jax.evaluation.generation import generation_settings, resumable
     from oreal_jax.evaluation.report import as_json, items
@@ -117,6 +123,9 @@ def evaluate(args: argparse.Namespace) -> None:
     problems = [problem for each in sets for problem in each.problems]
     options = generation_options(args)
     settings = generation_settings(model.source, chat, problems, options)
+    item_settings = settings | {"k": args.k, "judge_model": args.judge_model}
+    if args.items:
+        check_items_overwritable(args.items, item_settings)
     with (
         open_judge(args, screen) as judge,
         resumable(out, settings, screen.log) as records,
@@ -139,9 +148,9 @@ def evaluate(args: argparse.Namespace) -> None:
             reports = evaluator.reports(sets, greedy, sampled, args.k, args.by)
         performance = compilations.take()
         if args.items:
-            write_lines(args.items, items(reports))
+            write_lines(args.items, items(reports, item_settings))
         if args.json:
-            document = as_json(args.model, reports) | performance
+            document = as_json(args.model, reports, item_settings) | performance
             text = json.dumps(document, ensure_ascii=False, indent=1)
             write_text(args.json, text + "\n")
     show_reports(args.model, reports)
@@ -156,7 +165,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.json:
         check_apart({"--json": args.json}, {"an input": [args.first, args.second]})
         check_writable(args.json)
-    comparisons = compare(args.first, args.second, args.seed)
+    comparisons = compare(args.first, args.second, args.seed, args.other_settings)
     if args.json:
         text = json.dumps([each.as_json() for each in comparisons], indent=1)
         write_text(args.json, text + "\n")

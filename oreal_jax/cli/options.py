@@ -34,8 +34,12 @@ SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the model, its prompts' template, and how it decodes."""
     parser.add_argument(
-        "--model", required=required, help="a Hugging Face directory or a run directory"
+        "--model",
+        required=required,
+        help="a Hugging Face or run directory; RUN/best, RUN/reference: its best and "
+        "its initial policy",
     )
+    step_option(parser)
     parser.add_argument(
         "--system-prompt",
         help="system message (default: the run's, else the chat template's own)",
@@ -62,6 +66,16 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     ]:
         choices = ["full", choice]
         parser.add_argument(option, choices=choices, default="full", help=what)
+
+
+def step_option(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint of a run."""
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="the policy after N steps of the run (default: the newest checkpoint)",
+    )
 
 
 def sampling_options(parser: argparse.ArgumentParser, *, greedy: bool = True) -> None:
@@ -266,6 +280,7 @@ def load_for_generation(
     check_min(1, "--rows", args.rows)
     model = load_model(
         args.model,
+        step=args.step,
         system_prompt=args.system_prompt,
         chat_template=args.chat_template,
         template_vars=dict(args.template_var or ()),

@@ -26,6 +26,10 @@ def add(verb: Verb) -> None:
         example = f"oreal {name} configs/{config}.py --set steps=20"
         parser = verb(name, call, what, example)
         config_options(parser)
+        if name == "train":
+            for option, field in (("question", "question"), ("answer", "gold_answer")):
+                text = f"field of the {option} in `prompts` (default: {field})"
+                parser.add_argument(f"--{option}", metavar="FIELD", help=text)
         parser.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"
         )
@@ -75,6 +79,9 @@ def train(args: argparse.Namespace) -> None:
     from oreal_jax.config import TrainConfig
     from oreal_jax.train.loop import train_oreal
 
+    fields = {"question": args.question, "answer": args.answer}
+    changes = [f"{name}={field}" for name, field in fields.items() if field]
+    args.set = [*args.set, *changes]
     _run(args, TrainConfig, train_oreal)
 
 

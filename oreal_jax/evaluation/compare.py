@@ -1,7 +1,7 @@
 """Comparison of two evaluations of the same problems: a real gain, or chance?"""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,12 @@ class Item(NamedTuple):
 
 
 Items = dict[str, Item]  # by id
+Settings = Mapping[str, Any]
+
+# Settings that a comparison may be about (the model and its stored form), and chance.
+FREE = {"model", "model of", "step", "weights", "cache", "questions", "seed", "k"}
+FREE |= {"stop_strings", "stop_words"}  # the model's own
+SAMPLED = {"temperature", "top_p", "top_k", "min_p"}  # greedy decoding has none
 
 
 class Comparison(NamedTuple):
@@ -47,12 +53,14 @@ class Comparison(NamedTuple):
         }
 
 
-def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
+def compare(
+    first: Path, second: Path, seed: int = 0, other_settings: bool = False
+) -> list[Comparison]:
     """Compare the items of two evaluations, set by set; `seed` is the bootstrap's.
 
     Raises:
-        InputError: a file does not hold items, the two have none in common, or
-            different questions under one id.
+        InputError: a file does not hold items, the two have none in common, different
+            questions under one id, or, unless `other_settings`, different settings.
     """
     old, new = read_items(first), read_items(second)
     common = [kind for kind in old if kind in new]
@@ -62,6 +70,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Comparison]:
             f"{first} and {second} have nothing in common: "
             f"{', '.join(map(name, old))} against {', '.join(map(name, new))}"
         )
+    if not other_settings:
+        check_settings(first, second, common)
     return [compare_kind(k, [(first, old[k]), (second, new[k])], seed) for k in common]
 
 
@@ -99,6 +109,59 @@ def compare_kind(
         paired(correct[0], correct[1], (samples[0], samples[1]), seed),
         len(first.keys() ^ second.keys()),
     )
+
+
+def check_settings(first: Path, second: Path, kinds: Iterable[Kind]) -> None:
+    """Check that items of the same kinds were generated with the same settings.
+
+    Those of older versions record none, and are not checked.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    old, new = read_settings(first), read_settings(second)
+    for kind in kinds:
+        ignored = FREE | SAMPLED if kind[1] else FREE
+        name = _difference(old.get(kind, {}), new.get(kind, {}), ignored)
+        if name:
+            raise InputError(
+                f"{first} and {second}: set {kind[0]!r} was evaluated with {name}="
+                f"{old[kind][name]!r} and {new[kind][name]!r}; evaluate again with "
+                "equal settings, or add --other-settings"
+            )
+
+
+def check_items_overwritable(path: Path, settings: Settings) -> None:
+    """Check that a file holds items of the same settings, if it exists.
+
+    Raises:
+        InputError: it holds others, or something else.
+    """
+    if not path.exists():
+        return
+    _, row = next(iter(_read_rows(path)), ("", {}))
+    old, new = row.get("settings", {}), json.loads(json.dumps(settings))
+    if old == new:
+        return
+    what = "no items with these settings"
+    if old and (name := _difference(old, new, set())):
+        what = f"items with {name}={old[name]!r}, not {new[name]!r}"
+    raise InputError(f"--items {path}: has {what}; remove it, or name another file")
+
+
+def _difference(old: Settings, new: Settings, ignored: set[str]) -> str | None:
+    """Return the first setting in which two differ, of those that both have."""
+    names = [name for name in old if name in new and name not in ignored]
+    return next((name for name in names if old[name] != new[name]), None)
+
+
+def read_settings(path: Path) -> dict[Kind, Settings]:
+    """Return the settings of the items of each kind, where they are recorded."""
+    return {
+        (row["set"], row["greedy"]): row["settings"]
+        for _, row in _read_rows(path)
+        if isinstance(row.get("settings"), dict)
+    }
 
 
 def read_items(path: Path) -> dict[Kind, Items]:

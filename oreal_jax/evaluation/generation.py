@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from pathlib import Path
 from typing import Any
 
-from oreal_jax.checkpoints.run import newest_policy
 from oreal_jax.checkpoints.source import ModelSource
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.errors import InputError
@@ -135,8 +134,7 @@ def generation_settings(
 
     `options` are the generation options of a command.
     """
-    is_run = source.files != source.path
-    weights = newest_policy(source.path) if is_run else source.path
+    weights = source.weights
     newest = max(p.stat().st_mtime for p in weights.rglob("*") if p.is_file())
     return dict(options) | {
         "model": str(weights),

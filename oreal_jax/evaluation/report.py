@@ -160,15 +160,23 @@ def break_down(groups: Groups, field: str, seed: int) -> dict[str, tuple[int, Me
     }
 
 
-def items(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
-    """Return all verified completions of all sets."""
-    return [{"set": name} | item for name, r in reports.items() for item in r.items]
+def items(
+    reports: Mapping[str, Report], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return all verified completions of all sets, with the settings of each."""
+    return [
+        {"set": name} | item | {"settings": settings}
+        for name, report in reports.items()
+        for item in report.items
+    ]
 
 
-def as_json(model: str, reports: Mapping[str, Report]) -> dict[str, Any]:
+def as_json(
+    model: str, reports: Mapping[str, Report], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return all reports as JSON values; that of a single set also at the top level."""
     single = next(iter(reports.values())).as_json() if len(reports) == 1 else {}
     sets = {name: r.as_json() for name, r in reports.items()}
     for values in sets.values():
         del values["items"]
-    return {"model": model} | single | {"sets": sets, "items": items(reports)}
+    return {"model": model} | single | {"sets": sets, "items": items(reports, settings)}

@@ -38,6 +38,9 @@ def tpu_devices(topology: str) -> list:
     Raises:
         InputError: libtpu is not installed, or the topology is unknown.
     """
+    kinds = "expected for example v4:2x2x4, v5p:2x2x4, v5e:4x4, v6e:4x4 or h100:8"
+    if not re.fullmatch(r"(v|tpu)\d\w*:\d+(x\d+)+", topology):
+        raise InputError(f"--topology {topology}: unknown; {kinds}")
     if not util.find_spec("libtpu"):
         raise InputError(
             f"--topology {topology}: the TPU's compiler is not installed: "
@@ -49,7 +52,7 @@ def tpu_devices(topology: str) -> list:
         description = topologies.get_topology_desc(topology, platform="tpu")
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--topology {topology}: {reason}") from None
+        raise InputError(f"--topology {topology}: {reason}; {kinds}") from None
     devices = list(description.devices)
     if devices[0].device_kind not in PEAKS:
         raise InputError(

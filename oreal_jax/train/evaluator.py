@@ -1,6 +1,7 @@
 """Evaluation during training: every N steps; the best policy is saved.
 
     RUN/evaluations.jsonl    one object per evaluation, its step = finished steps
+    RUN/evaluations/         the verified completions of each, for `oreal compare`
     RUN/best/                the best policy so far, a model directory of its own
 
 The policy is evaluated before a step, so the first evaluation is of the initial model.
@@ -13,6 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from oreal_jax.evaluation import (
     report,
 )
 from oreal_jax.evaluation.completions import CompletionRecord
+from oreal_jax.evaluation.report import items
 from oreal_jax.files import write_lines
 from oreal_jax.model import Params
 from oreal_jax.sampling import Engine, Sampling
@@ -138,6 +141,8 @@ class PolicyEvaluator:
         higher = [row for row in rows if row["score"] > score]
         rows.append({"step": step, "score": score, "best": is_best} | values)
         if distributed.is_first():
+            file = self.run / "evaluations" / f"step_{step:06d}.jsonl"
+            write_lines(file, items(reports, self._settings(step)))
             write_lines(path, rows)
         text = ", ".join(f"{name} {report}" for name, report in reports.items())
         directory = self.run / "best"
@@ -145,12 +150,23 @@ class PolicyEvaluator:
             top = max(higher, key=lambda row: row["score"])
             text += (
                 f"; kept in {directory}, though its score {score:.4g} is "
-                f"below {top['score']:.4g} after step {top['step']}, whose policy is "
-                "no longer there"
+                f"below {top['score']:.4g} after {top['step']} step(s), whose policy "
+                "is no longer there"
             )
         elif is_best:
             text += f"; the best so far, kept in {directory}"
-        self.screen.log(f"after step {step}: {text}")
+        self.screen.log(f"after {step} step(s): {text}")
+
+    def _settings(self, step: int) -> dict[str, Any]:
+        """Return the settings of items, as `oreal eval` records them."""
+        return dataclasses.asdict(self.sampling) | {
+            "model": str(self.run),
+            "step": step,
+            "system_prompt": self.chat.system_prompt,
+            "seed": self.config.seed,
+            "k": self.config.evaluation.samples,
+            "judge_model": self.config.verification.judge_model,
+        }
 
 
 def gather_completions(problems: Sequence[Prompt], groups: Groups) -> Groups:

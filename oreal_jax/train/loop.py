@@ -25,6 +25,7 @@ from oreal_jax.data import build
 from oreal_jax.data.packing import pack
 from oreal_jax.distributed import defer_interrupts
 from oreal_jax.train import metrics as step_metrics
+from oreal_jax.train.lock import locked
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.rollouts import Rollouts, all_trajectories, step_prompts
 from oreal_jax.train.run_directory import RunDirectory
@@ -50,7 +51,11 @@ def train_oreal(
     Raises:
         InputError: the config, model, prompts or run directory cannot be used.
     """
-    run, screen = Path(run), screen or Screen()
+    with locked(Path(run)):
+        _train(config, Path(run), screen or Screen(), profile)
+
+
+def _train(config: TrainConfig, run: Path, screen: Screen, profile: int) -> None:
     setup = set_up(config, run, screen)
     model, mesh, chat = setup.model, setup.model.mesh, setup.model.chat
     judging, verification = open_judge(config, screen), config.verification
@@ -77,7 +82,7 @@ def train_oreal(
         state = directory.state
         while (step := int(state.step)) < config.steps:
             evaluation_seconds = setup.evaluator(state, pool, judge)
-            label, frozen = f"step {step + 1}: ", step < config.freeze_steps
+            label, frozen = f"step {step}: ", step < config.freeze_steps
             prompts = step_prompts(config, chat, setup.order, directory.data_position)
             share = distributed.take_share(prompts)
             verified = rollouts(state.policy.params, share, step)
@@ -95,11 +100,11 @@ def train_oreal(
                     with screen.phase("update_actor", label=label):
                         state, measured, token_scores = train_step(state, batch)
                         directory.record_state(state)
-                        metrics |= step_metrics.check_finite(measured, step + 1)
+                        metrics |= step_metrics.check_finite(measured, step)
                     selected = step_metrics.with_scores(
                         selected, indices, batch, token_scores
                     )
-                    metrics |= step_metrics.check_agreement(selected, config, step + 1)
+                    metrics |= step_metrics.check_agreement(selected, config, step)
                     del batch, measured, token_scores  # frees memory of the devices
                 else:
                     state = state._replace(step=state.step + 1)
@@ -109,7 +114,7 @@ def train_oreal(
                     directory.write_trajectories(step, groups, chat.pieces)
                 directory.finish_step(
                     metrics,
-                    step_metrics.screen_line(step + 1, config.steps, metrics),
+                    step_metrics.screen_line(step, config.steps, metrics),
                     step_metrics.phase_totals(
                         directory.models, groups, selected, frozen
                     ),

@@ -22,7 +22,7 @@ from oreal_jax.trajectory import Group, TokenScores, Trajectory
 def check_finite(
     metrics: Mapping[str, Float[Array, ""]], step: int
 ) -> dict[str, float]:
-    """Return the metrics of the update of step `step` (from 1) as numbers.
+    """Return the metrics of the update of step `step` as numbers.
 
     Raises:
         Diverged: a loss or a gradient norm is not finite.
@@ -143,19 +143,25 @@ def phase_totals(
 
 
 def screen_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """Return one readable line about step `step` (from 1) of `steps`."""
-    line = (
-        f"step {step:>{len(str(steps))}}/{steps}  "
-        f"correct {metrics['critic/score/mean']:6.1%}  "
-        f"tokens {metrics['response_length/mean']:.0f}  "
-        f"kept {metrics['oreal/kept']:.0f}  "
-    )
-    if not metrics["oreal/kept"]:
-        return line + "no update: every prompt was all correct or all incorrect"
-    line += (
-        f"loss {metrics.get('actor/pg_loss', metrics['actor/loss']):+.4f}  "
-        f"kl {metrics.get('actor/kl_loss', 0):.4f}"
-    )
+    """Return one readable line about a step of OREAL or of SFT, with `steps` in all.
+
+    Its number counts from 0, as in metrics.jsonl; the number of finished steps follows.
+    The words are parts of the names of metrics.
+    """
+    width = len(str(steps))
+    line = f"step {step:>{width}} {f'({step + 1}/{steps})':<{2 * width + 3}}"
+    if "critic/score/mean" in metrics:
+        line += (
+            f"  correct {metrics['critic/score/mean']:6.1%}"
+            f"  tokens {metrics['response_length/mean']:.0f}"
+            f"  kept {metrics['oreal/kept']:.0f}"
+        )
+        if not metrics["oreal/kept"]:
+            return line + "  no update: every prompt was all correct or all incorrect"
+    name = "pg_loss" if "actor/pg_loss" in metrics else "loss"  # of a loss of one's own
+    line += f"  {name} {metrics[f'actor/{name}']:+.4f}"
+    if "actor/kl_loss" in metrics:
+        line += f"  kl_loss {metrics['actor/kl_loss']:.4f}"
     if "token_reward/loss" in metrics:
-        line += f"  token reward {metrics['token_reward/loss']:.3f}"
+        line += f"  token reward loss {metrics['token_reward/loss']:.3f}"
     return line

@@ -20,6 +20,7 @@ from oreal_jax.checkpoints.source import ModelSource, open_model
 from oreal_jax.config import SftConfig, TrainConfig
 from oreal_jax.errors import InputError
 from oreal_jax.files import check_local, read_json, write_lines
+from oreal_jax.train.history import Change, setting_changes
 
 # Settings that cannot change within a run.
 IDENTITY = ("class", "model", "seed", "prompts", "examples", "chat_template")
@@ -98,43 +99,42 @@ def _unrecorded_progress(run: Path, step: int) -> Progress:
 
 def compare_settings(
     run: Path, config: TrainConfig | SftConfig, is_resumed: bool, log: Log
-) -> None:
-    """Log the settings that have changed since the run began.
+) -> dict[str, Change]:
+    """Return and log the settings that have changed since the last start of the run.
 
     Raises:
         InputError: a setting that cannot change within a run has changed.
     """
     path = run / "config.json"
     if not path.exists():
-        return
-    old, new = read_json(path), configuration.as_json(config)
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            change = f"{name}: {old.get(name)} -> {new.get(name)}"
-            if name in IDENTITY:
-                raise InputError(
-                    f"{path}: this run began with other settings; {change}"
-                )
-            is_added_or_removed = None in (old.get(name), new.get(name))
-            if name == "token_reward" and is_added_or_removed and is_resumed:
-                raise InputError(
-                    f"{path}: token_reward cannot be added or removed, because the "
-                    f"run's checkpoints are with or without it; {change}"
-                )
-            log(f"changed since this run began: {change}")
+        return {}
+    old = read_json(path)
+    changes = setting_changes(old, config)
+    has_token_reward = bool(getattr(config, "token_reward", None))
+    if is_resumed and bool(old.get("token_reward")) != has_token_reward:
+        raise InputError(
+            f"{path}: token_reward cannot be added or removed, because the run's "
+            "checkpoints are with or without it"
+        )
+    for name, (before, now) in changes.items():
+        change = f"{name}: {before} -> {now}"
+        if name in IDENTITY:
+            raise InputError(f"{path}: this run began with other settings; {change}")
+        log(f"changed setting: {change}")
+    return changes
 
 
 def compare_progress(
     run: Path, step: int, progress: Progress, data: Data, rates: Mapping, log: Log
 ) -> None:
-    """Log what changes at the step after `step`, which the run resumes after.
+    """Log what changes at step `step`, the next one.
 
     `rates` are the learning rates as functions of the step, by metric name.
 
     Raises:
         InputError: the data are not those that the run began with.
     """
-    where = f"{run}: step {step + 1}"
+    where = f"{run}: step {step}"
     if progress.data not in ("", data.rows):
         raise InputError(
             f"{data.source}: has changed since {run} began; restore it, "
@@ -152,7 +152,7 @@ def compare_progress(
 
 
 def discard_after(run: Path, step: int) -> list[str]:
-    """Remove the files of steps after `step`, and incomplete ones of a killed process.
+    """Remove files of steps from `step` on, and incomplete ones of a killed process.
 
     Returns lines for the log. A best policy of a later step is renamed to
     RUN/best.abandoned (or .2, .3, ...): the rerun may not find it again.
@@ -165,11 +165,12 @@ def discard_after(run: Path, step: int) -> list[str]:
         "step(s) of trajectories": _remove_steps(run / "trajectories", step),
         # Those of the next step stay until it is finished.
         "interrupted step(s)": _remove_steps(run / "interrupted", step + 1),
+        "file(s) of evaluations": _remove_steps(run / "evaluations", step + 1),
         "evaluation(s)": _remove_evaluations(run / "evaluations.jsonl", step),
     }
     removed = [f"{count} {name}" for name, count in counts.items() if count]
     if removed:
-        lines.append(f"{run}: removed {', '.join(removed)} after step {step}")
+        lines.append(f"{run}: removed {', '.join(removed)} after {step} step(s)")
     return lines + _set_aside_best(run, step)
 
 
@@ -208,6 +209,6 @@ def _set_aside_best(run: Path, step: int) -> list[str]:
     abandoned = next(name for name in names if not name.exists())
     best.rename(abandoned)
     return [
-        f"{best}: from step {best_step}, which will be run again; renamed to "
+        f"{best}: after {best_step} steps, which will be run again; renamed to "
         f"{abandoned}"
     ]

@@ -124,7 +124,7 @@ class Rollouts:
             )
             for each in prompts
         ]
-        label, total = f"step {step + 1}: ", len(prompts) * samples
+        label, total = f"step {step}: ", len(prompts) * samples
         with self.screen.phase("gen", total=total, label=label) as advance:
             try:
                 self.engine.sample(
@@ -145,7 +145,7 @@ class Rollouts:
         completions: Mapping[tuple[int, int], Completion],
         step: int,
     ) -> dict[tuple[int, int], Verdict]:
-        label, total = f"step {step + 1}: ", len(completions)
+        label, total = f"step {step}: ", len(completions)
         order = sorted(completions)
         with self.screen.phase("verify", total=total, label=label) as advance:
             candidates = [

@@ -1,6 +1,7 @@
 """The directory of a run: model, state, checkpoints, metrics and trajectories.
 
     RUN/config.json        the settings
+    RUN/history.jsonl      starts and ends, and how the settings changed
     RUN/model/             config.json, tokenizer, chat template
     RUN/metrics.jsonl      one object per step
     RUN/trajectories/      one file per step, written while the next one samples
@@ -21,6 +22,7 @@ the rest.
 import contextlib
 import functools
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,11 +32,12 @@ import orjson
 
 from oreal_jax import config as configuration
 from oreal_jax import distributed, efficiency, sharding
+from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.checkpoints.run import Progress
 from oreal_jax.checkpoints.source import copy_files
 from oreal_jax.config import SftConfig, TrainConfig
-from oreal_jax.console import Screen
+from oreal_jax.console import Screen, time_text
 from oreal_jax.data.chat import DATE_FILE
 from oreal_jax.distributed import defer_interrupts
 from oreal_jax.efficiency import PhaseTotals
@@ -45,9 +48,11 @@ from oreal_jax.loading import OpenModel
 from oreal_jax.metrics import MetricsLog, compilations
 from oreal_jax.model import Params, abstract, cast, parameter_count
 from oreal_jax.train import resume
+from oreal_jax.train.history import record_end, record_start
 from oreal_jax.train.profile import Profile
 from oreal_jax.train.programs import make_trained_models
 from oreal_jax.train.resume import Data
+from oreal_jax.train.trackers import Trackers
 from oreal_jax.train_state import TrainState
 from oreal_jax.trajectory import Group
 
@@ -94,8 +99,9 @@ class RunDirectory:
             self._rates["token_reward/lr"] = jax.jit(self.models.token_reward.rate)
         newest, progress = resume.read_progress(path)
         self._first, self.data_position = newest or 0, progress.taken
+        self._finished = self._first
         is_resumed, log = newest is not None, screen.log
-        resume.compare_settings(path, config, is_resumed, log)
+        self._changes = resume.compare_settings(path, config, is_resumed, log)
         resume.compare_progress(path, self._first, progress, data, self._rates, log)
         if is_resumed:
             self.state = self._restore()
@@ -106,17 +112,24 @@ class RunDirectory:
             self.state = self._initialize(params)
         self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
         self._writer = BackgroundWriter()
-        self._metrics = None
+        self._metrics = self._trackers = None
         if distributed.is_first():
-            self._metrics = MetricsLog(
-                path, self._first, tensorboard=config.tensorboard
-            )
+            self._metrics = MetricsLog(path, self._first)
+            self._trackers = Trackers(config, path, self._first)
         self._profile = Profile(path / "profile", profile, screen)
         self._step_started = time.perf_counter()
+        self._step_seconds: list[float] = []
+        if self._first < steps:
+            log(f"step {self._first} compiles its programs, or loads compiled ones")
+        else:  # exit code 0: a launcher that repeats failed commands is done
+            log(
+                f"{path}: already finished at step {self._first}; raise steps "
+                f"({steps}) or choose another --run"
+            )
 
     def _restore(self) -> TrainState:
         count = f"{parameter_count(self.model.config):,} parameters"
-        self.screen.log(f"resuming {self.path} after step {self._first} ({count})")
+        self.screen.log(f"resuming {self.path} after {self._first} step(s) ({count})")
         with self.screen.phase("restore"):
             target = self.models.abstract(self.model.mesh)
             return checkpoints.restore(self.path, self._first, target)
@@ -124,7 +137,8 @@ class RunDirectory:
     def _load(self) -> Params:
         source, mesh = self.model.source, self.model.mesh
         count = f"{parameter_count(source.config):,} parameters"
-        with self.screen.phase("load") as advance:
+        total = len(hf.tensors(source.config)) if source.files == source.path else None
+        with self.screen.phase("load", total=total) as advance:
             params = source.load(mesh, on_tensor=lambda name: advance())
         self.screen.log(f"{source.path}: {count} on {mesh.size} device(s)")
         return params
@@ -138,6 +152,7 @@ class RunDirectory:
             write_text(path, text)
             if (chat := self.model.chat).prints_date:
                 write_text(self.path / "model" / DATE_FILE, f"{chat.date}\n")
+            record_start(self.path, self._first, self._changes)
             for line in resume.discard_after(self.path, self._first):
                 self.screen.log(line)
         distributed.barrier(f"{path} was written")
@@ -172,6 +187,7 @@ class RunDirectory:
     def record_state(self, state: TrainState) -> None:
         """Set the state after a step, which is saved if a later step fails."""
         self.state = state
+        self._finished += 1
         self.data_position += self.data.per_step
 
     def write_trajectories(
@@ -183,6 +199,8 @@ class RunDirectory:
                 write_trajectories, self.path, step, groups, pieces
             )
             self._writer.submit(write)
+        if self._trackers:
+            self._trackers.log_samples(step, groups)
 
     def finish_step(
         self,
@@ -202,6 +220,7 @@ class RunDirectory:
         now, step, mesh = time.perf_counter(), int(self.state.step), self.model.mesh
         seconds = now - self._step_started - excluded_seconds
         self._step_started = now
+        self._step_seconds.append(seconds)
         timed = {
             "perf/time_per_step": seconds,
             "perf/throughput": tokens / seconds / mesh.size,
@@ -214,9 +233,12 @@ class RunDirectory:
             devices=mesh.size,
             peak=efficiency.PEAKS.get(mesh.devices.flat[0].device_kind),
         )
-        if self._metrics:
-            self._metrics.write(step - 1, dict(metrics) | timed | rates)
-        self.screen.log(f"{line}  {seconds:.1f} s")
+        for record in filter(None, (self._metrics, self._trackers)):
+            record.write(step - 1, dict(metrics) | timed | rates)
+        usual = statistics.median(self._step_seconds[-10:])
+        remaining = time_text(usual * (self.steps - step))
+        remaining = f"  about {remaining} left" if step < self.steps else ""
+        self.screen.log(f"{line}  {seconds:.1f} s{remaining}")
         if step % self.config.saving.every == 0 or step == self.steps:
             with self.screen.phase("save"):
                 self._save()
@@ -245,15 +267,28 @@ class RunDirectory:
             # An interrupt must not replace the original error.
             ignoring = ignoring_interrupts("closing the run")
         with defer_interrupts(), ignoring, contextlib.ExitStack() as closing:
-            for part in filter(None, (self._profile, self._metrics, self._checkpoints)):
+            closing.push(lambda _, inner, __: self._record_end(error or inner))
+            records = filter(None, (self._metrics, self._trackers))
+            for part in (self._profile, *records, self._checkpoints):
                 closing.callback(part.close)
             closing.callback(self._close_writer, error)
             if kind is KeyboardInterrupt:
-                self.screen.log(f"stopped after step {int(self.state.step)}; saving")
+                self.screen.log(f"stopped after {self._finished} step(s); saving")
                 distributed.stop_all("saving the run")
                 self._save()
             elif error and not isinstance(error, Diverged):
                 self._save_after(error)
+
+    def _record_end(self, error: BaseException | None) -> None:
+        if not distributed.is_first():
+            return
+        outcome, reason = "finished", ""
+        if isinstance(error, KeyboardInterrupt):
+            outcome = "stopped"
+        elif error:
+            outcome, reason = "failed", summarize(error)
+        with contextlib.suppress(OSError):  # such as a full disk: `error` matters more
+            record_end(self.path, self._finished, outcome, reason)
 
     def _close_writer(self, error: BaseException | None) -> None:
         """Close the writer; raise its error, or log it if `error` is already set."""
@@ -282,7 +317,7 @@ class RunDirectory:
             )
             self._save()
             self._checkpoints.wait()
-            log(f"{reason}; saved step {step}")
+            log(f"{reason}; saved after {step} step(s)")
         except Exception as failure:
             log(f"not saved: {summarize(failure)}")
 

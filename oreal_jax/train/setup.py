@@ -27,6 +27,7 @@ from oreal_jax.sampling import Engine
 from oreal_jax.train.evaluator import PolicyEvaluator, load_evaluation_sets
 from oreal_jax.train.programs import make_engine, make_run_mesh, step_size_limits
 from oreal_jax.train.resume import Data, open_source
+from oreal_jax.train.trackers import check_trackers
 from oreal_jax.verify.llm_judge import Judge
 
 
@@ -90,6 +91,7 @@ def open_run_model(
     Raises:
         InputError: model, mesh, tokenizer or template cannot be used.
     """
+    check_trackers(config)
     source = open_source(config, run)
     mesh = make_run_mesh(config, source.config)
     program_cache.enable()
@@ -147,11 +149,12 @@ def load_run_prompts(config: TrainConfig, run: Path, screen: Screen) -> list[Pro
     """
     copy = run / "data"
     if not copy.is_dir():
-        return load_prompts(config.prompts)
+        return load_prompts(config.prompts, config.question, config.answer)
     prompts = load_prompts(str(copy))
     if Path(config.prompts).exists():
         try:
-            changed = load_prompts(config.prompts) != prompts
+            original = load_prompts(config.prompts, config.question, config.answer)
+            changed = original != prompts
         except InputError:
             changed = True
         if changed:

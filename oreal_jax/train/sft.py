@@ -18,7 +18,8 @@ from oreal_jax.efficiency import PhaseTotals
 from oreal_jax.errors import InputError
 from oreal_jax.files import fingerprint
 from oreal_jax.loading import OpenModel
-from oreal_jax.train.metrics import check_finite
+from oreal_jax.train.lock import locked
+from oreal_jax.train.metrics import check_finite, screen_line
 from oreal_jax.train.programs import make_run_step
 from oreal_jax.train.resume import Data, read_progress
 from oreal_jax.train.run_directory import RunDirectory
@@ -36,7 +37,11 @@ def train_sft(
     Raises:
         InputError: the config, model, examples or run directory cannot be used.
     """
-    run, screen = Path(run), screen or Screen()
+    with locked(Path(run)):
+        _train(config, Path(run), screen or Screen(), profile)
+
+
+def _train(config: SftConfig, run: Path, screen: Screen, profile: int) -> None:
     model = open_run_model(config, run)
     check_loss(config)
     rows = read_examples(Path(config.examples))
@@ -60,7 +65,7 @@ def train_sft(
     ) as directory:
         train_step = make_run_step(config, directory.models, model.mesh)
         state = directory.state
-        while (step := int(state.step) + 1) <= steps:
+        while (step := int(state.step)) < steps:
             items = order.batch(directory.data_position)
             batch_examples = [example for example, _ in items]
             batch, _ = pack(
@@ -75,13 +80,12 @@ def train_sft(
                     state, metrics, _ = train_step(state, batch)
                     directory.record_state(state)
                     metrics = check_finite(metrics, step)
-                loss = metrics.get("actor/pg_loss", metrics["actor/loss"])
                 lengths = ((len(e.prompt), len(e.completion)) for e in batch_examples)
                 work = efficiency.full_pass(lengths)
                 flops = efficiency.training_flops(model.config, work)
                 directory.finish_step(
                     metrics,
-                    f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.4f}",
+                    screen_line(step, steps, metrics),
                     {"update_actor": PhaseTotals(work.tokens, flops)},
                     tokens=work.tokens,
                 )

@@ -1,0 +1,190 @@
+"""The lock of a run directory: one run writes into it.
+
+RUN/lock names the process that holds it, and is locked by `flock`, which the kernel (of
+NFS: the server) releases when the process ends, however it ends. On other mounts
+(object stores, for example) each host has locks of its own, or none: there the content
+of the file decides, and a lock of another host counts until the file is removed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from oreal_jax import distributed
+from oreal_jax.errors import InputError
+from oreal_jax.files import check_local, read_json
+
+# Of `open_run_directory`: a directory with other files, and no run, is not written to.
+RUN_FILES = {"checkpoints", "data", "evaluations", "history.jsonl", "interrupted"}
+RUN_FILES |= {"lock", "metrics.jsonl", "model", "profile", "reference", "tensorboard"}
+RUN_FILES |= {"trackers.json", "trajectories", "wandb"}
+LAUNCHER_SUFFIXES = (".err", ".log", ".out", ".pid")  # or hidden, or a folder of logs
+# Of file systems that have no `flock`.
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+class Holder(NamedTuple):
+    """The process that holds a lock; `since` in seconds since 1970."""
+
+    host: str
+    process: int
+    since: float
+
+    def __str__(self) -> str:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.process} on host {self.host} since {moment}"
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which is created.
+
+    Of several processes, process 0 holds it for all. A directory that is still empty
+    at the end is removed: nothing is left of a run that could not start.
+
+    Raises:
+        InputError: another process holds it, or the directory is not a run's.
+    """
+    check_local(run)
+    if not distributed.is_first():
+        yield
+        return
+    check_run_directory(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = _acquire(run)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            yield
+        finally:
+            (run / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is a run now
+                run.rmdir()
+
+
+def check_run_directory(run: Path) -> None:
+    """Check that a directory is a run's, or has nothing but files of a launcher.
+
+    Raises:
+        InputError: it has other files, among which a run would be written.
+    """
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise InputError(f"--run {run}: a file, expected a directory")
+    config = run / "config.json"  # a model directory has one, too
+    if config.is_file() and "class" in read_json(config):
+        return
+    others = sorted(
+        path.name
+        for path in run.iterdir()
+        if path.name not in RUN_FILES
+        and not path.name.startswith((".", "log", "slurm"))
+        and path.suffix not in LAUNCHER_SUFFIXES
+    )
+    if others:
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise InputError(
+            f"--run {run}: not empty and not a run ({names}); choose another directory"
+        )
+
+
+def holder(run: Path) -> Holder | None:
+    """Return the process that holds the lock of a run, None if none does."""
+    try:
+        with (run / "lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    return _read(run)
+                return _live(run, is_locked=False)
+            return _live(run, is_locked=True)
+    except FileNotFoundError:
+        return None
+
+
+def _acquire(run: Path) -> IO[str]:
+    """Return the locked file of this process."""
+    path, deadline = run / "lock", time.monotonic() + 0.5
+    while True:
+        file, is_locked = path.open("a+"), True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            is_locked = False
+            if error.errno not in UNSUPPORTED:
+                file.close()
+                if time.monotonic() > deadline:  # `holder` locks it for a moment
+                    _refuse(run, _read(run))
+                time.sleep(0.05)
+                continue
+        # Its last holder may have removed the file between these two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    if other := _live(run, is_locked):
+        _refuse(run, other)
+    file.truncate(0)
+    own = Holder(socket.gethostname(), os.getpid(), time.time())
+    file.write(json.dumps(own._asdict()) + "\n")
+    file.flush()
+    return file
+
+
+def _refuse(run: Path, other: Holder | None) -> None:
+    message = f"{run}: in use by {other or 'another process'}"
+    if other and other.host != socket.gethostname():
+        message += f"; if that process has ended, remove {run / 'lock'}"
+    raise InputError(message)
+
+
+def _live(run: Path, is_locked: bool) -> Holder | None:
+    """Return the recorded process unless it has ended; `is_locked` by this process."""
+    other = _read(run)
+    if is_locked and _has_common_locks(run):
+        return None
+    if other is None or other.host != socket.gethostname():
+        return other
+    if is_locked or other.process == os.getpid():
+        return None
+    try:
+        os.kill(other.process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # another user's
+        pass
+    return other
+
+
+def _has_common_locks(path: Path) -> bool:
+    """Return whether all hosts that mount the file system of a path share its locks."""
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:  # not Linux
+        return False
+    path, mounts = path.resolve(), {}
+    for line in lines:
+        _, point, kind, options, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        mounts[Path(point)] = kind, set(options.split(","))
+    kind, options = next(mounts[p] for p in (path, *path.parents) if p in mounts)
+    # Mount options of NFS and Lustre.
+    local = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
+    return not kind.startswith(("fuse", "9p", "virtiofs")) and not options & local
+
+
+def _read(run: Path) -> Holder | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Holder(**json.loads((run / "lock").read_text()))
+    return None
