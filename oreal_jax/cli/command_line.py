@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from oreal_jax import hardware
-from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
+from oreal_jax.cli import (
+    convert,
+    data,
+    evaluate,
+    losses,
+    plan,
+    report,
+    sample,
+    train,
+    verify,
+)
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.interrupts import (
     INTERRUPTED,
@@ -90,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
             verb, nested.add_subparsers(required=True, metavar=metavar)
         )
 
-    for module in (train, plan, sample, evaluate):
+    for module in (train, plan, sample, evaluate, report):
         module.add(functools.partial(verb, verbs))
     what = "clean prompts, measure pass rates, collect RFT sets"
     data.add(group("data", "VERB", what))

@@ -1,0 +1,210 @@
+"""The HTML page of one or several runs: everything in one file, without network.
+
+Its template, style and scripts are files of this package. Data is one JSON object in
+the page; lists of completions and their contents are in the form of `embed`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oreal_jax.console import Advance
+from oreal_jax.errors import InputError
+from oreal_jax.report import charts, findings
+from oreal_jax.report.diagnostics import ScoredCompletion, diagnose, summarise
+from oreal_jax.report.embed import QUANTITIES, Embedded, Entry, embed, pack
+from oreal_jax.report.evaluations import Evaluation, read_evaluations
+from oreal_jax.report.pieces import make_splitter
+from oreal_jax.report.runs import Run, SavedCompletion, read_completions
+from oreal_jax.report.weights import TokenWeights, read_weights
+
+RECENT = 10  # newest steps whose completions the diagnostics are about
+MAX_NOTES = 20  # of a run
+DIGITS = 6  # of numbers in the page
+SCRIPTS = ("charts.js", "contents.js", "browser.js", "page.js")
+
+
+class Report(NamedTuple):
+    """A page, and how many completions it has: listed, with content, and in files."""
+
+    html: str
+    listed: int
+    contained: int
+    total: int
+
+
+def make_report(
+    runs: Sequence[Run], items: Sequence[Evaluation], size: int, advance: Advance
+) -> Report:
+    """Return the page of these runs, of at most `size` bytes.
+
+    `items` are further evaluations. Completions that do not fit are omitted: of the
+    newest steps and of steps evenly spread those trained on are kept longest.
+    `advance` is called after each trajectory file.
+
+    Raises:
+        InputError: a trajectory file is invalid, or the page cannot be so small.
+    """
+    parts = [_describe_run(run) for run in runs]
+    names = list(dict.fromkeys(n for part in parts for n in part["metrics"]))
+    data: dict[str, Any] = {
+        "charts": [charts.describe(n) for n in charts.CHARTS if n in names],
+        "quantities": [quantity._asdict() for quantity in QUANTITIES],
+        "items": [each._asdict() for each in items],
+        "differences": _differences(runs),
+        "runs": parts,
+    }
+    overhead = len(_fill(data, []).encode()) + 10_000 * len(runs)  # notes, diagnostics
+    budget = (size - overhead) // max(1, len(runs))
+    if budget < 0:
+        raise InputError(
+            f"--max-size {size / 1e6:g}: the page without completions has "
+            f"{overhead / 1e6:.1f} MB"
+        )
+    embedded = []
+    for run, part in zip(runs, parts, strict=True):
+        lists, diagnostics = _read(run, budget, advance)
+        embedded.append(lists)
+        part |= {
+            "notes": run.notes[:MAX_NOTES],
+            "diagnostics": diagnostics,
+            "rows": lists.rows,
+            "listed": lists.listed,
+            "total": lists.total,
+        }
+    contents = [each.contents for each in embedded]
+    return Report(
+        _fill(data, contents),
+        sum(each.listed for each in embedded),
+        sum(map(len, contents)),
+        sum(each.total for each in embedded),
+    )
+
+
+def _describe_run(run: Run) -> dict[str, Any]:
+    """Return what is known of a run before its completions are read."""
+    names = charts.present(run.rows, charts.CHARTS)
+    settings, planned = run.settings, run.settings.get("steps")
+    evaluations = read_evaluations(run.name, run.path, settings)
+    return {
+        "name": run.name,
+        "model": settings.get("model"),
+        "steps": [row["step"] for row in run.rows],
+        "planned": planned if isinstance(planned, int) else None,
+        "metrics": {n: [_number(row.get(n)) for row in run.rows] for n in names},
+        "findings": [finding._asdict() for finding in findings.find(run.rows)],
+        "evaluations": [each._asdict() for each in evaluations],
+    }
+
+
+def _read(
+    run: Run, budget: int, advance: Advance
+) -> tuple[Embedded, dict[str, Any] | None]:
+    """Return the completions of a run within `budget` bytes, and the diagnostics."""
+    weigh, split = read_weights(run.settings), make_splitter(run.path / "model")
+    steps = list(run.files)
+    recent = set(steps[-RECENT:])
+    entries: list[tuple[tuple[int, ...], Entry]] = []
+    scored: list[ScoredCompletion] = []
+    packed = [0, 0]  # bytes of completions trained on, and of others
+    total = 0
+    for rank, index in enumerate(spread(len(steps))):
+        for place, (completion, weight) in enumerate(
+            _weighted(list(read_completions(run, steps[index])), weigh)
+        ):
+            total += 1
+            content, kind = None, int(not completion.selected)
+            if packed[kind] < budget * 3 / 4:  # base64 makes 4 bytes of 3
+                content = pack(completion, weight, split)
+                packed[kind] += len(content)
+            if steps[index] in recent and "token_scores" in completion.per_token:
+                scored.append(summarise(completion, weight))
+            # The list needs no lists of numbers; they would fill the memory.
+            completion = completion._replace(per_token={}, pieces=None, text="")
+            entries.append(((kind, rank, place), Entry(completion, content)))
+        advance()
+    entries.sort(key=lambda pair: pair[0])
+    return embed([entry for _, entry in entries], total, budget), diagnose(scored)
+
+
+def _weighted(
+    completions: list[SavedCompletion], weigh: TokenWeights | None
+) -> Iterator[tuple[SavedCompletion, np.ndarray | None]]:
+    """Yield completions with their token weights, None for those without scores."""
+    scored = [c for c in completions if "token_scores" in c.per_token]
+    weights: Iterator[np.ndarray | None] = iter([None] * len(scored))
+    if weigh:
+        scores = [c.per_token["token_scores"] for c in scored]
+        weights = iter(weigh(scores, [c.correct for c in scored]))
+    for completion in completions:
+        has_scores = "token_scores" in completion.per_token
+        yield completion, next(weights) if has_scores else None
+
+
+def spread(count: int) -> Iterator[int]:
+    """Yield 0 to count - 1 from the last on, so that each prefix is spread evenly."""
+    bits = max(1, (count - 1).bit_length())
+    for number in range(2**bits):
+        reversed_bits = int(f"{number:0{bits}b}"[::-1], 2)
+        if reversed_bits < count:
+            yield count - 1 - reversed_bits
+
+
+def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the settings in which runs differ, with the value of each run."""
+    flat = [_flatten(run.settings) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    rows = [(name, [settings.get(name, "") for settings in flat]) for name in names]
+    return [{"name": name, "values": v} for name, v in rows if len(set(v)) > 1]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
+def _fill(data: dict[str, Any], contents: Sequence[Sequence[str]]) -> str:
+    """Return the template with style, scripts and data in it."""
+    files = resources.files("oreal_jax.report")
+    read = lambda *names: "\n".join(files.joinpath(n).read_text("utf-8") for n in names)
+    parts = {
+        "style": read("page.css"),
+        "contents": "\n\n".join("\n".join(each) for each in contents),
+        "data": to_script_json(data),
+        "scripts": read(*SCRIPTS),
+    }
+    # In one pass, because data may contain a mark.
+    return re.sub(r"/\* (\w+) \*/", lambda mark: parts[mark[1]], read("page.html"))
+
+
+def to_script_json(data: Any) -> str:
+    """Return JSON that may be within <script>: without "<", NaN and infinity."""
+    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"))
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text.encode(errors="replace").decode()  # no lone surrogates
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return _number(value) if isinstance(value, float) else value
+
+
+def _number(value: Any) -> Any:
+    """Return a number of `DIGITS` digits; None for anything that is not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
