@@ -29,11 +29,11 @@ function brief(value) {
 const percent = (value) => `${(100 * value).toFixed(1)}%`;
 const runColour = (index) => `var(--run${index % 8})`;
 
-const WIDTH = 330, HEIGHT = 150, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 18;
+const WIDTH = 330, HEIGHT = 140, LEFT = 54, RIGHT = 8, TOP = 8, BOTTOM = 18;
 
 // `lines`: [{name, colour, points: [[x, y or null], ...], bars: [[x, low, high], ...]}].
-// Returns a figure whose values under the pointer are shown below it.
-function lineChart(title, unit, lines, note, options = {}) {
+// Returns a figure with the lines of `note`, and the values under the pointer.
+function lineChart(title, unit, lines, note = [], options = {}) {
   const points = lines.flatMap((line) => line.points).filter(([, y]) => y !== null);
   const extent = points.map(([, y]) => y);
   for (const line of lines)
@@ -75,7 +75,7 @@ function lineChart(title, unit, lines, note, options = {}) {
   const figure = element("figure", {},
     element("figcaption", { text: title }, element("span", { text: unit ? ` ${unit}` : "" })),
     svg, value);
-  if (note) figure.append(element("p", { text: note }));
+  figure.append(...note.map((text) => element("p", { text })));
   const show = (x) => {
     cursor.setAttribute("x1", place(x));
     cursor.setAttribute("x2", place(x));

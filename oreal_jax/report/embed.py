@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oreal_jax.report.pieces import Splitter, align
+from oreal_jax.report.pieces import align
 from oreal_jax.report.runs import SavedCompletion
 
 LEVELS = 255
@@ -71,9 +71,7 @@ def quantise(values: np.ndarray) -> tuple[float, float, np.ndarray]:
     return low, high, codes.astype(np.uint8)
 
 
-def pack(
-    completion: SavedCompletion, weight: np.ndarray | None, split: Splitter
-) -> bytes:
+def pack(completion: SavedCompletion, weight: np.ndarray | None) -> bytes:
     """Return a completion with its numbers, deflated.
 
     Numbers are omitted if the file has no text per token. If the texts of the tokens do
@@ -87,7 +85,7 @@ def pack(
     }
     body = b""
     if completion.pieces:
-        texts = align(completion.pieces, completion.text, split)
+        texts = align(completion.pieces, completion.text)
         header["exact"] = texts is not None
         texts = list(completion.pieces) if texts is None else texts
         header["text"] = "".join(filter(None, texts))

@@ -32,7 +32,7 @@ function showCurves() {
       name: runName(run), colour: runColour(index),
       points: (run.metrics[name] ?? []).map((value, i) => [run.steps[i], value]),
     })).filter((line) => line.points.length);
-    const note = [meaning, healthy && `healthy: ${healthy}`].filter(Boolean).join("; ");
+    const note = [meaning, healthy && `healthy: ${healthy}`].filter(Boolean);
     grid.append(lineChart(name, unit, lines, note));
   }
   section("curves").append(data.charts.length ? grid
@@ -59,7 +59,7 @@ function showEvaluations() {
         points: own.map((e) => [e.step, e.value]),
         bars: own.filter((e) => e.low !== null).map((e) => [e.step, e.low, e.high]) };
     }).filter((line) => line.points.length);
-    grid.append(lineChart(name, "share solved", lines, "95% intervals; rises in a run that learns"));
+    grid.append(lineChart(name, "share solved", lines, ["healthy: rises"]));
   }
   target.append(grid);
 
@@ -112,20 +112,23 @@ function showReward() {
   const grid = element("div", { class: "grid" });
   grid.append(
     lineChart("AUC by position", "", lines((d) => d.auc_parts.map((y, x) => [x, y])),
-      "of the mean token score within each tenth of a completion; healthy: above 0.5, rises to the end",
+      ["of the mean token score within each tenth of a completion",
+        "healthy: above 0.5, rises to the end"],
       { label: tenth }),
     lineChart("credit by position", "probability", data.runs.flatMap((run, index) =>
       ["correct", "incorrect"].flatMap((outcome) => run.diagnostics
         ? [{ name: `${runName(run)} ${outcome}`.trim(), colour: runColour(index),
             dash: outcome === "correct" ? "none" : "4 3",
             points: run.diagnostics.credit[outcome].map((y, x) => [x, y]) }] : [])),
-      "mean prediction from the tokens so far, correct (solid) and incorrect (dashed); healthy: they part early",
+      ["mean prediction from the tokens so far, correct (solid) and incorrect (dashed)",
+        "healthy: they part early, and ever more"],
       { label: tenth }),
     lineChart("calibration", "share correct", data.runs.flatMap((run, index) => run.diagnostics
       ? [{ name: runName(run), colour: runColour(index),
           points: run.diagnostics.calibration.map((bin) => [bin.predicted, bin.value]),
           bars: run.diagnostics.calibration.map((bin) => [bin.predicted, bin.low, bin.high]) }] : []),
-      "share of correct completions against the mean prediction of a bin; healthy: equal",
+      ["share of correct completions by prediction, in bins of equal size, with 95% intervals",
+        "healthy: close to the prediction"],
       { range: [0, 1], label: (x) => `predicted ${brief(x)}` }));
   target.append(grid);
 }

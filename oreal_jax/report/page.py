@@ -19,7 +19,6 @@ from oreal_jax.report import charts, findings
 from oreal_jax.report.diagnostics import ScoredCompletion, diagnose, summarise
 from oreal_jax.report.embed import QUANTITIES, Embedded, Entry, embed, pack
 from oreal_jax.report.evaluations import Evaluation, read_evaluations
-from oreal_jax.report.pieces import make_splitter
 from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 from oreal_jax.report.weights import TokenWeights, read_weights
 
@@ -106,8 +105,7 @@ def _read(
     run: Run, budget: int, advance: Advance
 ) -> tuple[Embedded, dict[str, Any] | None]:
     """Return the completions of a run within `budget` bytes, and the diagnostics."""
-    weigh, split = read_weights(run.settings), make_splitter(run.path / "model")
-    steps = list(run.files)
+    weigh, steps = read_weights(run.settings), list(run.files)
     recent = set(steps[-RECENT:])
     entries: list[tuple[tuple[int, ...], Entry]] = []
     scored: list[ScoredCompletion] = []
@@ -120,7 +118,7 @@ def _read(
             total += 1
             content, kind = None, int(not completion.selected)
             if packed[kind] < budget * 3 / 4:  # base64 makes 4 bytes of 3
-                content = pack(completion, weight, split)
+                content = pack(completion, weight)
                 packed[kind] += len(content)
             if steps[index] in recent and "token_scores" in completion.per_token:
                 scored.append(summarise(completion, weight))

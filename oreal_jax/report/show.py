@@ -14,7 +14,7 @@ from oreal_jax.report.evaluations import Evaluation, read_evaluations
 from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 40  # of a curve, in characters
+WIDTH = 24  # of a curve, in characters
 DEFAULT = charts.CHARTS[:13]  # without speed, verifiers and what they check
 ORDER = {"incorrect": 0, "undecided": 1, "correct": 2}
 STYLES = {"incorrect": "red", "undecided": "yellow", "correct": "green"}
@@ -62,13 +62,24 @@ def _headline(run: Run) -> str:
 
 
 def _curves(run: Run, names: Sequence[str]) -> Table:
-    table = make_table(["metric", "curve", "first", "last"], [], names=2)
-    table.add_column("healthy")
+    rows = []
     for name in names:
         values = findings.series(run.rows, name).values
-        healthy = charts.describe(name)["healthy"]
         ends = (f"{x:.4g}" for x in (values[0], values[-1]))
-        table.add_row(name, sparkline(list(values)), *ends, healthy)
+        healthy = charts.describe(name)["healthy"]
+        rows.append((escape(name), sparkline(list(values)), *ends, healthy))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title, cells in zip(
+        ("metric", "curve", "first", "last", "healthy"),
+        zip(*rows, strict=True),
+        strict=True,
+    ):
+        # All but the last column in full; that one as far as the terminal is wide.
+        width = 0 if title == "healthy" else max(map(len, cells))
+        justify = "right" if title in ("first", "last") else "left"
+        table.add_column(title, no_wrap=True, min_width=width, justify=justify)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -103,7 +114,7 @@ def _completions(
 ) -> Iterator[RenderableType]:
     completions = list(read_completions(run, step))
     chosen = [c for c in completions if outcome in (None, c.outcome)]
-    chosen.sort(key=lambda c: (ORDER[c.outcome], c.group, c.sample))
+    chosen.sort(key=lambda c: (ORDER[c.outcome], c.sample, c.group))
     numbers = ", ".join(
         f"{sum(c.outcome == name for c in completions)} {name}" for name in ORDER
     )
@@ -127,7 +138,7 @@ def _completion(completion: SavedCompletion) -> Group:
     question = Text(escape(completion.question or completion.id), style="bold")
     gold = Text(f"gold answer: {escape(completion.gold_answer)}", style="dim")
     body = Group(question, gold, Text(escape(completion.text)))
-    return Group(heading, Padding(body, (0, 0, 1, 2)))
+    return Group(heading, Padding(body, (0, 0, 1, 2), expand=False))
 
 
 def escape(text: str) -> str:
