@@ -547,6 +547,16 @@ def test_show_prints_warnings_and_evaluations(run, capsys):
     assert re.search(r"exam.*pass@1.*10.*50\.0%, best", text)
 
 
+def test_show_prints_begin_and_end_of_a_long_completion(run, capsys):
+    text = "a" + "x" * 800 + "m" + "y" * 1200 + "z"
+    line = completion(0, 0, 0, "incorrect", 3, completion=text)
+    write_lines(run / "trajectories/step_000002.jsonl", [line])
+    printed = re.sub(r"\s", "", shown(capsys, run))
+    assert "ax" in printed and "[3charactersomitted]" in printed
+    assert "m" not in printed.partition("ax")[2].partition("[")[0]
+    assert "yz" in printed
+
+
 def test_control_characters_of_a_model_are_escaped(run, capsys):
     attack = "a\x1b[2Jb\x1b]0;title\x07\r\u202ec\x9b31m[bold]d[/bold]\n  e"
     line = completion(0, 0, 0, "incorrect", 3, completion=attack, question=attack)

@@ -50,10 +50,12 @@ class Browser {
       element("option", { value: table.reasons[reason] })));
     const contained = this.contents[index].length;
     document.getElementById("extent").textContent = run.total === 0
-      ? "This run has no trajectories."
-      : `${run.total} completions in the files; ${run.listed} in this list, ` +
-        `${contained} with their text. Others were omitted to keep the page small: ` +
-        "see --step and --max-size of oreal report.";
+      ? "No trajectories."
+      : contained === run.total
+        ? `All ${run.total} completions.`
+        : `${run.total} completions in the files; ${run.listed} in this list, ${contained} ` +
+          "with their text. The others were omitted to keep the page small: see --step " +
+          "and --max-size of oreal report.";
     this.filter();
   }
 

@@ -15,6 +15,7 @@ from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # of a curve, in characters
+HEAD, TAIL = 800, 1200  # characters of a long completion that are shown
 DEFAULT = charts.CHARTS[:13]  # without speed, verifiers and what they check
 ORDER = {"incorrect": 0, "undecided": 1, "correct": 2}
 STYLES = {"incorrect": "red", "undecided": "yellow", "correct": "green"}
@@ -137,8 +138,16 @@ def _completion(completion: SavedCompletion) -> Group:
     )
     question = Text(escape(completion.question or completion.id), style="bold")
     gold = Text(f"gold answer: {escape(completion.gold_answer)}", style="dim")
-    body = Group(question, gold, Text(escape(completion.text)))
+    body = Group(question, gold, Text(escape(shorten(completion.text))))
     return Group(heading, Padding(body, (0, 0, 1, 2), expand=False))
+
+
+def shorten(text: str) -> str:
+    """Return the begin and the end of a long text."""
+    omitted = len(text) - HEAD - TAIL
+    if omitted <= 0:
+        return text
+    return f"{text[:HEAD]}\n[{omitted} characters omitted]\n{text[-TAIL:]}"
 
 
 def escape(text: str) -> str:
