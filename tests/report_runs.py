@@ -148,8 +148,8 @@ def decode_run(run: dict, contents: list[str]) -> list[dict]:
     for i in range(len(table["step"])):
         row = {k: v[i] for k, v in table.items() if len(v) == len(table["step"])}
         row |= {k: table[v][table[k][i]] for k, v in names.items()}
-        if table["place"][i] >= 0:
-            row |= {"content": decode_content(inflate(contents[table["place"][i]]))}
+        if i < len(contents) and contents[i]:
+            row |= {"content": decode_content(inflate(contents[i]))}
         rows.append(row)
     return rows
 

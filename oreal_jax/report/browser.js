@@ -6,7 +6,7 @@ const SIGNED = new Set(["token_scores", "advantage", "difference"]);
 class Browser {
   constructor(data, contents, tables) {
     this.data = data;
-    this.contents = contents; // by run, then by number
+    this.contents = contents; // by run: of the first rows of its table
     this.tables = tables; // by run
     this.texts = tables.map(() => new Map()); // of completions that were searched
     this.form = document.getElementById("filters");
@@ -109,16 +109,13 @@ class Browser {
   }
 
   async readTexts() {
-    const table = this.tables[this.run], texts = this.texts[this.run];
-    for (let row = 0; row < table.step.length; row++) {
-      if (table.place[row] < 0 || texts.has(row)) continue;
-      texts.set(row, (await this.read(row)).text.toLowerCase());
-    }
+    const texts = this.texts[this.run];
+    for (let row = 0; row < this.contents[this.run].length; row++)
+      if (!texts.has(row)) texts.set(row, (await this.read(row)).text.toLowerCase());
   }
 
   read(row) {
-    const table = this.tables[this.run];
-    return readContent(this.contents[this.run][table.place[row]], table.advantage[row]);
+    return readContent(this.contents[this.run][row], this.tables[this.run].advantage[row]);
   }
 
   groupName(row) {
@@ -195,7 +192,7 @@ class Browser {
 
   async makeCard(row) {
     const table = this.tables[this.run];
-    const content = table.place[row] < 0 ? null : await this.read(row);
+    const content = row < this.contents[this.run].length ? await this.read(row) : null;
     const outcome = table.outcomes[table.outcome[row]];
     const facts = {
       question: content?.question || table.questions[table.question[row]],

@@ -16,7 +16,7 @@ from oreal_jax.report.runs import SavedCompletion
 from oreal_jax.train.metrics import roc_area
 
 PARTS = 10
-BINS, BIN_SIZE = 10, 10  # of the calibration: at most so many, of at least this size
+BINS, BIN_SIZE = 10, 10  # of the calibration: their maximum number and minimum size
 SIGNIFICANT = 2.0  # standard errors
 
 

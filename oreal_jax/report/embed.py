@@ -19,7 +19,6 @@ from oreal_jax.report.runs import SavedCompletion
 LEVELS = 255
 MAX_LISTED = 50_000  # rows of the list; completions trained on come first
 MAX_QUESTION, MAX_REASON = 300, 200  # characters in the list
-ROW_BYTES = 8  # of the list for the place of a completion, at most
 
 
 class Quantity(NamedTuple):
@@ -126,36 +125,33 @@ class Entry(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Part of a page: the list of completions, and the content of some of them.
+    """Part of a page: the list of completions, and the content of the first of them.
 
-    rows: base64 of the deflated list. contents: base64 of each content, in the order of
-    their numbers in the list. listed, total: completions in the list and in the files.
+    rows: base64 of the deflated list of `listed` completions; contents: base64 of each.
     """
 
     rows: str
     contents: list[str]
     listed: int
-    total: int
 
 
-def embed(entries: Sequence[Entry], total: int, budget: int) -> Embedded:
+def embed(entries: Sequence[Entry], size: int) -> Embedded:
     """Return the list of as many of `entries`, and as much content, as fit.
 
-    Earlier entries come first; the list has at most half of the `budget` (bytes).
+    Earlier entries come first; the list has at most half of the `size` in bytes.
     """
     entries = entries[:MAX_LISTED]
-    while len(rows := _encode(_table(entries, []))) > budget / 2 and entries:
+    while len(rows := _encode(_table(entries))) > size / 2 and entries:
         entries = entries[: len(entries) // 2]
-    remaining = budget - len(rows) - ROW_BYTES * len(entries)
-    places, contents = [], []
+    remaining = size - len(rows)
+    contents: list[str] = []
     for entry in entries:
         coded = base64.b64encode(entry.content or b"").decode()
-        fits = entry.content is not None and len(coded) + 1 <= remaining
-        places.append(len(contents) if fits else -1)
-        if fits:
-            contents.append(coded)
-            remaining -= len(coded) + 1
-    return Embedded(_encode(_table(entries, places)), contents, len(entries), total)
+        remaining -= len(coded) + 1
+        if entry.content is None or remaining < 0:
+            break
+        contents.append(coded)
+    return Embedded(rows, contents, len(entries))
 
 
 def _encode(table: dict[str, Any]) -> str:
@@ -163,7 +159,7 @@ def _encode(table: dict[str, Any]) -> str:
     return base64.b64encode(zlib.compress(text.encode(errors="replace"), 9)).decode()
 
 
-def _table(entries: Sequence[Entry], places: Sequence[int]) -> dict[str, Any]:
+def _table(entries: Sequence[Entry]) -> dict[str, Any]:
     """Return the list by columns; texts are numbers of entries of tables."""
     each = [entry.completion for entry in entries]
     questions, question = _number((c.question or c.id)[:MAX_QUESTION] for c in each)
@@ -188,7 +184,6 @@ def _table(entries: Sequence[Entry], places: Sequence[int]) -> dict[str, Any]:
         "tokens": [c.tokens for c in each],
         "selected": [int(c.selected) for c in each],
         "advantage": [round(c.advantage, 6) for c in each],
-        "place": list(places),
     }
 
 

@@ -17,22 +17,22 @@ from oreal_jax.console import Advance
 from oreal_jax.errors import InputError
 from oreal_jax.report import charts, findings
 from oreal_jax.report.diagnostics import ScoredCompletion, diagnose, summarise
-from oreal_jax.report.embed import QUANTITIES, Embedded, Entry, embed, pack
+from oreal_jax.report.embed import QUANTITIES, Entry, embed, pack
 from oreal_jax.report.evaluations import Evaluation, read_evaluations
 from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 from oreal_jax.report.weights import TokenWeights, read_weights
 
 RECENT = 10  # newest steps whose completions the diagnostics are about
+ROWS_BYTES = 100  # for the names of what is added for each run
 MAX_NOTES = 20  # of a run
 DIGITS = 6  # of numbers in the page
 SCRIPTS = ("charts.js", "contents.js", "browser.js", "page.js")
 
 
 class Report(NamedTuple):
-    """A page, and how many completions it has: listed, with content, and in files."""
+    """A page, the number of completions with content in it, and that in the files."""
 
     html: str
-    listed: int
     contained: int
     total: int
 
@@ -58,31 +58,26 @@ def make_report(
         "differences": _differences(runs),
         "runs": parts,
     }
-    overhead = len(_fill(data, []).encode()) + 10_000 * len(runs)  # notes, diagnostics
-    budget = (size - overhead) // max(1, len(runs))
-    if budget < 0:
+    share = size // max(1, len(runs))
+    entries = []
+    for run, part in zip(runs, parts, strict=True):
+        completions, part["diagnostics"] = _read(run, share, advance)
+        entries.append(completions)
+        part["notes"] = run.notes[:MAX_NOTES]
+    overhead = len(_fill(data, []).encode()) + ROWS_BYTES * len(runs)
+    if overhead > size:
         raise InputError(
             f"--max-size {size / 1e6:g}: the page without completions has "
-            f"{overhead / 1e6:.1f} MB"
+            f"{overhead / 1e6:.2f} MB"
         )
-    embedded = []
-    for run, part in zip(runs, parts, strict=True):
-        lists, diagnostics = _read(run, budget, advance)
-        embedded.append(lists)
-        part |= {
-            "notes": run.notes[:MAX_NOTES],
-            "diagnostics": diagnostics,
-            "rows": lists.rows,
-            "listed": lists.listed,
-            "total": lists.total,
-        }
+    share = (size - overhead) // max(1, len(runs))
+    embedded = [embed(completions, share) for completions in entries]
+    for part, completions, lists in zip(parts, entries, embedded, strict=True):
+        part["rows"], part["listed"] = lists.rows, lists.listed
+        part["total"] = len(completions)
     contents = [each.contents for each in embedded]
-    return Report(
-        _fill(data, contents),
-        sum(each.listed for each in embedded),
-        sum(map(len, contents)),
-        sum(each.total for each in embedded),
-    )
+    html = _fill(data, contents)
+    return Report(html, sum(map(len, contents)), sum(map(len, entries)))
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -102,32 +97,31 @@ def _describe_run(run: Run) -> dict[str, Any]:
 
 
 def _read(
-    run: Run, budget: int, advance: Advance
-) -> tuple[Embedded, dict[str, Any] | None]:
-    """Return the completions of a run within `budget` bytes, and the diagnostics."""
+    run: Run, size: int, advance: Advance
+) -> tuple[list[Entry], dict[str, Any] | None]:
+    """Return the completions of a run, most important ones first, and diagnostics.
+
+    Of completions that would exceed `size` bytes only what the list needs is kept.
+    """
     weigh, steps = read_weights(run.settings), list(run.files)
     recent = set(steps[-RECENT:])
-    entries: list[tuple[tuple[int, ...], Entry]] = []
+    entries: list[list[Entry]] = [[], []]  # trained on, others
+    sizes = [0, 0]
     scored: list[ScoredCompletion] = []
-    packed = [0, 0]  # bytes of completions trained on, and of others
-    total = 0
-    for rank, index in enumerate(spread(len(steps))):
-        for place, (completion, weight) in enumerate(
-            _weighted(list(read_completions(run, steps[index])), weigh)
-        ):
-            total += 1
-            content, kind = None, int(not completion.selected)
-            if packed[kind] < budget * 3 / 4:  # base64 makes 4 bytes of 3
-                content = pack(completion, weight)
-                packed[kind] += len(content)
+    for index in spread(len(steps)):
+        completions = list(read_completions(run, steps[index]))
+        for completion, weight in _weighted(completions, weigh):
             if steps[index] in recent and "token_scores" in completion.per_token:
                 scored.append(summarise(completion, weight))
-            # The list needs no lists of numbers; they would fill the memory.
+            content, kind = None, int(not completion.selected)
+            if sizes[kind] < size:
+                content = pack(completion, weight)
+                sizes[kind] += len(content)
+            # The list needs neither; they would fill the memory.
             completion = completion._replace(per_token={}, pieces=None, text="")
-            entries.append(((kind, rank, place), Entry(completion, content)))
+            entries[kind].append(Entry(completion, content))
         advance()
-    entries.sort(key=lambda pair: pair[0])
-    return embed([entry for _, entry in entries], total, budget), diagnose(scored)
+    return entries[0] + entries[1], diagnose(scored)
 
 
 def _weighted(
