@@ -1,5 +1,6 @@
 """The page of a report in a browser: filters, colours, numbers, and its speed."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,27 @@ def test_curves_and_tables_are_drawn(page):
     assert figures == page.evaluate("browser.data.charts.length") > 10
     assert page.evaluate("document.querySelectorAll('#reward polyline').length") == 4
     assert "None." in page.evaluate("document.querySelector('#warnings').textContent")
+
+
+def test_runs_share_curves_and_each_has_its_list(browser, run, tmp_path):
+    """One of them has no file but its settings; texts of the others are omitted."""
+    begun, output = tmp_path / "begun", tmp_path / "report.html"
+    begun.mkdir()
+    shutil.copy(run / "config.json", begun)
+    names = [str(begun), str(run), str(run)]
+    assert main(["report", *names, "--output", str(output), "--max-size", "0.08"]) == 0
+    browser.errors.clear()
+    browser.open(output, READY)
+    assert rows(browser) == []
+    lines = "document.querySelectorAll('#curves polyline').length"
+    assert browser.evaluate(lines) == 2 * browser.evaluate("browser.data.charts.length")
+    browser.evaluate("browser.setRun(2)")
+    assert len(rows(browser)) == 48
+    last = browser.evaluate("browser.contents[2].length")
+    assert last < 48
+    (text,) = open_row(browser, 47)
+    assert "omitted" in text
+    assert not browser.errors
 
 
 @pytest.mark.timed

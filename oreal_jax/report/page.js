@@ -155,4 +155,8 @@ async function main() {
   document.documentElement.dataset.ready = Math.round(performance.now());
 }
 
-main();
+main().catch((error) => {
+  const text = `This browser cannot show the trajectories: ${error}`;
+  section("extent").textContent = text;
+  console.error(error);
+});

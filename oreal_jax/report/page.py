@@ -17,7 +17,7 @@ from oreal_jax.console import Advance
 from oreal_jax.errors import InputError
 from oreal_jax.report import charts, findings
 from oreal_jax.report.diagnostics import ScoredCompletion, diagnose, summarise
-from oreal_jax.report.embed import QUANTITIES, Entry, embed, pack
+from oreal_jax.report.embed import MAX_LISTED, QUANTITIES, Entry, embed, pack
 from oreal_jax.report.evaluations import Evaluation, read_evaluations
 from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 from oreal_jax.report.weights import TokenWeights, read_weights
@@ -61,7 +61,7 @@ def make_report(
     share = size // max(1, len(runs))
     entries = []
     for run, part in zip(runs, parts, strict=True):
-        completions, part["diagnostics"] = _read(run, share, advance)
+        completions, part["total"], part["diagnostics"] = _read(run, share, advance)
         entries.append(completions)
         part["notes"] = run.notes[:MAX_NOTES]
     overhead = len(_fill(data, []).encode()) + ROWS_BYTES * len(runs)
@@ -72,12 +72,11 @@ def make_report(
         )
     share = (size - overhead) // max(1, len(runs))
     embedded = [embed(completions, share) for completions in entries]
-    for part, completions, lists in zip(parts, entries, embedded, strict=True):
+    for part, lists in zip(parts, embedded, strict=True):
         part["rows"], part["listed"] = lists.rows, lists.listed
-        part["total"] = len(completions)
     contents = [each.contents for each in embedded]
-    html = _fill(data, contents)
-    return Report(html, sum(map(len, contents)), sum(map(len, entries)))
+    html, total = _fill(data, contents), sum(part["total"] for part in parts)
+    return Report(html, sum(map(len, contents)), total)
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -98,22 +97,26 @@ def _describe_run(run: Run) -> dict[str, Any]:
 
 def _read(
     run: Run, size: int, advance: Advance
-) -> tuple[list[Entry], dict[str, Any] | None]:
-    """Return the completions of a run, most important ones first, and diagnostics.
+) -> tuple[list[Entry], int, dict[str, Any] | None]:
+    """Return the completions of a run, their number, and the diagnostics.
 
-    Of completions that would exceed `size` bytes only what the list needs is kept.
+    The most important ones come first and are at most `MAX_LISTED`, trained on or not.
+    Of those that would exceed `size` bytes only what the list needs is kept.
     """
     weigh, steps = read_weights(run.settings), list(run.files)
     recent = set(steps[-RECENT:])
     entries: list[list[Entry]] = [[], []]  # trained on, others
-    sizes = [0, 0]
+    sizes, total = [0, 0], 0
     scored: list[ScoredCompletion] = []
     for index in spread(len(steps)):
         completions = list(read_completions(run, steps[index]))
+        total += len(completions)
         for completion, weight in _weighted(completions, weigh):
             if steps[index] in recent and "token_scores" in completion.per_token:
                 scored.append(summarise(completion, weight))
             content, kind = None, int(not completion.selected)
+            if len(entries[kind]) == MAX_LISTED:
+                continue
             if sizes[kind] < size:
                 content = pack(completion, weight)
                 sizes[kind] += len(content)
@@ -121,7 +124,7 @@ def _read(
             completion = completion._replace(per_token={}, pieces=None, text="")
             entries[kind].append(Entry(completion, content))
         advance()
-    return entries[0] + entries[1], diagnose(scored)
+    return entries[0] + entries[1], total, diagnose(scored)
 
 
 def _weighted(
