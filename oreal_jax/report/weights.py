@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from oreal_jax.losses import Scored, weights
@@ -79,7 +80,17 @@ def _batched(credit: Credit, correct: Weighting, incorrect: Weighting) -> TokenW
             for row, values in enumerate(part):
                 padded[row, : len(values)], where[row, : len(values)] = values, True
                 is_correct[row] = outcomes[start + row]
-            scored = Scored(*[padded] * 5, where, is_correct, np.zeros(ROWS))
+            per_token = jnp.asarray(padded)
+            scored = Scored(
+                log_probs=per_token,
+                old_log_probs=per_token,
+                reference_log_probs=per_token,
+                token_scores=per_token,
+                entropy=per_token,
+                completion=jnp.asarray(where),
+                correct=jnp.asarray(is_correct),
+                advantage=jnp.zeros(ROWS),
+            )
             omega = np.asarray(compute(scored))
             results += [omega[row, : len(values)] for row, values in enumerate(part)]
         return results
