@@ -117,6 +117,19 @@ def make_run(
     return run
 
 
+def make_large_run(run: Path) -> Path:
+    """Write a run with 1,000 completions of 7,000 tokens, an eighth trained on."""
+    make_run(run, steps=0)
+    for step in range(8):
+        lines = []
+        for k in range(125):
+            outcome = "correct" if k % 2 else "incorrect"
+            line = completion(step, k // 16, k % 16, outcome, 7000)
+            lines.append(line if k % 16 < 2 else unselected(line))
+        write_lines(run / f"trajectories/step_{step:06d}.jsonl", lines)
+    return run
+
+
 def script(html: str, name: str) -> str:
     """Return the content of a script element."""
     (content,) = re.findall(rf'<script [^>]*id="{name}">(.*?)</script>', html, re.S)

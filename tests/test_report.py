@@ -16,7 +16,15 @@ import report_runs
 from hypothesis import given
 from hypothesis import strategies as st
 from printed import ROOT
-from report_runs import completion, decode, healthy, make_run, script, unselected
+from report_runs import (
+    completion,
+    decode,
+    healthy,
+    make_large_run,
+    make_run,
+    script,
+    unselected,
+)
 from scripted import read_lines, write_lines
 
 from oreal_jax.cli import main
@@ -195,14 +203,7 @@ def test_a_thousand_completions_of_7000_tokens_fit_in_ten_megabytes(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    run = make_run(tmp_path / "run", steps=0)
-    for step in range(8):  # 125 completions a step, an eighth trained on
-        rows = []
-        for k in range(125):
-            outcome = "correct" if k % 2 else "incorrect"
-            line = completion(step, k // 16, k % 16, outcome, 7000)
-            rows.append(line if k % 16 < 2 else unselected(line))
-        write_lines(run / f"trajectories/step_{step:06d}.jsonl", rows)
+    run = make_large_run(tmp_path / "run")
     html = page(run)
     assert len(html.encode()) <= 10e6
     (rows,) = decode(html)

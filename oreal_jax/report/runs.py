@@ -91,7 +91,8 @@ def open_run(name: str) -> Run:
         )
     rows, notes = [], []
     if log.is_file():
-        rows = [row for row in metrics.read(log) if isinstance(row.get("step"), int)]
+        stored = (row for row in metrics.read(log) if isinstance(row, dict))
+        rows = [row for row in stored if isinstance(row.get("step"), int)]
     if not rows:
         notes.append("metrics.jsonl has no finished step yet")
     files = {}

@@ -57,7 +57,8 @@ def show_run(
 def _headline(run: Run) -> str:
     finished = run.rows[-1]["step"] + 1 if run.rows else 0
     planned = run.settings.get("steps")
-    steps = f"{finished} of {planned}" if isinstance(planned, int) else str(finished)
+    is_known = isinstance(planned, int) and planned > 0  # 0: as many as `epochs` have
+    steps = f"{finished} of {planned}" if is_known else str(finished)
     model = run.settings.get("model")
     return escape(f"{run.name}: {steps} steps" + (f", from {model}" if model else ""))
 
