@@ -1,6 +1,5 @@
 """The page of a report in a browser: filters, colours, numbers, and its speed."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,9 @@ def run(tmp_path_factory) -> Path:
     # Of a prompt whose incorrect completion is in row 2, the correct one in row 3.
     rows[2] = completion(2, 0, 2, "incorrect", 5, completion=text, pieces=pieces)
     write_lines(path, rows)
+    scores = {"val-core/exam/pass@1": 0.5, "val-core/other/pass@1": 0.25}
+    evaluations = [{"step": n, "score": 0.4, "best": n == 0} | scores for n in (0, 10)]
+    write_lines(run / "evaluations.jsonl", evaluations)
     return run
 
 
@@ -70,6 +72,10 @@ def open_row(page, row: int) -> list[str]:
     page.evaluate(f"browser.open({row})")
     script = "[...document.querySelectorAll('.card .text')].map(x => x.textContent)"
     return page.evaluate(script)
+
+
+def text(page, selector: str) -> str:
+    return page.evaluate(f"document.querySelector('{selector}').textContent")
 
 
 def find(page, step: int, sample: int, group: int = 0) -> int:
@@ -159,27 +165,33 @@ def test_curves_and_tables_are_drawn(page):
     figures = page.evaluate("document.querySelectorAll('#curves polyline').length")
     assert figures == page.evaluate("browser.data.charts.length") > 10
     assert page.evaluate("document.querySelectorAll('#reward polyline').length") == 4
-    assert "None." in page.evaluate("document.querySelector('#warnings').textContent")
+    assert "None." in text(page, "#warnings")
+    assert "exampass@1after step 050.0%, best so far" in text(page, "#evaluations")
+    assert page.evaluate("document.querySelectorAll('#evaluations figure').length") == 2
 
 
 def test_runs_share_curves_and_each_has_its_list(browser, run, tmp_path):
     """One of them has no file but its settings; texts of the others are omitted."""
     begun, output = tmp_path / "begun", tmp_path / "report.html"
     begun.mkdir()
-    shutil.copy(run / "config.json", begun)
-    names = [str(begun), str(run), str(run)]
-    assert main(["report", *names, "--output", str(output), "--max-size", "0.08"]) == 0
+    (begun / "config.json").write_text('{"class": "oreal_jax.config.TrainConfig"}')
+    item = {"set": "exam", "id": "a", "question": "q", "verdict": "correct"}
+    write_lines(tmp_path / "items.jsonl", [item | {"greedy": True}])
+    words = [begun, run, run, "--items", tmp_path / "items.jsonl", "--max-size", 0.08]
+    assert main(["report", *map(str, words), "--output", str(output)]) == 0
     browser.errors.clear()
     browser.open(output, READY)
     assert rows(browser) == []
     lines = "document.querySelectorAll('#curves polyline').length"
     assert browser.evaluate(lines) == 2 * browser.evaluate("browser.data.charts.length")
+    assert "seed" in text(browser, "#curves")  # a setting that differs
+    assert "items.jsonl1100.0% (2.5% to 100.0%)" in text(browser, "#evaluations")
     browser.evaluate("browser.setRun(2)")
     assert len(rows(browser)) == 48
     last = browser.evaluate("browser.contents[2].length")
     assert last < 48
-    (text,) = open_row(browser, 47)
-    assert "omitted" in text
+    (shown,) = open_row(browser, 47)
+    assert "omitted" in shown
     assert not browser.errors
 
 
