@@ -16,6 +16,7 @@ from oreal_jax.cli import (
     evaluate,
     losses,
     plan,
+    report,
     runs,
     sample,
     train,
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
             verb, nested.add_subparsers(required=True, metavar=metavar)
         )
 
-    for module in (train, runs, plan, sample, evaluate):
+    for module in (train, runs, plan, sample, evaluate, report):
         module.add(functools.partial(verb, verbs))
     what = "clean prompts, measure pass rates, collect RFT sets"
     data.add(group("data", "VERB", what))

@@ -1,0 +1,582 @@
+"""Reports: numbers, token texts, size, warnings, diagnostics, invalid input."""
+
+import itertools
+import json
+import math
+import re
+import tomllib
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import make_tiny
+import numpy as np
+import pytest
+import report_runs
+from hypothesis import given
+from hypothesis import strategies as st
+from printed import ROOT
+from report_runs import (
+    completion,
+    decode,
+    healthy,
+    make_large_run,
+    make_run,
+    script,
+    unselected,
+)
+from scripted import read_lines, write_lines
+
+from oreal_jax.cli import main
+from oreal_jax.evaluation import statistics
+from oreal_jax.report import charts, findings
+from oreal_jax.report.diagnostics import diagnose, summarise
+from oreal_jax.report.page import spread, to_script_json
+from oreal_jax.report.pieces import align
+from oreal_jax.report.runs import open_run, read_completions
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return make_run(tmp_path / "run")
+
+
+def page(*words, output="report.html") -> str:
+    """Run `oreal report` and return the page."""
+    assert main(["report", *map(str, words), "--output", output]) == 0
+    return Path(output).read_text(encoding="utf-8")
+
+
+def lines(run: Path) -> dict[tuple, dict]:
+    files = sorted((run / "trajectories").iterdir())
+    rows = itertools.chain.from_iterable(map(read_lines, files))
+    return {(row["step"], row["group"], row["sample"]): row for row in rows}
+
+
+# -- the page
+
+
+def test_the_page_has_the_numbers_and_texts_of_the_files(run):
+    (rows,) = decode(page(run))
+    saved = lines(run)
+    assert len(rows) == len(saved) == 24
+    for row in rows:
+        line, content = (
+            saved.pop((row["step"], row["group"], row["sample"])),
+            row["content"],
+        )
+        assert content["text"] == line["completion"]
+        assert (row["outcome"], row["reason"]) == (line["verdict"], line["reason"])
+        assert (row["tokens"], row["advantage"]) == (line["tokens"], line["advantage"])
+        assert row["selected"] == line["kept"]
+        if not line["kept"]:
+            assert not content["values"] and not content["texts"]
+            continue
+        assert content["texts"] == [*line["pieces"][:-1], None]
+        assert content["omitted"] == [[len(line["pieces"]) - 1, "<|im_end|>"]]
+        scores = np.array(line["token_scores"])
+        running = np.cumsum(scores) / np.arange(1, len(scores) + 1)
+        q = 1 / (1 + np.exp(-running))
+        q = q if line["verdict"] == "correct" else 1 - q
+        probs = {k: np.exp(line[k]) for k in ("log_probs", "old_log_probs")}
+        for name, expected in {
+            "token_scores": scores,
+            "entropy": np.array(line["entropy"]),
+            "weight": np.maximum(2 * q - 1, 0),
+            "difference": probs["log_probs"] - probs["old_log_probs"],
+        }.items():
+            low, high, values = content["values"][name]
+            assert np.abs(values - expected).max() <= (high - low) / 510 + 1e-6
+            assert low == pytest.approx(expected.min(), abs=1e-6)
+            assert high == pytest.approx(expected.max(), abs=1e-6)
+
+
+def test_curves_are_the_metrics_with_their_texts(run):
+    data = json.loads(script(page(run), "data"))
+    (part,) = data["runs"]
+    rows = read_lines(run / "metrics.jsonl")
+    for name, values in part["metrics"].items():
+        assert values == pytest.approx([row[name] for row in rows], rel=1e-5)
+    assert [c["name"] for c in data["charts"]] == list(part["metrics"])
+    # Each has a text on healthy values in the table of metrics.
+    for name in charts.CHARTS:
+        known = charts.describe(name)
+        assert known["meaning"] and (known["healthy"] or name.startswith("perf"))
+
+
+def test_runs_are_side_by_side(run, tmp_path):
+    other = make_run(tmp_path / "other", steps=1)
+    settings = report_runs.SETTINGS | {"seed": 1}
+    (other / "config.json").write_text(json.dumps(settings))
+    html = page(run, other)
+    data = json.loads(script(html, "data"))
+    assert [part["name"] for part in data["runs"]] == [str(run), str(other)]
+    assert data["differences"] == [{"name": "seed", "values": ["0", "1"]}]
+    assert list(map(len, decode(html))) == [24, 8]
+
+
+def test_step_limits_the_trajectories(run):
+    (rows,) = decode(page(run, "--step", 1))
+    assert {row["step"] for row in rows} == {1}
+
+
+class Elements(HTMLParser):
+    """Tags of a page, and addresses that a browser would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loaded = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        addresses = [v or "" for k, v in attrs if k in ("src", "href")]
+        self.loaded += [v for v in addresses if not v.startswith("#")]
+
+
+def test_text_of_a_model_is_never_markup(run):
+    attack = (
+        "</script><script>alert(1)</script><img src=x onerror=alert(2)><!-- /* data */ "
+    )
+    line = completion(
+        0, 0, 0, "incorrect", 3, question=attack, reason=attack, id=attack
+    )
+    line |= {"completion": attack, "pieces": [attack, "", "", ""], "by": attack}
+    write_lines(run / "trajectories/step_000000.jsonl", [line])
+    settings = report_runs.SETTINGS | {"model": attack}
+    (run / "config.json").write_text(json.dumps(settings))
+    html = page(run)
+    elements = Elements()
+    elements.feed(html)
+    assert elements.tags.count("script") == 3 and "img" not in elements.tags
+    assert not elements.loaded and "http" not in html.replace("http-equiv", "").replace(
+        "http://www.w3.org/2000/svg", ""
+    )
+    data = json.loads(script(html, "data"))
+    assert data["runs"][0]["model"] == attack
+    (first, *_) = [row for row in decode(html)[0] if row["step"] == 0]
+    assert first["question"] == first["reason"] == first["content"]["text"] == attack
+    for name in ("browser.js", "page.js", "charts.js", "contents.js"):
+        source = resources.files("oreal_jax.report").joinpath(name).read_text("utf-8")
+        assert not re.search(
+            "innerHTML|outerHTML|insertAdjacent|document.write", source
+        )
+
+
+def test_an_installed_package_has_the_files_of_the_page():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
+        "setuptools"
+    ]
+    patterns = settings["package-data"]["oreal_jax.report"]
+    files = (ROOT / "oreal_jax/report").glob("*.*")
+    others = [file for file in files if file.suffix != ".py"]
+    assert len(others) == 6
+    assert all(any(file.match(p) for p in patterns) for file in others)
+
+
+def test_json_in_a_script_has_no_markup_and_no_nan():
+    text = to_script_json({"a": ["</script>&\u2028", math.nan, -math.inf, 0.1234567]})
+    assert "<" not in text and "\u2028" not in text
+    assert json.loads(text) == {"a": ["</script>&\u2028", None, None, 0.123457]}
+
+
+def test_a_page_never_exceeds_its_size_and_omits_completions_not_trained_on_first(run):
+    run = make_run(run.with_name("other"), steps=0)
+    rows = [completion(0, 0, k, "incorrect", 500) for k in range(60)]
+    rows = [unselected(row) if k % 2 else row for k, row in enumerate(rows)]
+    write_lines(run / "trajectories/step_000000.jsonl", rows)
+    counts = []
+    for limit in (60_000, 100_000, 130_000):
+        html = page(run, "--max-size", limit / 1e6)
+        assert 0.8 * limit < len(html.encode()) <= limit
+        (rows,) = decode(html)
+        has_text = {kind: [] for kind in (0, 1)}
+        for row in rows:
+            has_text[row["selected"]].append("content" in row)
+        counts.append((sum(has_text[1]), sum(has_text[0])))
+        assert all(has_text[1]) or not any(has_text[0])
+    assert sorted(counts) == counts and len(set(counts)) == 3
+
+
+@pytest.mark.slow
+def test_a_thousand_completions_of_7000_tokens_fit_in_ten_megabytes(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = make_large_run(tmp_path / "run")
+    html = page(run)
+    assert len(html.encode()) <= 10e6
+    (rows,) = decode(html)
+    assert len(rows) == 1000
+    assert all("content" in row for row in rows if row["selected"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 100])
+def test_steps_are_read_in_an_order_that_is_spread_evenly(count):
+    order = list(spread(count))
+    assert sorted(order) == list(range(count))
+    assert order[:1] == [count - 1][:count]
+    for size in range(2, count):
+        gaps = np.diff(sorted([-1, *order[:size]]))
+        assert gaps.max() <= 4 * count / size
+
+
+# -- texts of tokens
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.data())
+def test_texts_of_tokens_make_up_the_text_wherever_its_bytes_are_cut(text, data):
+    content = text.encode()
+    cuts = data.draw(st.lists(st.integers(0, len(content)), max_size=12))
+    ends = sorted({0, len(content), *cuts})
+    parts = [content[a:b] for a, b in itertools.pairwise(ends)]
+    pieces = [part.decode(errors="replace") for part in parts]
+    texts = align([*pieces, "<|im_end|>"], text)
+    assert texts is not None and "".join(x or "" for x in texts) == text
+    for piece, own in zip(pieces, texts, strict=False):
+        # In full, but for characters that it begins or completes.
+        assert own is not None and set(piece) - {"\ufffd"} <= set(own)
+
+
+@pytest.mark.parametrize(
+    "pieces, text, expected",
+    [
+        (["a", "\ufffd", "\ufffd", "b"], "a\u00e9b", ["a", "", "\u00e9", "b"]),
+        (["\ufffd", "\ufffd", "<|im_end|>"], "\u00e9", ["", "\u00e9", None]),
+        ([" caf\ufffd", "\ufffd", " x"], " caf\u00e9 x", [" caf", "\u00e9", " x"]),
+        (["It", "is", "7"], "It is 7", ["It", " is", " 7"]),  # leading spaces omitted
+        (["7 ", "STOP", "more"], "7 ", ["7 ", None, None]),  # a stop string
+        (["7", "! STO", "P"], "7! ", ["7", "! ", None]),
+        (["<think>", "a", "</s>"], "<think>a", ["<think>", "a", None]),
+        (["a", "\ufffd"], "a\ufffd", ["a", "\ufffd"]),  # cut within a character
+        (["a", "\ufffd", "\ufffd"], "a\ufffd", ["a", "", "\ufffd"]),
+        (["other"], "text", None),
+        ([], "", []),
+    ],
+)
+def test_tokens_have_the_text_that_they_add(pieces, text, expected):
+    assert align(pieces, text) == expected
+
+
+def test_single_bytes_of_a_tokenizer_become_characters():
+    tokenizer = make_tiny.tokenizer()
+    text = "a\u20ac\u00e9\U0001f600b"
+    pieces = [str(tokenizer.decode([token])) for token in tokenizer.encode(text)]
+    assert len(pieces) == len(text.encode())
+    euro, e, smile = ["", "", "\u20ac"], ["", "\u00e9"], ["", "", "", "\U0001f600"]
+    assert align(pieces, text) == ["a", *euro, *e, *smile, "b"]
+
+
+def test_a_completion_whose_tokens_are_unknown_has_its_text_without_colours(run):
+    line = completion(0, 0, 0, "correct", 3)
+    del line["pieces"]
+    other = completion(0, 0, 1, "incorrect", 3, pieces=["a", "b"])  # of wrong length
+    strange = completion(0, 1, 0, "incorrect", 3, completion="something else")
+    write_lines(run / "trajectories/step_000000.jsonl", [line, other, strange])
+    (rows,) = decode(page(run, "--step", 0))
+    contents = [row["content"] for row in rows]
+    assert [c["text"] for c in contents[:2]] == [
+        line["completion"],
+        other["completion"],
+    ]
+    assert not contents[0]["values"] and not contents[1]["values"]
+    assert not contents[2]["exact"]
+    assert contents[2]["text"] == "".join(strange["pieces"])
+
+
+# -- warnings
+
+
+def changed(**metrics) -> list[dict]:
+    """Healthy metrics with others: functions of the step."""
+    return [
+        row | {name: f(row["step"]) for name, f in metrics.items()} for row in healthy()
+    ]
+
+
+UNHEALTHY = {
+    "actor/entropy": (lambda step: 1.0 if step < 9 else 0.02, "entropy collapse"),
+    "response_length/clip_ratio": (lambda step: 0.02 * step, "rising truncation"),
+    "critic/score/mean": (lambda step: 0.6 - 0.02 * step, "falling reward"),
+    "frac_reward_zero_std": (lambda step: 0.95, "little to learn"),
+    "token_reward/auc": (lambda step: 0.5, "no better than chance"),
+    "token_reward/grad_norm": (lambda step: 90.0 if step == 9 else 2.0, "step 9"),
+    "actor/grad_norm": (
+        lambda step: 0.0 if step < 2 else 50.0 ** (step == 15),
+        "step 15",
+    ),
+    "training/rollout_probs_diff_mean": (lambda step: 0.05, "disagree"),
+    "judge/disagrees_with_rule": (lambda step: 20.0, "verifiers disagree"),
+    "verdict/undecided": (lambda step: 30.0, "undecided"),
+    "verdict/by_timeout": (lambda step: 9.0, "verification failed"),
+    "actor/loss": (lambda step: None if step == 7 else 0.1, "step 7"),
+}
+
+
+def test_a_healthy_run_has_no_warning():
+    assert findings.find(healthy()) == []
+    assert findings.find([]) == []
+    assert findings.find(healthy(1)) == []
+
+
+@pytest.mark.parametrize("metric", UNHEALTHY)
+def test_each_warning_appears_on_an_unhealthy_run_and_only_there(metric):
+    function, text = UNHEALTHY[metric]
+    (finding,) = findings.find(changed(**{metric: function}))
+    assert finding.metric == metric and text in finding.text
+
+
+# -- diagnostics
+
+
+def scored(run: Path) -> list:
+    opened = open_run(str(run))
+    completions = [c for step in opened.files for c in read_completions(opened, step)]
+    half = lambda c: np.linspace(0, 1, len(c.per_token["token_scores"]))
+    return [
+        (c, summarise(c, half(c))) for c in completions if "token_scores" in c.per_token
+    ]
+
+
+def area(high, low) -> float:
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a in high for b in low]
+    return sum(wins) / len(wins)
+
+
+def test_diagnostics_are_those_of_an_independent_computation(tmp_path):
+    pairs = scored(make_run(tmp_path / "run", steps=4, groups=8, tokens=23))
+    result = diagnose([summary for _, summary in pairs])
+    assert result and result["completions"] == len(pairs) == 64
+    mean = {True: [], False: []}
+    tenths = {True: [[] for _ in range(10)], False: [[] for _ in range(10)]}
+    prefixes = {True: [[] for _ in range(10)], False: [[] for _ in range(10)]}
+    early = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    for c, _ in pairs:
+        scores = c.per_token["token_scores"].tolist()
+        mean[c.correct].append(sum(scores) / len(scores))
+        for part in range(10):
+            a, b = len(scores) * part // 10, len(scores) * (part + 1) // 10
+            tenths[c.correct][part].append(sum(scores[a:b]) / (b - a))
+            prefix = sum(scores[:b]) / b
+            prefixes[c.correct][part].append(1 / (1 + math.exp(-prefix)))
+        for i in range(len(scores)):
+            weight, position = i / (len(scores) - 1), (i + 0.5) / len(scores)
+            share = 1.0 if position < 0.5 else 0.5 if position == 0.5 else 0.0
+            early[c.correct][0] += share * weight
+            early[c.correct][1] += weight
+    assert result["auc"] == pytest.approx(area(mean[True], mean[False]))
+    for part in range(10):
+        expected = area(tenths[True][part], tenths[False][part])
+        assert result["auc_parts"][part] == pytest.approx(expected, abs=1e-3)
+    for outcome, name in [(True, "correct"), (False, "incorrect")]:
+        expected = [np.mean(values) for values in prefixes[outcome]]
+        assert result["credit"][name] == pytest.approx(expected, rel=1e-5)
+        first, total = early[outcome]
+        assert result["early"][name] == pytest.approx(first / total)
+    wins = [
+        a.credit[-1] > b.credit[-1]
+        for (x, a), (y, b) in itertools.product(pairs, pairs)
+        if (x.step, x.group) == (y.step, y.group) and x.correct and not y.correct
+    ]
+    assert result["pairs"]["prompts"] == len(wins) == 32
+    assert result["pairs"]["value"] == pytest.approx(np.mean(wins))
+    bins = result["calibration"]
+    assert sum(b["completions"] for b in bins) == 64
+    total = sum(b["value"] * b["completions"] for b in bins)
+    assert total == pytest.approx(32)
+    assert [b["predicted"] for b in bins] == sorted(b["predicted"] for b in bins)
+
+
+def test_completions_part_where_their_scores_begin_to_differ(tmp_path):
+    """Scores are alike in the first half, apart in the second."""
+    rows = []
+    for group in range(40):
+        for k, outcome in enumerate(["incorrect", "correct"]):
+            line = completion(0, group, k, outcome, 39)
+            noise = np.random.default_rng(group).normal(0, 0.1, 40)
+            apart = np.where(np.arange(40) < 20, 0, 1) * (1 if k else -1)
+            rows.append(line | {"token_scores": (noise + apart).tolist()})
+    run = make_run(tmp_path / "run", steps=1)
+    write_lines(run / "trajectories/step_000000.jsonl", rows)
+    result = diagnose([summary for _, summary in scored(run)])
+    assert result and result["parts_at"] == 5
+    assert result["auc_parts"][:5] == [0.5] * 5  # the same noise: ties
+    assert result["auc_parts"][5:] == [1.0] * 5
+
+
+def test_one_outcome_alone_cannot_be_diagnosed(tmp_path):
+    pairs = scored(make_run(tmp_path / "run"))
+    assert diagnose([s for _, s in pairs if s.correct]) is None
+    assert diagnose([]) is None
+
+
+# -- evaluations
+
+
+def test_a_greedy_evaluation_has_the_interval_of_its_outcomes(run):
+    problems = [
+        {"id": f"{i}", "question": f"q{i}?", "gold_answer": 1} for i in range(40)
+    ]
+    write_lines(run / "exam.jsonl", problems)
+    evaluation = {"data": [str(run / "exam.jsonl")], "folder": "data", "samples": 1}
+    settings = report_runs.SETTINGS | {"evaluation": evaluation}
+    (run / "config.json").write_text(json.dumps(settings))
+    key = "val-core/exam/pass@1"
+    rows = [
+        {"step": 0, "score": 0.25, "best": True, key: 0.25},
+        {"step": 10, "score": 0.0, "best": False, key: 0.0},
+        {"step": 20, "score": 0.3333, "best": False, key: 0.3333},  # of another set
+    ]
+    write_lines(run / "evaluations.jsonl", rows)
+    (part,) = json.loads(script(page(run), "data"))["runs"]
+    first, zero, other = part["evaluations"]
+    assert (first["value"], first["problems"], first["best"]) == (0.25, 40, True)
+    outcomes = np.random.default_rng(1).permutation(40) < 10
+    exact = statistics.mean(outcomes.astype(float))
+    assert first["low"] == pytest.approx(exact.low, abs=0.03)
+    assert first["high"] == pytest.approx(exact.high, abs=0.03)
+    none = statistics.mean(np.zeros(40))
+    assert (zero["low"], zero["high"]) == pytest.approx((none.low, none.high))
+    assert other["low"] is None and other["value"] == pytest.approx(0.3333)
+
+
+def test_items_of_an_evaluation_have_their_interval(run):
+    verdicts = ["correct"] * 3 + ["incorrect"] * 7
+    rows = [
+        {"set": "exam", "greedy": True, "id": f"{i}", "question": "q", "verdict": v}
+        for i, v in enumerate(verdicts)
+    ]
+    write_lines(run / "items.jsonl", rows)
+    (item,) = json.loads(script(page(run, "--items", run / "items.jsonl"), "data"))[
+        "items"
+    ]
+    expected = statistics.mean(np.array([1.0] * 3 + [0.0] * 7))
+    assert (item["measure"], item["problems"]) == ("pass@1", 10)
+    values = (item["value"], item["low"], item["high"])
+    assert values == pytest.approx(tuple(expected), rel=1e-5)
+
+
+# -- live and killed runs, invalid input
+
+
+def test_a_killed_run_is_reported_as_far_as_it_is_complete(run):
+    for name in ("metrics.jsonl", "trajectories/step_000002.jsonl"):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) - 40])
+    (run / "trajectories/step_000001.jsonl").write_bytes(b"")
+    (run / "trajectories/.step_000003.jsonl.incomplete").write_bytes(b'{"step"')
+    html = page(run)
+    (rows,), data = decode(html), json.loads(script(html, "data"))
+    assert len(rows) == 8 + 7
+    (part,) = data["runs"]
+    assert part["steps"] == [0, 1, 2, 3, 4]
+    assert any("step_000002.jsonl: line 8" in note for note in part["notes"])
+    assert main(["show", str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    "names", [["trajectories"], ["metrics.jsonl"], ["config.json"]]
+)
+def test_a_run_that_has_just_begun_has_a_report(run, names, capsys):
+    for path in run.iterdir():
+        if path.name not in names and path.is_file():
+            path.unlink()
+        elif path.name not in names:
+            path.rename(run.with_name("elsewhere"))
+    assert "oreal report" in page(run)
+    assert main(["show", str(run)]) == 0
+
+
+def test_a_loss_of_the_users_own_has_no_weights(run):
+    settings = report_runs.SETTINGS | {
+        "loss": {"class": "my_run.Loss", "credit": "os.x"}
+    }
+    (run / "config.json").write_text(json.dumps(settings))
+    names = {n for row in decode(page(run))[0] for n in row["content"]["values"]}
+    assert names == {"token_scores", "entropy", "difference"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["report", "nothing"], "nothing: no such run directory"),
+        (["report", "empty"], "empty: not a run directory"),
+        (["show", "empty"], "empty: not a run directory"),
+        (["report", "run", "--step", "7"], "--step 7: run has no trajectories of it"),
+        (["show", "run", "--step", "7"], "--step 7: run has no trajectories of it"),
+        (["report", "run", "--max-size", "0"], "--max-size 0: must be above 0"),
+        (["report", "run", "--max-size", "0.01"], "the page without completions has"),
+        (["report", "run", "--items", "none.jsonl"], "none.jsonl: no such file"),
+        (["report", "run", "--output", "empty"], "empty: a directory"),
+        (["report", "run", "--output", "x", "--items", "x"], "are the same: x"),
+        (["show", "run", "--metric", "nope"], "--metric nope: run has none; it has"),
+        (["show", "run", "--n", "-1"], "--n -1: must be at least 0"),
+    ],
+)
+def test_invalid_input_is_one_line(run, words, message, capsys):
+    Path("empty").mkdir()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not Path("report.html").exists()
+
+
+# -- the terminal
+
+
+def shown(capsys, *words) -> str:
+    assert main(["show", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_show_prints_incorrect_completions_of_the_last_step_first(run, capsys):
+    text = shown(capsys, run, "--n", 8)
+    assert "step 2: 6 incorrect, 0 undecided, 2 correct" in text
+    outcomes = re.findall(r"^(correct|incorrect)  ", text, re.M)
+    assert outcomes == ["incorrect"] * 6 + ["correct"] * 2
+    assert "0 is not 7 (by rule)" in text and "trained on" in text
+
+
+def test_show_has_a_choice_of_step_outcome_and_number(run, capsys):
+    text = shown(capsys, run, "--step", 1, "--outcome", "correct", "--n", 1)
+    assert "step 1:" in text and "1 more: --n 2" in text
+    assert re.findall(r"^(correct|incorrect)  ", text, re.M) == ["correct"]
+
+
+def test_show_prints_curves_of_chosen_metrics(run, capsys):
+    write_lines(
+        run / "metrics.jsonl", [{"step": i, "a": i, "b": 8 - i} for i in range(8)]
+    )
+    text = shown(capsys, run, "--metric", "a", "--metric", "b", "--n", 0)
+    assert re.search("^a +▁▂▃▄▅▆▇█ +0 +7", text, re.M)
+    assert re.search("^b +█▇▆▅▄▃▂▁ +8 +1", text, re.M)
+
+
+def test_show_prints_warnings_and_evaluations(run, capsys):
+    write_lines(
+        run / "metrics.jsonl", changed(**{"token_reward/auc": lambda step: 0.5})
+    )
+    row = {"step": 10, "score": 0.5, "best": True, "val-core/exam/pass@1": 0.5}
+    write_lines(run / "evaluations.jsonl", [row])
+    text = shown(capsys, run, "--n", 0)
+    assert "no better than chance" in text
+    assert re.search(r"exam.*pass@1.*10.*50\.0%, best", text)
+
+
+def test_show_prints_begin_and_end_of_a_long_completion(run, capsys):
+    text = "a" + "x" * 800 + "m" + "y" * 1200 + "z"
+    line = completion(0, 0, 0, "incorrect", 3, completion=text)
+    write_lines(run / "trajectories/step_000002.jsonl", [line])
+    printed = re.sub(r"\s", "", shown(capsys, run))
+    assert "ax" in printed and "[3charactersomitted]" in printed
+    assert "xm" not in printed and "my" not in printed and "yz" in printed
+
+
+def test_control_characters_of_a_model_are_escaped(run, capsys):
+    attack = "a\x1b[2Jb\x1b]0;title\x07\r\u202ec\x9b31m[bold]d[/bold]\n  e"
+    line = completion(0, 0, 0, "incorrect", 3, completion=attack, question=attack)
+    line |= {"reason": attack, "gold_answer": attack, "by": attack}
+    write_lines(run / "trajectories/step_000002.jsonl", [line])
+    text = shown(capsys, run)
+    assert not set(text) & set("\x1b\x07\r\u202e\x9b")
+    assert "\\x1b[2Jb" in text and "[bold]d[/bold]" in text
