@@ -251,6 +251,14 @@ def files(tmp_path) -> Path:
 
 
 @pytest.fixture
+def config_file(tmp_path) -> Path:
+    """Return the config file of a small run to plan."""
+    from plans import write_config
+
+    return write_config(tmp_path)
+
+
+@pytest.fixture
 def oreal(start):
     """`oreal VERB ... --model tiny`."""
     from oreal_jax.cli import main
