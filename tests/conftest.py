@@ -51,9 +51,9 @@ SPREAD = {"tests/test_run.py"}
 # The longest files start first, so that both workers finish together.
 FIRST = [
     "test_processes",
+    "test_sampling_invariance",  # while the other worker makes the fixtures of runs
     "test_run",
     "test_train_step",
-    "test_sampling_invariance",
     "test_sampling",
     "test_cli",
 ]
