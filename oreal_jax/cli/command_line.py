@@ -9,7 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from oreal_jax import hardware
-from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
+from oreal_jax.cli import (
+    completion,
+    convert,
+    data,
+    evaluate,
+    fetch,
+    losses,
+    plan,
+    sample,
+    train,
+    verify,
+)
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.interrupts import (
     INTERRUPTED,
@@ -98,4 +109,6 @@ def parser() -> argparse.ArgumentParser:
     convert.add(group("convert", "DIRECTION", what))
     for module in (verify, losses):
         module.add(functools.partial(verb, verbs))
+    fetch.add(functools.partial(verb, verbs))
+    completion.add(functools.partial(verb, verbs), top)
     return top
