@@ -1,9 +1,11 @@
-"""MkDocs hooks: tables made from the code, and pages that are stored outside docs/.
+"""MkDocs hooks: tables made from the code, and pages that are no Markdown in docs/.
 
+Those are documents of the repository's root, and notebooks with their outputs.
 A page requests a table by a line `<!-- fields: CLASS -->` or `<!-- metrics -->`.
 """
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -15,12 +17,15 @@ OUTSIDE["README.md"] = "readme.md"
 
 
 def on_files(files, config):
-    """Add the documents of the repository's root as pages."""
+    """Add the documents of the repository's root and the notebooks as pages."""
     from mkdocs.structure.files import File
 
     for name, page in OUTSIDE.items():
         text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
+    for path in sorted((ROOT / "docs").glob("*.ipynb")):
+        page = path.with_suffix(".md").name
+        files.append(File.generated(config, page, content=notebook(path)))
     return files
 
 
@@ -28,11 +33,32 @@ def on_page_markdown(markdown, page, config, files):
     """Fill in the tables, and link to pages where the repository links to files."""
     for name, target in OUTSIDE.items():
         markdown = re.sub(rf"\]\((?:\.\./)?{name}", f"]({target}", markdown)
+    markdown = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", markdown)
     fill = lambda match: fields_table(match[1])
     markdown = re.sub(r"<!-- fields: (\w+) -->", fill, markdown)
     if "<!-- metrics -->" in markdown:
         markdown = markdown.replace("<!-- metrics -->", metrics_table())
     return markdown
+
+
+def notebook(path: Path) -> str:
+    """Return a notebook with its outputs in Markdown: texts and PNG pictures."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f"![output](data:image/png;base64,{picture})")
+            else:
+                text = "".join(output.get("text", data.get("text/plain", "")))
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts)
 
 
 def fields_table(name: str) -> str:

@@ -209,6 +209,13 @@ def check_apart(outputs: Mapping[str, Any], inputs: Mapping[str, Any] = {}) -> N
             options[resolved] = option
 
 
+def check_new_directory(path: Path) -> None:
+    """Raise InputError if a path exists, unless it is an empty directory."""
+    check_local(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty directory")
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a scratch directory that becomes `path` when the block has succeeded.
@@ -216,9 +223,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         InputError: `path` is not an empty or new directory, or cannot be written.
     """
-    check_local(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: exists and is not an empty directory")
+    check_new_directory(path)
     target = path.absolute()
     scratch = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(scratch, ignore_errors=True)  # of a killed process

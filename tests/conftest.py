@@ -51,9 +51,9 @@ SPREAD = {"tests/test_run.py"}
 # The longest files start first, so that both workers finish together.
 FIRST = [
     "test_processes",
+    "test_sampling_invariance",  # while the other worker makes the fixtures of runs
     "test_run",
     "test_train_step",
-    "test_sampling_invariance",
     "test_sampling",
     "test_cli",
 ]
@@ -248,6 +248,14 @@ def files(tmp_path) -> Path:
     from scripted_runs import write_files
 
     return write_files(tmp_path)
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    """Return the config file of a small run to plan."""
+    from plans import write_config
+
+    return write_config(tmp_path)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The documentation builds without a broken link, and its tables are complete."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 
@@ -51,3 +53,27 @@ def test_the_documentation_builds(tmp_path):
     text = (tmp_path / "metrics" / "index.html").read_text()
     assert "critic/score/mean" in text and "<!-- metrics" not in text
     assert "samples_per_prompt" in (tmp_path / "configuration/index.html").read_text()
+    lab = (tmp_path / "loss_lab" / "index.html").read_text()
+    assert "evaluate_loss" in lab and "data:image/png" in lab
+
+
+NOTEBOOK = ROOT / "docs" / "loss_lab.ipynb"
+
+
+def test_the_notebook_is_saved_with_its_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
+    assert len(kinds) > 5 and "error" not in kinds
+    assert not re.search(r"/(tmp|home|root|work)/|stderr", NOTEBOOK.read_text())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()

@@ -35,7 +35,7 @@ LAYOUT = """
     distributed
     interrupts cluster
     metrics
-    console program_cache hardware
+    console program_cache hardware hub
     files
     errors shapes field_texts
 """

@@ -304,6 +304,18 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(distributed, "initialized", lambda *_: contextlib.nullcontext())
 
 
+def without_hub(patch: pytest.MonkeyPatch) -> None:
+    """Replace downloads and uploads."""
+    from oreal_jax import hub
+
+    def fetch(repository, *, revision, output):
+        return hub.Download(output or Path(repository), "model", [], "0")
+
+    patch.setattr(hub, "fetch", fetch)
+    patch.setattr(hub, "create_repository", lambda *_, **__: None)
+    patch.setattr(hub, "upload", lambda *_: "")
+
+
 # -- rules
 
 
@@ -695,6 +707,7 @@ def check(home, nodes, judges, monkeypatch) -> Check:
     share_pool(monkeypatch, judges)
     without_decoding(monkeypatch)
     without_training(monkeypatch)
+    without_hub(monkeypatch)
     return Check(home, monkeypatch, nodes)
 
 

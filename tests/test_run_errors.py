@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import jax
+import numpy as np
 import pytest
 from scripted_runs import saved_steps, sft, train
 from tiny_runs import ROOT, arrays
@@ -38,21 +39,33 @@ def test_an_error_after_the_update_saves_the_updated_state(
     A file that cannot be written is an error of the step after it.
     """
     policy.learns = True
-    assert train(start, files, "steps=3", "saving.every=2", run="whole").code == 0
+    states, make_step = [], loop.make_run_step
     write = run_directory.write_trajectories
+
+    def make_recorded_step(*given):
+        train_step = make_step(*given)
+
+        def step(state, batch):
+            state, *results = train_step(state, batch)
+            states.append(jax.device_get(state))
+            return state, *results
+
+        return step
 
     def fail(run, step, *given):
         if step == 1:
             raise OSError("no route to the file system")
         write(run, step, *given)
 
+    monkeypatch.setattr(loop, "make_run_step", make_recorded_step)
     monkeypatch.setattr(run_directory, "write_trajectories", fail)
     with pytest.raises(OSError, match="no route"):
         train(start, files, "steps=3")
     assert saved_steps(files / "run") == [3]
-    whole = arrays(files / "whole", 3)
-    for ours, theirs in zip(arrays(files / "run", 3), whole, strict=True):
-        assert ours.tobytes() == theirs.tobytes()
+    contents = lambda leaves: sorted(np.asarray(leaf).tobytes() for leaf in leaves)
+    assert len(states) == 3
+    assert contents(arrays(files / "run", 3)) == contents(jax.tree.leaves(states[2]))
+    assert contents(jax.tree.leaves(states[1])) != contents(jax.tree.leaves(states[2]))
 
 
 def test_an_update_that_consumed_its_state_does_not_mask_its_error(
@@ -72,6 +85,18 @@ def test_an_update_that_consumed_its_state_does_not_mask_its_error(
     with pytest.raises(RuntimeError, match="out of memory"):
         train(start, files, "steps=3")
     assert saved_steps(files / "run") == []
+
+
+def test_unwritable_trajectories_end_the_run(start, files, policy):
+    run = files / "run"
+    run.mkdir()
+    (run / "trajectories").touch()  # a file where a folder should be
+    code, _, errors = train(start, files, "steps=2", "saving.every=1")
+    assert code == 2
+    assert "step_000000.jsonl: cannot be written: " in errors
+    assert errors.count("\n") == 1
+    # The steps themselves are finished, and not lost.
+    assert saved_steps(run) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,8 @@ class Step:
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """Return the step before compilation."""
-        return self.update.program.lower(
-            self.start(), put_batch(batch, self.mesh), False
-        )
+        state = self.models.abstract(self.mesh)
+        return self.update.program.lower(state, put_batch(batch, self.mesh), False)
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         """Return all gradients: ten times Adam's first moments after one step."""

@@ -11,9 +11,11 @@ from typing import NoReturn
 
 from oreal_jax import hardware
 from oreal_jax.cli import (
+    completion,
     convert,
     data,
     evaluate,
+    fetch,
     losses,
     plan,
     report,
@@ -114,4 +116,6 @@ def parser() -> argparse.ArgumentParser:
     convert.add(group("convert", "DIRECTION", what))
     for module in (verify, losses):
         module.add(functools.partial(verb, verbs))
+    fetch.add(functools.partial(verb, verbs))
+    completion.add(functools.partial(verb, verbs), top)
     return top

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from oreal_jax.cli.options import Verb, step_option
+from oreal_jax.errors import InputError
+from oreal_jax.files import check_new_directory
 
 
 def add(verb: Verb) -> None:
@@ -24,6 +26,16 @@ def add(verb: Verb) -> None:
         if name == "to-hf":
             command.add_argument("--max-shard-size", type=size, default="5GB")
             step_option(command)
+            command.add_argument(
+                "--push-to",
+                metavar="OWNER/NAME",
+                help="also upload it to this model repository of the Hugging Face hub",
+            )
+            command.add_argument(
+                "--private",
+                action="store_true",
+                help="make the repository private if it is new",
+            )
 
 
 def size(text: str) -> int:
@@ -63,15 +75,20 @@ def to_hf(args: argparse.Namespace) -> None:
     """Run `oreal convert to-hf`."""
     import jax.numpy as jnp
 
-    from oreal_jax import program_cache
+    from oreal_jax import hub, program_cache
     from oreal_jax.checkpoints import hf
     from oreal_jax.checkpoints.export import export
     from oreal_jax.checkpoints.source import open_model
     from oreal_jax.console import Screen
     from oreal_jax.mesh import MeshShape, make_mesh
 
+    if args.private and not args.push_to:
+        raise InputError("--private without --push-to: nothing is uploaded")
     screen = Screen()
     source = open_model(args.source, args.step)
+    check_new_directory(args.destination)
+    if args.push_to:  # before the work
+        hub.create_repository(args.push_to, private=args.private)
     program_cache.enable()
     with screen.phase("convert", total=len(hf.tensors(source.config))) as advance:
         export(
@@ -82,3 +99,7 @@ def to_hf(args: argparse.Namespace) -> None:
             on_tensor=lambda name: advance(),
         )
     screen.log(f"wrote {args.destination}")
+    if args.push_to:
+        with screen.phase("upload"):
+            address = hub.upload(args.destination, args.push_to)
+        screen.log(f"uploaded as {address}")

@@ -155,8 +155,13 @@ def accumulate(
 ) -> tuple[Gradients, Metrics, Scores]:
     """Sum gradients and metrics over the filled micro-batches; collect the scores."""
     counts = Counts.of(batch.completion(), batch.correct)
+    reward_params = state.token_reward and state.token_reward.params
+    # Used twice, and by jit traced only once.
+    jitted = jax.jit(
+        functools.partial(micro_batch_gradients, models, objective, frozen=frozen)
+    )
     compute_gradients = functools.partial(
-        micro_batch_gradients, models, objective, state, counts=counts, frozen=frozen
+        jitted, state.policy.params, reward_params, counts
     )
     shapes, metrics, scores = jax.eval_shape(compute_gradients, micro_batch(batch, 0))
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
@@ -177,10 +182,11 @@ def accumulate(
 def micro_batch_gradients(
     models: TrainedModels,
     objective: Objective,
-    state: TrainState,
+    policy_params: Params,
+    reward_params: Params | None,
+    counts: Counts,
     part: Batch,
     *,
-    counts: Counts,
     frozen: bool,
 ) -> tuple[Gradients, Metrics, Scores]:
     """Return gradients, metrics and scores of one micro-batch.
@@ -188,14 +194,13 @@ def micro_batch_gradients(
     First the token reward model, whose scores weight the tokens of the policy's loss
     and are constants to it.
     """
-    policy_params = state.policy.params
     metrics, reward_gradient = {}, None
     token_scores = jnp.zeros_like(part.reference_log_probs)
-    if models.token_reward and state.token_reward:
+    if models.token_reward and reward_params:
         reward_gradient, (metrics, token_scores) = jax.grad(
             token_reward_loss, has_aux=True
         )(
-            state.token_reward.params,
+            reward_params,
             models.token_reward.config,
             objective,
             part,
