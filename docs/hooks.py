@@ -12,8 +12,10 @@ from pathlib import Path
 from oreal_jax.field_texts import class_node, field_texts
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md"}
-OUTSIDE["README.md"] = "readme.md"
+OUTSIDE = {
+    name: name.lower()
+    for name in ("BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md")
+}
 
 
 def on_files(files, config):

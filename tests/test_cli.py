@@ -122,7 +122,8 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
     [
         (lambda d: ["polcy.learning_rate=1"], "has no field 'polcy'; it has"),
         (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
-        (lambda d: ["loss=1"], "which only a config file can give"),
+        (lambda d: ["loss=1"], "of a config file, or one of released, paper"),
+        (lambda d: ["select=1"], "which only a config file can give"),
         (
             lambda d: ["sampling.temperature=0.0"],
             "sampling.temperature=0.0: all samples of a prompt are the same",
@@ -208,10 +209,10 @@ def test_a_tokenizer_of_a_larger_model_is_rejected_before_a_run_starts(
 ):
     make_tiny.write(tmp_path)
     tokenizer = make_tiny.tokenizer()
-    tokenizer.add_tokens([f"<{number}>" for number in range(10)])
+    tokenizer.add_tokens([f"q{number}" for number in range(10)])
     tokenizer.save_pretrained(str(tmp_path / "hf"))
     file = tmp_path / "data.jsonl"
-    row = {"question": "<9>", "gold_answer": "1", "solution": "1"}
+    row = {"question": "q9", "gold_answer": "1", "solution": "1"}
     file.write_text(json.dumps(row) + "\n")
     config = ROOT / "configs" / {"train": "tiny.py", "sft": "tiny_sft.py"}[verb]
     flags = ["--set", f"model={tmp_path / 'hf'}", "--set", f"{data}={file}"]
