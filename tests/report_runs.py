@@ -120,12 +120,12 @@ def make_run(
 def make_large_run(run: Path) -> Path:
     """Write a run with 1,000 completions of 7,000 tokens, an eighth trained on."""
     make_run(run, steps=0)
+    outcomes = [("incorrect", "correct")[k % 2] for k in range(16)]
+    group = [completion(0, 0, k, outcome, 7000) for k, outcome in enumerate(outcomes)]
+    group = [x if k < 2 else unselected(x) for k, x in enumerate(group)]
     for step in range(8):
-        lines = []
-        for k in range(125):
-            outcome = "correct" if k % 2 else "incorrect"
-            line = completion(step, k // 16, k % 16, outcome, 7000)
-            lines.append(line if k % 16 < 2 else unselected(line))
+        places = [{"step": step, "group": k // 16} for k in range(125)]
+        lines = [group[k % 16] | place for k, place in enumerate(places)]
         write_lines(run / f"trajectories/step_{step:06d}.jsonl", lines)
     return run
 
@@ -171,11 +171,13 @@ def decode_content(data: bytes) -> dict:
     header, _, body = data.partition(b"\0")
     content = json.loads(header)
     units = content["text"].encode("utf-16-le")
-    omitted, texts, start = dict(content.get("omitted", [])), [], 0
+    omitted, texts = dict(content.get("omitted", [])), []
+    position = start = 0
     for token in range(content.get("tokens", 0)):
         length = shift = 0
         while True:
-            byte, body = body[0], body[1:]
+            byte = body[position]
+            position += 1
             length |= (byte & 127) << shift
             shift += 7
             if byte < 128:
@@ -185,8 +187,8 @@ def decode_content(data: bytes) -> dict:
         start += length
     values = {}
     for name, low, high in content.get("planes", []):
-        codes, body = body[: len(texts)], body[len(texts) :]
-        numbers = low + np.frombuffer(codes, np.uint8) / 255 * (high - low)
-        values[name] = (low, high, numbers)
-    assert not body
+        codes = np.frombuffer(body[position : position + len(texts)], np.uint8)
+        values[name] = (low, high, low + codes / 255 * (high - low))
+        position += len(texts)
+    assert position == len(body)
     return content | {"texts": texts, "values": values}

@@ -101,7 +101,7 @@ def pack(completion: SavedCompletion, weight: np.ndarray | None) -> bytes:
         body = b"".join(map(_leb128, lengths))
         body += b"".join(codes.tobytes() for _, _, codes in coded.values())
     text = json.dumps(header, ensure_ascii=False).encode(errors="replace")
-    return zlib.compress(text + b"\0" + body, 9)
+    return zlib.compress(text + b"\0" + body, 6)
 
 
 def _astral(text: str) -> int:

@@ -77,7 +77,7 @@ def _curves(run: Run, names: Sequence[str]) -> Table:
         strict=True,
     ):
         # All but the last column in full; that one as far as the terminal is wide.
-        width = 0 if title == "healthy" else max(map(len, cells))
+        width = 0 if title == "healthy" else max(map(len, [title, *cells]))
         justify = "right" if title in ("first", "last") else "left"
         table.add_column(title, no_wrap=True, min_width=width, justify=justify)
     for row in rows:
