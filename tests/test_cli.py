@@ -207,10 +207,10 @@ def test_a_tokenizer_of_a_larger_model_is_rejected_before_a_run_starts(
 ):
     make_tiny.write(tmp_path)
     tokenizer = make_tiny.tokenizer()
-    tokenizer.add_tokens([f"<{number}>" for number in range(10)])
+    tokenizer.add_tokens([f"word{number}" for number in range(10)])
     tokenizer.save_pretrained(str(tmp_path / "hf"))
     file = tmp_path / "data.jsonl"
-    row = {"question": "<9>", "gold_answer": "1", "solution": "1"}
+    row = {"question": "word9", "gold_answer": "1", "solution": "1"}
     file.write_text(json.dumps(row) + "\n")
     config = ROOT / "configs" / {"train": "tiny.py", "sft": "tiny_sft.py"}[verb]
     flags = ["--set", f"model={tmp_path / 'hf'}", "--set", f"{data}={file}"]
