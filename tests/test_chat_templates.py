@@ -151,7 +151,7 @@ def test_a_run_keeps_the_date_and_the_variables_of_its_prompts(
     assert all(p.startswith("2001w ") for p in policy.script.prompts)
     policy.script.prompts.clear()
     words = ["eval", "--model", str(files / "run")]
-    words += ["--data", str(files / "exam.jsonl")]
+    words += ["--data", str(files / "exam.jsonl"), "--max-tokens", "9"]
     assert main(words) == 0
     assert main([*words, "--template-var", "word=x"]) == 0
     prompts = policy.script.prompts
@@ -172,7 +172,8 @@ def test_unfinished_work_is_resumed_with_its_date(home, script, oreal, capsys):
     journal = home / "m.jsonl.unfinished"
     today = datetime.date.today().isoformat()
     assert read_lines(journal)[0]["drawing"]["date"] == today
-    journal.write_text(journal.read_text().replace(today, "2001-02-03"))
+    earlier = journal.read_text().replace(f'"{today}"', '"2001-02-03"')
+    journal.write_text(earlier)
     script.patience = 10**9
     script.prompts.clear()
     (home / "own.jinja").rename(home / "moved.jinja")

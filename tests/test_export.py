@@ -128,7 +128,7 @@ def test_completions_of_a_run_end_at_its_stop_words_and_strings(start, tmp_path)
     model_options(parser)
     run = write_run(start / "hf", tmp_path / "run")
     args = parser.parse_args(["--model", str(run), "--rows", "8"])
-    model, engine = load_for_generation(args, Sampling(max_tokens=6), ["!"])
+    model, engine = load_for_generation(args, Sampling(max_tokens=6), stops=["!"])
     assert {256, 257} <= set(engine.stops.tokens.tolist())
     assert set(model.chat.stop_strings) == {"!", "\n\n"}
     assert model.chat.system_prompt == "Think."

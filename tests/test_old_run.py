@@ -12,6 +12,7 @@ import pytest
 from tiny_runs import ROOT, oreal_in_process
 
 from oreal_jax import metrics
+from oreal_jax.data import Chat
 
 SETTINGS = ["model=sft", "prompts=start/prompts.jsonl", "steps=4", "saving.every=2"]
 SETTINGS += ["saving.keep=9", "policy.learning_rate=0.001"]
@@ -29,6 +30,7 @@ def test_a_run_of_an_older_version_resumes_with_equal_results(tmp_path, monkeypa
     with tarfile.open(Path(__file__).parent / "old_run.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Chat, "size", 264)  # padded rows were sampled then
     flags = [word for setting in SETTINGS for word in ("--set", setting)]
     config = ROOT / "configs" / "tiny.py"
     code, output, errors = oreal_in_process("train", config, *flags, "--run", "run")
