@@ -46,8 +46,8 @@ class Holder(NamedTuple):
 def locked(run: Path) -> Iterator[None]:
     """Hold the lock of a run directory, which is created.
 
-    Of several processes, process 0 holds it for all. A new directory that is still
-    empty at the end is removed: nothing is left of a run that could not start.
+    Of several processes, process 0 holds it for all. New directories that are
+    still empty at the end are removed: nothing is left of a run that could not start.
 
     Raises:
         InputError: another process holds it, or the directory is not a run's.
@@ -57,7 +57,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     check_run_directory(run)
-    is_new = not run.exists()
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = _acquire(run)
@@ -69,8 +69,8 @@ def locked(run: Path) -> Iterator[None]:
         finally:
             (run / "lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # unless it is a run now
-                if is_new:
-                    run.rmdir()
+                for folder in new:
+                    folder.rmdir()
 
 
 def check_run_directory(run: Path) -> None:
