@@ -32,7 +32,7 @@ def load(path: Path, kind: type, settings: Sequence[str] = ()) -> Any:
     Raises:
         InputError: no such file, no `config` of this kind, or an invalid setting.
     """
-    config = getattr(_import(path), "config", None)
+    config: Any = getattr(_import(path), "config", None)
     if not isinstance(config, kind):
         name = "nothing" if config is None else type(config).__name__
         raise InputError(f"{path}: `config` must be a {kind.__name__}, found {name}")

@@ -96,7 +96,14 @@ def test_two_processes_train_as_one_does_bit_for_bit(tiny, two, alone):
 
 def test_a_run_of_two_processes_holds_what_every_run_holds(two):
     names = {path.name for path in two.iterdir()}
-    plain = {"config.json", "model", "data", "metrics.jsonl", "trajectories"}
+    plain = {
+        "config.json",
+        "model",
+        "data",
+        "metrics.jsonl",
+        "trajectories",
+        "history.jsonl",
+    }
     assert names == plain | {"checkpoints", "reference"}
 
 

@@ -102,7 +102,7 @@ def record_start(run: Path, step: int, changes: Mapping[str, Change]) -> None:
             "process": os.getpid(),
             "version": metadata.version("oreal-jax"),
             "commit": source_commit(),
-            "changes": changes,
+            "changes": {name: list(change) for name, change in changes.items()},
         },
     )
 

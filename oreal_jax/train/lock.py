@@ -21,7 +21,7 @@ from oreal_jax import distributed
 from oreal_jax.errors import InputError
 from oreal_jax.files import check_local, read_json
 
-# Of `open_run_directory`: a directory with other files, and no run, is not written to.
+# Files of a run, of which a directory without config.json may hold some.
 RUN_FILES = {"checkpoints", "data", "evaluations", "history.jsonl", "interrupted"}
 RUN_FILES |= {"lock", "metrics.jsonl", "model", "profile", "reference", "tensorboard"}
 RUN_FILES |= {"trackers.json", "trajectories", "wandb"}
@@ -46,8 +46,8 @@ class Holder(NamedTuple):
 def locked(run: Path) -> Iterator[None]:
     """Hold the lock of a run directory, which is created.
 
-    Of several processes, process 0 holds it for all. A directory that is still empty
-    at the end is removed: nothing is left of a run that could not start.
+    Of several processes, process 0 holds it for all. New directories that are
+    still empty at the end are removed: nothing is left of a run that could not start.
 
     Raises:
         InputError: another process holds it, or the directory is not a run's.
@@ -57,6 +57,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     check_run_directory(run)
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = _acquire(run)
@@ -67,8 +68,9 @@ def locked(run: Path) -> Iterator[None]:
             yield
         finally:
             (run / "lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it is a run now
-                run.rmdir()
+            with contextlib.suppress(OSError):  # unless it is a run now
+                for folder in new:
+                    folder.rmdir()
 
 
 def check_run_directory(run: Path) -> None:
