@@ -13,7 +13,7 @@ from oreal_jax.field_texts import class_node, field_texts
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md"}
-OUTSIDE["README.md"] = "readme.md"
+OUTSIDE |= {"README.md": "readme.md", "CHANGELOG.md": "changelog.md"}
 
 
 def on_files(files, config):
