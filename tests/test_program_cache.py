@@ -18,6 +18,8 @@ from oreal_jax.program_cache import Entries
 # Three programs, one of them on four devices; prints JAX's counts of cache hits and
 # misses and the exact results.
 PROGRAM = """
+from oreal_jax import hardware
+hardware.hide_absent_devices()
 import collections, json, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from oreal_jax import program_cache
@@ -228,6 +230,7 @@ def in_a_process(words, cache: Path) -> tuple[int, str]:
 
 def in_this_process(words, cache: Path) -> tuple[int, str]:
     """With the tests' cache: no other run has rows of this length."""
+    metrics.compilations.take()  # those between runs
     result = tiny_runs.oreal_in_process(*words, "--set", "packing.row_length=136")
     return result.code, result.errors
 
