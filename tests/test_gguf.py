@@ -124,7 +124,8 @@ def test_gguf_tokens_keep_their_ids_and_types(tmp_path):
         writer.add_eot_token_id(1)
 
     chat = Chat(load_tokenizer(converted(tmp_path, "qwen2-tied", "qwen2", add)))
-    tokens = chat.encode("5<think>7<|im_start|>")
+    text = "5<think>7<|im_start|>"
+    tokens = chat.tokenizer.encode(text, add_special_tokens=False)
     letter = lambda x: 4 + ord(x) - 33
     assert tokens == [letter("5"), 3, letter("7"), 1]
     assert chat.decode(tokens) == "5<think>7"

@@ -1,6 +1,7 @@
 """Verifiers of a config file in every verb that verifies, and their metrics."""
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -70,6 +71,7 @@ def test_verify_uses_the_verifiers_of_a_config(config, tmp_path, capsys):
 @pytest.fixture
 def pools(shared_pool, monkeypatch) -> list[tuple]:
     """Return the arguments of all pools, which are replaced by one."""
+    importlib.import_module("oreal_jax.evaluation")  # with the class in its hints
     arguments = []
     record = lambda *given: arguments.append(given) or shared_pool
     monkeypatch.setattr(verify, "Pool", record)

@@ -247,8 +247,7 @@ class Scheduler:
             return False
         if self._swapped:
             oldest = self._swapped[0]
-            pages = self._pages(oldest.position)
-            if self._fits(engine, oldest.job, pages, pages):
+            if self._fits(engine, oldest.job, self._pages(oldest.position)):
                 self._swap_in(engine, schedule)
                 return True
             if engine.running:
@@ -272,12 +271,12 @@ class Scheduler:
         job = prompt.job if prompt else self._queue[0]
         stored = job.prompt_tokens - 1  # the last token is fed by decoding
         need = 0 if prompt else self._pages(stored)
-        shared, partial = divmod(stored, self._page_size)
-        if not self._fits(engine, job, need + 1, shared + 1):
+        if not self._fits(engine, job, need):
             return False
         prefill = engine.allocate(need)
         prompt = prompt or SharedPrompt(self._queue.popleft(), prefill, job.samples)
         slot, (page,) = engine.slots.index(None), engine.allocate(1)
+        shared, partial = divmod(stored, self._page_size)
         table = [*prompt.pages[:shared], page]
         copy = (prompt.pages[-1], page) if partial else (0, 0)
         at, sample = (engine.index, slot), (job.request, prompt.admitted)
@@ -297,13 +296,10 @@ class Scheduler:
         """Return the pages that a sequence of `pages` pages may take in a round."""
         return min(self._pages(self._steps), self._pages(job.max_length) - pages)
 
-    def _fits(self, engine: EngineState, job: Job, new: int, table: int) -> bool:
-        """Whether `new` pages are free for a sequence of this job and a round of all.
-
-        Its block table then has `table` pages.
-        """
-        growth = self._growth(job, table)
-        return len(engine.free) >= new + growth + engine.reserved
+    def _fits(self, engine: EngineState, job: Job, pages: int) -> bool:
+        """Whether pages are free for a sequence of this job and a round of all."""
+        growth = self._growth(job, (job.prompt_tokens - 1) // self._page_size)
+        return len(engine.free) >= pages + growth + engine.reserved
 
     def _grow(
         self, engine: EngineState, sequence: SequenceState, schedule: Schedule
