@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from oreal_jax import hardware
-from oreal_jax.cli import convert, data, evaluate, losses, plan, sample, train, verify
+from oreal_jax.cli import (
+    convert,
+    data,
+    evaluate,
+    losses,
+    plan,
+    sample,
+    serve,
+    train,
+    verify,
+)
 from oreal_jax.errors import Failure, InputError
 from oreal_jax.interrupts import (
     INTERRUPTED,
@@ -96,6 +106,6 @@ def parser() -> argparse.ArgumentParser:
     data.add(group("data", "VERB", what))
     what = "convert weights from and to Hugging Face format"
     convert.add(group("convert", "DIRECTION", what))
-    for module in (verify, losses):
+    for module in (verify, losses, serve):
         module.add(functools.partial(verb, verbs))
     return top

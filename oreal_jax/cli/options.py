@@ -177,20 +177,30 @@ def bias(text: str) -> tuple[int, float]:
 
 
 def load_for_generation(args: argparse.Namespace, sampling, stops: Sequence[str] = ()):
+    """Load the model of these options, and make its engine for this `sampling`.
+
+    Raises:
+        InputError: the model cannot be used, or not with this `sampling`.
+    """
+    model, engine = load_engine(args, stops)
+    engine.check_sampling(sampling)
+    return model, engine
+
+
+def load_engine(args: argparse.Namespace, stops: Sequence[str] = ()):
     """Load the model of these options, and make its engine.
 
     The weights are still loading when this returns. `stops` are texts that end a
     completion.
 
     Raises:
-        InputError: the model cannot be used, or not with this `sampling`.
+        InputError: the model cannot be used.
     """
     from oreal_jax.loading import load_model
 
     check_min(1, "--rows", args.rows)
     model = load_model(args.model, system_prompt=args.system_prompt, stops=stops)
     engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
-    engine.check_sampling(sampling)
     return model, engine
 
 

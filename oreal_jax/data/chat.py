@@ -40,7 +40,7 @@ class Chat:
 
     `system_prompt` None leaves the system message to the template. `template` is a
     Jinja file that replaces the tokenizer's own. Completions end before the first of
-    the `stop_strings`. `encode`, `decode` and `pieces` are thread-safe.
+    the `stop_strings`. The methods that encode and decode are thread-safe.
     """
 
     def __init__(
@@ -81,14 +81,25 @@ class Chat:
 
     def encode(self, question: str) -> list[int]:
         """Return the tokens of a conversation up to the start of the answer."""
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
+        return self.encode_messages([{"role": "user", "content": question}])
+
+    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the tokens of messages, each a `role` and `content`, likewise.
+
+        The system prompt precedes them unless they begin with another.
+        """
+        messages = list(messages)
+        if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+        return self.encode_text(text, special=False)
+
+    def encode_text(self, text: str, *, special: bool) -> list[int]:
+        """Return the tokens of a text, with the tokenizer's own `special` ones."""
         with self._lock:
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return self.tokenizer.encode(text, add_special_tokens=special)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return a completion's text up to a stop string, without special tokens.
@@ -96,11 +107,15 @@ class Chat:
         Tokens that begin or end thinking are kept: the verifier must know where
         thinking ends, because an answer in it does not count.
         """
-        tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
-        with self._lock:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        text = self.decode_all(tokens)
         ends = [text.find(string) for string in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+    def decode_all(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens as `decode` does, but beyond stop strings too."""
+        tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
+        with self._lock:
+            return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Return the text of each single token, special tokens included."""
