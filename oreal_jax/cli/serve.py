@@ -55,6 +55,8 @@ def serve(args: argparse.Namespace) -> None:
     try:
         from oreal_jax.sampling.session import Session
         from oreal_jax.serve import server
+        from oreal_jax.serve.app import Service
+        from oreal_jax.serve.worker import Worker
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -79,13 +81,6 @@ def serve(args: argparse.Namespace) -> None:
         del model  # frees the loaded weights
         with screen.phase("compile"):
             server.warm_up(session, chat)
-        name = args.name or args.model
-        server.serve(
-            name,
-            chat,
-            session,
-            listener,
-            queue_length=args.queue,
-            keys=keys,
-            log=screen.log,
-        )
+        worker = Worker(session, args.queue)
+        service = Service(args.name or args.model, chat, worker, keys)
+        server.Server(service, screen.log).run_on(listener)

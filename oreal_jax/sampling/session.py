@@ -30,8 +30,8 @@ class Piece(NamedTuple):
 class Session:
     """An engine that decodes whatever requests it has, in rounds of about 0.1 s.
 
-    Not thread-safe. The number of slots does not change with the load, so that a
-    completion is the same, bit for bit, alone and with any other requests.
+    Not thread-safe. The number of slots does not change with the load: a completion
+    depends on its request alone, up to the last bits of its log-probabilities.
     """
 
     def __init__(self, engine: Engine, weights: Weights, length: int, biases: int):

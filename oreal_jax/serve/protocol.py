@@ -185,7 +185,7 @@ def _prompts(value: Any) -> Sequence[str | list[int]]:
     """Return the prompts of a request: one or several, texts or tokens."""
     is_tokens = lambda x: isinstance(x, list) and all(type(t) is int for t in x)
     prompts = [value] if isinstance(value, str) or is_tokens(value) else value
-    if isinstance(prompts, list) and len(prompts) <= MAX_N and prompts != [[]]:
+    if isinstance(prompts, list) and len(prompts) <= MAX_N:
         if all(isinstance(prompt, str) for prompt in prompts):
             return prompts
         if all(is_tokens(prompt) for prompt in prompts):

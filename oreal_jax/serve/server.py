@@ -5,7 +5,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -14,7 +14,6 @@ from oreal_jax.errors import Failure, InputError, summarize
 from oreal_jax.sampling import Request, Sampling
 from oreal_jax.sampling.session import Session
 from oreal_jax.serve.app import Service
-from oreal_jax.serve.worker import Worker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -30,7 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        message = f"cannot listen on {host}:{port}: {reason.lower()}"
+        reason = reason.partition(" (while")[0].lower()
+        message = f"cannot listen on {host}:{port}: {reason}"
         raise InputError(f"{message}; choose another --port or --host") from None
 
 
@@ -43,47 +43,38 @@ def warm_up(session: Session, chat: Chat) -> None:
     session.remove(number)
 
 
-def serve(
-    name: str,
-    chat: Chat,
-    session: Session,
-    listener: socket.socket,
-    *,
-    queue_length: int,
-    keys: Sequence[str],
-    log: Callable[[str], None],
-) -> None:
-    """Serve until a signal; then finish running requests, unless a second one comes.
+class Server(uvicorn.Server):
+    """A server of one model, which ends by a signal."""
 
-    Raises:
-        Failure: the engine failed.
-        KeyboardInterrupt: at the second signal.
-    """
-    server: _Server
-    worker = Worker(session, queue_length, on_failure=lambda: server.end())
-    application = Service(name, chat, worker, keys).app()
-    config = uvicorn.Config(
-        application, lifespan="off", access_log=False, log_config=None
-    )
-    server = _Server(config, log)
-    worker.start()
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    size = f"{session.slots} slots, {session.length} tokens"
-    log(f"serving {name} on http://{host}:{port} ({size})")
-    asyncio.run(server.serve(sockets=[listener]))
-    worker.stop()
-    if worker.failure:
-        message = f"the engine failed: {summarize(worker.failure)}"
-        raise Failure(message) from worker.failure
+    def __init__(self, service: Service, log: Callable[[str], None]):
+        """Prepare; the service's worker must not have started."""
+        settings = {"lifespan": "off", "access_log": False, "log_config": None}
+        super().__init__(uvicorn.Config(service.app(), **settings))
+        self.service, self.log = service, log
+        service.worker.on_failure = self.end
 
+    def run_on(self, listener: socket.socket) -> None:
+        """Serve until a signal; then finish the running requests.
 
-class _Server(uvicorn.Server):
-    """uvicorn, which ends at once at a second signal of either kind."""
+        Raises:
+            Failure: the engine failed.
+            KeyboardInterrupt: at a second signal, at once.
+        """
+        worker = self.service.worker
+        worker.start()
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        size = f"{worker.session.slots} slots, {worker.session.length} tokens"
+        self.log(f"serving {self.service.name} on http://{host}:{port} ({size})")
+        asyncio.run(self.serve(sockets=[listener]))
+        worker.stop()
+        if worker.failure:
+            message = f"the engine failed: {summarize(worker.failure)}"
+            raise Failure(message) from worker.failure
 
-    def __init__(self, config: uvicorn.Config, log: Callable[[str], None]):
-        super().__init__(config)
-        self.log = log
+    def end(self) -> None:
+        """Stop without waiting for clients: the engine has failed."""
+        self.should_exit = self.force_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -104,7 +95,3 @@ class _Server(uvicorn.Server):
             raise KeyboardInterrupt
         self.should_exit = True
         self.log("finishing the running requests; a second signal ends at once")
-
-    def end(self) -> None:
-        """Stop without waiting for clients: the engine has failed."""
-        self.should_exit = self.force_exit = True

@@ -38,15 +38,17 @@ class TextStream:
         return text, len(tokens)
 
     def _add(self, tokens: Sequence[int], last: bool) -> str:
-        self._pending = [*self._pending, *tokens]
+        pending = [*self._pending, *tokens]
         start = len(self._decode(self._context))
-        text = self._decode([*self._context, *self._pending])[start:]
-        if last or not text.endswith(INCOMPLETE):
-            if text:
-                self._context = self._pending
-                self._pending = []
-            return self._cut(self._held + text, last)
-        return ""
+        end, text = len(pending), self._decode([*self._context, *pending])[start:]
+        while not last and end and text.endswith(INCOMPLETE):
+            end -= 1
+            text = self._decode([*self._context, *pending[:end]])[start:]
+        if text:
+            self._context, self._pending = pending[:end], pending[end:]
+        else:
+            self._pending = pending
+        return self._cut(self._held + text, last)
 
     def _cut(self, text: str, last: bool) -> str:
         """Return text up to a stop string, without what may be the start of one."""
