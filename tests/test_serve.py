@@ -293,6 +293,18 @@ def test_a_body_that_is_no_valid_json_is_rejected(served, content, status):
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_replies_do_not_wait_for_the_clients_receipt_of_a_packet():
+    """Which takes 40 ms, if the system joins small packets."""
+    from oreal_jax.serve.server import listen
+
+    with listen("127.0.0.1", 0) as listener:
+        with (
+            socket.create_connection(listener.getsockname()),
+            listener.accept()[0] as c,
+        ):
+            assert c.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_other_paths_methods_and_types_are_rejected(served):
     for reply, status in [
         (served.client.get("/v1/nothing"), 404),
@@ -432,6 +444,7 @@ def test_options_of_the_verb_reach_the_server(start, monkeypatch):
 
     served = []
     monkeypatch.setattr(server.Server, "run_on", lambda *given: served.append(given))
+    monkeypatch.setattr(server, "warm_up", lambda *given: None)
     monkeypatch.setenv("OREAL_API_KEYS", "one, two")
     options = {"--rows": 4, "--length": 99, "--queue": 3, "--name": "m", "--port": 0}
     words = [word for option in options.items() for word in option]
