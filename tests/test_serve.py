@@ -297,12 +297,12 @@ def test_replies_do_not_wait_for_the_clients_receipt_of_a_packet():
     """Which takes 40 ms, if the system joins small packets."""
     from oreal_jax.serve.server import listen
 
-    with listen("127.0.0.1", 0) as listener:
-        with (
-            socket.create_connection(listener.getsockname()),
-            listener.accept()[0] as c,
-        ):
-            assert c.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with (
+        listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_other_paths_methods_and_types_are_rejected(served):
@@ -347,7 +347,7 @@ def test_slots_are_free_within_a_second_after_the_client_leaves(slow, streamed):
     body = {"model": "tiny", "prompt": "?", "n": 40, "max_tokens": 150}
     body["logit_bias"] = {"256": -100}  # no stop token: two seconds
     with httpx.Client(base_url=slow.url) as client:
-        if stream:
+        if streamed:
             with client.stream("POST", COMPLETIONS, json=body | {"stream": True}):
                 assert slow.metric("oreal_slots_used") == 32
         else:
