@@ -348,7 +348,9 @@ def test_slots_are_free_within_a_second_after_the_client_leaves(slow, streamed):
     body["logit_bias"] = {"256": -100}  # no stop token: two seconds
     with httpx.Client(base_url=slow.url) as client:
         if streamed:
-            with client.stream("POST", COMPLETIONS, json=body | {"stream": True}):
+            body["stream"] = True
+            with client.stream("POST", COMPLETIONS, json=body) as stream:
+                next(stream.iter_lines())
                 assert slow.metric("oreal_slots_used") == 32
         else:
             with pytest.raises(httpx.ReadTimeout):
