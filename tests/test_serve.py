@@ -1,11 +1,13 @@
 """`oreal serve`: replies, limits, errors, cancellation and the page."""
 
 import concurrent.futures
+import dataclasses
 import re
 import socket
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import make_tiny
@@ -19,6 +21,7 @@ from tiny_runs import oreal_in_process
 from oreal_jax.data import Chat
 from oreal_jax.sampling import Request, Sampling
 from oreal_jax.sampling import session as sessions
+from oreal_jax.serve.scorer import Scorer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -379,6 +382,23 @@ def test_answers_that_differ_in_spelling_are_one_group(served):
     assert served.error("/answers", texts=[1])[0] == 400
 
 
+def test_scores_are_those_of_the_texts_tokens(served, monkeypatch):
+    messages = [{"role": "user", "content": "?"}]
+    body = {"messages": messages, "text": "It is \u4e16."}
+    reply = served.client.post("/scores", json=body)
+    assert reply.status_code == 404  # no token reward model
+    scorer = mock.MagicMock(spec=Scorer)
+    scorer.credits = lambda prompt, completion: [0.5] * len(completion)
+    monkeypatch.setattr(served.service, "scorer", scorer)
+    tokens = served.client.post("/scores", json=body).json()["tokens"]
+    assert "".join(token["text"] for token in tokens) == body["text"]
+    assert [token["score"] for token in tokens] == [0.5] * 10
+    for invalid in ({"text": 1}, {"text": "x" * 200}, {"messages": []}):
+        reply = served.client.post("/scores", json=body | invalid)
+        assert reply.status_code == 400
+    assert served.client.get("/v1/models").json()["data"][0]["has_token_scores"]
+
+
 # -- text
 
 
@@ -457,6 +477,38 @@ def test_options_of_the_verb_reach_the_server(start, monkeypatch):
     assert service.name == "m" and service.keys == ["one", "two"]
     assert service.worker.capacity == 4 + 3 and service.worker.session.length == 99
     assert oreal_in_process("serve", "--model", "m", "--length", 1).code == 2
+
+
+def test_token_scores_need_a_run_with_a_token_reward_model(start, tiny):
+    for model in (start / "hf", tiny / "sft"):
+        words = ("serve", "--model", model, "--token-scores", "--port", 0, "--rows", 8)
+        result = oreal_in_process(*words)
+        assert result.code == 2
+        assert "the model is not a run with a token reward model" in result.errors
+
+
+def test_the_scorer_applies_the_runs_token_reward_model(whole):
+    import jax
+    import jax.numpy as jnp
+    import orbax.checkpoint as ocp
+
+    from oreal_jax import model
+    from oreal_jax.checkpoints.run import newest_step
+    from oreal_jax.loading import load_model
+
+    policy = load_model(whole, devices=jax.devices()[:1])
+    prompt, completion = policy.chat.encode("max 3 4?"), [52, 256]
+    credits = Scorer(policy).credits(prompt, completion)
+    path = whole / "checkpoints" / str(newest_step(whole)) / "trainer"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        params = checkpointer.restore(path.absolute())["token_reward"][0]
+    config = dataclasses.replace(policy.config, head="score")
+    tokens = jnp.array([prompt + completion])
+    positions = jnp.arange(tokens.shape[1])[None]
+    states = model.hidden(config, params, tokens, positions, jnp.ones_like(tokens))
+    scores = states[0, len(prompt) - 1 : -1] @ params["score"]
+    np.testing.assert_allclose(credits, jax.nn.sigmoid(scores), atol=1e-5)
+    assert max(credits) != min(credits)
 
 
 def test_the_page_is_package_data():

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from oreal_jax.errors import InputError, summarize
@@ -264,3 +265,22 @@ def load_params(directory: Path, abstract: Params) -> Params:
     """
     with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory.resolve(), abstract)
+
+
+def load_token_reward(run: Path, abstract: Params) -> Params:
+    """Load the weights of a run's token reward model, without its optimizer state.
+
+    Raises:
+        InputError: no checkpoint has one, or it cannot be read.
+    """
+    step = newest_step(run, ("policy", "trainer"))
+    if step is None:
+        raise InputError(f"{run}: no checkpoint with the state of the trainer")
+    arguments = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding)
+    restore = ocp.args.PyTreeRestore(
+        {"token_reward": [abstract]},
+        restore_args={"token_reward": [jax.tree.map(arguments, abstract)]},
+        partial_restore=True,
+    )
+    items = _restore(run, step, trainer=restore)
+    return items["trainer"]["token_reward"][0]

@@ -46,6 +46,12 @@ def add(verb: Verb) -> None:
     parser.add_argument(
         "--name", help="the model's name in the API (default: --model as given)"
     )
+    parser.add_argument(
+        "--token-scores",
+        action="store_true",
+        help="load the token reward model of a run, too: the page colours each token "
+        "by its score",
+    )
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -56,6 +62,7 @@ def serve(args: argparse.Namespace) -> None:
         from oreal_jax.sampling.session import Session
         from oreal_jax.serve import server
         from oreal_jax.serve.app import Service
+        from oreal_jax.serve.scorer import Scorer
         from oreal_jax.serve.worker import Worker
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
@@ -78,9 +85,10 @@ def serve(args: argparse.Namespace) -> None:
         chat, length = model.chat, min(args.length, model.config.max_length)
         with screen.phase("load"):
             session = Session(engine, engine.weights(model.params), length, MAX_BIASES)
+        scorer = Scorer(model) if args.token_scores else None
         del model  # frees the loaded weights
         with screen.phase("compile"):
             server.warm_up(session, chat)
         worker = Worker(session, args.queue)
-        service = Service(args.name or args.model, chat, worker, keys)
+        service = Service(args.name or args.model, chat, worker, keys, scorer)
         server.Server(service, screen.log).run_on(listener)

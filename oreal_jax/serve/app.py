@@ -20,11 +20,12 @@ from starlette.types import Receive, Scope, Send
 
 from oreal_jax.data import Chat
 from oreal_jax.serve import metrics
-from oreal_jax.serve.answers import final_answer
+from oreal_jax.serve.answers import final_answer, score_tokens
 from oreal_jax.serve.completing import deltas
 from oreal_jax.serve.errors import ApiError
 from oreal_jax.serve.protocol import Job, chat_job, completion_job
 from oreal_jax.serve.replies import ChatReply, CompletionReply, Delta, Json, Reply
+from oreal_jax.serve.scorer import Scorer
 from oreal_jax.serve.worker import Generation, Worker
 
 MAX_BODY = 1 << 20  # bytes of a request
@@ -39,12 +40,16 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """A model that is served as `name`; without `keys`, to everyone."""
+    """A model that is served as `name`; without `keys`, to everyone.
+
+    `scorer` scores the tokens of solutions on the page, if there is one.
+    """
 
     name: str
     chat: Chat
     worker: Worker
     keys: Sequence[str] = ()
+    scorer: Scorer | None = None
 
     def __post_init__(self):
         self.metrics = metrics.Metrics(self.worker)
@@ -61,6 +66,7 @@ class Service:
                     ("/v1/chat/completions", self.chat_completions),
                     ("/v1/completions", self.completions),
                     ("/answers", self.answers),
+                    ("/scores", self.scores),
                 )
             ),
             Route("/health", self.health),
@@ -121,7 +127,8 @@ class Service:
     def _model(self) -> Json:
         length = self.worker.session.length
         model = {"id": self.name, "object": "model", "created": self.created}
-        return model | {"owned_by": "oreal-jax", "max_model_len": length}
+        model |= {"owned_by": "oreal-jax", "max_model_len": length}
+        return model | {"has_token_scores": self.scorer is not None}
 
     def _check_model(self, name: Any) -> None:
         if isinstance(name, str) and name != self.name:
@@ -144,12 +151,28 @@ class Service:
     async def answers(self, request: Request) -> Response:
         """Return the final answers of texts, for the page: {"texts": [...]}."""
         texts = (await _read_json(request)).get("texts")
-        is_valid = isinstance(texts, list) and len(texts) <= MAX_TEXTS
-        if not is_valid or not all(isinstance(text, str) for text in texts):
+        texts = texts if isinstance(texts, list) else [None]
+        if len(texts) > MAX_TEXTS or not all(isinstance(text, str) for text in texts):
             message = f"texts: expected a list of at most {MAX_TEXTS} texts"
             raise ApiError(message, param="texts")
         find_all = lambda: [final_answer(text) for text in texts]
         return _json({"answers": await run_in_threadpool(find_all)})
+
+    async def scores(self, request: Request) -> Response:
+        """Return the texts and scores of a solution's tokens, for the page.
+
+        The request is {"messages": [...], "text": ...}.
+        """
+        values = await _read_json(request)
+        text, scorer = values.pop("text", None), self.scorer
+        if not scorer:
+            raise ApiError("this server has no token reward model", status=404)
+        if not isinstance(text, str):
+            raise ApiError("text: expected a text", param="text")
+        values |= {"model": self.name, "max_tokens": 1}
+        session = self.worker.session
+        find = lambda: score_tokens(scorer, self.chat, session, values, text)
+        return _json({"tokens": await run_in_threadpool(find)})
 
     async def chat_completions(self, request: Request) -> Response:
         """Complete a conversation."""

@@ -3,6 +3,7 @@
 
 const element = (id) => document.getElementById(id);
 let model = "";
+let hasScores = false;  // whether the server has a token reward model
 let running = null;  // AbortController of the present question
 
 function show(message, isError = false) {
@@ -21,7 +22,10 @@ async function request(path, body, signal) {
 }
 
 async function loadModel() {
-  model = (await (await request("v1/models")).json()).data[0].id;
+  const served = (await (await request("v1/models")).json()).data[0];
+  model = served.id;
+  hasScores = served.has_token_scores;
+  element("legend").hidden = !hasScores;
   element("model").textContent = model;
 }
 
@@ -78,6 +82,23 @@ function showAnswers(solutions) {
   }
 }
 
+// Colours tokens from red (score 0) over none (0.5) to green (1).
+async function colour(solution, messages, signal) {
+  const text = solution.text.textContent;
+  if (!text) return;
+  const reply = await request("scores", {messages, text}, signal);
+  const spans = (await reply.json()).tokens.map((token) => {
+    const span = document.createElement("span");
+    const strength = Math.min(1, 2 * Math.abs(token.score - 0.5));
+    const hue = token.score < 0.5 ? 0 : 130;
+    span.textContent = token.text;
+    span.title = token.score.toFixed(3);
+    span.style.backgroundColor = `hsl(${hue} 80% 50% / ${0.6 * strength})`;
+    return span;
+  });
+  solution.text.replaceChildren(...spans);
+}
+
 async function finish(solution, reason, solutions, signal) {
   const texts = [solution.text.textContent];
   const reply = await request("answers", {texts}, signal);
@@ -112,7 +133,9 @@ async function solve(signal) {
       const solution = solutions[choice.index];
       solution.text.append(choice.delta.content || "");
       const reason = choice.finish_reason;
-      if (reason) endings.push(finish(solution, reason, solutions, signal));
+      if (!reason) continue;
+      endings.push(finish(solution, reason, solutions, signal));
+      if (hasScores) endings.push(colour(solution, body.messages, signal));
     }
   }
   await Promise.all(endings);
