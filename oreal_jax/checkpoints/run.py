@@ -276,11 +276,13 @@ def load_token_reward(run: Path, abstract: Params) -> Params:
     step = newest_step(run, ("policy", "trainer"))
     if step is None:
         raise InputError(f"{run}: no checkpoint with the state of the trainer")
-    arguments = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding)
+    directory = run / "checkpoints" / str(step) / "trainer"
+    kind = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding)
+    select = lambda params: {"token_reward": {"0": params}}
     restore = ocp.args.PyTreeRestore(
-        {"token_reward": [abstract]},
-        restore_args={"token_reward": [jax.tree.map(arguments, abstract)]},
-        partial_restore=True,
+        select(abstract),
+        restore_args=select(jax.tree.map(kind, abstract)),
+        transforms={},  # leave out whatever the selection does not name
     )
-    items = _restore(run, step, trainer=restore)
-    return items["trainer"]["token_reward"][0]
+    with _readable(directory), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(directory.resolve(), restore)["token_reward"]["0"]
