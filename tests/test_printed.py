@@ -267,7 +267,7 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     from oreal_jax.evaluation import load_sets
     from oreal_jax.plan import compiler, gpus
     from oreal_jax.sampling import session
-    from oreal_jax.serve import server
+    from oreal_jax.serve import scorer, server
 
     def read_model(config) -> None:
         if not REMOTE.match(config.model):
@@ -301,10 +301,12 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     real = plan.make_plan
     patch.setattr(plan, "make_plan", functools.wraps(real)(make_plan))
     patch.setattr("oreal_jax.plan.show.show", lambda *_: None)
+    real_scorer = scorer.Scorer
     stand_in_session = mock.MagicMock(spec=session.Session, slots=1)
     patch.setattr(session, "Session", lambda *_: stand_in_session)
     for name in ("warm_up", "Server"):
         patch.setattr(server, name, mock.MagicMock())
+    patch.setattr(scorer, "Scorer", lambda *_: mock.MagicMock(spec=real_scorer))
     patch.setattr(server, "listen", lambda *_: contextlib.nullcontext())
     patch.setattr(distributed, "initialized", lambda *_: contextlib.nullcontext())
 

@@ -375,10 +375,12 @@ def test_the_page_shows_model_text_as_text_only(served):
 
 def test_answers_that_differ_in_spelling_are_one_group(served):
     texts = ["So \\boxed{0.5}", "It is \\boxed{\\frac12}.", "no idea", "\\boxed{7}"]
+    texts.append("2 * 3.5 = 7.")
     answers = served.post("/answers", texts=texts).json()["answers"]
-    half, same, none, seven = answers
+    half, same, none, seven, product = answers
     assert half["answer"] == "0.5" and half["group"] == same["group"]
     assert none is None and seven["answer"] == "7"
+    assert product["group"] == seven["group"]
     assert served.error("/answers", texts=[1])[0] == 400
 
 

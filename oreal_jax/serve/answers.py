@@ -15,12 +15,14 @@ from oreal_jax.verify.rule import canonical
 def final_answer(text: str) -> dict[str, str] | None:
     """Return the answer of a solution and its group; None if it has none.
 
-    Solutions are in one group if their answers differ in spelling only.
+    Solutions are in one group if their answers differ in spelling only. Of an equation
+    the right side counts.
     """
     answer = extract.answer(text)
     if not isinstance(answer, str):
         return None
-    return {"answer": answer, "group": canonical(answer)}
+    value = answer.partition("=")[2] if answer.count("=") == 1 else answer
+    return {"answer": answer, "group": canonical(value)}
 
 
 def score_tokens(

@@ -33,8 +33,9 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         reason = reason.partition(" (while")[0].lower()
-        message = f"cannot listen on {host}:{port}: {reason}"
-        raise InputError(f"{message}; choose another --port or --host") from None
+        raise InputError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        ) from None
 
 
 def warm_up(session: Session, chat: Chat) -> None:

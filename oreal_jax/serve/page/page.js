@@ -89,7 +89,7 @@ async function colour(solution, messages, signal) {
   const reply = await request("scores", {messages, text}, signal);
   const spans = (await reply.json()).tokens.map((token) => {
     const span = document.createElement("span");
-    const strength = Math.min(1, 2 * Math.abs(token.score - 0.5));
+    const strength = Math.sqrt(2 * Math.abs(token.score - 0.5));
     const hue = token.score < 0.5 ? 0 : 130;
     span.textContent = token.text;
     span.title = token.score.toFixed(3);
