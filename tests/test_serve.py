@@ -1,11 +1,11 @@
 """`oreal serve`: replies, limits, errors, cancellation and the page."""
 
-import concurrent.futures
 import dataclasses
 import re
 import socket
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 from unittest import mock
 
@@ -19,9 +19,13 @@ from served import Served, events, serving
 from tiny_runs import oreal_in_process
 
 from oreal_jax.data import Chat
+from oreal_jax.errors import Failure
 from oreal_jax.sampling import Request, Sampling
 from oreal_jax.sampling import session as sessions
+from oreal_jax.serve.app import Service
 from oreal_jax.serve.scorer import Scorer
+from oreal_jax.serve.server import Server, listen
+from oreal_jax.serve.worker import Worker
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -57,7 +61,9 @@ def expected(served: Served, prompt: list[int], samples: int, **options) -> list
     seed = options.pop("seed", 0)
     engine = served.session.engine
     request = Request(prompt, Sampling(**options), key=0, seed=seed)
-    return engine.sample(served.session._runner.weights, [request], samples)[0]
+    # As many as the server has slots: the same compiled program.
+    (group,) = engine.sample(served.session._runner.weights, [request], 32)
+    return group[:samples]
 
 
 # -- completions
@@ -135,16 +141,16 @@ def test_a_completion_is_the_same_alone_and_among_31_others(served):
         {"prompt": "x" * (1 + n), "max_tokens": 20 + 3 * n, "temperature": n / 20}
         for n in range(31)
     ]
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        futures = [pool.submit(served.complete, **other) for other in others[:16]]
+    with futures.ThreadPoolExecutor(32) as pool:
+        replies = [pool.submit(served.complete, **other) for other in others[:16]]
         again = pool.submit(served.complete, "max 8 1?", **fields)
-        futures += [pool.submit(served.complete, **other) for other in others[16:]]
+        replies += [pool.submit(served.complete, **other) for other in others[16:]]
         (same,) = again.result()["choices"]
         log_probs = [each["logprobs"].pop("token_logprobs") for each in (alone, same)]
         assert same == alone
         np.testing.assert_allclose(*log_probs, atol=1e-5)
-        for other, future in zip(others, futures, strict=True):
-            reply = future.result()
+        for other, answer in zip(others, replies, strict=True):
+            reply = answer.result()
             assert reply["usage"]["prompt_tokens"] == len(other["prompt"])
             assert reply["usage"]["completion_tokens"] <= other["max_tokens"]
 
@@ -298,8 +304,6 @@ def test_a_body_that_is_no_valid_json_is_rejected(served, content, status):
 
 def test_replies_do_not_wait_for_the_clients_receipt_of_a_packet():
     """Which takes 40 ms, if the system joins small packets."""
-    from oreal_jax.serve.server import listen
-
     with (
         listen("127.0.0.1", 0) as listener,
         socket.create_connection(listener.getsockname()),
@@ -321,8 +325,8 @@ def test_other_paths_methods_and_types_are_rejected(served):
 
 
 def test_more_completions_than_can_wait_get_429(slow):
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        fields = {"prompt": "?", "n": 96, "max_tokens": 20}
+    with futures.ThreadPoolExecutor(2) as pool:
+        fields = {"prompt": "?", "n": 96, "max_tokens": 10}
         first = pool.submit(slow.complete, **fields)
         while not slow.metric("oreal_waiting"):
             time.sleep(0.01)
@@ -436,7 +440,23 @@ def test_text_does_not_depend_on_how_tokens_arrive(text, stops, sizes):
     assert (parts, used) == reference(chat, tokens, stops)
 
 
-# -- the verb
+# -- the process
+
+
+def test_a_failed_engine_ends_requests_and_the_server(served):
+    parts = {"slots": 4, "length": 160, "biases": 1, "running": 0, "is_busy": False}
+    session = mock.MagicMock(spec=sessions.Session, **parts)
+    session.engine = served.session.engine
+    session.add = lambda *_: setattr(session, "is_busy", True) or 0
+    session.step = mock.Mock(side_effect=RuntimeError("broken"))
+    service = Service("tiny", served.service.chat, Worker(session, 0))
+    with listen("127.0.0.1", 0) as listener, futures.ThreadPoolExecutor() as pool:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}{COMPLETIONS}"
+        body = {"model": "tiny", "prompt": "?"}
+        reply = pool.submit(httpx.post, url, json=body, timeout=30)
+        with pytest.raises(Failure, match="the engine failed: RuntimeError: broken"):
+            Server(service, lambda text: None).run_on(listener)
+        assert reply.result().json()["error"]["message"] == "the engine has failed"
 
 
 def test_a_port_in_use_is_an_error(start):

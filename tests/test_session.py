@@ -7,7 +7,7 @@ import pytest
 from tiny_engine import MIXED, make_engine, make_requests, put_weights, tokens_of
 
 from oreal_jax.sampling import session as sessions
-from oreal_jax.sampling.session import Session
+from oreal_jax.sampling.session import Piece, Session
 
 
 @pytest.fixture
@@ -21,24 +21,27 @@ def make_session(params, **options) -> Session:
     return Session(engine, put_weights(engine, params), length=128, biases=16)
 
 
-def collect(session: Session, joining=()) -> dict[tuple[int, int], list[int]]:
+def collect(session: Session, joining) -> dict[tuple[int, int], list[Piece]]:
     """Run to the end; a request joins after each round."""
-    tokens: dict[tuple[int, int], list[int]] = {}
+    pieces: dict[tuple[int, int], list[Piece]] = {}
     joining = iter(joining)
     ended = set()
     while True:
         for request in itertools.islice(joining, 1):
             session.add(request, 3)
         if not session.is_busy:
-            return tokens
+            return pieces
         for piece in session.step():
             id = (piece.request, piece.sample)
-            assert id not in ended and len(piece.log_probs) == len(piece.tokens)
+            assert id not in ended
             ended |= {id} if piece.finish_reason else set()
-            tokens.setdefault(id, []).extend(piece.tokens)
+            pieces.setdefault(id, []).append(piece)
 
 
-@pytest.mark.parametrize("options", [{"rows": 8}, {"rows": 8, "cache_tokens": 384}])
+SMALL_CACHE = pytest.param({"cache_tokens": 256}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [{}, SMALL_CACHE])
 def test_requests_that_join_later_get_the_completions_of_one_call(
     params, prompts, options, few_steps
 ):
@@ -48,12 +51,18 @@ def test_requests_that_join_later_get_the_completions_of_one_call(
         for i, (prompt, how) in enumerate(zip(prompts, MIXED, strict=True))
         for request in make_requests([prompt], keys=[i], **how)
     ]
-    session = make_session(params, **options)
-    tokens = collect(session, requests)
-    engine = make_engine()
+    session = make_session(params, rows=4, **options)
+    pieces = collect(session, requests)
+    engine = make_engine(rows=4)
     expected = engine.sample(put_weights(engine, params), requests, 3)
-    for number, group in enumerate(tokens_of(expected)):
-        assert [tokens[number, sample] for sample in range(3)] == group
+    for number, group in enumerate(expected):
+        for sample, completion in enumerate(group):
+            parts = pieces[number, sample]
+            tokens = [token for part in parts for token in part.tokens]
+            assert tokens == completion.tokens
+            assert parts[-1].finish_reason == completion.finish_reason
+            log_probs = np.concatenate([part.log_probs for part in parts])
+            np.testing.assert_allclose(log_probs, completion.log_probs, atol=1e-4)
     assert bool(session._runner.swap_outs) == ("cache_tokens" in options)
 
 
@@ -72,7 +81,7 @@ def test_removed_requests_end_and_do_not_disturb_others(params, prompts, few_ste
     while session.is_busy:
         pieces += (new := session.step())
         assert not {(p.request, p.sample) for p in new} & {(partly, 1), (removed, 0)}
-    engine = make_engine()
+    engine = make_engine(rows=4)
     weights = put_weights(engine, params)
     expected = tokens_of(engine.sample(weights, [first, third], 2))
     text = lambda request, sample: [
@@ -86,16 +95,3 @@ def test_removed_requests_end_and_do_not_disturb_others(params, prompts, few_ste
     for number in (kept, removed, partly):
         session.remove(number)
     assert not session._runner.requests and not session._reported
-
-
-def test_log_probs_arrive_with_their_tokens(params, prompts, few_steps):
-    session = make_session(params, rows=4)
-    session.add(make_requests(prompts[:1])[0], 1)
-    parts = []
-    while session.is_busy:
-        parts += [piece.log_probs for piece in session.step()]
-    engine = make_engine()
-    weights = put_weights(engine, params)
-    ((completion,),) = engine.sample(weights, make_requests(prompts[:1]), 1)
-    assert len(parts) > 2
-    np.testing.assert_allclose(np.concatenate(parts), completion.log_probs, atol=1e-5)
