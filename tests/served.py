@@ -61,7 +61,7 @@ def events(lines: Iterator[str]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, *, rows=32, length=160, queue=64, keys=(), load=None
+    directory: Path, *, rows=32, length=160, queue=64, keys=()
 ) -> Iterator[Served]:
     """Serve a model as "tiny"."""
     from oreal_jax.loading import load_model
