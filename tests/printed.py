@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("oreal", ".venv/bin/oreal", "make", "python", "pip", "sbatch")
+PROGRAMS = ("oreal", ".venv/bin/oreal", "make", "python", "pip", "sbatch", "curl")
 PROGRAMS += ("tools/launch_pod.sh", "tools/slurm.sh")
 ENVIRONMENT = re.compile(r"(?:[A-Z_]+=\S+ +)*")  # variables before a program
 FENCE = re.compile(r"^ *```(.*)\n((?:.*\n)*?) *```$", re.MULTILINE)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ RECORD = """#!/bin/bash
 """
 STAND_INS = {
     **dict.fromkeys(("oreal", "python", "make", "pip", "ruff", "pyright"), RECORD),
-    **dict.fromkeys(("python3", "python3.11", "hf", "mkdocs"), RECORD),
+    **dict.fromkeys(("python3", "python3.11", "hf", "mkdocs", "curl"), RECORD),
     **dict.fromkeys(("sudo", "git", "tar", "scancel", "scontrol"), "#!/bin/bash\n"),
     "gcloud": """#!/bin/bash
 [[ "$*" != *describe* ]] || echo ACTIVE
@@ -268,6 +269,8 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     from oreal_jax.data import load_prompts, read_examples
     from oreal_jax.evaluation import load_sets
     from oreal_jax.plan import compiler, gpus
+    from oreal_jax.sampling import session
+    from oreal_jax.serve import scorer, server
 
     def read_model(config) -> None:
         if not REMOTE.match(config.model):
@@ -301,6 +304,13 @@ def without_training(patch: pytest.MonkeyPatch) -> None:
     real = plan.make_plan
     patch.setattr(plan, "make_plan", functools.wraps(real)(make_plan))
     patch.setattr("oreal_jax.plan.show.show", lambda *_: None)
+    real_scorer = scorer.Scorer
+    stand_in_session = mock.MagicMock(spec=session.Session, slots=1)
+    patch.setattr(session, "Session", lambda *_: stand_in_session)
+    for name in ("warm_up", "Server"):
+        patch.setattr(server, name, mock.MagicMock())
+    patch.setattr(scorer, "Scorer", lambda *_: mock.MagicMock(spec=real_scorer))
+    patch.setattr(server, "listen", lambda *_: contextlib.nullcontext())
     patch.setattr(distributed, "initialized", lambda *_: contextlib.nullcontext())
 
 
@@ -331,6 +341,7 @@ class Check:
             **dict.fromkeys(("python", "python3", "python3.11"), self.python),
             **dict.fromkeys(("ruff", "pyright", "mkdocs"), lambda words: None),
             "hf": self.hf,
+            "curl": self.curl,
         }
         self.complete = True
 
@@ -516,6 +527,24 @@ class Check:
         for word in rest:
             known = not word.startswith("--") or word in result.stdout
             assert known, f"hf {verb}: no option {word}"
+
+    def curl(self, words: list[str]) -> None:
+        """Check the path and the body of a request to `oreal serve`."""
+        from oreal_jax.serve import protocol
+
+        options = argparse.ArgumentParser()
+        options.add_argument("url")
+        for name in ("-H", "-d"):
+            options.add_argument(name)
+        parsed = options.parse_args(words)
+        address, _, path = parsed.url.removeprefix("http://").partition("/")
+        assert address == "127.0.0.1:8000", parsed.url
+        kinds = {"v1/chat/completions": protocol.ChatFields}
+        if parsed.d is None:
+            assert path in ("v1/models", "metrics", "health"), path
+        else:
+            assert parsed.H == "Content-Type: application/json"
+            protocol._parse(kinds[path], json.loads(parsed.d))
 
     def options(self, text: str) -> None:
         """Check that a verb or tool has the options, or a config the setting."""

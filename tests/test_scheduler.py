@@ -146,3 +146,47 @@ def test_completions_are_expected_to_double_their_length_up_to_the_limit():
         scheduler.update(done, np.array([[*generated, *[0] * 6]]))
         assert scheduler.saved_steps(0) == expected
         assert scheduler.saved_steps(2) == expected * 0.75
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+@pytest.mark.parametrize("pages", [24, 60])
+def test_requests_that_join_and_leave_lose_no_page(engines, pages):
+    """Whatever is removed: waiting, in slots, swapped out, or single samples."""
+    generator = np.random.default_rng(0)
+    scheduler = make_scheduler([], engines=engines, slots=4, pages=pages)
+    lengths: dict[tuple[int, int], int] = {}
+    generated: dict[tuple[int, int], int] = {}
+    joined, removed, finished, swap_outs = 0, set(), set(), 0
+    while joined < 200 or scheduler.waiting or scheduler.running:
+        if joined < 200 and generator.random() < 0.5:
+            prompt, samples = int(generator.integers(1, 60)), 1 + joined % 5
+            scheduler.add(Job(joined, prompt, prompt + 100, samples))
+            for sample in range(samples):
+                lengths[joined, sample] = int(generator.integers(1, 101))
+            joined += 1
+        if joined and generator.random() < 0.3:
+            request = int(generator.integers(joined))
+            sample = int(generator.integers(3)) if generator.random() < 0.5 else None
+            gone = {s for s in lengths if s[0] == request and sample in (None, s[1])}
+            scheduler.remove(request, sample)
+            # A sample alone is removed only if it has started.
+            removed |= gone if sample is None else gone & generated.keys()
+            assert not removed & set(scheduler.in_slots.values())
+        schedule = scheduler.schedule(never)
+        swap_outs += len(schedule.swap_outs)
+        for start in schedule.admissions:
+            assert start.sample not in removed | generated.keys()
+            generated[start.sample] = 0
+        assert not any(0 in table for table in schedule.block_tables.values())
+        done, counts = np.zeros((engines, 4), bool), np.zeros((engines, 4), int)
+        for at in schedule.block_tables:
+            sample = scheduler.in_slots[at]
+            generated[sample] = min(generated[sample] + 4, lengths[sample])
+            done[at] = generated[sample] == lengths[sample]
+            counts[at] = generated[sample]
+        ended = {end.sample for end in scheduler.update(done, counts)}
+        assert not ended & (removed | finished)
+        finished |= ended
+    assert removed | finished == set(lengths) and bool(swap_outs) == (pages == 24)
+    for engine in scheduler._engines:
+        assert sorted(engine.free) == list(range(1, pages))

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from oreal_jax.errors import InputError, summarize
@@ -264,3 +265,24 @@ def load_params(directory: Path, abstract: Params) -> Params:
     """
     with _readable(directory), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory.resolve(), abstract)
+
+
+def load_token_reward(run: Path, abstract: Params) -> Params:
+    """Load the weights of a run's token reward model, without its optimizer state.
+
+    Raises:
+        InputError: no checkpoint has one, or it cannot be read.
+    """
+    step = newest_step(run, ("policy", "trainer"))
+    if step is None:
+        raise InputError(f"{run}: no checkpoint with the state of the trainer")
+    directory = run / "checkpoints" / str(step) / "trainer"
+    kind = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding)
+    select = lambda params: {"token_reward": {"0": params}}
+    restore = ocp.args.PyTreeRestore(
+        select(abstract),
+        restore_args=select(jax.tree.map(kind, abstract)),
+        transforms={},  # leave out whatever the selection does not name
+    )
+    with _readable(directory), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(directory.resolve(), restore)["token_reward"]["0"]

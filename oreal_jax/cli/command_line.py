@@ -21,6 +21,7 @@ from oreal_jax.cli import (
     report,
     runs,
     sample,
+    serve,
     train,
     verify,
 )
@@ -114,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     data.add(group("data", "VERB", what))
     what = "convert weights from and to Hugging Face format"
     convert.add(group("convert", "DIRECTION", what))
-    for module in (verify, losses):
+    for module in (verify, losses, serve):
         module.add(functools.partial(verb, verbs))
     fetch.add(functools.partial(verb, verbs))
     completion.add(functools.partial(verb, verbs), top)

@@ -266,13 +266,26 @@ def load_for_generation(
     stops: Sequence[str] = (),
     out: Path | None = None,
 ):
+    """Load the model of these options, and make its engine for this `sampling`.
+
+    Raises:
+        InputError: the model cannot be used, or not with this `sampling`.
+    """
+    model, engine = load_engine(args, stops=stops, out=out)
+    engine.check_sampling(sampling)
+    return model, engine
+
+
+def load_engine(
+    args: argparse.Namespace, *, stops: Sequence[str] = (), out: Path | None = None
+):
     """Load the model of these options, and make its engine.
 
     The weights are still loading when this returns. `stops` are texts that end a
     completion. Unfinished work of `out` is resumed with the date of its prompts.
 
     Raises:
-        InputError: the model cannot be used, or not with this `sampling`.
+        InputError: the model cannot be used.
     """
     from oreal_jax.evaluation.generation import unfinished_date
     from oreal_jax.loading import load_model
@@ -288,7 +301,6 @@ def load_for_generation(
         stops=stops,
     )
     engine = model.make_engine(rows=args.rows, weights=args.weights, cache=args.cache)
-    engine.check_sampling(sampling)
     return model, engine
 
 

@@ -64,7 +64,7 @@ class Chat:
     `system_prompt` None leaves the system message to the template. `template` is a
     Jinja file that replaces the tokenizer's own; it reads `template_vars`, and prints
     `date` (None: today) if it prints one. Completions end before the first of the
-    `stop_strings`. `encode`, `decode` and `pieces` are thread-safe.
+    `stop_strings`. The methods that encode and decode are thread-safe.
     """
 
     def __init__(
@@ -119,38 +119,44 @@ class Chat:
         return self._dated_template != self.template
 
     def encode(self, question: str) -> list[int]:
-        """Return the tokens of a conversation up to the start of the answer.
+        """Return the tokens of a conversation up to the start of the answer."""
+        return self.encode_messages([{"role": "user", "content": question}])
 
-        Text of the question is never a control token: "<|im_end|>" in it is spelled by
-        other tokens.
+    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the tokens of messages, each a `role` and `content`, likewise.
+
+        The system prompt precedes them unless they begin with another. Text of a
+        message is never a control token: "<|im_end|>" in it is spelled by other tokens.
         """
-        text, mark = self._apply(question), None
-        if self._control_start.search(question):
-            # The template gets the question in one piece, with a character inside each
+        text, mark = self._apply(messages), None
+        if any(self._control_start.search(each["content"]) for each in messages):
+            # The template gets the contents in one piece, with a character inside each
             # of these texts, at which the result is split to encode the parts.
             mark = next(x for x in map(chr, PRIVATE_USE) if x not in text)
-            text = self._apply(self._control_start.sub(rf"\g<0>{mark}", question))
+            split = functools.partial(self._control_start.sub, rf"\g<0>{mark}")
+            text = self._apply([x | {"content": split(x["content"])} for x in messages])
         parts = text.split(mark) if mark else [text]
-        return [token for part in parts for token in self._encode(part)]
+        return [token for part in parts for token in self.encode_text(part)]
 
-    def _apply(self, question: str, answer: str | None = None) -> str:
-        """Return the text of a conversation, up to the answer if there is none."""
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
+    def _apply(
+        self, messages: Sequence[dict[str, str]], *, is_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation, up to the next answer if `is_prompt`."""
+        messages = list(messages)
+        if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
         return self.tokenizer.apply_chat_template(
             messages,
             chat_template=self._dated_template,
             tokenize=False,
-            add_generation_prompt=answer is None,
+            add_generation_prompt=is_prompt,
             **self.template_vars,
         )
 
-    def _encode(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the tokens of a text, with the tokenizer's own `special` ones."""
         with self._lock:
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return self.tokenizer.encode(text, add_special_tokens=special)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return a completion's text up to a stop string, without special tokens.
@@ -158,11 +164,15 @@ class Chat:
         Tokens that begin or end thinking are kept: the verifier must know where
         thinking ends, because an answer in it does not count.
         """
-        tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
-        with self._lock:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        text = self.decode_all(tokens)
         ends = [text.find(string) for string in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+    def decode_all(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens as `decode` does, but beyond stop strings too."""
+        tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
+        with self._lock:
+            return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Return the text of each single token, special tokens included."""
@@ -221,7 +231,7 @@ class Chat:
                 raise InputError(f"{path}: eos_token_id={value!r}, expected tokens")
             tokens.update(model_tokens)
         for word in words:
-            pieces = self._encode(word)
+            pieces = self.encode_text(word)
             if len(pieces) != 1:
                 raise InputError(
                     f"stop word {word!r} is {len(pieces)} tokens, must be exactly 1"
@@ -242,7 +252,7 @@ class Chat:
         end = self._turn_end or [self.tokenizer.eos_token_id]
         if end == [None]:
             raise InputError(f"{self.tokenizer.name_or_path}: no end-of-sequence token")
-        return self.encode(question), [*self._encode(solution), *end]
+        return self.encode(question), [*self.encode_text(solution), *end]
 
     @functools.cached_property
     def _turn_end(self) -> list[int]:
@@ -252,10 +262,12 @@ class Chat:
         next turn: completions end before.
         """
         try:
-            text = self._apply("?", ANSWER)
+            turns = [("user", "?"), ("assistant", ANSWER)]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            text = self._apply(messages, is_prompt=False)
         except Exception:  # templates raise errors of many kinds
             return []  # one for questions only
-        tokens = self._encode(text.rpartition(ANSWER)[2]) if ANSWER in text else []
+        tokens = self.encode_text(text.rpartition(ANSWER)[2]) if ANSWER in text else []
         marks = self._hidden - {self.tokenizer.unk_token_id}
         index = next((i for i, token in enumerate(tokens) if token in marks), -1)
         return tokens[: index + 1]

@@ -135,13 +135,12 @@ class Engine:
         for sampling in {request.sampling for request in requests}:
             self.check_sampling(sampling)
         for request in requests:
-            self.check_length(len(request.prompt), request.sampling.max_tokens)
-            self.config.check_tokens(request.prompt, "prompt")
+            self.check_prompt(request)
         runner = Runner(
             self.programs,
             weights,
             self.stops,
-            requests,
+            dict(enumerate(requests)),
             samples,
             self._size(requests, samples),
             step,
@@ -197,6 +196,15 @@ class Engine:
             and all(has >= need for has, need in zip(known, size, strict=True))
         ]
         return min(reusable, key=lambda known: known.pages, default=size)
+
+    def check_prompt(self, request: Request) -> None:
+        """Check the length and the tokens of a prompt.
+
+        Raises:
+            InputError: see `check_length`; or a token is outside the vocabulary.
+        """
+        self.check_length(len(request.prompt), request.sampling.max_tokens)
+        self.config.check_tokens(request.prompt, "prompt")
 
     def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Check that prompt and completion fit the model and the cache.

@@ -37,13 +37,13 @@ class Runner:
     """Generates `samples` completions of each request on engines of `size`.
 
     The scheduler plans rounds on the host; the state of slots and cache stays on the
-    devices.
+    devices. A `Session` begins without requests, and adds and cancels them.
     """
 
     programs: Programs
     weights: Weights
     stops: Stops
-    requests: Sequence[Request]
+    requests: dict[int, Request]
     samples: int
     size: Size
     step: int
@@ -54,10 +54,7 @@ class Runner:
         self.stop_tokens = self.stops.tokens
         self.stops = jax.device_put(self.stops, sharding.replicated(self.programs.mesh))
         self.engines = sharding.count_row_shards(self.programs.mesh)
-        jobs = [
-            Job(i, len(prompt), len(prompt) + sampling.max_tokens, self.samples)
-            for i, (prompt, sampling, *_) in enumerate(self.requests)
-        ]
+        jobs = [make_job(i, r, self.samples) for i, r in self.requests.items()]
         self.scheduler = Scheduler(
             # Prompts of similar length are prefilled together.
             sorted(jobs, key=lambda job: job.prompt_tokens),
@@ -76,19 +73,47 @@ class Runner:
     def rounds(self) -> Iterator[list[tuple[int, int, Completion]]]:
         """Run all rounds; yields (request, sample, completion) finished in each."""
         while self.scheduler.waiting or self.scheduler.running:
-            start = time.perf_counter()
-            schedule = self.scheduler.schedule(self._should_shrink)
-            self._prefill(schedule.admissions)
-            self._admit(schedule.admissions)
-            jax.block_until_ready(self.state.slots.done)
-            middle = time.perf_counter()
-            self._swap_in(schedule.swap_ins)
-            self._shrink(schedule)
-            self._swap_out(schedule.swap_outs)
-            finished = list(self._collect(self._decode(schedule)))
-            self.prefill_seconds += middle - start
-            self.decode_seconds += time.perf_counter() - middle
-            yield finished
+            yield self.run_round(self._should_shrink)
+
+    def run_round(
+        self, should_shrink: Callable[[int], bool], max_steps: int = DISPATCH
+    ) -> list[tuple[int, int, Completion]]:
+        """Run a round of at most `max_steps` decoding steps, at most `DISPATCH`."""
+        start = time.perf_counter()
+        schedule = self.scheduler.schedule(should_shrink)
+        self._prefill(schedule.admissions)
+        self._admit(schedule.admissions)
+        jax.block_until_ready(self.state.slots.done)
+        middle = time.perf_counter()
+        self._swap_in(schedule.swap_ins)
+        self._shrink(schedule)
+        self._swap_out(schedule.swap_outs)
+        finished = list(self._collect(self._decode(schedule, max_steps)))
+        self.prefill_seconds += middle - start
+        self.decode_seconds += time.perf_counter() - middle
+        return finished
+
+    def unfinished(self) -> Iterator[tuple[SampleId, np.ndarray, np.ndarray]]:
+        """Yield samples in slots, their tokens so far and the log-probabilities."""
+        slots = self.state.slots
+        arrays = slots.generated, slots.tokens, slots.log_probs
+        counts, tokens, log_probs = map(np.asarray, jax.device_get(arrays))
+        for at, sample in self.scheduler.in_slots.items():
+            yield sample, tokens[at][: counts[at]], log_probs[at][: counts[at]]
+
+    def add(self, number: int, request: Request, samples: int) -> None:
+        """Append a request to the queue; between rounds."""
+        self.requests[number] = request
+        self.scheduler.add(make_job(number, request, samples))
+
+    def remove(self, request: int, sample: int | None = None) -> None:
+        """Remove a request, or one of its started samples; between rounds."""
+        self.scheduler.remove(request, sample)
+        if sample is None:
+            self.requests.pop(request, None)
+        for swapped in [id for id in self.swapped if id[0] == request]:
+            if sample in (None, swapped[1]):
+                del self.swapped[swapped]
 
     def _prefill(self, admissions: list[Admission]) -> None:
         """Run new prompts, without their last tokens, in batches of similar length."""
@@ -197,7 +222,7 @@ class Runner:
         saved_seconds = self.scheduler.saved_steps(slots) * self.step_seconds
         return saved_seconds >= self.programs.compile_seconds
 
-    def _decode(self, schedule: Schedule) -> list[Finished]:
+    def _decode(self, schedule: Schedule, max_steps: int) -> list[Finished]:
         """Run a dispatch of decoding steps; returns the finished sequences."""
         shape = self.engines, self.size.slots
         active = np.zeros(shape, bool)
@@ -210,7 +235,7 @@ class Runner:
             self.weights,
             self.state,
             *self._put((tables, active)),
-            DISPATCH,
+            max_steps,
             schedule.min_finished,
             self.stops,
         )
@@ -288,6 +313,12 @@ class Runner:
         return jax.device_put(
             values, sharding.make_sharding(self.programs.mesh, "rows")
         )
+
+
+def make_job(number: int, request: Request, samples: int) -> Job:
+    """Return the scheduler's view of a request."""
+    tokens = len(request.prompt)
+    return Job(number, tokens, tokens + request.sampling.max_tokens, samples)
 
 
 def _pad(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:

@@ -177,6 +177,41 @@ class Scheduler:
         self._swapped: list[SequenceState] = []  # oldest first
         self._ages = itertools.count()
 
+    def add(self, job: Job) -> None:
+        """Append a job to the queue; between rounds."""
+        self._queue.append(job)
+
+    def remove(self, request: int, sample: int | None = None) -> None:
+        """Remove a request, or one of its started samples; between rounds.
+
+        Its slots and the pages that no other sequence uses are free for the next round.
+        """
+        matches = lambda s: s.sample[0] == request and sample in (None, s.sample[1])
+        for engine in self._engines:
+            for slot, sequence in enumerate(engine.slots):
+                if sequence and matches(sequence):
+                    engine.release(slot)
+        self._swapped = [s for s in self._swapped if not matches(s)]
+        if sample is not None:
+            return
+        remaining = (job for job in self._queue if job.request != request)
+        self._queue = collections.deque(remaining)
+        for engine in self._engines:
+            if (prompt := engine.prompt) and prompt.job.request == request:
+                engine.prompt = None
+                prompt.users -= prompt.job.samples - prompt.admitted
+                engine.free += [] if prompt.users else prompt.pages
+
+    @property
+    def in_slots(self) -> dict[tuple[int, int], SampleId]:
+        """The samples in slots, by (engine, slot)."""
+        return {
+            (engine.index, slot): sequence.sample
+            for engine in self._engines
+            for slot, sequence in enumerate(engine.slots)
+            if sequence
+        }
+
     @property
     def waiting(self) -> bool:
         """Whether samples wait for a slot, new or swapped out."""

@@ -1,0 +1,1 @@
+"""`oreal serve`: an OpenAI-compatible server around one engine."""
