@@ -123,7 +123,7 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
         (lambda d: ["polcy.learning_rate=1"], "has no field 'polcy'; it has"),
         (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
         (lambda d: ["loss=1"], "of a config file, or one of released, paper"),
-        (lambda d: ["select=1"], "which only a config file can give"),
+        (lambda d: ["keep=1"], "which only a config file can give"),
         (
             lambda d: ["sampling.temperature=0.0"],
             "sampling.temperature=0.0: all samples of a prompt are the same",

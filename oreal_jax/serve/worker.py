@@ -77,10 +77,11 @@ class Worker:
                         return
                     command()
                     self.running = self.session.running
-                for piece in self.session.step():
+                pieces = self.session.step()
+                self.running = self.session.running
+                for piece in pieces:
                     generation, first = self._receivers[piece.request]
                     generation.deliver((first + piece.sample, piece))
-                self.running = self.session.running
         except BaseException as error:
             self.failure = error
             for generation, _ in self._receivers.values():
