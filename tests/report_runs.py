@@ -192,3 +192,10 @@ def decode_content(data: bytes) -> dict:
         position += len(texts)
     assert position == len(body)
     return content | {"texts": texts, "values": values}
+
+
+def changed(**metrics) -> list[dict]:
+    """Healthy metrics with others: functions of the step."""
+    return [
+        row | {name: f(row["step"]) for name, f in metrics.items()} for row in healthy()
+    ]
