@@ -27,13 +27,13 @@ def served(start):
         yield served
 
 
-@pytest.fixture
-def slow(served, monkeypatch):
-    """Return the same server, slowed to one token per 15 ms."""
+@pytest.fixture(params=[0.015])
+def slow(served, monkeypatch, request):
+    """Return the same server, slowed to one token per 15 ms or another time."""
     step = sessions.Session.step
 
     def step_slowly(session):
-        time.sleep(0.015)
+        time.sleep(request.param)
         return step(session)
 
     monkeypatch.setattr(sessions, "ROUND_SECONDS", 0)
@@ -340,10 +340,12 @@ def test_keys_are_checked(served, monkeypatch):
 # -- clients that leave, and the page
 
 
+@pytest.mark.parametrize("slow", [0.1], indirect=True)
 @pytest.mark.parametrize("streamed", [True, False])
-def test_slots_are_free_within_a_second_after_the_client_leaves(slow, streamed):
+def test_slots_are_free_soon_after_the_client_leaves(slow, streamed):
+    """Within a second on an idle machine: test_serve_load.py."""
     body = {"model": "tiny", "prompt": "?", "n": 40, "max_tokens": 150}
-    body["logit_bias"] = {"256": -100}  # no stop token: two seconds
+    body["logit_bias"] = {"256": -100}  # no stop token: 15 seconds
     with httpx.Client(base_url=slow.url) as client:
         if streamed:
             body["stream"] = True
@@ -353,7 +355,7 @@ def test_slots_are_free_within_a_second_after_the_client_leaves(slow, streamed):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(COMPLETIONS, json=body, timeout=0.3)
-    slow.wait_until_idle(1)
+    slow.wait_until_idle(5)
 
 
 def test_the_page_shows_model_text_as_text_only(served):
