@@ -399,7 +399,7 @@ def test_completions_part_where_their_scores_begin_to_differ(tmp_path):
     run = make_run(tmp_path / "run", steps=1)
     write_lines(run / "trajectories/step_000000.jsonl", rows)
     result = diagnose([summary for _, summary in scored(run)])
-    assert result and result["parts_at"] == 5
+    assert result and result["diverges_at"] == 5
     assert result["auc_parts"][:5] == [0.5] * 5  # the same noise: ties
     assert result["auc_parts"][5:] == [1.0] * 5
 
@@ -502,14 +502,14 @@ def test_a_loss_of_the_users_own_has_no_weights(run):
         (["report", "nothing"], "nothing: no such run directory"),
         (["report", "empty"], "empty: not a run directory"),
         (["show", "empty"], "empty: not a run directory"),
-        (["report", "run", "--step", "7"], "--step 7: run has no trajectories of it"),
-        (["show", "run", "--step", "7"], "--step 7: run has no trajectories of it"),
+        (["report", "run", "--step", "7"], "--step 7: not in the trajectories of run"),
+        (["show", "run", "--step", "7"], "--step 7: not in the trajectories of run"),
         (["report", "run", "--max-size", "0"], "--max-size 0: must be above 0"),
-        (["report", "run", "--max-size", "0.01"], "the page without completions has"),
+        (["report", "run", "--max-size", "0.01"], "the page without completions takes"),
         (["report", "run", "--items", "none.jsonl"], "none.jsonl: no such file"),
         (["report", "run", "--output", "empty"], "empty: a directory"),
         (["report", "run", "--output", "x", "--items", "x"], "are the same: x"),
-        (["show", "run", "--metric", "nope"], "--metric nope: run has none; it has"),
+        (["show", "run", "--metric", "nope"], "--metric nope: not in run; available: "),
         (["show", "run", "--n", "-1"], "--n -1: must be at least 0"),
     ],
 )

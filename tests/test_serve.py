@@ -255,7 +255,7 @@ def test_a_conversation_goes_through_the_chat_template(served):
         (COMPLETIONS, {"top_p": 0}, 400, "top_p", "above 0"),
         (COMPLETIONS, {"top_k": -1}, 400, "top_k", "at least 0"),
         (COMPLETIONS, {"n": 0}, 400, "n", "greater than or equal to 1"),
-        (COMPLETIONS, {"n": 97}, 400, "n", "97 completions; this server holds 96"),
+        (COMPLETIONS, {"n": 97}, 400, "n", "97 completions; this server accepts 96"),
         (COMPLETIONS, {"stop": ["a"] * 17}, 400, "stop", "at most 16"),
         (COMPLETIONS, {"stop": ""}, 400, "stop", "1 to 256 characters"),
         (COMPLETIONS, {"logit_bias": {"x": 1}}, 400, "logit_bias", "tokens"),
@@ -506,7 +506,7 @@ def test_token_scores_need_a_run_with_a_token_reward_model(start, tiny):
         words = ("serve", "--model", model, "--token-scores", "--port", 0, "--rows", 8)
         result = oreal_in_process(*words)
         assert result.code == 2
-        assert "the model is not a run with a token reward model" in result.errors
+        assert "not a run with a token reward model" in result.errors
 
 
 def test_the_scorer_applies_the_runs_token_reward_model(whole):
