@@ -51,7 +51,7 @@ def _read_tensorboard(config: Any, tensorboard: bool | None) -> None:
     if tensorboard and "tensorboard" not in config.trackers:
         trackers = (*config.trackers, "tensorboard")
         object.__setattr__(config, "trackers", trackers)  # the config is frozen
-        message = f"oreal: tensorboard=True is read as {trackers=}, its new name"
+        message = f"oreal: tensorboard=True is deprecated; use {trackers=}"
         print(message, file=sys.stderr)
 
 
@@ -145,15 +145,15 @@ class TrainConfig:
     prompts: str
     """A jsonl or parquet file, a built data set, or a data set on the hub."""
     question: str = "question"
-    """Field of a prompt's row that holds the question."""
+    """Field of the prompt file that holds the question."""
     answer: str = "gold_answer"
-    """Field that holds the answer."""
+    """Field of the prompt file that holds the gold answer."""
     system_prompt: str | None = None
     """System message; None: that of the chat template."""
     chat_template: str | None = None
     """A Jinja file that replaces the checkpoint's chat template."""
     template_vars: tuple[tuple[str, bool | int | float | str], ...] = ()
-    """(name, value) pairs: variables of the template, as ("enable_thinking", False)."""
+    """Template variables as (name, value) pairs: (("enable_thinking", False),)."""
     stop_words: tuple[str, ...] = ()
     """Further tokens that end a completion."""
     stop_strings: tuple[str, ...] = ()
@@ -221,7 +221,7 @@ class TrainConfig:
     trackers: tuple[Tracker, ...] = ()
     """Where metrics are recorded in addition to metrics.jsonl (docs/metrics.md)."""
     sample_table_every: int = 10
-    """Steps between two tables of completions in the trackers."""
+    """Interval, in steps, at which trackers record a table of completions."""
     tensorboard: dataclasses.InitVar[bool | None] = None
     """Former name of `trackers=("tensorboard",)`."""
 

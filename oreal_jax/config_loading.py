@@ -1,6 +1,6 @@
 """Config files, and `--set a.b=value` settings that change plain fields of them.
 
-Functions and losses of your own are set in config files, variants made by
+Custom functions and losses are set in config files, as variants made by
 `dataclasses.replace`; `loss=grpo` sets a loss by its name in `losses.presets`.
 """
 
@@ -137,7 +137,7 @@ def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> No
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    candidates = [value, text]  # a string may look like a number
+    candidates = [value, text]  # the text itself, if a string looks like a number
     if not isinstance(value, tuple | list | dict | set):
         candidates += [(value,), (text,)]  # the only item of a tuple
     matches = [each for each in candidates if _matches(each, hint)]
@@ -165,7 +165,7 @@ def _get(config: Any, name: str, key: str) -> Any:
 def _replace(config: Any, changes: dict[str, Any], path: str = "") -> Any:
     """Apply all changes at once, because fields are checked against each other.
 
-    `path` is the dotted name of `config`, which is a part of errors.
+    `path` is the dotted name of `config` for error messages.
     """
     values = {
         name: _replace(getattr(config, name), value, f"{path}{name}.")

@@ -1,6 +1,6 @@
 """Console output: lines of text, and a progress bar for the current phase.
 
-In a file or a pipe, a line a minute takes the place of the bar.
+In a file or a pipe, a line per minute replaces the bar.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 Advance = Callable[..., None]  # advance(done=1, tokens=0)
-INTERVAL = 60.0  # seconds between two lines of a phase in a file
+INTERVAL = 60.0  # seconds between progress lines in a file
 
 
 class Screen:
@@ -106,7 +106,7 @@ class Screen:
 
 
 def time_text(seconds: float) -> str:
-    """Return a time for people: "50 s", "12 min", "3.4 h" or "9.1 d"."""
+    """Return a readable duration: "50 s", "12 min", "3.4 h" or "9.1 d"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -1,6 +1,6 @@
-"""Downloads from the Hugging Face hub and uploads to it, through its own client.
+"""Downloads from the Hugging Face hub and uploads to it, through `huggingface_hub`.
 
-Access tokens are the client's: from `hf auth login` or the variable HF_TOKEN.
+Access tokens come from `hf auth login` or the variable HF_TOKEN.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import check_new_directory
 
-# At the top of a repository: its folders have the weights in other formats.
+# In the root of a repository only: subfolders hold the weights in other formats.
 MODEL_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md")
 DATA_FILES = ("*.parquet", "*.jsonl", "*.md")
 LICENSES = ("LICENSE*", "NOTICE*")
 
 
 class Download(NamedTuple):
-    """What `fetch` downloaded; `kind` is "model" or "dataset"."""
+    """A finished download; `kind` is "model" or "dataset"."""
 
     directory: Path
     kind: str
@@ -35,9 +35,9 @@ def fetch(
 ) -> Download:
     """Download the files of a model or data set that this project reads.
 
-    The directory `output` (default: models/NAME or data/NAME) appears when all of them
-    are complete. An interrupted download leaves a hidden folder next to it, from which
-    the next call continues.
+    The directory `output` (default: models/NAME or data/NAME) is created once all files
+    are complete. An interrupted download leaves a hidden folder next to it, which the
+    next call resumes.
 
     Raises:
         InputError: the repository cannot be read or has no such files, or the directory
@@ -73,7 +73,7 @@ def fetch(
 
 
 def _find(repository: str, revision: str | None) -> tuple[str, Any]:
-    """Return the kind of a repository and what the hub reports about it."""
+    """Return the kind of a repository and its metadata on the hub."""
     from huggingface_hub import HfApi, errors
 
     api = HfApi()
@@ -149,7 +149,7 @@ def upload(directory: Path, repository: str) -> str:
 
 @contextlib.contextmanager
 def explain_errors(repository: str, revision: str | None = None) -> Iterator[None]:
-    """Raise InputError, with what to do, in place of the errors of the client."""
+    """Convert errors of the client to InputError with advice."""
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
@@ -158,13 +158,15 @@ def explain_errors(repository: str, revision: str | None = None) -> Iterator[Non
     except errors.HFValidationError:
         message = "not the name of a repository, expected OWNER/NAME"
     except errors.GatedRepoError:
-        message = f"gated: accept its terms at {hub}/{repository}, then `hf auth login`"
+        message = (
+            f"gated: accept its terms at {hub}/{repository}, then run `hf auth login`"
+        )
     except errors.RepositoryNotFoundError:
-        message = f"not on {hub}, or private: `hf auth login`"
+        message = f"not on {hub}, or private: run `hf auth login`"
     except errors.RevisionNotFoundError:
         message = f"has no revision {revision!r}"
     except errors.LocalTokenNotFoundError:
-        message = f"{hub} requires a token: `hf auth login`"
+        message = f"{hub} requires a token: run `hf auth login`"
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         message = f"{hub} replied {summarize(error)}"

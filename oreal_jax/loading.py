@@ -106,15 +106,15 @@ def load_model(
     """Load a Hugging Face or run directory onto devices.
 
     Returns as soon as the tokenizer is loaded; `LoadedModel.params` waits for the
-    weights. Of a run, `step` N is the policy after N steps (None: the newest), and
-    RUN/reference the initial one. `mesh` is how they are sharded over `devices` (None:
-    fully, over all). `dtype` is that of weights and activations: "auto" is bfloat16,
-    float32 on CPU.
+    weights. For a run, `step` N is the policy after N steps (None: the newest), and
+    RUN/reference is the initial one. `mesh` is how they are sharded over `devices`
+    (None: fully, over all). `dtype` is that of weights and activations: "auto" is
+    bfloat16, float32 on CPU.
     `system_prompt` None is the run's, else the chat template's own. `chat_template` is
-    a Jinja file that replaces the model's; `template_vars` are variables of it, in
-    addition to the run's. If it prints the date, that is `date` (None: the run's, else
-    today's). Completions end before the first of `stops`, or at it if it is a special
-    token.
+    a Jinja file that replaces the model's; `template_vars` are its variables, in
+    addition to the run's. `date` is the date that it prints, if any (None: the run's,
+    else today's). Completions end before the first of `stops`, or at it if it is a
+    special token.
 
     Raises:
         InputError: the directory has no usable model, tokenizer or template, or the

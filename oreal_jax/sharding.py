@@ -65,7 +65,7 @@ def decoding_shardings(axes: Any, mesh: Mesh) -> Any:
 
 def _map_names(axes: Any, mesh: Mesh, rules) -> Any:
     place = lambda names: make_sharding(mesh, *names, rules=rules)
-    return jax.tree.map(place, axes, is_leaf=functional.is_names)
+    return jax.tree.map(place, axes, is_leaf=functional.is_axis_names)
 
 
 def page_shardings(pages: Any, mesh: Mesh) -> Any:

@@ -115,11 +115,11 @@ def test_any_policy_of_a_run_can_be_chosen(start, tmp_path, capsys):
     first_export = tmp_path / "exported"
     words = ["convert", "to-hf", str(run), str(first_export), "--step"]
     assert main([*words, "3"]) == 2
-    message = f"{run}: no checkpoint 3; its checkpoints: 0, 7"
+    message = f"{run}: no checkpoint 3; available: 0, 7"
     assert message in capsys.readouterr().err and not first_export.exists()
     assert main([*words, "0"]) == 0
     assert "after 0 steps" in (first_export / "README.md").read_text()
-    with pytest.raises(InputError, match="no checkpoint 1; its checkpoints: none"):
+    with pytest.raises(InputError, match="no checkpoint 1; available: none"):
         open_model(start / "hf", 1)
 
 

@@ -93,14 +93,14 @@ def test_a_failed_download_leaves_no_model_and_continues(hub, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("owner/none", "owner/none: not on {url}, or private: `hf auth login`"),
+        ("owner/none", "owner/none: not on {url}, or private: run `hf auth login`"),
         ("owner/gated", "owner/gated: gated: accept its terms at {url}/owner/gated"),
         ("owner/torch", "owner/torch: the model has no model*.safetensors, only py"),
         ("owner/images", "owner/images: the data set has no parquet or jsonl files"),
         ("a/b/c", "a/b/c: not the name of a repository, expected OWNER/NAME"),
     ],
 )
-def test_what_cannot_be_downloaded_is_an_error_in_one_line(hub, name, message, capsys):
+def test_a_download_error_is_one_line(hub, name, message, capsys):
     hub.models = {"owner/gated": MODEL, "owner/torch": {"pytorch_model.bin": b""}}
     hub.datasets["owner/images"] = {"1.png": b"", "README.md": b""}
     hub.gated = {"owner/gated"}

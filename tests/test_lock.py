@@ -95,13 +95,13 @@ def test_a_lock_of_another_host_counts_where_hosts_do_not_share_locks(
 ):
     run = tmp_path / "run"
     write_lock(run, "elsewhere", 7)
-    monkeypatch.setattr(lock, "_has_common_locks", lambda _: False)
+    monkeypatch.setattr(lock, "_shares_locks", lambda _: False)
     message = f"process 7 on host elsewhere since 2023.*remove {run / 'lock'}$"
     with pytest.raises(InputError, match=message):
         locked(run).__enter__()
     assert holder(run) == Holder("elsewhere", 7, SINCE)
     # A host that was taken away left it: nobody holds the lock of the file itself.
-    monkeypatch.setattr(lock, "_has_common_locks", lambda _: True)
+    monkeypatch.setattr(lock, "_shares_locks", lambda _: True)
     assert holder(run) is None
     with locked(run):
         pass
@@ -121,7 +121,7 @@ def test_a_lock_of_another_host_counts_where_hosts_do_not_share_locks(
 def test_mounts_whose_hosts_share_locks_are_known(tmp_path, monkeypatch, mount, shared):
     text = "/dev/root / fuse rw 0 0\n" + mount.format(tmp_path) + "\n"
     monkeypatch.setattr(Path, "read_text", lambda *_: text)
-    assert lock._has_common_locks(tmp_path / "run") == shared
+    assert lock._shares_locks(tmp_path / "run") == shared
 
 
 def test_of_several_processes_only_the_first_one_locks(tmp_path, monkeypatch):
@@ -135,7 +135,10 @@ def test_a_directory_of_other_files_is_no_run(start, files):
     (files / "run" / "thesis.tex").write_text("text")
     code, _, errors = train(start, files, "steps=1")
     assert code == 2 and errors.count("\n") == 1
-    assert f"--run {files / 'run'}: not empty and not a run (thesis.tex)" in errors
+    assert (
+        f"--run {files / 'run'}: not empty and not a run directory (thesis.tex)"
+        in errors
+    )
     assert [path.name for path in (files / "run").iterdir()] == ["thesis.tex"]
 
 

@@ -109,7 +109,7 @@ def test_an_explicit_deadline_replaces_that_of_the_config(pools, config):
 def test_completions_that_are_verified_are_not_verified_again(home, config, capsys):
     words = ["data", "rft", "--completions", "c.jsonl", "--out", "s.jsonl"]
     assert main([*words, "--config", str(config)]) == 2
-    assert "--config with --completions: those are already" in capsys.readouterr().err
+    assert "--config with --completions: they are already" in capsys.readouterr().err
     assert main(["verify", "--gold", "7", "--answer", "7", "--config", "gone.py"]) == 2
     assert "gone.py: no such config file" in capsys.readouterr().err
 

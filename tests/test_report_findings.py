@@ -126,7 +126,7 @@ def test_completions_part_where_their_scores_begin_to_differ(tmp_path):
     run = make_run(tmp_path / "run", steps=1)
     write_lines(run / "trajectories/step_000000.jsonl", rows)
     result = diagnose([summary for _, summary in scored(run)])
-    assert result and result["parts_at"] == 5
+    assert result and result["diverges_at"] == 5
     assert result["auc_parts"][:5] == [0.5] * 5  # the same noise: ties
     assert result["auc_parts"][5:] == [1.0] * 5
 

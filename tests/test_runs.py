@@ -73,7 +73,8 @@ def test_the_table_begins_with_the_newest_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("gone", "no such directory"), (".", "no runs in it")]
+    ("folder", "message"),
+    [("gone", "no such directory"), (".", "no run directories found")],
 )
 def test_a_folder_without_runs_is_named(tmp_path, capsys, folder, message):
     assert main(["runs", str(tmp_path / folder)]) == 2

@@ -246,7 +246,7 @@ def test_a_conversation_goes_through_the_chat_template(served):
         (COMPLETIONS, {"top_p": 0}, 400, "top_p", "above 0"),
         (COMPLETIONS, {"top_k": -1}, 400, "top_k", "at least 0"),
         (COMPLETIONS, {"n": 0}, 400, "n", "greater than or equal to 1"),
-        (COMPLETIONS, {"n": 97}, 400, "n", "97 completions; this server holds 96"),
+        (COMPLETIONS, {"n": 97}, 400, "n", "97 completions; this server accepts 96"),
         (COMPLETIONS, {"stop": ["a"] * 17}, 400, "stop", "at most 16"),
         (COMPLETIONS, {"stop": ""}, 400, "stop", "1 to 256 characters"),
         (COMPLETIONS, {"logit_bias": {"x": 1}}, 400, "logit_bias", "tokens"),

@@ -132,7 +132,7 @@ def test_token_scores_need_a_run_with_a_token_reward_model(start, tiny):
         words = ("serve", "--model", model, "--token-scores", "--port", 0, "--rows", 8)
         result = oreal_in_process(*words)
         assert result.code == 2
-        assert "the model is not a run with a token reward model" in result.errors
+        assert "not a run with a token reward model" in result.errors
 
 
 def test_the_scorer_applies_the_runs_token_reward_model(whole):

@@ -159,7 +159,7 @@ def test_the_old_name_of_tensorboard_is_read_and_reported(tmp_path, capsys, kind
     config = load(path, kind, ["seed=3"])
     assert config.trackers == ("tensorboard",) and config.seed == 3
     errors = capsys.readouterr().err
-    message = "tensorboard=True is read as trackers=('tensorboard',), its new name"
+    message = "tensorboard=True is deprecated; use trackers=('tensorboard',)"
     assert errors == f"oreal: {message}\n"
 
 

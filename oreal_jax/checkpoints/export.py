@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Write the model of `source` with the weights `params`.
 
-    Of a run, generation_config.json has the stop tokens, the chat template adds the
+    For a run, generation_config.json has the stop tokens, the chat template adds the
     system prompt, and README.md is a model card.
 
     Raises:
@@ -71,9 +71,9 @@ def export(
 
 
 def _add_system_prompt(directory: Path, template: str, system_prompt: str) -> None:
-    """Let the chat template add a system message to conversations without one."""
+    """Make the chat template add a system message to conversations without one."""
     content = json.dumps(system_prompt, ensure_ascii=False)
-    # Both are read with `trim_blocks`: the line break is no part of the text.
+    # Both are read with `trim_blocks`: the line break is not printed.
     template = (
         "{%- if messages[0]['role'] != 'system' %}{%- set messages = "
         f"[{{'role': 'system', 'content': {content}}}] + messages %}}{{%- endif %}}\n"

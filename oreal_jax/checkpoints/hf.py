@@ -374,7 +374,7 @@ def save(
         # The name in transformers 4, and the newer one.
         fields |= {"torch_dtype": dtype.name, "dtype": dtype.name}
         write_json(scratch / "config.json", fields)
-        # Those of safetensors are private, copies have the mode of their originals.
+        # safetensors writes files with mode 600, and copies keep their original mode.
         for path in scratch.iterdir():
             shutil.copymode(scratch / "config.json", path)
 

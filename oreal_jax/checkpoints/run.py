@@ -275,7 +275,7 @@ def load_token_reward(run: Path, abstract: Params) -> Params:
     """
     step = newest_step(run, ("policy", "trainer"))
     if step is None:
-        raise InputError(f"{run}: no checkpoint with the state of the trainer")
+        raise InputError(f"{run}: no checkpoint with trainer state")
     directory = run / "checkpoints" / str(step) / "trainer"
     kind = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding)
     select = lambda params: {"token_reward": {"0": params}}

@@ -21,7 +21,7 @@ class ModelSource(NamedTuple):
 
     `files` is the directory of its config.json and tokenizer, `settings` is the config
     of the run that trained it (empty for other models). `policy` is the directory of
-    the weights in a run; None: of its newest policy.
+    the weights in a run (None: its newest policy).
     """
 
     path: Path
@@ -97,7 +97,7 @@ def _policy_after(path: Path, step: int) -> Path:
     steps = run.steps(path)
     if step not in steps:
         existing = ", ".join(map(str, steps)) or "none"
-        raise InputError(f"{path}: no checkpoint {step}; its checkpoints: {existing}")
+        raise InputError(f"{path}: no checkpoint {step}; available: {existing}")
     return path / "checkpoints" / str(step) / "policy"
 
 

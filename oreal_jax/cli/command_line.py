@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            return _fail(f"{error.filename}: the name of a file is too long", 2)
+            return _fail(f"{error.filename}: file name too long", 2)
         if error.errno != errno.ENOSPC:
             raise
         return _fail("no space left on the device", 1)

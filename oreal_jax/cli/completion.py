@@ -27,7 +27,7 @@ def completion(args: argparse.Namespace) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Let shells complete the names of files where a verb takes one."""
+    """Complete file names for options and arguments that take a file."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for verb in action.choices.values():

@@ -218,7 +218,7 @@ def rft(args: argparse.Namespace) -> None:
         if args.completions and name != "seed" and getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise InputError(
-                f"{option} with --completions: those are already generated and verified"
+                f"{option} with --completions: they are already generated and verified"
             )
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: expected a .jsonl file")

@@ -79,7 +79,7 @@ def add(verb: Verb) -> None:
     parser.add_argument(
         "--other-settings",
         action="store_true",
-        help="compare evaluations with different settings, such as --max-tokens, too",
+        help="allow evaluations whose settings differ, for example in --max-tokens",
     )
     parser.add_argument("--json", type=Path, help="write all numbers here")
 

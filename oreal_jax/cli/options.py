@@ -32,12 +32,12 @@ SAMPLING_SOURCE = Path(__file__).parents[1] / "sampling" / "parameters.py"
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the model, its prompts' template, and how it decodes."""
+    """Add options for the model, its chat template and decoding."""
     parser.add_argument(
         "--model",
         required=required,
-        help="a Hugging Face or run directory; RUN/best, RUN/reference: its best and "
-        "its initial policy",
+        help="a Hugging Face model directory or a run directory (RUN/best: the run's "
+        "best policy, RUN/reference: its initial policy)",
     )
     step_option(parser)
     parser.add_argument(
@@ -69,7 +69,7 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 
 def step_option(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint of a run."""
+    """Add the option that selects a checkpoint of a run."""
     parser.add_argument(
         "--step",
         type=int,
@@ -138,7 +138,7 @@ def folder(parser: argparse.ArgumentParser) -> None:
 
 
 def verifier_options(parser: argparse.ArgumentParser) -> None:
-    """Add the config file whose verifiers are used."""
+    """Add the option for the config file whose verifiers are used."""
     parser.add_argument(
         "--config",
         type=Path,
@@ -149,7 +149,7 @@ def verifier_options(parser: argparse.ArgumentParser) -> None:
 
 
 def pool_settings(args: argparse.Namespace) -> tuple:
-    """Return deadline and verifiers of `--config` for `Pool`; nothing without it.
+    """Return `--config`'s deadline and verifiers for `Pool`; () without `--config`.
 
     Raises:
         InputError: the file has no config of `oreal train`.
@@ -166,15 +166,15 @@ def pool_settings(args: argparse.Namespace) -> tuple:
 def log_verifiers(
     args: argparse.Namespace, settings: Mapping[str, Any], log: Callable[[str], None]
 ) -> None:
-    """Log the verifiers that a run of these settings had, if they are not used.
+    """Log the verifiers that a run was trained with, if they are not used here.
 
-    A run directory names them, but not their file, and none is imported because of it.
+    A run directory records their names but not their file, so they are not imported.
     """
     names = settings.get("verification", {}).get("verifiers", [RULE])
     if names != [RULE] and not args.config:
         log(
-            f"{args.model}: trained with the verifiers {', '.join(names)}, measured by "
-            "the rule alone; --config FILE uses those of a config file"
+            f"{args.model}: trained with the verifiers {', '.join(names)}; using the "
+            "rule only (--config FILE: use the verifiers of a config file)"
         )
 
 
@@ -282,7 +282,7 @@ def load_engine(
     """Load the model of these options, and make its engine.
 
     The weights are still loading when this returns. `stops` are texts that end a
-    completion. Unfinished work of `out` is resumed with the date of its prompts.
+    completion. Unfinished work on `out` is resumed with the date in its prompts.
 
     Raises:
         InputError: the model cannot be used.

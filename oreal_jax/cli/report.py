@@ -11,11 +11,11 @@ OUTCOMES = ("correct", "incorrect", "undecided")
 
 
 def add(verb: Verb) -> None:
-    """Add both verbs."""
+    """Add `oreal report` and `oreal show`."""
     parser = verb(
         "report",
         report,
-        "write a page for the browser: curves, warnings, evaluations, trajectories",
+        "write an HTML page: curves, warnings, evaluations, trajectories",
         "oreal report runs/demo/run --output report.html",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
@@ -43,7 +43,7 @@ def add(verb: Verb) -> None:
         type=float,
         default=10.0,
         metavar="MB",
-        help="size of the page; completions that do not fit are omitted",
+        help="maximum size of the page; completions that do not fit are omitted",
     )
 
     parser = verb(
@@ -58,11 +58,17 @@ def add(verb: Verb) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="show the curve of this metric instead of a choice; may be repeated",
+        help="show the curve of this metric, not the default ones; may be repeated",
     )
-    parser.add_argument("--step", type=int, help="of the completions (default: last)")
-    parser.add_argument("--outcome", choices=OUTCOMES, help="only such completions")
-    parser.add_argument("--n", type=int, default=6, help="number of completions")
+    parser.add_argument(
+        "--step", type=int, help="step of the completions (default: the last one)"
+    )
+    parser.add_argument(
+        "--outcome", choices=OUTCOMES, help="show completions with this outcome only"
+    )
+    parser.add_argument(
+        "--n", type=int, default=6, help="maximum number of completions"
+    )
 
 
 def report(args: argparse.Namespace) -> None:

@@ -8,11 +8,11 @@ from oreal_jax.cli.options import Verb
 
 
 def add(verb: Verb) -> None:
-    """Add the verb."""
+    """Add `oreal runs`."""
     parser = verb(
         "runs",
         runs,
-        "list runs with step, last score, age and state",
+        "list runs with their state, finished steps, last score and age",
         "oreal runs runs",
     )
     parser.add_argument(
@@ -20,9 +20,9 @@ def add(verb: Verb) -> None:
         type=Path,
         nargs="?",
         default=Path("runs"),
-        help="a folder of run directories, or of folders of them",
+        help="a folder that is searched for run directories, with its subfolders",
     )
-    parser.add_argument("--json", action="store_true", help="JSON lines")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
 
 
 def runs(args: argparse.Namespace) -> None:

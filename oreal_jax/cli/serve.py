@@ -12,14 +12,14 @@ MAX_BIASES = 512  # biased tokens of a request
 
 
 def add(verb: Verb) -> None:
-    """Add the verb."""
+    """Add `oreal serve`."""
     parser = verb(
         "serve",
         serve,
-        "serve a model: OpenAI's API under /v1, and a page that shows several "
-        "solutions of a question. API keys, if any, are in OREAL_API_KEYS, separated "
-        "by commas. Ctrl-C or SIGTERM finishes the running requests; a second one "
-        "ends at once",
+        "serve a model: an OpenAI-compatible API under /v1, and a page that shows "
+        "several solutions to a question. API keys, if any, are read from "
+        "OREAL_API_KEYS, separated by commas. Ctrl-C or SIGTERM finishes the running "
+        "and waiting requests; a second one exits at once",
         "oreal serve --model runs/demo/run --port 8000",
     )
     model_options(parser)
@@ -27,7 +27,7 @@ def add(verb: Verb) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 is open to the network: set keys",
+        help="address to listen on; 0.0.0.0 accepts the network: set API keys",
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument(
@@ -35,13 +35,13 @@ def add(verb: Verb) -> None:
         type=int,
         default=2048,
         help="maximum tokens of a prompt and its completion together, at most the "
-        "model's; each of the --rows has memory for as many",
+        "model's; memory for as many is reserved for each of the --rows",
     )
     parser.add_argument(
         "--queue",
         type=int,
         default=256,
-        help="completions that may wait for one of the --rows; more get status 429",
+        help="maximum number of waiting completions; further ones get status 429",
     )
     parser.add_argument(
         "--name", help="the model's name in the API (default: --model as given)"
@@ -49,8 +49,8 @@ def add(verb: Verb) -> None:
     parser.add_argument(
         "--token-scores",
         action="store_true",
-        help="load the token reward model of a run, too: the page colours each token "
-        "by its score",
+        help="also load the run's token reward model: the page colours each token by "
+        "its score",
     )
 
 
@@ -80,7 +80,7 @@ def serve(args: argparse.Namespace) -> None:
     screen = Screen.on_stderr()
     with server.listen(args.host, args.port) as listener:
         if not keys and args.host not in LOOPBACK:
-            screen.log(f"--host {args.host} without OREAL_API_KEYS: open to everyone")
+            screen.log(f"--host {args.host} without OREAL_API_KEYS: no key needed")
         model, engine = load_engine(args)
         chat, length = model.chat, min(args.length, model.config.max_length)
         with screen.phase("load"):

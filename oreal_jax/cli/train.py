@@ -28,7 +28,7 @@ def add(verb: Verb) -> None:
         config_options(parser)
         if name == "train":
             for option, field in (("question", "question"), ("answer", "gold_answer")):
-                text = f"field of the {option} in `prompts` (default: {field})"
+                text = f"field of the prompt file with the {option} (default: {field})"
                 parser.add_argument(f"--{option}", metavar="FIELD", help=text)
         parser.add_argument(
             "--run", type=Path, help="run directory (default: runs/<config name>)"

@@ -43,7 +43,9 @@ def add(verb: Verb) -> None:
     )
     verifier_options(parser)
     judge_options(parser)
-    parser.add_argument("--question", help="of --answer, for --judge or --config")
+    parser.add_argument(
+        "--question", help="question of --answer, for --judge or --config"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines")
 
 
@@ -58,9 +60,9 @@ def verify(args: argparse.Namespace) -> None:
     present = [x is not None for x in (args.gold, args.answer, args.file)]
     if present not in ([True, True, False], [False, False, True]):
         raise InputError("verify takes either --gold and --answer, or --file")
-    is_read = args.judge or args.config
-    if args.question and not (is_read and args.answer is not None):
-        raise InputError("--question goes with --answer and --judge or --config")
+    has_reader = args.judge or args.config
+    if args.question and not (has_reader and args.answer is not None):
+        raise InputError("--question requires --answer, and --judge or --config")
     check_min(1, "--workers", args.workers)
     if args.deadline is not None and not 0 < args.deadline < math.inf:
         raise InputError(f"--deadline {args.deadline}: must be above 0 and finite")

@@ -14,7 +14,7 @@ from oreal_jax.verify.extract import is_thinking_mark
 
 # Without any of these, transformers silently makes a tokenizer without a vocabulary.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Names that are ours to set when a template is applied.
+# Variables that `apply_chat_template` or this module sets.
 RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now")
 ANSWER = "\ue000"  # stands for an answer, to find the text after it
 DATE_FILE = "template_date"  # in the model directory of a run: the date of its prompts
@@ -44,7 +44,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def read_date(directory: Path) -> datetime.date | None:
-    """Return the date that the prompts of a run print, None if it recorded none.
+    """Return the date in the prompts of a run, None if it recorded none.
 
     Raises:
         InputError: the file in its model directory is not a date.
@@ -62,9 +62,9 @@ class Chat:
     """A tokenizer and its chat template, applied to one question.
 
     `system_prompt` None leaves the system message to the template. `template` is a
-    Jinja file that replaces the tokenizer's own; it reads `template_vars`, and prints
-    `date` (None: today) if it prints one. Completions end before the first of the
-    `stop_strings`. The methods that encode and decode are thread-safe.
+    Jinja file that replaces the tokenizer's own; `template_vars` are its variables,
+    `date` (None: today) is the date that it prints, if any. Completions end before the
+    first of the `stop_strings`. The methods that encode and decode are thread-safe.
     """
 
     def __init__(
@@ -123,15 +123,15 @@ class Chat:
         return self.encode_messages([{"role": "user", "content": question}])
 
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the tokens of messages, each a `role` and `content`, likewise.
+        """Return the prompt tokens of messages, each with a `role` and `content`.
 
-        The system prompt precedes them unless they begin with another. Text of a
-        message is never a control token: "<|im_end|>" in it is spelled by other tokens.
+        The system prompt precedes them unless they begin with their own. Text of a
+        message never becomes a control token: "<|im_end|>" in it is encoded as text.
         """
         text, mark = self._apply(messages), None
         if any(self._control_start.search(each["content"]) for each in messages):
-            # The template gets the contents in one piece, with a character inside each
-            # of these texts, at which the result is split to encode the parts.
+            # Insert an unused character into each control text, apply the template,
+            # then split there, so that the parts are encoded separately.
             mark = next(x for x in map(chr, PRIVATE_USE) if x not in text)
             split = functools.partial(self._control_start.sub, rf"\g<0>{mark}")
             text = self._apply([x | {"content": split(x["content"])} for x in messages])
@@ -154,7 +154,7 @@ class Chat:
         )
 
     def encode_text(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the tokens of a text, with the tokenizer's own `special` ones."""
+        """Return the tokens of a text; `special` adds the tokenizer's BOS or EOS."""
         with self._lock:
             return self.tokenizer.encode(text, add_special_tokens=special)
 
@@ -169,7 +169,7 @@ class Chat:
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def decode_all(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens as `decode` does, but beyond stop strings too."""
+        """Return the text of tokens as `decode` does, but ignore stop strings."""
         tokens = [token for each in tokens if (token := int(each)) not in self._hidden]
         with self._lock:
             return self.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -183,7 +183,7 @@ class Chat:
 
     @property
     def size(self) -> int:
-        """The number of tokens, added ones included: the highest token and one."""
+        """The highest token id, of added tokens too, plus one."""
         return max([*self.tokenizer.get_vocab().values(), -1]) + 1
 
     def token_bytes(self) -> list[bytes]:
@@ -216,7 +216,7 @@ class Chat:
         """Return the tokens that end a completion: the model's own and one per word.
 
         The model's own are those of its tokenizer, config.json and
-        generation_config.json, and the one with which its template ends a turn.
+        generation_config.json, and the token that ends a turn in its template.
 
         Raises:
             InputError: a word is not exactly one known token, or a file of the model is
@@ -242,9 +242,9 @@ class Chat:
         return tuple(sorted(tokens - {None}))
 
     def example(self, question: str, solution: str) -> tuple[list[int], list[int]]:
-        """Return prompt and completion tokens; the latter end as the template's turns.
+        """Return prompt and completion tokens, the latter with the template's turn end.
 
-        Where these have no special token, completions end with end-of-sequence.
+        Without a special token there, completions end with end-of-sequence.
 
         Raises:
             InputError: the tokenizer has no such token.
@@ -258,15 +258,15 @@ class Chat:
     def _turn_end(self) -> list[int]:
         """The tokens that the template puts after an answer, up to the special one.
 
-        Empty if there is no special one. What follows it, as a line break, is for the
-        next turn: completions end before.
+        Empty if there is no special one. Text after it, such as a line break, belongs
+        to the next turn and is not part of completions.
         """
         try:
             turns = [("user", "?"), ("assistant", ANSWER)]
             messages = [{"role": role, "content": text} for role, text in turns]
             text = self._apply(messages, is_prompt=False)
         except Exception:  # templates raise errors of many kinds
-            return []  # one for questions only
+            return []  # the template accepts questions only
         tokens = self.encode_text(text.rpartition(ANSWER)[2]) if ANSWER in text else []
         marks = self._hidden - {self.tokenizer.unk_token_id}
         index = next((i for i, token in enumerate(tokens) if token in marks), -1)
@@ -280,7 +280,7 @@ def chat_template(tokenizer: Any, source: Any) -> str:
         InputError: it has none; or several, and none of them is the default.
     """
     if not tokenizer.chat_template:
-        raise InputError(f"{source}: no chat template in it")
+        raise InputError(f"{source}: no chat template")
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
@@ -295,10 +295,10 @@ def special_tokens(tokenizer: Any) -> set[int]:
 
 
 def control_start(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern for the first character of a text that is a control token.
+    """Return a pattern that matches the first character of each control token.
 
-    These are the special tokens and other added ones in brackets, such as "<think>";
-    added tokens such as blanks are for plain text.
+    Control tokens are the special tokens, and added tokens in brackets such as
+    "<think>"; other added tokens, such as runs of spaces, are plain text.
     """
     special = special_tokens(tokenizer)
     controls = [
@@ -312,7 +312,7 @@ def control_start(tokenizer: Any) -> re.Pattern[str]:
 def with_date(template: str, date: datetime.date) -> str:
     """Return a template whose `strftime_now` prints this date.
 
-    The library's own prints the present time; it takes no function as a variable.
+    That of transformers prints the current time, and a variable cannot replace it.
     """
     if "strftime_now" not in template:
         return template

@@ -25,9 +25,9 @@ class Item(NamedTuple):
 Items = dict[str, Item]  # by id
 Settings = Mapping[str, Any]
 
-# Settings that a comparison may be about (the model and its stored form), and chance.
-FREE = {"model", "model of", "step", "weights", "cache", "questions", "seed", "k"}
-FREE |= {"stop_strings", "stop_words"}  # the model's own
+# Settings that two evaluations may differ in: the model and its stored form, and seeds.
+MAY_DIFFER = {"model", "model of", "step", "weights", "cache", "questions", "seed", "k"}
+MAY_DIFFER |= {"stop_strings", "stop_words"}  # the model's own
 SAMPLED = {"temperature", "top_p", "top_k", "min_p"}  # greedy decoding has none
 
 
@@ -114,14 +114,14 @@ def compare_kind(
 def check_settings(first: Path, second: Path, kinds: Iterable[Kind]) -> None:
     """Check that items of the same kinds were generated with the same settings.
 
-    Those of older versions record none, and are not checked.
+    Items of older versions have no settings and are not checked.
 
     Raises:
         InputError: names the first setting that differs.
     """
     old, new = read_settings(first), read_settings(second)
     for kind in kinds:
-        ignored = FREE | SAMPLED if kind[1] else FREE
+        ignored = MAY_DIFFER | SAMPLED if kind[1] else MAY_DIFFER
         name = _difference(old.get(kind, {}), new.get(kind, {}), ignored)
         if name:
             raise InputError(
@@ -150,7 +150,7 @@ def check_items_overwritable(path: Path, settings: Settings) -> None:
 
 
 def _difference(old: Settings, new: Settings, ignored: set[str]) -> str | None:
-    """Return the first setting in which two differ, of those that both have."""
+    """Return the first setting that both have with different values."""
     names = [name for name in old if name in new and name not in ignored]
     return next((name for name in names if old[name] != new[name]), None)
 

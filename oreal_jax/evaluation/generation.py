@@ -82,12 +82,12 @@ class Journal(dict[Key, CompletionRecord]):
 
 
 def journal_path(out: Path | None) -> Path | None:
-    """Return the journal of a command that writes `out`."""
+    """Return the path of the journal of a command that writes `out`."""
     return out and out.with_name(f"{out.name}.unfinished")
 
 
 def unfinished_date(out: Path | None) -> datetime.date | None:
-    """Return the date that prompts of unfinished work print, None if there is none."""
+    """Return the date in the prompts of unfinished work, None if there is none."""
     if not (path := journal_path(out)):
         return None
     try:
@@ -95,7 +95,7 @@ def unfinished_date(out: Path | None) -> datetime.date | None:
             settings = json.loads(file.readline())["drawing"]
         return settings["date"] and datetime.date.fromisoformat(settings["date"])
     except (OSError, ValueError, TypeError, KeyError):
-        return None  # `Journal` reports a file that is none
+        return None  # `Journal` reports an invalid file
 
 
 @contextlib.contextmanager

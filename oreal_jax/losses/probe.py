@@ -49,7 +49,7 @@ def has_gradient(loss: PolicyLoss, group_size: int, *, token_scores: bool) -> bo
         InputError: the loss fails.
     """
     rewards = np.where(np.arange(group_size) % 2, -1.0, 1.0)[None]
-    with _reported(loss):
+    with _locate_errors(loss):
         advantage = jnp.asarray(loss.advantage(rewards)[0], jnp.float32)
     scored = _random(rewards, seed=0)
     scored = scored._replace(
@@ -69,7 +69,7 @@ def _evaluate(
 
     def total(log_probs, entropy):
         own = scored._replace(log_probs=log_probs, entropy=entropy).masked()
-        with _reported(loss):
+        with _locate_errors(loss):
             value, metrics = loss(own, Counts.of(scored.completion, scored.correct))
             for name, array in {"the loss": value, **metrics}.items():
                 if jnp.shape(array):
@@ -81,8 +81,8 @@ def _evaluate(
 
 
 @contextlib.contextmanager
-def _reported(loss: PolicyLoss) -> Iterator[None]:
-    """Name the line of a loss that fails, before a run samples for minutes."""
+def _locate_errors(loss: PolicyLoss) -> Iterator[None]:
+    """Convert errors of a loss to InputError with file and line."""
     try:
         yield
     except Exception as error:

@@ -78,7 +78,9 @@ def lay_out(
             return quantize(weight, summed_axes)
         return weight.astype(dtype)
 
-    convert_all = functools.partial(jax.tree.map, convert, is_leaf=functional.is_names)
+    convert_all = functools.partial(
+        jax.tree.map, convert, is_leaf=functional.is_axis_names
+    )
     names, layers = _axes(config), params["layers"]
 
     @jax.jit
@@ -100,7 +102,7 @@ def axes(config: ModelConfig, *, int8: bool = False) -> Any:
         scale = (None if i in summed_axes else name for i, name in enumerate(names))
         return Quantized._make([names, tuple(scale)])
 
-    names = jax.tree.map(name_arrays, _axes(config), is_leaf=functional.is_names)
+    names = jax.tree.map(name_arrays, _axes(config), is_leaf=functional.is_axis_names)
     return names | {"layers": (names["layers"],) * config.layers}
 
 
@@ -199,7 +201,7 @@ def _axes(config: ModelConfig) -> Any:
     """Return the axis names of every weight, for one layer without "layers"."""
     names = functional.axes(config)
     drop_first = lambda axes: axes[1:]
-    layer = jax.tree.map(drop_first, names["layers"], is_leaf=functional.is_names)
+    layer = jax.tree.map(drop_first, names["layers"], is_leaf=functional.is_axis_names)
     return names | {"layers": layer}
 
 

@@ -66,7 +66,7 @@ def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def is_names(x) -> bool:
+def is_axis_names(x) -> bool:
     """Return whether `x` names the axes of one array: a leaf of a tree of names."""
     return isinstance(x, tuple) and all(isinstance(name, str | None) for name in x)
 
@@ -78,7 +78,7 @@ def cast_matrices(config: ModelConfig, params: Params, dtype) -> Params:
         is_matrix = "layers" in names and "embed" in names and len(names) > 2
         return weight.astype(dtype) if is_matrix else weight
 
-    return jax.tree.map(cast_matrix, axes(config), params, is_leaf=is_names)
+    return jax.tree.map(cast_matrix, axes(config), params, is_leaf=is_axis_names)
 
 
 def token_reward_params(params: Params) -> Params:

@@ -221,7 +221,7 @@ class Browser {
       });
       text.append(...spans);
     }
-    const group = element("button", { type: "button", text: "all of this prompt" });
+    const group = element("button", { type: "button", text: "all completions of this prompt" });
     group.addEventListener("click", () => {
       this.only = this.groupName(row);
       this.filter();
@@ -232,7 +232,7 @@ class Browser {
       group, list);
     if (content?.exact === false)
       node.append(element("p", { class: "note",
-        text: "The texts of the tokens are those of each token alone." }));
+        text: "Each token's text was decoded on its own." }));
     node.append(text);
     return { row, content, node, spans };
   }

@@ -1,11 +1,11 @@
-"""Metrics that a report shows, with their texts from the table of metrics."""
+"""Metrics that a report shows, described as in the table of metrics."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from oreal_jax.metrics import METRICS, Metric
 
-# From the most important ones on; a report shows those that a run has.
+# The most important ones first; a report shows those that a run has.
 CHARTS = (
     "critic/score/mean",
     "frac_reward_zero_std",
@@ -30,7 +30,7 @@ TEXTS: dict[str, Metric] = {name: metric for metric in METRICS for name in metri
 
 
 def present(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Return those of `names` that at least one row has a number of."""
+    """Return those of `names` that have a number in at least one row."""
     return [
         n for n in names if any(isinstance(row.get(n), int | float) for row in rows)
     ]

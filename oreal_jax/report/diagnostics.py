@@ -1,4 +1,4 @@
-"""How well the token reward model tells correct from incorrect completions, and where.
+"""How well, and where, the token reward model separates correct from incorrect.
 
 A completion is divided into tenths of its tokens; one of fewer than ten tokens repeats
 some of them.
@@ -16,7 +16,7 @@ from oreal_jax.report.runs import SavedCompletion
 from oreal_jax.train.metrics import roc_area
 
 PARTS = 10
-BINS, BIN_SIZE = 10, 10  # of the calibration: their maximum number and minimum size
+BINS, BIN_SIZE = 10, 10  # calibration bins: maximum number, minimum size
 SIGNIFICANT = 2.0  # standard errors
 
 
@@ -65,9 +65,10 @@ def diagnose(completions: Sequence[ScoredCompletion]) -> dict[str, Any] | None:
     """Return all diagnostics as JSON values; None unless both outcomes are present.
 
     auc: of predictions; auc_parts: of the mean score within each tenth.
-    pairs: share of prompts whose correct completion has the higher prediction.
-    credit: mean by outcome at the end of each tenth; parts_at: the first tenth from
-        which on their difference exceeds two standard errors, None if there is none.
+    pairs: mean over prompts of the share of (correct, incorrect) pairs in which the
+        correct completion has the higher prediction.
+    credit: mean by outcome at the end of each tenth; diverges_at: the first
+        tenth from which on their difference exceeds two standard errors, or None.
     early: share of the token weight on the first half, by outcome.
     calibration: completions by prediction, in bins of equal size.
     """
@@ -78,8 +79,8 @@ def diagnose(completions: Sequence[ScoredCompletion]) -> dict[str, Any] | None:
     credit = np.array([c.credit for c in completions])
     high, low = credit[correct], credit[~correct]
     difference = high.mean(axis=0) - low.mean(axis=0)
-    part = difference > SIGNIFICANT * np.sqrt(_error(high) + _error(low))
-    stays = np.logical_and.accumulate(part[::-1])[::-1]
+    differs = difference > SIGNIFICANT * np.sqrt(_error(high) + _error(low))
+    stays = np.logical_and.accumulate(differs[::-1])[::-1]
     steps = [c.step for c in completions]
     return {
         "steps": [min(steps), max(steps)],
@@ -91,7 +92,7 @@ def diagnose(completions: Sequence[ScoredCompletion]) -> dict[str, Any] | None:
             "correct": high.mean(axis=0).tolist(),
             "incorrect": low.mean(axis=0).tolist(),
         },
-        "parts_at": int(np.argmax(stays)) if stays.any() else None,
+        "diverges_at": int(np.argmax(stays)) if stays.any() else None,
         "early": {
             "correct": _early([c for c in completions if c.correct]),
             "incorrect": _early([c for c in completions if not c.correct]),

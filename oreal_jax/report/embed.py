@@ -1,4 +1,4 @@
-"""Completions in the form in which a page contains them: small, and read one by one.
+"""The compact form of completions in a page, which decodes them one at a time.
 
 A completion is deflated JSON (question, answer, text), a zero byte, the length of each
 token's text in UTF-16 units (LEB128), and a byte per token for each of its quantities:
@@ -41,7 +41,7 @@ QUANTITIES = (
     Quantity(
         "difference",
         "trainer - sampler",
-        "difference of the token's probability between trainer and sampler",
+        "probability of the token in the trainer minus that in the sampler",
     ),
 )
 
@@ -49,7 +49,7 @@ QUANTITIES = (
 def quantities(
     completion: SavedCompletion, weight: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Return the numbers per token that are stored; a page derives the others."""
+    """Return the per-token numbers to store; the page derives the others."""
     saved = completion.per_token
     values = {
         name: saved[name] for name in ("token_scores", "entropy") if name in saved
@@ -73,8 +73,8 @@ def quantise(values: np.ndarray) -> tuple[float, float, np.ndarray]:
 def pack(completion: SavedCompletion, weight: np.ndarray | None) -> bytes:
     """Return a completion with its numbers, deflated.
 
-    Numbers are omitted if the file has no text per token. If the texts of the tokens do
-    not make up the completion's text, they are stored instead of it (`exact` is false).
+    Numbers are omitted if the file has no text per token. If the token texts do not add
+    up to the completion's text, they are stored instead of it (`exact` is false).
     """
     header: dict[str, Any] = {
         "question": completion.question,
@@ -136,7 +136,7 @@ class Embedded(NamedTuple):
 
 
 def embed(entries: Sequence[Entry], size: int) -> Embedded:
-    """Return the list of as many of `entries`, and as much content, as fit.
+    """Return the list of `entries` and their content, as far as they fit.
 
     Earlier entries come first; the list has at most half of the `size` in bytes.
     """
@@ -160,7 +160,7 @@ def _encode(table: dict[str, Any]) -> str:
 
 
 def _table(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return the list by columns; texts are numbers of entries of tables."""
+    """Return the list as columns; texts are indices into tables of texts."""
     each = [entry.completion for entry in entries]
     questions, question = _number((c.question or c.id)[:MAX_QUESTION] for c in each)
     reasons, reason = _number(c.reason[:MAX_REASON] for c in each)

@@ -1,4 +1,4 @@
-"""Warnings about a run, as a person would give them after reading its metrics.
+"""Warnings about a run, derived from its metrics.
 
 Trends compare the mean of the last fifth of the steps with that of the first fifth.
 """
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MIN_STEPS = 6  # of a run before it has trends
-SPIKE = 10.0  # times the median of the steps before
-SPIKE_HISTORY = 5  # steps that such a median needs
+MIN_STEPS = 6  # before trends are computed
+SPIKE = 10.0  # times the median of the previous steps
+SPIKE_HISTORY = 5  # minimum steps for this median
 
 
 class Finding(NamedTuple):
@@ -68,7 +68,7 @@ def _entropy(values: Series) -> str | None:
     if values.recent < 0.1 and values.recent < values.start / 3:
         return (
             f"entropy collapse: from {values.start:.3g} to {values.recent:.3g} nats; "
-            "the policy hardly explores any more"
+            "the policy barely explores"
         )
 
 

@@ -79,8 +79,8 @@ function showEvaluations() {
     target.append(makeTable(["set", "measure", "file", "problems", "value"],
       data.items.map((e) => [e.set, e.measure, e.source, e.problems, interval(e)])));
   if (each.some((e) => e.low === null))
-    target.append(element("p", { class: "note", text: "In brackets: 95% interval over problems. " +
-      "It is missing where the run's files do not determine it; oreal eval --items does." }));
+    target.append(element("p", { class: "note", text: "In parentheses: 95% interval over problems. " +
+      "It is omitted where the run's files do not determine it; files of oreal eval --items do." }));
 }
 
 function makeTable(heads, rows) {
@@ -100,13 +100,13 @@ function showReward() {
   const table = scored.map(({ name, diagnostics: d }) => [
     name, `${d.steps[0]} to ${d.steps[1]}`, d.completions, d.auc.toFixed(3),
     d.pairs ? `${interval(d.pairs)} of ${d.pairs.prompts}` : "",
-    d.parts_at === null ? "nowhere" : `from ${d.parts_at * 10}% of the tokens on`,
+    d.diverges_at === null ? "nowhere" : `from ${d.diverges_at * 10}% of the tokens on`,
     ...[d.early.correct, d.early.incorrect].map((x) => (x === null ? "" : percent(x))),
   ]);
   target.append(element("p", { class: "note", text: "On the completions trained on in the newest steps. " +
-      "A model that knows nothing has AUC 0.5; weight on the first half is 50% if it is uniform." }),
-    makeTable(["run", "steps", "completions", "AUC", "pairs in the right order",
-      "correct and incorrect part", "weight on first half, correct", "incorrect"], table));
+      "An uninformative model has AUC 0.5; uniform weights put 50% on the first half." }),
+    makeTable(["run", "steps", "completions", "AUC", "correctly ordered pairs",
+      "predictions diverge", "weight on first half, correct", "incorrect"], table));
   const lines = (values) => data.runs.flatMap((run, index) => run.diagnostics
     ? [{ name: runName(run), colour: runColour(index), points: values(run.diagnostics) }] : []);
   const grid = element("div", { class: "grid" });
@@ -121,7 +121,7 @@ function showReward() {
             dash: outcome === "correct" ? "none" : "4 3",
             points: run.diagnostics.credit[outcome].map((y, x) => [x, y]) }] : [])),
       ["mean prediction from the tokens so far, correct (solid) and incorrect (dashed)",
-        "healthy: they part early, and ever more"],
+        "healthy: they diverge early, and increasingly"],
       { label: tenth }),
     lineChart("calibration", "share correct", data.runs.flatMap((run, index) => run.diagnostics
       ? [{ name: runName(run), colour: runColour(index),

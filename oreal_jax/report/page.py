@@ -1,4 +1,4 @@
-"""The HTML page of one or several runs: everything in one file, without network.
+"""The HTML page of one or several runs: one file that loads nothing else.
 
 Its template, style and scripts are files of this package. Data is one JSON object in
 the page; lists of completions and their contents are in the form of `embed`.
@@ -22,15 +22,15 @@ from oreal_jax.report.evaluations import Evaluation, read_evaluations
 from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 from oreal_jax.report.weights import TokenWeights, read_weights
 
-RECENT = 10  # newest steps whose completions the diagnostics are about
-ROWS_BYTES = 100  # for the names of what is added for each run
+RECENT = 10  # newest steps, whose completions the diagnostics use
+ROWS_BYTES = 100  # reserved per run for the JSON of its list
 MAX_NOTES = 20  # of a run
 DIGITS = 6  # of numbers in the page
 SCRIPTS = ("charts.js", "contents.js", "browser.js", "page.js")
 
 
 class Report(NamedTuple):
-    """A page, the number of completions with content in it, and that in the files."""
+    """A page, its completions with content, and all completions in the files."""
 
     html: str
     contained: int
@@ -42,12 +42,12 @@ def make_report(
 ) -> Report:
     """Return the page of these runs, of at most `size` bytes.
 
-    `items` are further evaluations. Completions that do not fit are omitted: of the
-    newest steps and of steps evenly spread those trained on are kept longest.
+    `items` are further evaluations. Completions that do not fit are omitted;
+    those trained on, of the newest and of evenly spread steps, are omitted last.
     `advance` is called after each trajectory file.
 
     Raises:
-        InputError: a trajectory file is invalid, or the page cannot be so small.
+        InputError: a trajectory file is invalid, or `size` is too small for the page.
     """
     parts = [_describe_run(run) for run in runs]
     names = list(dict.fromkeys(n for part in parts for n in part["metrics"]))
@@ -67,7 +67,7 @@ def make_report(
     overhead = len(_fill(data, []).encode()) + ROWS_BYTES * len(runs)
     if overhead > size:
         raise InputError(
-            f"--max-size {size / 1e6:g}: the page without completions has "
+            f"--max-size {size / 1e6:g}: the page without completions takes "
             f"{overhead / 1e6:.2f} MB"
         )
     share = (size - overhead) // max(1, len(runs))
@@ -80,7 +80,7 @@ def make_report(
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
-    """Return what is known of a run before its completions are read."""
+    """Return the part of a run's data that needs no completions."""
     names = charts.present(run.rows, charts.CHARTS)
     settings, planned = run.settings, run.settings.get("steps")
     evaluations = read_evaluations(run.name, run.path, settings)
@@ -101,7 +101,7 @@ def _read(
     """Return the completions of a run, their number, and the diagnostics.
 
     The most important ones come first and are at most `MAX_LISTED`, trained on or not.
-    Of those that would exceed `size` bytes only what the list needs is kept.
+    Beyond `size` bytes, only the fields of the list are kept.
     """
     weigh, steps = read_weights(run.settings), list(run.files)
     recent = set(steps[-RECENT:])
@@ -120,7 +120,7 @@ def _read(
             if sizes[kind] < size:
                 content = pack(completion, weight)
                 sizes[kind] += len(content)
-            # The list needs neither; they would fill the memory.
+            # The list does not need these, and they would fill the memory.
             completion = completion._replace(per_token={}, pieces=None, text="")
             entries[kind].append(Entry(completion, content))
         advance()
@@ -178,7 +178,7 @@ def _fill(data: dict[str, Any], contents: Sequence[Sequence[str]]) -> str:
         "data": to_script_json(data),
         "scripts": read(*SCRIPTS),
     }
-    # In one pass, because data may contain a mark.
+    # In one pass, because data may contain a placeholder.
     return re.sub(r"/\* (\w+) \*/", lambda mark: parts[mark[1]], read("page.html"))
 
 

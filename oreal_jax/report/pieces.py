@@ -10,7 +10,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 
-UNKNOWN = "\ufffd"  # one to three bytes that are no character by themselves
+UNKNOWN = "\ufffd"  # stands for one to three bytes of an incomplete character
 
 
 def align(pieces: Sequence[str], text: str) -> list[str | None] | None:

@@ -1,4 +1,4 @@
-"""Files of a run, finished, running or killed, for reports.
+"""Files of a finished, running or killed run, read for reports.
 
 Files may be missing, and a killed process may have cut their last lines short. Files of
 earlier versions have fewer fields; those are empty or None here.
@@ -22,7 +22,7 @@ PER_TOKEN = ("token_scores", "entropy", "log_probs", "old_log_probs")
 
 
 class Run(NamedTuple):
-    """What a run directory holds.
+    """The content of a run directory.
 
     name: the path as the user wrote it.
     settings: config.json, empty if there is none.
@@ -103,7 +103,7 @@ def open_run(name: str) -> Run:
 
 
 def select_steps(run: Run, steps: Sequence[int]) -> Run:
-    """Return the run with trajectory files of these steps only; of all without any.
+    """Return the run with the trajectory files of `steps` only (empty: of all steps).
 
     Raises:
         InputError: a step has no file.
@@ -112,7 +112,8 @@ def select_steps(run: Run, steps: Sequence[int]) -> Run:
         if step not in run.files:
             stored = f"{min(run.files)} to {max(run.files)}" if run.files else "none"
             raise InputError(
-                f"--step {step}: {run.name} has no trajectories of it; it has {stored}"
+                f"--step {step}: not in the trajectories of {run.name}; available: "
+                f"{stored}"
             )
     return run._replace(files={step: run.files[step] for step in steps or run.files})
 

@@ -16,7 +16,7 @@ from oreal_jax.report.runs import Run, SavedCompletion, read_completions
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # of a curve, in characters
 HEAD, TAIL = 800, 1200  # characters of a long completion that are shown
-DEFAULT = charts.CHARTS[:13]  # without speed, verifiers and what they check
+DEFAULT = charts.CHARTS[:13]  # without verification and speed
 ORDER = {"incorrect": 0, "undecided": 1, "correct": 2}
 STYLES = {"incorrect": "red", "undecided": "yellow", "correct": "green"}
 
@@ -24,9 +24,9 @@ STYLES = {"incorrect": "red", "undecided": "yellow", "correct": "green"}
 def show_run(
     run: Run, metrics: Sequence[str], step: int | None, outcome: str | None, count: int
 ) -> Iterator[RenderableType]:
-    """Yield what to print: curves of `metrics` (default: those that matter), and more.
+    """Yield the parts of the report; `metrics` selects the curves (default: `DEFAULT`).
 
-    Completions are those of `step` (default: the last), `count` of them, only of
+    Completions are those of `step` (default: the last), `count` of them, only with
     `outcome` if it is set, incorrect ones first.
 
     Raises:
@@ -36,8 +36,8 @@ def show_run(
     for name in metrics:
         if name not in stored:
             raise InputError(
-                f"--metric {name}: {run.name} has none; it has "
-                f"{', '.join(sorted(stored)) or 'no finished step'}"
+                f"--metric {name}: not in {run.name}; available: "
+                f"{', '.join(sorted(stored)) or 'none'}"
             )
     names = charts.present(run.rows, metrics or DEFAULT)
     yield Text(_headline(run), style="bold")
@@ -76,7 +76,7 @@ def _curves(run: Run, names: Sequence[str]) -> Table:
         zip(*rows, strict=True),
         strict=True,
     ):
-        # All but the last column in full; that one as far as the terminal is wide.
+        # All columns in full but the last, which is cut at the terminal's width.
         width = 0 if title == "healthy" else max(map(len, [title, *cells]))
         justify = "right" if title in ("first", "last") else "left"
         table.add_column(title, no_wrap=True, min_width=width, justify=justify)
@@ -86,7 +86,7 @@ def _curves(run: Run, names: Sequence[str]) -> Table:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return a curve of at most `WIDTH` characters, each a mean of neighbours."""
+    """Return a curve of at most `WIDTH` characters, each the mean of some values."""
     count = min(WIDTH, len(values))
     ends = [len(values) * i // count for i in range(count + 1)] if count else [0]
     parts = [values[a:b] for a, b in zip(ends, ends[1:], strict=False)]
@@ -144,7 +144,7 @@ def _completion(completion: SavedCompletion) -> Group:
 
 
 def shorten(text: str) -> str:
-    """Return the begin and the end of a long text."""
+    """Return the beginning and the end of a long text."""
     omitted = len(text) - HEAD - TAIL
     if omitted <= 0:
         return text
@@ -152,7 +152,7 @@ def shorten(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text that only prints: no control characters except for line ends.
+    """Return text with control characters, except for line breaks, as escapes.
 
     Control characters would move the cursor, change colours or the window's title;
     formatting characters may reverse the order of letters.

@@ -56,8 +56,8 @@ class Engine:
         """Make the engines of a process; nothing is compiled or allocated yet.
 
         stop_table: result of `make_stop_table` for stop strings.
-        real_tokens: tokens of the tokenizer, the first rows of the vocabulary; no
-            other is sampled (0: all rows).
+        real_tokens: number of tokens of the tokenizer, the first rows of the
+            vocabulary; other rows are never sampled (0: all are tokens).
         rows: decoding slots, over all devices of the trainer's `mesh`.
         cache_tokens: of each engine's cache (0: the longest completion in every slot).
         weights, cache: "int8" and "float8" (e4m3) take half the memory of bfloat16, and

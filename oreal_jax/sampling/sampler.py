@@ -7,8 +7,8 @@ is sampled by inverting the cumulative distribution in two levels. It is in the 
 if the tokens that are likelier hold less than `top_p`.
 
 The vocabulary of many models is padded: its last rows belong to no token of the
-tokenizer. They are masked like banned tokens; the log-probability of the full model
-counts them, as it does for the trainer.
+tokenizer. They are masked like banned tokens; the log-probability under the full model
+includes them, as in the trainer.
 """
 
 from typing import Any, NamedTuple
@@ -139,12 +139,12 @@ def sample_tokens(
 
 
 def has_padding(logits: Float[Array, "*B V"], real_tokens: int) -> bool:
-    """Return whether the vocabulary has more rows than tokens (0: it has none)."""
+    """Return whether the vocabulary has padded rows (`real_tokens` 0: none)."""
     return 0 < real_tokens < logits.shape[-1]
 
 
 def mask_padding(logits: Float[Array, "B V"], real_tokens: int) -> Float[Array, "B V"]:
-    """Set the logits of padded rows to -inf; the others are returned as they are."""
+    """Set the logits of padded rows to -inf."""
     if not has_padding(logits, real_tokens):
         return logits
     is_token = jnp.arange(logits.shape[-1])[None] < real_tokens

@@ -1,4 +1,4 @@
-"""Requests that join and leave an engine while others decode, for a server."""
+"""Requests that join and leave an engine during decoding, for a server."""
 
 import itertools
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 class Session:
-    """An engine that decodes whatever requests it has, in rounds of about 0.1 s.
+    """An engine that decodes a changing set of requests, in rounds of about 0.1 s.
 
     Not thread-safe. The number of slots does not change with the load: a completion
     depends on its request alone, up to the last bits of its log-probabilities.
@@ -37,8 +37,8 @@ class Session:
     def __init__(self, engine: Engine, weights: Weights, length: int, biases: int):
         """Allocate the cache.
 
-        `length` is the maximum of the tokens of a prompt and its completion together,
-        `biases` that of the biased tokens of a request.
+        `length` is the maximum number of tokens of a prompt and its completion,
+        `biases` the maximum number of biased tokens of a request.
         """
         self.engine, self.length, self.biases = engine, length, biases
         self.slots = engine.slots * engine.engines
@@ -54,7 +54,7 @@ class Session:
             resumable=False,
         )
         self._numbers = itertools.count()
-        self._reported: dict[SampleId, int] = {}  # tokens in the pieces of a sample
+        self._reported: dict[SampleId, int] = {}  # tokens in earlier pieces
 
     @property
     def is_busy(self) -> bool:

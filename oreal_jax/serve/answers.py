@@ -15,8 +15,8 @@ from oreal_jax.verify.rule import canonical
 def final_answer(text: str) -> dict[str, str] | None:
     """Return the answer of a solution and its group; None if it has none.
 
-    Solutions are in one group if their answers differ in spelling only. Of an equation
-    the right side counts.
+    Solutions are in one group if their answers differ only in notation. For an
+    equation, the right-hand side is the answer.
     """
     answer = extract.answer(text)
     if not isinstance(answer, str):

@@ -29,7 +29,7 @@ from oreal_jax.serve.scorer import Scorer
 from oreal_jax.serve.worker import Generation, Worker
 
 MAX_BODY = 1 << 20  # bytes of a request
-CLIENT_LEFT = 499  # status of a reply that nobody receives
+CLIENT_DISCONNECTED = 499  # recorded status; no reply is sent
 PAGE = Path(__file__).parent / "page"
 # The page runs its own script and style, and talks to this server only.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """A model that is served as `name`; without `keys`, to everyone.
+    """A model served as `name`; empty `keys` means no authentication.
 
     `scorer` scores the tokens of solutions on the page, if there is one.
     """
@@ -76,7 +76,7 @@ class Service:
         handlers: Any = {
             ApiError: lambda _, error: _json(error.as_json(), error.status),
             HTTPException: _http_error,
-            ClientDisconnect: lambda *_: Response(status_code=CLIENT_LEFT),
+            ClientDisconnect: lambda *_: Response(status_code=CLIENT_DISCONNECTED),
             Exception: lambda *_: _json(
                 ApiError("internal error", status=500).as_json(), 500
             ),
@@ -99,7 +99,7 @@ class Service:
                 status = error.status
                 raise
             except ClientDisconnect:
-                status = CLIENT_LEFT
+                status = CLIENT_DISCONNECTED
                 raise
             finally:
                 path = request.scope["route"].path
@@ -132,7 +132,7 @@ class Service:
     def _check_model(self, name: Any) -> None:
         if isinstance(name, str) and name != self.name:
             raise ApiError(
-                f"this server has the model {self.name!r} only",
+                f"this server only has the model {self.name!r}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -151,7 +151,7 @@ class Service:
         """Return the final answers of texts, for the page: {"texts": [...]}."""
         texts = (await _read_json(request)).get("texts")
         if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
-            raise ApiError("texts: expected a list of texts", param="texts")
+            raise ApiError("texts: expected a list of strings", param="texts")
         find_all = lambda: [final_answer(text) for text in texts]
         return _json({"answers": await run_in_threadpool(find_all)})
 
@@ -165,7 +165,7 @@ class Service:
         if not scorer:
             raise ApiError("this server has no token reward model", status=404)
         if not isinstance(text, str):
-            raise ApiError("text: expected a text", param="text")
+            raise ApiError("text: expected a string", param="text")
         values |= {"model": self.name, "max_tokens": 1}
         session = self.worker.session
         find = lambda: score_tokens(scorer, self.chat, session, values, text)
@@ -201,7 +201,7 @@ class Service:
             return reply.complete()
 
         with contextlib.closing(generation):
-            return _json(await _unless_client_leaves(collect(), request.receive))
+            return _json(await _until_disconnect(collect(), request.receive))
 
     async def _measured(
         self, pieces: AsyncIterator[Delta], start: float
@@ -218,7 +218,7 @@ class Service:
 
 
 class Events(Response):
-    """A streamed reply as server-sent events; ends if the client leaves."""
+    """A streamed reply as server-sent events; ends if the client disconnects."""
 
     def __init__(self, events: AsyncIterator[bytes], generation: Generation):
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -238,7 +238,7 @@ class Events(Response):
             await send({"type": "http.response.body", "body": b""})
 
         with contextlib.closing(self.generation), contextlib.suppress(ClientDisconnect):
-            await _unless_client_leaves(produce(), receive)
+            await _until_disconnect(produce(), receive)
 
 
 async def _events(
@@ -255,11 +255,11 @@ async def _events(
     yield event(b"[DONE]")
 
 
-async def _unless_client_leaves(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Return the result of `work`, which is cancelled if the client leaves.
+async def _until_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Return the result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        ClientDisconnect: it did.
+        ClientDisconnect: the client disconnected.
     """
 
     async def watch() -> None:
@@ -280,7 +280,7 @@ async def _unless_client_leaves(work: Coroutine[Any, Any, T], receive: Receive) 
 
 async def _read_json(request: Request) -> Json:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # Another type is what a page of another site could send without permission.
+    # Pages of other sites can send other types without a CORS preflight.
     if kind != "application/json":
         raise ApiError("Content-Type: must be application/json", status=415)
     body = bytearray()

@@ -1,4 +1,4 @@
-"""Generations as text: what a client receives of them."""
+"""Conversion of generated tokens to the text that a client receives."""
 
 from collections.abc import AsyncIterator
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """A request that is answered by an error, in OpenAI's format."""
+    """An error reply in OpenAI's format."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "oreal_requests",
-            "Replies, by path and status; 499: the client left before it.",
+            "Replies, by path and status; 499: the client disconnected.",
             ["path", "status"],
             registry=registry,
         )
@@ -43,7 +43,7 @@ class Metrics:
             ("slots_used", "Slots in use.", lambda: worker.running),
             (
                 "waiting",
-                "Completions that wait for a slot.",
+                "Completions waiting for a slot.",
                 lambda: max(0, worker.pending - worker.running),
             ),
         ]:

@@ -1,7 +1,7 @@
 """Requests of the API: from JSON values to prompts and sampling parameters.
 
-Types are checked by pydantic, ranges by `Sampling`. A field that OpenAI has and this
-server lacks is rejected unless its value changes nothing.
+Types are checked by pydantic, ranges by `Sampling`. Fields of OpenAI's API that
+are not supported here are rejected unless their value has no effect.
 """
 
 import re
@@ -145,7 +145,7 @@ def completion_job(values: dict[str, Any], chat: Chat, session: Session) -> Job:
     """
     fields = _parse(CompletionFields, values)
     if fields.logprobs:
-        message = "only that of the sampled token is known, which is logprobs=0"
+        message = "use logprobs=0 for the sampled token alone"
         raise ApiError(
             f"logprobs={fields.logprobs}: log-probabilities of other tokens are not "
             f"supported; {message}",
@@ -191,8 +191,8 @@ def _prompts(value: Any) -> Sequence[str | list[int]]:
         if all(is_tokens(prompt) for prompt in prompts):
             return prompts
     raise ApiError(
-        f"prompt: expected a text, a list of tokens, or a list of at most {MAX_N} of "
-        "one of them",
+        f"prompt: expected a string, a list of token ids, or a list of at most {MAX_N} "
+        "strings or {MAX_N} such lists",
         param="prompt",
     )
 
@@ -206,16 +206,16 @@ def _make_job(
 ) -> Job:
     stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     if len(stops) > MAX_STOPS:
-        raise ApiError(f"stop: at most {MAX_STOPS} texts", param="stop")
+        raise ApiError(f"stop: at most {MAX_STOPS} strings", param="stop")
     for text in stops:
         if not 0 < len(text) <= MAX_STOP_LENGTH:
-            message = f"a text must have 1 to {MAX_STOP_LENGTH} characters"
+            message = f"each string must have 1 to {MAX_STOP_LENGTH} characters"
             raise ApiError(f"stop: {message}", param="stop")
     sampling = _make_sampling(fields, max_tokens, session)
     requests = []
     for prompt in prompts:
         _check_length(len(prompt), max_tokens, session)
-        # The engine has 31 bits.
+        # Seeds of the engine have 31 bits.
         seed = secrets.randbits(31) if fields.seed is None else fields.seed % 2**31
         requests.append(Request(prompt, sampling, key=0, seed=seed))
         try:
@@ -244,7 +244,7 @@ def _make_sampling(fields: Fields, max_tokens: int, session: Session) -> Samplin
         message = f"logit_bias: at most {session.biases} tokens"
         raise ApiError(message, param="logit_bias")
     if not all(re.fullmatch("[0-9]{1,9}", token) for token in biases):
-        message = "logit_bias: names must be tokens, given by their numbers"
+        message = "logit_bias: keys must be token ids"
         raise ApiError(message, param="logit_bias")
     pairs = tuple((int(token), bias) for token, bias in biases.items())
     try:

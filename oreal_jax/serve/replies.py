@@ -134,7 +134,7 @@ def _chat_logprobs(tokens: Sequence[Token] | None) -> Json | None:
     entry = lambda token: {
         "token": token.text,
         "logprob": token.log_prob,
-        # Of a token that is a part of a character, the text does not have the bytes.
+        # The text of a token that is part of a character does not have its bytes.
         "bytes": None if "\ufffd" in token.text else list(token.text.encode()),
         "top_logprobs": [],
     }

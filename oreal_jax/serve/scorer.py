@@ -25,8 +25,8 @@ class Scorer:
         """
         path, settings = policy.source.path, policy.source.settings
         if not settings.get("token_reward"):
-            message = "--token-scores: the model is not a run with a token reward model"
-            raise InputError(f"{message}: {path}")
+            message = "not a run with a token reward model"
+            raise InputError(f"--token-scores: {path}: {message}")
         config = dataclasses.replace(policy.config, head="score")
         shardings = sharding.param_shardings(config, policy.mesh)
         shapes = model.abstract(config, policy.dtype)
@@ -42,7 +42,7 @@ class Scorer:
         self._score = jax.jit(model.exact_matmuls(score, policy.dtype))
 
     def credits(self, prompt: list[int], completion: list[int]) -> list[float]:
-        """Return the probability of a correct answer that each token stands for.
+        """Return the predicted probability of a correct answer at each token.
 
         That is sigmoid(w), of the score of the state that predicts the token.
         """

@@ -1,4 +1,4 @@
-"""The server as a process: its port, its engine, its signals and its end."""
+"""The server process: port, signals, start and shutdown."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 is any free one.
+    """Return a listening socket; port 0 means any free port.
 
     Raises:
         InputError: the address cannot be used.
@@ -27,7 +27,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
-        # Connections inherit it; otherwise each reply waits 40 ms for a receipt.
+        # Connections inherit it; without it, each reply waits 40 ms for a delayed ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return listener
     except (OSError, OverflowError) as error:
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def warm_up(session: Session, chat: Chat) -> None:
-    """Compile the programs for a short request, which otherwise the first waits for."""
+    """Compile the programs of a short request, so that the first need not wait."""
     sampling = Sampling(max_tokens=2, temperature=0.0)
     number = session.add(Request(chat.encode("?"), sampling, key=0), 1)
     while session.is_busy:
@@ -48,7 +48,7 @@ def warm_up(session: Session, chat: Chat) -> None:
 
 
 class Server(uvicorn.Server):
-    """A server of one model, which ends by a signal."""
+    """A server of one model, which runs until a signal."""
 
     def __init__(self, service: Service, log: Callable[[str], None]):
         """Prepare; the service's worker must not have started."""
@@ -94,8 +94,8 @@ class Server(uvicorn.Server):
                 signal.signal(each, handler)
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        """Begin to stop, or end at once."""
+        """Begin to stop; at a second signal, exit at once."""
         if self.should_exit:
             raise KeyboardInterrupt
         self.should_exit = True
-        self.log("finishing the running requests; a second signal ends at once")
+        self.log("finishing running requests; a second signal exits at once")

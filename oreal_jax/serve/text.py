@@ -51,7 +51,7 @@ class TextStream:
         return self._cut(self._held + text, last)
 
     def _cut(self, text: str, last: bool) -> str:
-        """Return text up to a stop string, without what may be the start of one."""
+        """Return text up to a stop string, without an end that may begin one."""
         ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]
         self.stopped = bool(ends)
         if ends or last:

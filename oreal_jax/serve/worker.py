@@ -12,10 +12,11 @@ from oreal_jax.serve.errors import ApiError
 
 
 class Worker:
-    """Runs a session in a thread; everything public is for the event loop.
+    """Runs a session in a thread; public methods are called from the event loop.
 
-    Requests join and leave between rounds of decoding. At most `queue` completions
-    wait for a slot. `pending` counts unfinished completions, `running` used slots.
+    Requests join and leave between rounds of decoding. At most `queue_length`
+    completions wait for a slot. `pending` counts unfinished completions, `running`
+    slots in use.
     """
 
     def __init__(
@@ -39,21 +40,21 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the present round."""
+        """End the thread after the current round."""
         self._commands.put(None)
         self._thread.join()
 
     def generate(self, requests: Sequence[Request], samples: int) -> "Generation":
-        """Start `samples` completions of each request; close it when done.
+        """Queue `samples` completions of each request; close the result when done.
 
         Raises:
-            ApiError: there are more than can wait, or the engine has failed.
+            ApiError: the queue is too short for them, or the engine has failed.
         """
         if self.failure:
             raise ApiError("the engine has failed", status=503)
         count = len(requests) * samples
         if count > self.capacity:
-            message = f"{count} completions; this server holds {self.capacity}"
+            message = f"{count} completions; this server accepts {self.capacity}"
             raise ApiError(f"n: the request has {message}", param="n")
         if self.pending + count > self.capacity:
             message = f"{self.pending} completions are running or waiting; try later"
@@ -115,14 +116,16 @@ class Generation:
 
     def __init__(self, worker: Worker, count: int):
         self.count, self.unfinished = count, set(range(count))
-        self.numbers: list[int] = []  # in the session; of the engine's thread
+        self.numbers: list[
+            int
+        ] = []  # request numbers in the session; used by the engine thread
         self._worker, self._loop = worker, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece] | BaseException]
         self._pieces = asyncio.Queue()
 
     def deliver(self, item: tuple[int, Piece] | BaseException) -> None:
         """Pass a piece, or the engine's error, to the event loop."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -146,6 +149,6 @@ class Generation:
             self.unfinished.remove(choice)
 
     def close(self) -> None:
-        """Free everything; once."""
+        """Free all slots; must be called once."""
         self._worker.remove(self)
         self.unfinished.clear()

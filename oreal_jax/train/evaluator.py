@@ -151,7 +151,7 @@ class PolicyEvaluator:
             text += (
                 f"; kept in {directory}, though its score {score:.4g} is "
                 f"below {top['score']:.4g} after {top['step']} step(s), whose policy "
-                "is no longer there"
+                "is no longer stored"
             )
         elif is_best:
             text += f"; the best so far, kept in {directory}"

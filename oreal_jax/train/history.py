@@ -1,12 +1,13 @@
-"""RUN/history.jsonl: starts and ends of a run, and how its settings changed.
+"""RUN/history.jsonl: starts and ends of a run, and changes of its settings.
 
     {"event": "start", "time", "step", "host", "process", "version", "commit",
      "changes": {"policy.learning_rate": [0.001, 5e-05]}}
     {"event": "end", "time", "step", "outcome": "finished", "stopped" or "failed",
      "reason"}
 
-`step` is the number of finished steps. config.json has the newest settings; with the
-changes, those of every earlier start follow. A start without an end was killed.
+`step` is the number of finished steps. config.json has the newest settings; undoing
+the changes yields those of each earlier start. A start without an end means that the
+process was killed.
 """
 
 import dataclasses
@@ -42,10 +43,10 @@ class Change(NamedTuple):
 
 
 def setting_changes(old: Mapping[str, Any], config: Any) -> dict[str, Change]:
-    """Return the settings in which a run's config.json differs, by dotted name.
+    """Return the settings that differ from a run's config.json, by dotted name.
 
-    Names that were changed by a newer version, and fields that it added, with their
-    default, are no changes: their meaning is the same.
+    Names that a newer version changed, and fields that it added and that have their
+    default, do not count as changes: their meaning is the same.
     """
     before, after = flatten(old), flatten(configuration.as_json(config))
     if before.pop("tensorboard", False):  # `trackers` replaced it
@@ -81,7 +82,7 @@ def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _meaning(value: Any) -> Any:
-    """Return a value in which older and newer names of the same thing are equal."""
+    """Return a value with older names replaced by newer ones, for comparison."""
     if isinstance(value, list):
         return [_meaning(item) for item in value]
     if not isinstance(value, str):
@@ -92,7 +93,7 @@ def _meaning(value: Any) -> Any:
 
 
 def record_start(run: Path, step: int, changes: Mapping[str, Change]) -> None:
-    """Record that a process starts after `step` finished steps."""
+    """Record the start of a process after `step` finished steps."""
     _append(
         run,
         {
@@ -108,7 +109,7 @@ def record_start(run: Path, step: int, changes: Mapping[str, Change]) -> None:
 
 
 def record_end(run: Path, step: int, outcome: str, reason: str = "") -> None:
-    """Record how a process ended after `step` finished steps."""
+    """Record the end of a process after `step` finished steps."""
     _append(run, {"event": "end", "step": step, "outcome": outcome, "reason": reason})
 
 
@@ -120,7 +121,7 @@ def _append(run: Path, row: dict[str, Any]) -> None:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """Return the events of a run, none of a run of an older version."""
+    """Return the events of a run; empty for a run of an older version."""
     path = run / "history.jsonl"
     return read(path) if path.is_file() else []
 

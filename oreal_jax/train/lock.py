@@ -1,9 +1,10 @@
-"""The lock of a run directory: one run writes into it.
+"""The lock of a run directory: only one process writes to it.
 
-RUN/lock names the process that holds it, and is locked by `flock`, which the kernel (of
-NFS: the server) releases when the process ends, however it ends. On other mounts
-(object stores, for example) each host has locks of its own, or none: there the content
-of the file decides, and a lock of another host counts until the file is removed.
+RUN/lock names the process that holds it, and is locked by `flock`, which the kernel (on
+NFS: the server) releases when the process ends, however it ends. On other mounts (for
+example object stores) locks are not shared between hosts, or not supported: there the
+content of the file decides, and the lock of another host is valid until the file is
+removed.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ RUN_FILES = {"checkpoints", "data", "evaluations", "history.jsonl", "interrupted
 RUN_FILES |= {"lock", "metrics.jsonl", "model", "profile", "reference", "tensorboard"}
 RUN_FILES |= {"trackers.json", "trajectories", "wandb"}
 LAUNCHER_SUFFIXES = (".err", ".log", ".out", ".pid")  # or hidden, or a folder of logs
-# Of file systems that have no `flock`.
+# Errors of file systems without `flock`.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -44,13 +45,13 @@ class Holder(NamedTuple):
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, which is created.
+    """Create a run directory if it is missing, and hold its lock.
 
-    Of several processes, process 0 holds it for all. New directories that are
-    still empty at the end are removed: nothing is left of a run that could not start.
+    In a multi-host run, process 0 holds it for all. Directories that this created and
+    that are still empty at the end are removed, so a failed start leaves nothing.
 
     Raises:
-        InputError: another process holds it, or the directory is not a run's.
+        InputError: another process holds it, or the directory is not a run directory.
     """
     check_local(run)
     if not distributed.is_first():
@@ -74,10 +75,10 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def check_run_directory(run: Path) -> None:
-    """Check that a directory is a run's, or has nothing but files of a launcher.
+    """Check that a directory is a run directory, or has only files of a launcher.
 
     Raises:
-        InputError: it has other files, among which a run would be written.
+        InputError: it has other files; a run would be mixed up with them.
     """
     if not run.exists():
         return
@@ -96,7 +97,8 @@ def check_run_directory(run: Path) -> None:
     if others:
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise InputError(
-            f"--run {run}: not empty and not a run ({names}); choose another directory"
+            f"--run {run}: not empty and not a run directory ({names}); choose another "
+            "directory"
         )
 
 
@@ -108,9 +110,9 @@ def holder(run: Path) -> Holder | None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
-                    return _read(run)
-                return _live(run, is_locked=False)
-            return _live(run, is_locked=True)
+                    return _read_holder(run)
+                return _active_holder(run, is_locked=False)
+            return _active_holder(run, is_locked=True)
     except FileNotFoundError:
         return None
 
@@ -127,15 +129,15 @@ def _acquire(run: Path) -> IO[str]:
             if error.errno not in UNSUPPORTED:
                 file.close()
                 if time.monotonic() > deadline:  # `holder` locks it for a moment
-                    _refuse(run, _read(run))
+                    _refuse(run, _read_holder(run))
                 time.sleep(0.05)
                 continue
-        # Its last holder may have removed the file between these two calls.
+        # The last holder may have removed the file between open and flock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         file.close()
-    if other := _live(run, is_locked):
+    if other := _active_holder(run, is_locked):
         _refuse(run, other)
     file.truncate(0)
     own = Holder(socket.gethostname(), os.getpid(), time.time())
@@ -151,10 +153,10 @@ def _refuse(run: Path, other: Holder | None) -> None:
     raise InputError(message)
 
 
-def _live(run: Path, is_locked: bool) -> Holder | None:
+def _active_holder(run: Path, is_locked: bool) -> Holder | None:
     """Return the recorded process unless it has ended; `is_locked` by this process."""
-    other = _read(run)
-    if is_locked and _has_common_locks(run):
+    other = _read_holder(run)
+    if is_locked and _shares_locks(run):
         return None
     if other is None or other.host != socket.gethostname():
         return other
@@ -169,7 +171,7 @@ def _live(run: Path, is_locked: bool) -> Holder | None:
     return other
 
 
-def _has_common_locks(path: Path) -> bool:
+def _shares_locks(path: Path) -> bool:
     """Return whether all hosts that mount the file system of a path share its locks."""
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()
@@ -186,7 +188,7 @@ def _has_common_locks(path: Path) -> bool:
     return not kind.startswith(("fuse", "9p", "virtiofs")) and not options & local
 
 
-def _read(run: Path) -> Holder | None:
+def _read_holder(run: Path) -> Holder | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Holder(**json.loads((run / "lock").read_text()))
     return None

@@ -143,10 +143,10 @@ def phase_totals(
 
 
 def screen_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """Return one readable line about a step of OREAL or of SFT, with `steps` in all.
+    """Return the log line of a step of OREAL or SFT; `steps` is the total.
 
-    Its number counts from 0, as in metrics.jsonl; the number of finished steps follows.
-    The words are parts of the names of metrics.
+    Steps are numbered from 0, as in metrics.jsonl; the number of finished steps
+    follows. Labels are parts of the names of metrics.
     """
     width = len(str(steps))
     line = f"step {step:>{width}} {f'({step + 1}/{steps})':<{2 * width + 3}}"
@@ -158,7 +158,7 @@ def screen_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
         )
         if not metrics["oreal/kept"]:
             return line + "  no update: every prompt was all correct or all incorrect"
-    name = "pg_loss" if "actor/pg_loss" in metrics else "loss"  # of a loss of one's own
+    name = "pg_loss" if "actor/pg_loss" in metrics else "loss"  # of a custom loss
     line += f"  {name} {metrics[f'actor/{name}']:+.4f}"
     if "actor/kl_loss" in metrics:
         line += f"  kl_loss {metrics['actor/kl_loss']:.4f}"

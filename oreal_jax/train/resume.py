@@ -113,8 +113,8 @@ def compare_settings(
     has_token_reward = bool(getattr(config, "token_reward", None))
     if is_resumed and bool(old.get("token_reward")) != has_token_reward:
         raise InputError(
-            f"{path}: token_reward cannot be added or removed, because the run's "
-            "checkpoints are with or without it"
+            f"{path}: token_reward cannot be added or removed once the run has "
+            "checkpoints"
         )
     for name, (before, now) in changes.items():
         change = f"{name}: {before} -> {now}"

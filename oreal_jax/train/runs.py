@@ -14,7 +14,7 @@ from oreal_jax.train.lock import holder
 
 
 class RunSummary(NamedTuple):
-    """A run: `step` of `steps` are finished (None: as many as its data are worth).
+    """A run: `step` of `steps` are finished (None: as many as `epochs` of its data).
 
     `score` is that of the last evaluation, after `score_step` steps; `changed` the time
     of the last step in seconds since 1970. `state` is running, finished, stopped,
@@ -33,7 +33,7 @@ class RunSummary(NamedTuple):
 
 
 def summarize_runs(folder: Path) -> list[RunSummary]:
-    """Return the runs in a folder and its subfolders, those that changed last first.
+    """Return the runs in a folder and its subfolders, most recently changed first.
 
     Raises:
         InputError: there is none.
@@ -42,7 +42,7 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
         raise InputError(f"{folder}: no such directory")
     runs = [summarize_run(path, config) for path, config in find_runs(folder)]
     if not runs:
-        raise InputError(f"{folder}: no runs in it")
+        raise InputError(f"{folder}: no run directories found")
     return sorted(runs, key=lambda run: -run.changed)
 
 
@@ -54,7 +54,7 @@ def find_runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             config = read_json(path / "config.json")
             if "class" in config:
                 yield path, config
-            folders.clear()  # parts of a run or a model
+            folders.clear()  # do not search a run or a model
         folders.sort()
 
 
@@ -93,5 +93,5 @@ def _state(run: Path, step: int, steps: int | None) -> tuple[str, str]:
 
 
 def age(run: RunSummary) -> float:
-    """Return the seconds since a run has changed."""
+    """Return the seconds since the last step of a run."""
     return max(0.0, time.time() - run.changed)

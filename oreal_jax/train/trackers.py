@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers of a config; all steps go to each of them."""
+    """The trackers of a config; each records all steps."""
 
     def __init__(self, config: TrainConfig | SftConfig, run: Path, first: int):
         """Open or continue the records; `first` is the next step of the run."""
@@ -64,7 +64,7 @@ class Trackers:
         ]
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step that are finite."""
+        """Record the finite metrics of a step."""
         finite = {
             name: value for name, value in metrics.items() if math.isfinite(value)
         }
@@ -163,7 +163,7 @@ class Wandb:
             dir=str(run),
             config=dict(config),
         )
-        # Its own step only rises, but a resumed run repeats steps.
+        # The step of W&B only increases, but a resumed run repeats steps.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -176,7 +176,7 @@ class Wandb:
         self._run.log({"step": step, "samples": table})
 
     def close(self) -> None:
-        """Upload what is missing, if online."""
+        """Upload pending data, if online."""
         self._run.finish()
 
 
@@ -206,7 +206,7 @@ class Trackio:
         self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
-        """Write what is missing."""
+        """Write pending data."""
         self._run.finish()
 
 
@@ -217,7 +217,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """Return Markdown that shows a text as it is: that of a model may contain any."""
+    """Return a text with Markdown and HTML escaped, because models write both."""
     special = {ord(character): f"&#{ord(character)};" for character in "|`*_[]\\~#"}
     text = html.escape(text, quote=False)  # of quotes it would make "&#..."
     return text.translate(special).replace("\n", "<br>")

@@ -4,7 +4,7 @@
 const element = (id) => document.getElementById(id);
 let model = "";
 let hasScores = false;  // whether the server has a token reward model
-let running = null;  // AbortController of the present question
+let running = null;  // AbortController of the current question
 
 function show(message, isError = false) {
   element("status").textContent = message;
