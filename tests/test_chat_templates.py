@@ -190,3 +190,21 @@ def test_sft_reads_variables_of_the_template(start, files):
     settings = ["template_vars=(('n',1),)"]
     code, _, errors = sft(start, files, *settings)
     assert code == 2 and "the chat template has no variable 'n'" in errors
+
+
+def test_a_template_removes_earlier_thinking():
+    chat = make_chat(WITHOUT_THINKING)
+    chat.tokenizer.add_tokens(["</think>"])
+    chat = Chat(chat.tokenizer)
+    turns = ["2 + 2?", "<think>5?</think>4", "a<|im_end|>b"]
+    roles = ["user", "assistant", "user"]
+    messages = [
+        {"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)
+    ]
+    prompt = chat.encode_messages(messages)
+    expected = chat.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert text(chat, prompt) == expected and "5?" not in expected
+    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert prompt.count(end) == 3

@@ -134,7 +134,17 @@ class Chat:
             # then split there, so that the parts are encoded separately.
             mark = next(x for x in map(chr, PRIVATE_USE) if x not in text)
             split = functools.partial(self._control_start.sub, rf"\g<0>{mark}")
-            text = self._apply([x | {"content": split(x["content"])} for x in messages])
+            apply = lambda kept: self._apply(
+                [
+                    x if x["role"] in kept else x | {"content": split(x["content"])}
+                    for x in messages
+                ]
+            )
+            plain, text = text, apply(())
+            # A template that removes earlier thinking must find its marks.
+            if text.replace(mark, "") != plain:
+                whole = apply(("assistant",))
+                text = whole if whole.replace(mark, "") == plain else text
         parts = text.split(mark) if mark else [text]
         return [token for part in parts for token in self.encode_text(part)]
 

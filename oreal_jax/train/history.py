@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from oreal_jax import config as configuration
+from oreal_jax.files import write_lines
 from oreal_jax.metrics import read
 
 # Names of older versions, of fields and of functions.
@@ -53,9 +54,9 @@ def setting_changes(old: Mapping[str, Any], config: Any) -> dict[str, Change]:
         before["trackers"] = ["tensorboard"]
     before = _defaults(config) | before
     return {
-        name: Change(before.get(name), value)
-        for name, value in after.items()
-        if _meaning(before.get(name)) != _meaning(value)
+        name: Change(before.get(name), after.get(name))
+        for name in after | before
+        if _meaning(before.get(name)) != _meaning(after.get(name))
     }
 
 
@@ -116,7 +117,10 @@ def record_end(run: Path, step: int, outcome: str, reason: str = "") -> None:
 def _append(run: Path, row: dict[str, Any]) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = orjson.dumps({"time": now} | row, option=orjson.OPT_APPEND_NEWLINE)
-    with (run / "history.jsonl").open("ab") as file:
+    path = run / "history.jsonl"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):  # cut short
+        write_lines(path, read(path))
+    with path.open("ab") as file:
         file.write(line)
 
 
