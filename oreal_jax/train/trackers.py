@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from oreal_jax import config as configuration
 from oreal_jax.config import SftConfig, TrainConfig
-from oreal_jax.errors import InputError
+from oreal_jax.errors import InputError, summarize
 from oreal_jax.files import read_json, write_text
 from oreal_jax.train.history import flatten, source_commit
 from oreal_jax.trajectory import Group
@@ -68,20 +69,28 @@ class Trackers:
         finite = {
             name: value for name, value in metrics.items() if math.isfinite(value)
         }
-        for tracker in self._trackers:
-            tracker.log(step, finite)
+        self._call("log", step, finite)
 
     def log_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Record the first completion of some prompts, every N steps."""
         if self._trackers and step % self._every == 0:
             rows = [sample_row(group) for group in groups[:MAX_ROWS]]
-            for tracker in self._trackers:
-                tracker.log_samples(step, rows)
+            self._call("log_samples", step, rows)
 
     def close(self) -> None:
         """Finish all records."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        """Call all trackers; one that fails is left out from then on."""
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # libraries raise errors of many kinds
+                self._trackers.remove(tracker)
+                name = type(tracker).__name__
+                message = f"tracker {name} failed and is left out: {summarize(error)}"
+                print(f"oreal: {message}", file=sys.stderr, flush=True)
 
 
 def check_trackers(config: TrainConfig | SftConfig) -> None:
