@@ -378,6 +378,8 @@ NOT_CORRECT = {
         ("\\boxed{5\\text{ pi}}", "5"),
     ],
     "named values against plus-minus": [
+        ("\\boxed{x=3 \\text{ or } y=-3}", "\\pm 3"),
+        ("\\boxed{x=3, y=-3}", "\\pm 3"),
         ("\\boxed{x=3}", "\\pm 3"),
         ("\\boxed{x=3 \\text{ or } x=3}", "\\pm 3"),
         ("\\boxed{x=3 \\text{ or } x=-2}", "\\pm 3"),

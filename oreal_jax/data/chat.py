@@ -143,8 +143,8 @@ class Chat:
             plain, text = text, apply(())
             # A template that removes earlier thinking must find its marks.
             if text.replace(mark, "") != plain:
-                whole = apply(("assistant",))
-                text = whole if whole.replace(mark, "") == plain else text
+                questions = apply(("assistant",))
+                text = questions if questions.replace(mark, "") == plain else text
         parts = text.split(mark) if mark else [text]
         return [token for part in parts for token in self.encode_text(part)]
 

@@ -44,7 +44,11 @@ Rows = Sequence[Mapping[str, Any]]
 def series(rows: Rows, metric: str) -> Series:
     """Return the values of a metric, without steps that have none."""
     pairs = [(row["step"], row.get(metric)) for row in rows]
-    pairs = [(step, x) for step, x in pairs if isinstance(x, int | float) and math.isfinite(x)]
+    pairs = [
+        (step, x)
+        for step, x in pairs
+        if isinstance(x, int | float) and math.isfinite(x)
+    ]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
     return Series(np.array(steps, int), np.array(values, float))
 

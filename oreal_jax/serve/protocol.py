@@ -192,7 +192,7 @@ def _prompts(value: Any) -> Sequence[str | list[int]]:
             return prompts
     raise ApiError(
         f"prompt: expected a string, a list of token ids, or a list of at most {MAX_N} "
-        "strings or {MAX_N} such lists",
+        f"strings or {MAX_N} such lists",
         param="prompt",
     )
 

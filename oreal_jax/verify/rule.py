@@ -225,7 +225,9 @@ def compare_lists(answer: str, gold: str) -> bool | None:
     in_order = all(map(same, first.texts, second.texts))
     if first.ordered or second.ordered:
         return True if in_order and first.brackets == second.brackets else None
-    if not in_order and len(variables(first)) != len(variables(second)):
+    names = len(variables(first)), len(variables(second))
+    has_order = in_order and not (max(names) > 1 and r"\pm" in answer + gold)
+    if not has_order and names[0] != names[1]:
         raise Undecided(f"{answer} against {gold}: which value is which?")
     return in_order or same_in_any_order(first.texts, second.texts) or None
 
