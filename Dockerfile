@@ -9,7 +9,7 @@
 #   docker run --rm --gpus=all --ipc=host -v /shared:/shared \
 #     oreal-jax train configs/oreal_7b.py --set model=DIR --run /shared/runs/oreal7b
 #
-# Compiled programs stay in /root/.cache/oreal_jax; mount it to keep them.
+# Compiled programs stay in ~/.cache/oreal_jax of the container; mount it to keep them.
 FROM python:3.12-slim
 
 ARG EXTRA=tpu

@@ -126,7 +126,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_frequencies_of_tokens_follow_the_distribution(options):
-    count, V = 50_000, 300
+    count, V = 100_000, 300
     sampling = Sampling(**({"max_tokens": 1} | options))
     logits = 2 * jax.random.normal(jax.random.key(0), (V,))
     keys = jax.random.key_data(jax.random.split(jax.random.key(1), count))

@@ -14,7 +14,7 @@ from oreal_jax.losses.weights import Credit, Weighting
 ROWS = 16  # completions of one call
 MIN_LENGTH = 64  # padded lengths are this times powers of two: few programs
 
-# Names in config.json: data never chooses what is imported.
+# Only these names are read from config.json; no code is imported because of it.
 MODULE = "oreal_jax.losses.weights."
 CREDITS = {
     f"{MODULE}{function.__name__}": function

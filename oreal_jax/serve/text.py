@@ -24,7 +24,7 @@ class TextStream:
     def add(self, tokens: Sequence[int], *, last: bool = False) -> tuple[str, int]:
         """Return new text, and how many of the tokens are part of the completion.
 
-        That is fewer than all after a stop string. `last` releases what is held back.
+        After a stop string, that is fewer than all. `last` releases the text held back.
         """
         before = copy.copy(self)
         text = self._add(tokens, last)
