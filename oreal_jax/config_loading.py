@@ -6,13 +6,14 @@ Custom functions and losses are set in config files, as variants made by
 
 import ast
 import dataclasses
+import difflib
 import importlib.util
 import re
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,14 +124,15 @@ def _describe(hint: Any) -> str:
 def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> None:
     """Add the value in `text` to the nested changes, under the dotted name `key`."""
     *parents, name = key.split(".")
+    top = config
     for parent in parents:
-        config = _get(config, parent, key)
+        config = _get(config, parent, key, top)
         if not dataclasses.is_dataclass(config):
             raise InputError(f"--set {key}: {parent}={config!r} has no fields")
         if not isinstance(changes.get(parent), dict):
             changes[parent] = {}
         changes = changes[parent]
-    _get(config, name, key)
+    _get(config, name, key, top)
     hint = typing.get_type_hints(type(config))[name]
     hint = getattr(hint, "type", hint)  # of an `InitVar`
     try:
@@ -152,14 +154,24 @@ def _add_change(changes: dict[str, Any], config: Any, key: str, text: str) -> No
     changes[name] = float(matches[0]) if hint is float else matches[0]
 
 
-def _get(config: Any, name: str, key: str) -> Any:
+def _get(config: Any, name: str, key: str, top: Any) -> Any:
     names = sorted(type(config).__dataclass_fields__)  # with `InitVar`s
     if name not in names:
-        raise InputError(
-            f"--set {key}: {type(config).__name__} has no field {name!r}; "
-            f"it has {', '.join(names)}"
-        )
+        message = f"--set {key}: {type(config).__name__} has no field {name!r}; "
+        known = list(_dotted_names(top))
+        close = [each for each in known if each.endswith(f".{key}")]
+        if close := close or difflib.get_close_matches(key, known, 2):
+            message += f"did you mean {' or '.join(close)}; "
+        raise InputError(f"{message}it has {', '.join(names)}")
     return getattr(config, name)
+
+
+def _dotted_names(config: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _dotted_names(value, f"{prefix}{field.name}.")
 
 
 def _replace(config: Any, changes: dict[str, Any], path: str = "") -> Any:

@@ -188,14 +188,17 @@ compilations = Compilations()  # JAX's listeners are global, so is the count
 
 
 def read(path: Path) -> list[dict]:
-    """Return the metrics of all steps, without a last line that a kill cut short."""
+    """Return the metrics of all steps, up to a line that a kill cut short."""
     rows = []
     # Not `splitlines`, which also splits at U+2028 and others within texts.
     for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
+            row = None
+        if not isinstance(row, dict):
             break
+        rows.append(row)
     return rows
 
 

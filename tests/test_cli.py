@@ -120,7 +120,10 @@ GOOD = '{"question": "a", "gold_answer": "1"}'
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda d: ["polcy.learning_rate=1"], "has no field 'polcy'; it has"),
+        (
+            lambda d: ["polcy.learning_rate=1"],
+            "'polcy'; did you mean policy.learning_rate",
+        ),
         (lambda d: ["policy.learning_rate=fast"], "learning_rate must be float"),
         (lambda d: ["loss=1"], "of a config file, or one of released, paper"),
         (lambda d: ["keep=1"], "which only a config file can give"),

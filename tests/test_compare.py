@@ -115,7 +115,7 @@ def test_evaluations_with_other_settings_are_refused(
     if name:
         assert f"set 'six' was evaluated with {name}" in printed
         assert printed.count("\n") == 1
-    assert main([*words, "--other-settings"]) == 0
+    assert main([*words, "--ignore-settings"]) == 0
 
 
 def test_items_never_replace_those_of_other_settings(home, script, oreal, capsys):

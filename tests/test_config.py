@@ -128,7 +128,12 @@ def test_a_setting_reaches_its_field(setting, read):
         ("token_reward=off", "token_reward must be"),
         ("loss=gpro", "loss must be PolicyLoss of a config file, or one of released"),
         ("steps.more=1", "has no fields"),
-        ("loss.threshold=1", "Oreal has no field 'threshold'; it has"),
+        ("loss.threshold=1", "did you mean loss.weight_correct.threshold"),
+        (
+            "learning_rate=1",
+            "'learning_rate'; did you mean policy.learning_rate or "
+            "token_reward.learning_rate; it has",
+        ),
         ("seed=-1", "seed=-1 must be from 0 to 2147483647"),
         ("seed=2147483648", "seed=2147483648 must be from 0 to 2147483647"),
         (

@@ -94,6 +94,17 @@ def test_verbs_that_generate_use_the_verifiers_of_a_config(
     assert [verifier.__name__ for verifier in verifiers] == ["knows_color", "by_rule"]
 
 
+def test_evaluations_by_other_verifiers_are_not_compared(
+    home, script, oreal, pools, config, capsys
+):
+    assert oreal(*EVAL, "--items", "a.jsonl") == 0
+    assert oreal(*EVAL, "--items", "b.jsonl", "--config", config) == 0
+    capsys.readouterr()
+    assert main(["compare", "a.jsonl", "b.jsonl"]) == 2
+    rule = "verifiers=['oreal_jax.verify.rule.by_rule'] and ['"
+    assert rule in capsys.readouterr().err
+
+
 def test_an_explicit_deadline_replaces_that_of_the_config(pools, config):
     answer = ["verify", "--gold", "7", "--answer", "7", "--workers", "1"]
     for options, deadline in [

@@ -30,8 +30,8 @@ from scripted import read_lines, write_lines
 from oreal_jax.cli import main
 from oreal_jax.evaluation import statistics
 from oreal_jax.report import charts
+from oreal_jax.report.alignment import align
 from oreal_jax.report.page import spread, to_script_json
-from oreal_jax.report.pieces import align
 
 
 @pytest.fixture

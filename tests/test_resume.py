@@ -1,5 +1,6 @@
 """What a resumed run does after changed settings, a kill or a damaged checkpoint."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from oreal_jax.checkpoints import run as checkpoints
 from oreal_jax.config import TrainConfig
 from oreal_jax.config_loading import load
 from oreal_jax.data import PromptOrder, load_prompts
+from oreal_jax.errors import Diverged
+from oreal_jax.train import metrics as step_metrics
 from oreal_jax.train import sft as fine_tuning
+from oreal_jax.train import trackers
 from oreal_jax.train.history import read_history
 
 pytestmark = pytest.mark.usefixtures("judges")
@@ -79,6 +83,37 @@ def test_the_end_of_a_failed_run_is_recorded_with_its_reason(start, files, polic
         ("failed", "RuntimeError: a bug", 1),
         ("stopped", "", 1),
     ]
+
+
+def test_a_start_that_fails_is_recorded_as_failed(start, files, monkeypatch):
+    def fail(*_):
+        raise ConnectionError("the server is down")
+
+    monkeypatch.setattr(trackers, "TensorBoard", fail)
+    with pytest.raises(ConnectionError):
+        train(start, files, "steps=1", "trackers=tensorboard")
+    last = read_history(files / "run")[-1]
+    assert (last["outcome"], last["step"]) == ("failed", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "step"),
+    [("check_finite", Diverged("NaN"), 0), ("with_scores", RuntimeError("a bug"), 1)],
+)
+def test_a_recorded_end_counts_the_steps_that_are_kept(
+    start, files, policy, monkeypatch, name, error, step
+):
+    """A diverged state is not saved; one that a bug follows is."""
+    policy.learns = True
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(step_metrics, name, fail)
+    with contextlib.suppress(RuntimeError):
+        train(start, files, "steps=1")
+    assert read_history(files / "run")[-1]["step"] == step
+    assert saved_steps(files / "run") == [step] * step
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "older"])

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from oreal_jax.cli.options import (
+    RULE,
     Verb,
     check_min,
     check_seed,
@@ -77,15 +78,16 @@ def add(verb: Verb) -> None:
         parser.add_argument(name, type=Path, help="a file of `oreal eval --items`")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument(
-        "--other-settings",
+        "--ignore-settings",
         action="store_true",
-        help="allow evaluations whose settings differ, for example in --max-tokens",
+        help="compare evaluations although their settings differ, as in --max-tokens",
     )
     parser.add_argument("--json", type=Path, help="write all numbers here")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Run `oreal eval`."""
+    from oreal_jax import config as configuration
     from oreal_jax.console import Screen
     from oreal_jax.evaluation import Evaluator, load_sets
     from oreal_jax.evaluation.compare import check_items_overwritable
@@ -123,7 +125,11 @@ def evaluate(args: argparse.Namespace) -> None:
     problems = [problem for each in sets for problem in each.problems]
     options = generation_options(args)
     settings = generation_settings(model.source, chat, problems, options)
-    item_settings = settings | {"k": args.k, "judge_model": args.judge_model}
+    item_settings = settings | {
+        "k": args.k,
+        "judge_model": args.judge_model,
+        "verifiers": configuration.as_json(verification[1]) if verification else [RULE],
+    }
     if args.items:
         check_items_overwritable(args.items, item_settings)
     with (
@@ -165,7 +171,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.json:
         check_apart({"--json": args.json}, {"an input": [args.first, args.second]})
         check_writable(args.json)
-    comparisons = compare(args.first, args.second, args.seed, args.other_settings)
+    comparisons = compare(args.first, args.second, args.seed, args.ignore_settings)
     if args.json:
         text = json.dumps([each.as_json() for each in comparisons], indent=1)
         write_text(args.json, text + "\n")

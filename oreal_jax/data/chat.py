@@ -18,7 +18,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now")
 ANSWER = "\ue000"  # stands for an answer, to find the text after it
 DATE_FILE = "template_date"  # in the model directory of a run: the date of its prompts
-PRIVATE_USE = range(0xE000, 0xF900)  # characters without meaning
+UNUSED = range(0xE000, 0x110000)  # characters, first those without meaning
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -132,7 +132,7 @@ class Chat:
         if any(self._control_start.search(each["content"]) for each in messages):
             # Insert an unused character into each control text, apply the template,
             # then split there, so that the parts are encoded separately.
-            mark = next(x for x in map(chr, PRIVATE_USE) if x not in text)
+            mark = next(x for x in map(chr, UNUSED) if x not in text)
             split = functools.partial(self._control_start.sub, rf"\g<0>{mark}")
             apply = lambda kept: self._apply(
                 [

@@ -54,13 +54,13 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    first: Path, second: Path, seed: int = 0, other_settings: bool = False
+    first: Path, second: Path, seed: int = 0, ignore_settings: bool = False
 ) -> list[Comparison]:
     """Compare the items of two evaluations, set by set; `seed` is the bootstrap's.
 
     Raises:
         InputError: a file does not hold items, the two have none in common, different
-            questions under one id, or, unless `other_settings`, different settings.
+            questions under one id, or, unless `ignore_settings`, different settings.
     """
     old, new = read_items(first), read_items(second)
     common = [kind for kind in old if kind in new]
@@ -70,7 +70,7 @@ def compare(
             f"{first} and {second} have nothing in common: "
             f"{', '.join(map(name, old))} against {', '.join(map(name, new))}"
         )
-    if not other_settings:
+    if not ignore_settings:
         check_settings(first, second, common)
     return [compare_kind(k, [(first, old[k]), (second, new[k])], seed) for k in common]
 
@@ -127,7 +127,7 @@ def check_settings(first: Path, second: Path, kinds: Iterable[Kind]) -> None:
             raise InputError(
                 f"{first} and {second}: set {kind[0]!r} was evaluated with {name}="
                 f"{old[kind][name]!r} and {new[kind][name]!r}; evaluate again with "
-                "equal settings, or add --other-settings"
+                "equal settings, or add --ignore-settings"
             )
 
 

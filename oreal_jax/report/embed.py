@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oreal_jax.report.pieces import align
+from oreal_jax.report.alignment import align
 from oreal_jax.report.runs import SavedCompletion
 
 LEVELS = 255

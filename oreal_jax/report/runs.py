@@ -91,8 +91,7 @@ def open_run(name: str) -> Run:
         )
     rows, notes = [], []
     if log.is_file():
-        stored = (row for row in metrics.read(log) if isinstance(row, dict))
-        rows = [row for row in stored if isinstance(row.get("step"), int)]
+        rows = [row for row in metrics.read(log) if isinstance(row.get("step"), int)]
     if not rows:
         notes.append("metrics.jsonl has no finished step yet")
     files = {}

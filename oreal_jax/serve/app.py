@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from oreal_jax.data import Chat
 from oreal_jax.serve import metrics
 from oreal_jax.serve.answers import final_answer, score_tokens
-from oreal_jax.serve.completing import deltas
+from oreal_jax.serve.deltas import deltas
 from oreal_jax.serve.errors import ApiError
 from oreal_jax.serve.protocol import Job, chat_job, completion_job
 from oreal_jax.serve.replies import ChatReply, CompletionReply, Delta, Json, Reply

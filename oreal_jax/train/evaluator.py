@@ -20,7 +20,7 @@ import numpy as np
 
 from oreal_jax import distributed, metrics
 from oreal_jax.checkpoints import run as checkpoints
-from oreal_jax.config import TrainConfig
+from oreal_jax.config import TrainConfig, as_json
 from oreal_jax.console import Screen
 from oreal_jax.data import Chat, Prompt
 from oreal_jax.distributed import defer_interrupts
@@ -166,6 +166,7 @@ class PolicyEvaluator:
             "seed": self.config.seed,
             "k": self.config.evaluation.samples,
             "judge_model": self.config.verification.judge_model,
+            "verifiers": as_json(self.config.verification.verifiers),
         }
 
 

@@ -103,20 +103,21 @@ class RunDirectory:
         is_resumed, log = newest is not None, screen.log
         self._changes = resume.compare_settings(path, config, is_resumed, log)
         resume.compare_progress(path, self._first, progress, data, self._rates, log)
-        if is_resumed:
-            self.state = self._restore()
-            self._prepare()
-        else:
-            params = self._load()
-            self._prepare()
-            self.state = self._initialize(params)
-        self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
-        self._writer = BackgroundWriter()
-        self._metrics = self._trackers = None
-        if distributed.is_first():
-            self._metrics = MetricsLog(path, self._first)
-            self._trackers = Trackers(config, path, self._first)
-        self._profile = Profile(path / "profile", profile, screen)
+        loaded = self._restore() if is_resumed else self._load()
+        self._prepare()
+        try:
+            self.state = loaded if is_resumed else self._initialize(loaded)
+            del loaded
+            self._checkpoints = checkpoints.Checkpoints(path, keep=config.saving.keep)
+            self._writer = BackgroundWriter()
+            self._metrics = self._trackers = None
+            if distributed.is_first():
+                self._metrics = MetricsLog(path, self._first)
+                self._trackers = Trackers(config, path, self._first)
+            self._profile = Profile(path / "profile", profile, screen)
+        except BaseException as error:
+            self._record_end(error)
+            raise
         self._step_started = time.perf_counter()
         self._step_seconds: list[float] = []
         if self._first < steps:
@@ -187,7 +188,6 @@ class RunDirectory:
     def record_state(self, state: TrainState) -> None:
         """Set the state after a step, which is saved if a later step fails."""
         self.state = state
-        self._finished += 1
         self.data_position += self.data.per_step
 
     def write_trajectories(
@@ -218,6 +218,7 @@ class RunDirectory:
         evaluation) are subtracted from the step time.
         """
         now, step, mesh = time.perf_counter(), int(self.state.step), self.model.mesh
+        self._finished = step
         seconds = now - self._step_started - excluded_seconds
         self._step_started = now
         self._step_seconds.append(seconds)
@@ -317,6 +318,7 @@ class RunDirectory:
             )
             self._save()
             self._checkpoints.wait()
+            self._finished = step
             log(f"{reason}; saved after {step} step(s)")
         except Exception as failure:
             log(f"not saved: {summarize(failure)}")
