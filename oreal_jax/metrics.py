@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import NamedTuple
 
 import jax
@@ -133,7 +134,7 @@ class MetricsLog:
         """Open the file of `run` and remove its lines from step `start` on."""
         self._path = run / "metrics.jsonl"
         if self._path.exists():
-            rows = [row for row in read(self._path) if row["step"] < start]
+            rows = [row for row in read(self._path, step=int) if row["step"] < start]
             write_text(self._path, "".join(map(_line, rows)))
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -187,18 +188,27 @@ class Compilations:
 compilations = Compilations()  # JAX's listeners are global, so is the count
 
 
-def read(path: Path) -> list[dict]:
-    """Return the metrics of all steps, up to a line that a kill cut short."""
+def read(path: Path, **fields: type | UnionType) -> list[dict]:
+    """Return the objects of JSON lines, up to a line that a kill cut short.
+
+    Objects without `fields` of these types are omitted, as something else wrote them.
+    Without a file there are none.
+    """
+    if not path.is_file():
+        return []
     rows = []
+    # Numbers that fit in 64 bits: others are no steps, and may not even fit in a float.
+    integer = lambda digits: int(digits) if len(digits) < 19 else float(digits)
     # Not `splitlines`, which also splits at U+2028 and others within texts.
     for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line, parse_int=integer)
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             break
-        rows.append(row)
+        if all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            rows.append(row)
     return rows
 
 

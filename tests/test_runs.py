@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from scripted import write_lines
 
+from oreal_jax import metrics
 from oreal_jax.cli import main
+from oreal_jax.metrics import MetricsLog
 from oreal_jax.train.history import record_end, record_start
 from oreal_jax.train.lock import locked
 
@@ -80,3 +82,34 @@ def test_a_folder_without_runs_is_named(tmp_path, capsys, folder, message):
     assert main(["runs", str(tmp_path / folder)]) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
+
+
+FOREIGN = (
+    *('{"a": 1}', "[]", "null", "[" * 99_999, '{"step": null, "event": "end"}'),
+    *('{"step": "x", "score": []}', f'{{"step": {10**400}, "score": {10**400}}}'),
+)
+
+
+@pytest.mark.parametrize("line", FOREIGN)
+@pytest.mark.parametrize("name", ["metrics", "history", "evaluations"])
+def test_foreign_lines_are_omitted_and_a_run_resumes(tmp_path, capsys, name, line):
+    run = write_run(tmp_path / "run", 2)
+    record_end(run, 2, "stopped")
+    rows = [{"step": 0, "score": 0.5, "val-core/s/avg@2": 0.5}]
+    write_lines(run / "evaluations.jsonl", rows)
+    with (run / f"{name}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert listed(capsys, run)[str(run)][:5] == ("stopped", "", 2, 4, 0.5)
+    for words in (["show"], ["report", "--output", str(tmp_path / "page.html")]):
+        assert main([*words, str(run)]) == 0
+    MetricsLog(run, 1).close()
+    assert [row["step"] for row in metrics.read(run / "metrics.jsonl")] == [0]
+
+
+def test_a_damaged_run_does_not_hide_others(tmp_path, capsys):
+    run, damaged = write_run(tmp_path / "a", 2), write_run(tmp_path / "b", 2)
+    (damaged / "config.json").write_text("[" * 99_999)
+    assert list(listed(capsys, tmp_path)) == [str(run)]
+    assert main(["runs", str(tmp_path)]) == 0
+    errors = capsys.readouterr().err
+    assert f"{damaged} is omitted" in errors and errors.count("\n") == 1

@@ -43,8 +43,7 @@ def read_evaluations(
     The file has values only. With greedy decoding a value and the number of problems
     determine the interval; the number is read from the set if its file still exists.
     """
-    path = run / "evaluations.jsonl"
-    rows = metrics.read(path) if path.is_file() else []
+    rows = metrics.read(run / "evaluations.jsonl", step=int)
     sizes: dict[str, int] = {}
     if rows and _get(settings, "evaluation", "samples") == 1:
         sizes = _count_problems(settings)
@@ -108,9 +107,9 @@ def _count_problems(settings: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of problems by set; sets without a local file are omitted."""
     from oreal_jax.data.builder import source_name, split_source
 
-    folder = Path(_get(settings, "evaluation", "folder") or "data")
-    sizes = {}
-    for source in _get(settings, "evaluation", "data") or []:
+    folder = Path(str(_get(settings, "evaluation", "folder") or "data"))
+    sources, sizes = _get(settings, "evaluation", "data"), {}
+    for source in map(str, sources if isinstance(sources, list) else []):
         is_preset = source in PRESETS
         files = [folder / f"{source}{end}" for end in (".jsonl", ".parquet")]
         local = any(file.is_file() for file in files) if is_preset else False

@@ -89,9 +89,7 @@ def open_run(name: str) -> Run:
             f"{name}: not a run directory: it has neither metrics.jsonl nor "
             "trajectories/ nor the config.json of a run"
         )
-    rows, notes = [], []
-    if log.is_file():
-        rows = [row for row in metrics.read(log) if isinstance(row.get("step"), int)]
+    rows, notes = metrics.read(log, step=int), []
     if not rows:
         notes.append("metrics.jsonl has no finished step yet")
     files = {}

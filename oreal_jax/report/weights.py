@@ -57,7 +57,8 @@ def _read_weighting(value: Any) -> Weighting | None:
     fields = {name: x for name, x in value.items() if name != "class"}
     try:
         return kind and kind(**{name: float(x) for name, x in fields.items()})
-    except (TypeError, ValueError):  # a field of another version, or no number
+    # A field of another version, or no number.
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -77,14 +77,15 @@ class PolicyEvaluator:
         step, path = int(state.step), self.run / "evaluations.jsonl"
         if not self.is_due(step):
             return 0.0
-        rows = metrics.read(path) if path.exists() else []
+        rows = metrics.read(path, step=int, score=int | float)
         with defer_interrupts():
             best = checkpoints.newest_step(self.run / "best")
             # As process 0 reads them.
             rows, best = distributed.gather_values([rows, best])[0]
             existing = next((row for row in rows if row["step"] == step), None)
             if existing:
-                if existing["best"] and best is None:  # a later policy had replaced it
+                # A later policy had replaced it.
+                if existing.get("best") and best is None:
                     save_best(self.run, step, state.policy.params)
                 return 0.0
             weights = self.engine.weights(state.policy.params)

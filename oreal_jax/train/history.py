@@ -126,8 +126,7 @@ def _append(run: Path, row: dict[str, Any]) -> None:
 
 def read_history(run: Path) -> list[dict[str, Any]]:
     """Return the events of a run; empty for a run of an older version."""
-    path = run / "history.jsonl"
-    return read(path) if path.is_file() else []
+    return read(run / "history.jsonl", event=str)
 
 
 def source_commit() -> str | None:

@@ -186,9 +186,7 @@ def _remove_steps(folder: Path, first: int) -> int:
 
 def _remove_evaluations(path: Path, step: int) -> int:
     """Remove the rows of policies after `step`; return their number."""
-    if not path.exists():
-        return 0
-    rows = metrics.read(path)
+    rows = metrics.read(path, step=int)
     valid = [row for row in rows if row["step"] <= step]
     if len(valid) < len(rows):
         write_lines(path, valid)

@@ -1,6 +1,7 @@
 """Overview of run directories: step, score, age and state of each."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,31 +41,33 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
-    runs = [summarize_run(path, config) for path, config in find_runs(folder)]
+    runs = []
+    for path in find_runs(folder):
+        try:
+            config = read_json(path / "config.json")
+            runs += [summarize_run(path, config)] if "class" in config else []
+        except (InputError, OSError) as error:
+            print(f"oreal: {path} is omitted: {error}", file=sys.stderr)
     if not runs:
         raise InputError(f"{folder}: no run directories found")
     return sorted(runs, key=lambda run: -run.changed)
 
 
-def find_runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the run directories in a folder, with their settings."""
+def find_runs(folder: Path) -> Iterator[Path]:
+    """Yield the run and model directories in a folder."""
     for name, folders, files in os.walk(folder):
-        path = Path(name)
         if "config.json" in files:
-            config = read_json(path / "config.json")
-            if "class" in config:
-                yield path, config
+            yield Path(name)
             folders.clear()  # do not search a run or a model
         folders.sort()
 
 
 def summarize_run(run: Path, config: dict[str, Any]) -> RunSummary:
     """Return the summary of one run, from its files and its lock."""
-    rows, evaluations = (
-        metrics.read(path) if path.is_file() else []
-        for path in (run / "metrics.jsonl", run / "evaluations.jsonl")
-    )
+    rows = metrics.read(run / "metrics.jsonl", step=int)
+    evaluations = metrics.read(run / "evaluations.jsonl", step=int, score=int | float)
     step, steps = (rows[-1]["step"] + 1 if rows else 0), config.get("steps") or None
+    steps = steps if isinstance(steps, int) else None
     state, reason = _state(run, step, steps)
     files = [run / "metrics.jsonl", run / "config.json"]
     return RunSummary(
@@ -89,7 +92,7 @@ def _state(run: Path, step: int, steps: int | None) -> tuple[str, str]:
     last = history[-1]
     if last["event"] == "start":  # and no end
         return "killed", ""
-    return last["outcome"], last["reason"]
+    return str(last.get("outcome", "stopped")), str(last.get("reason", ""))
 
 
 def age(run: RunSummary) -> float:
