@@ -214,6 +214,8 @@ def check_new_directory(path: Path) -> None:
     check_local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: exists and is not an empty directory")
+    if path.is_mount():  # which cannot be replaced by a complete directory
+        raise InputError(f"{path}: a mount point; name a new directory in it")
 
 
 @contextlib.contextmanager
@@ -224,7 +226,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         InputError: `path` is not an empty or new directory, or cannot be written.
     """
     check_new_directory(path)
-    target = path.absolute()
+    target = path.resolve()  # a link to an empty directory stays one
     scratch = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
     try:

@@ -53,7 +53,7 @@ def fetch(
         folder = "models" if kind == "model" else "data"
         output = Path(folder, repository.rpartition("/")[2])
     check_new_directory(output)
-    target = output.absolute()
+    target = output.resolve()
     scratch = target.with_name(f".{target.name}.{info.sha[:8]}.incomplete")
     with explain_errors(repository, revision):
         scratch.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, constants, errors
 from test_export import write_run
 
 from oreal_jax.cli import main
+from oreal_jax.files import new_directory
 
 MODEL = {
     "config.json": b"{}",
@@ -113,6 +114,29 @@ def test_a_hub_without_connection_is_named(hub, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     assert main(["fetch", "owner/tiny"]) == 2
     assert "owner/tiny: http://127.0.0.1:1 cannot be reached: " in error(capsys)
+
+
+@pytest.mark.parametrize("is_dangling", [True, False])
+def test_the_output_may_be_a_link_to_an_empty_directory(hub, is_dangling):
+    hub.models["owner/tiny"] = MODEL
+    if not is_dangling:
+        Path("disk/models").mkdir(parents=True)
+    Path("output").symlink_to("disk/models")
+    assert main(["fetch", "owner/tiny", "--output", "output"]) == 0
+    assert Path("output").is_symlink() and files(Path("disk/models")) == MODEL
+    Path("other").symlink_to("disk/other")
+    with new_directory(Path("other")) as scratch:
+        (scratch / "file").touch()
+    assert files(Path("disk/other")) == {"file": b""}
+
+
+def test_a_mount_point_is_refused_before_the_download(hub, monkeypatch, capsys):
+    hub.models["owner/tiny"] = MODEL
+    Path("mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
+    assert main(["fetch", "owner/tiny", "--output", "mounted"]) == 2
+    assert "mounted: a mount point; name a new directory in it" in error(capsys)
+    assert not hub.downloads
 
 
 def test_a_directory_with_files_is_never_overwritten(hub, capsys):

@@ -401,6 +401,17 @@ def shown(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "damage", [Path.mkdir, lambda path: path.symlink_to(path.name)]
+)
+def test_an_unreadable_file_is_one_line(run, damage, capsys):
+    path = run / "trajectories" / "step_000009.jsonl"
+    damage(path)
+    assert main(["show", str(run)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"oreal: {path}: ") and errors.count("\n") == 1
+
+
 def test_show_prints_incorrect_completions_of_the_last_step_first(run, capsys):
     text = shown(capsys, run, "--n", 8)
     assert "step 2: 6 incorrect, 0 undecided, 2 correct" in text

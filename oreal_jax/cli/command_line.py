@@ -32,6 +32,10 @@ from oreal_jax.interrupts import (
     repeat_lost_interrupts,
 )
 
+# Causes are outside the program, and the message names the file.
+FILE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR, errno.ENOTDIR)
+FILE_ERRORS += (errno.ELOOP, errno.EROFS, errno.EBUSY)
+
 
 def command() -> NoReturn:
     """Run the script `oreal`, then end the process."""
@@ -52,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return _fail(f"{error.filename}: file name too long", 2)
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            return _fail("no space left on the device", 1)
+        if error.errno not in FILE_ERRORS or not error.filename:
             raise
-        return _fail("no space left on the device", 1)
+        return _fail(f"{error.filename}: {os.strerror(error.errno).lower()}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except (InputError, Failure) as error:
