@@ -81,7 +81,9 @@ def test_without_flock_the_recorded_process_decides(tmp_path, without_flock):
     run = tmp_path / "run"
     write_lock(run, socket.gethostname(), os.getppid())
     assert holder(run)
-    with pytest.raises(InputError, match=f"in use by process {os.getppid()} on host"):
+    # That process may be another one, with the same id after a restart of the host.
+    message = f"in use by process {os.getppid()} on host .*remove {run / 'lock'}$"
+    with pytest.raises(InputError, match=message):
         locked(run).__enter__()
     write_lock(run, socket.gethostname(), ended_process())
     assert holder(run) is None
@@ -153,3 +155,29 @@ def test_files_of_a_launcher_do_not_matter(tmp_path, name):
     with locked(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("replaced", ["lock", "run"])
+def test_a_removed_or_replaced_lock_of_another_process_is_left(tmp_path, replaced):
+    """The holder of a removed lock neither removes nor shares the next one."""
+    run = tmp_path / "run"
+    with locked(run):
+        if replaced == "run":
+            run.rename(tmp_path / "moved")
+        else:
+            (run / "lock").unlink()
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(run)], env=ALONE, stdout=subprocess.PIPE
+        )
+        assert process.stdout and process.stdout.readline() == b"locked\n"
+    try:
+        assert (held := holder(run)) and held.process == process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_root_directory_that_is_no_mount_point_has_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_: "proc /proc proc rw 0 0\n")
+    with locked(tmp_path / "run"):  # in a chroot
+        pass

@@ -68,7 +68,9 @@ def locked(run: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (run / "lock").unlink(missing_ok=True)
+            own = _read_holder(run)  # another's if a user has removed or moved it
+            if own and own[:2] == (socket.gethostname(), os.getpid()):
+                (run / "lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # unless it is a run now
                 for folder in new:
                     folder.rmdir()
@@ -138,7 +140,7 @@ def _acquire(run: Path) -> IO[str]:
                 break
         file.close()
     if other := _active_holder(run, is_locked):
-        _refuse(run, other)
+        _refuse(run, other, is_recorded=True)
     file.truncate(0)
     own = Holder(socket.gethostname(), os.getpid(), time.time())
     file.write(json.dumps(own._asdict()) + "\n")
@@ -146,9 +148,10 @@ def _acquire(run: Path) -> IO[str]:
     return file
 
 
-def _refuse(run: Path, other: Holder | None) -> None:
+def _refuse(run: Path, other: Holder | None, is_recorded: bool = False) -> None:
+    """Raise an InputError; a recorded process may have ended and its id be reused."""
     message = f"{run}: in use by {other or 'another process'}"
-    if other and other.host != socket.gethostname():
+    if other and (is_recorded or other.host != socket.gethostname()):
         message += f"; if that process has ended, remove {run / 'lock'}"
     raise InputError(message)
 
@@ -182,7 +185,10 @@ def _shares_locks(path: Path) -> bool:
         _, point, kind, options, *_ = line.split(" ")
         point = point.replace("\\040", " ")
         mounts[Path(point)] = kind, set(options.split(","))
-    kind, options = next(mounts[p] for p in (path, *path.parents) if p in mounts)
+    mount = next((mounts[p] for p in (path, *path.parents) if p in mounts), None)
+    if mount is None:  # in a chroot
+        return False
+    kind, options = mount
     # Mount options of NFS and Lustre.
     local = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
     return not kind.startswith(("fuse", "9p", "virtiofs")) and not options & local
