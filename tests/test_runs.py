@@ -112,4 +112,5 @@ def test_a_damaged_run_does_not_hide_others(tmp_path, capsys):
     assert list(listed(capsys, tmp_path)) == [str(run)]
     assert main(["runs", str(tmp_path)]) == 0
     errors = capsys.readouterr().err
-    assert f"{damaged} is omitted" in errors and errors.count("\n") == 1
+    assert f"{damaged / 'config.json'}: not readable as JSON" in errors
+    assert errors.endswith("; this run is omitted\n") and errors.count("\n") == 1

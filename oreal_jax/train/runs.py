@@ -47,7 +47,7 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
             config = read_json(path / "config.json")
             runs += [summarize_run(path, config)] if "class" in config else []
         except (InputError, OSError) as error:
-            print(f"oreal: {path} is omitted: {error}", file=sys.stderr)
+            print(f"oreal: {error}; this run is omitted", file=sys.stderr)
     if not runs:
         raise InputError(f"{folder}: no run directories found")
     return sorted(runs, key=lambda run: -run.changed)
