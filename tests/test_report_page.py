@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not PROGRAM, reason="no chromium on this machine"),
 ]
 READY = "document.documentElement?.dataset.ready"
-ATTACK = "<img src=x onerror='window.attacked = 1'></script>"
+ATTACK = "<!--<script>/* data */<img src=x onerror='window.attacked = 1'></script>"
 
 
 @pytest.fixture(scope="module")

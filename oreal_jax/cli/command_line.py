@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail("no space left on the device", 1)
         if error.errno not in FILE_ERRORS or not error.filename:
             raise
-        return _fail(f"{error.filename}: {os.strerror(error.errno).lower()}", 2)
+        return _fail(f"{error.filename}: {str(error.strerror).lower()}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except (InputError, Failure) as error:
