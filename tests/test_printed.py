@@ -81,6 +81,7 @@ RECORD = """#!/bin/bash
 STAND_INS = {
     **dict.fromkeys(("oreal", "python", "make", "pip", "ruff", "pyright"), RECORD),
     **dict.fromkeys(("python3", "python3.11", "hf", "mkdocs", "curl"), RECORD),
+    "lm_eval": RECORD,
     **dict.fromkeys(("sudo", "git", "tar", "scancel", "scontrol"), "#!/bin/bash\n"),
     "gcloud": """#!/bin/bash
 [[ "$*" != *describe* ]] || echo ACTIVE
@@ -342,6 +343,7 @@ class Check:
             **dict.fromkeys(("ruff", "pyright", "mkdocs"), lambda words: None),
             "hf": self.hf,
             "curl": self.curl,
+            "lm_eval": self.lm_eval,
         }
         self.complete = True
 
@@ -545,6 +547,14 @@ class Check:
         else:
             assert parsed.H == "Content-Type: application/json"
             protocol._parse(kinds[path], json.loads(parsed.d))
+
+    def lm_eval(self, words: list[str]) -> None:
+        """Check the address of the server; a slow test runs such a command."""
+        arguments = words[words.index("--model_args") + 1]
+        model, url, _ = arguments.split(",")
+        assert words[:3] == ["run", "--model", "local-chat-completions"]
+        assert model == "model=demo"
+        assert url == "base_url=http://127.0.0.1:8000/v1/chat/completions"
 
     def options(self, text: str) -> None:
         """Check that a verb or tool has the options, or a config the setting."""
