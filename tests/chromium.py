@@ -92,10 +92,16 @@ class Chromium:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def open(self, page: Path, condition: str) -> float:
-        """Open a file; return the seconds until `condition` holds."""
+    def open(self, page: Path | str, condition: str) -> float:
+        """Open a file or an address; return the seconds until `condition` holds."""
         start = time.perf_counter()
-        self.call("Page.navigate", url=page.absolute().as_uri())
+        url = page if isinstance(page, str) else page.absolute().as_uri()
+        self.call("Page.navigate", url=url)
+        return time.perf_counter() - start + self.wait(condition)
+
+    def wait(self, condition: str) -> float:
+        """Return the seconds until `condition` holds."""
+        start = time.perf_counter()
         while not self.evaluate(condition):
             assert time.perf_counter() - start < 60, f"never: {condition}"
             time.sleep(0.02)

@@ -61,12 +61,13 @@ def events(lines: Iterator[str]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, *, rows=32, length=160, queue=64, keys=()
+    directory: Path, *, rows=32, length=160, queue=64, keys=(), token_scores=False
 ) -> Iterator[Served]:
     """Serve a model as "tiny"."""
     from oreal_jax.loading import load_model
     from oreal_jax.sampling.session import Session
     from oreal_jax.serve.app import Service
+    from oreal_jax.serve.scorer import Scorer
     from oreal_jax.serve.server import Server, listen, warm_up
     from oreal_jax.serve.worker import Worker
 
@@ -76,9 +77,9 @@ def serving(
     warm_up(session, model.chat)
     listener = listen("127.0.0.1", 0)
     messages: list[str] = []
-    server = Server(
-        Service("tiny", model.chat, Worker(session, queue), keys), messages.append
-    )
+    scorer = Scorer(model) if token_scores else None
+    service = Service("tiny", model.chat, Worker(session, queue), keys, scorer)
+    server = Server(service, messages.append)
     thread = threading.Thread(target=server.run_on, args=(listener,))
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

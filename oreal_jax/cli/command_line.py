@@ -74,10 +74,10 @@ def _fail(message: str, code: int) -> int:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults other than None, False and empty lists."""
+    """Shows defaults other than None, False and empty values."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []):
+        if action.default in (None, False, "", []):
             return action.help
         return super()._get_help_string(action)
 

@@ -188,7 +188,9 @@ def judge_options(parser: argparse.ArgumentParser) -> None:
         help="an OpenAI-compatible API (.../v1) that judges answers which the rule "
         "does not find correct; may be repeated",
     )
-    parser.add_argument("--judge-model", default="", help="the model to request there")
+    parser.add_argument(
+        "--judge-model", default="", metavar="NAME", help="the model to request there"
+    )
     parser.add_argument(
         "--judge-max-tokens",
         type=int,

@@ -122,7 +122,7 @@ async function solve(signal) {
     messages: [{role: "user", content: element("question").value}],
     n: count,
     temperature: Number(element("temperature").value),
-    max_completion_tokens: Number(element("tokens").value),
+    max_completion_tokens: Number(element("tokens").value) || undefined,
     stream: true,
   };
   const reply = await request("v1/chat/completions", body, signal);
