@@ -19,7 +19,9 @@ from oreal_jax.sampling import Engine
 from oreal_jax.verify import Pool
 
 
-def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_path):
+def test_a_run_can_be_sampled_evaluated_and_exported(
+    tiny, whole, capsys, tmp_path, monkeypatch
+):
     question = ["--model", str(whole), "--max-tokens", "6", "--rows", "8"]
     assert (
         main(["sample", *question, "--prompt", "max 3 4?", "--n", "2", "--json"]) == 0
@@ -38,7 +40,14 @@ def test_a_run_can_be_sampled_evaluated_and_exported(tiny, whole, capsys, tmp_pa
     assert measured["low"] <= measured["accuracy"] <= measured["high"]
     exported = str(tmp_path / "exported")
     assert main(["convert", "to-hf", str(whole), exported, "--dtype", "bfloat16"]) == 0
-    assert main(["sample", "--model", exported, *question[2:], "--prompt", "max"]) == 0
+    words = ["sample", "--model", exported, *question[2:], "--prompt", "max"]
+    capsys.readouterr()
+    assert main([*words, "--n", "2"]) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main([*words, "--n", "2"]) == 0
+    first, second = capsys.readouterr().out[len("--- 1 of 2\n") :].split("--- 2 of 2\n")
+    assert first + second == plain
 
 
 def test_finished_completions_are_printed_when_sampling_is_interrupted(

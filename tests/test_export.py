@@ -222,7 +222,7 @@ def test_transformers_4_reads_exports_with_the_same_logits_and_stops(tmp_path):
         stdout=subprocess.PIPE,
         timeout=300,
     ).stdout
-    chat = Chat(make_tiny.tokenizer()).encode("1 < 2?")
+    chat = Chat(make_tiny.tokenizer(), "Think.").encode("1 < 2?")
     results = json.loads(output)
     for (logits, tokens), result in zip(expected, results, strict=True):
         their_logits, their_tokens, their_chat, dtype = result

@@ -104,21 +104,6 @@ def test_256_requests_of_32_clients_are_neither_lost_nor_mixed_up(served):
     served.wait_until_idle(1)
 
 
-@pytest.mark.timed
-def test_the_server_has_80_percent_of_the_engines_throughput(served):
-    bodies = mixed_bodies(256, max_tokens=200)
-    through_server(served, bodies[:64], streams=False)
-    ratios = []
-    for _ in range(3):
-        _, rate = direct(served, bodies)
-        before, start = served.metric("oreal_completion_tokens_total"), time.time()
-        through_server(served, bodies, streams=False)
-        tokens = served.metric("oreal_completion_tokens_total") - before
-        ratios.append(tokens / (time.time() - start) / rate)
-    print("tokens/s of the server by those of the engine:", ratios)
-    assert max(ratios) >= 0.8
-
-
 def test_killed_clients_free_their_slots_within_a_second(served, monkeypatch):
     from oreal_jax.sampling import session
 

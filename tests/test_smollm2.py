@@ -1,6 +1,7 @@
 """The demo's model against transformers (`make test-slow` after `make demo`)."""
 
 import importlib.util
+import time
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from served import serving
+from test_serve_load import direct, mixed_bodies, through_server
 
 from oreal_jax import model
 from oreal_jax.checkpoints import hf
@@ -94,3 +97,19 @@ def test_greedy_completions_equal_transformers(both):
                 do_sample=False,
             )[0, prompt.shape[1] :]
         assert completion.tokens == expected.tolist()
+
+
+@pytest.mark.timed
+def test_the_server_has_80_percent_of_the_engines_throughput(both):
+    """256 requests of 32 clients, with mixed parameters."""
+    directory, _ = both
+    bodies = mixed_bodies(256, max_tokens=24)
+    with serving(directory, queue=512) as served:
+        through_server(served, bodies[:64], streams=False)  # compiles
+        _, rate = direct(served, bodies)
+        before, start = served.metric("oreal_completion_tokens_total"), time.time()
+        through_server(served, bodies, streams=False)
+        tokens = served.metric("oreal_completion_tokens_total") - before
+    ratio = tokens / (time.time() - start) / rate
+    print("tokens/s of the server by those of the engine:", ratio)
+    assert ratio >= 0.8

@@ -160,7 +160,10 @@ def evaluate(args: argparse.Namespace) -> None:
             text = json.dumps(document, ensure_ascii=False, indent=1)
             write_text(args.json, text + "\n")
     show_reports(args.model, reports)
-    screen.log("  ".join(f"{name} {value:.3g}" for name, value in performance.items()))
+    screen.log(
+        f"{performance['perf/compilations']:.0f} programs compiled; "
+        f"{performance['perf/compile_seconds']:.1f} s to trace, compile and load all"
+    )
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from oreal_jax.cli.options import (
@@ -88,6 +89,9 @@ def sample(args: argparse.Namespace) -> None:
                 on_finished=on_finished,
             )
     finally:  # finished completions are printed even if interrupted
-        for _, row in sorted(rows.items()):
+        has_headings = len(rows) > 1 and not args.json and sys.stdout.isatty()
+        for number, (_, row) in enumerate(sorted(rows.items()), start=1):
+            if has_headings:
+                print(f"--- {number} of {len(rows)}")
             text = json.dumps(row, ensure_ascii=False)
             print(text if args.json else row["completion"])
