@@ -1,4 +1,4 @@
-"""Reports: numbers, token texts, size, evaluations, invalid input, the terminal."""
+"""The page of `oreal report`: numbers, size, evaluations, invalid input."""
 
 import itertools
 import json
@@ -9,15 +9,11 @@ from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
 
-import make_tiny
 import numpy as np
 import pytest
 import report_runs
-from hypothesis import given
-from hypothesis import strategies as st
 from printed import ROOT
 from report_runs import (
-    changed,
     completion,
     decode,
     make_large_run,
@@ -30,7 +26,6 @@ from scripted import read_lines, write_lines
 from oreal_jax.cli import main
 from oreal_jax.evaluation import statistics
 from oreal_jax.report import charts
-from oreal_jax.report.alignment import align
 from oreal_jax.report.page import spread, to_script_json
 
 
@@ -219,69 +214,6 @@ def test_steps_are_read_in_an_order_that_is_spread_evenly(count):
         assert gaps.max() <= 4 * count / size
 
 
-# -- texts of tokens
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.data())
-def test_texts_of_tokens_make_up_the_text_wherever_its_bytes_are_cut(text, data):
-    content = text.encode()
-    cuts = data.draw(st.lists(st.integers(0, len(content)), max_size=12))
-    ends = sorted({0, len(content), *cuts})
-    parts = [content[a:b] for a, b in itertools.pairwise(ends)]
-    pieces = [part.decode(errors="replace") for part in parts]
-    texts = align([*pieces, "<|im_end|>"], text)
-    assert texts is not None and "".join(x or "" for x in texts) == text
-    for piece, own in zip(pieces, texts, strict=False):
-        # In full, but for characters that it begins or completes.
-        assert own is not None and set(piece) - {"\ufffd"} <= set(own)
-
-
-@pytest.mark.parametrize(
-    "pieces, text, expected",
-    [
-        (["a", "\ufffd", "\ufffd", "b"], "a\u00e9b", ["a", "", "\u00e9", "b"]),
-        (["\ufffd", "\ufffd", "<|im_end|>"], "\u00e9", ["", "\u00e9", None]),
-        ([" caf\ufffd", "\ufffd", " x"], " caf\u00e9 x", [" caf", "\u00e9", " x"]),
-        (["It", "is", "7"], "It is 7", ["It", " is", " 7"]),  # leading spaces omitted
-        (["7 ", "STOP", "more"], "7 ", ["7 ", None, None]),  # a stop string
-        (["7", "! STO", "P"], "7! ", ["7", "! ", None]),
-        (["<think>", "a", "</s>"], "<think>a", ["<think>", "a", None]),
-        (["a", "\ufffd"], "a\ufffd", ["a", "\ufffd"]),  # cut within a character
-        (["a", "\ufffd", "\ufffd"], "a\ufffd", ["a", "", "\ufffd"]),
-        (["other"], "text", None),
-        ([], "", []),
-    ],
-)
-def test_tokens_have_the_text_that_they_add(pieces, text, expected):
-    assert align(pieces, text) == expected
-
-
-def test_single_bytes_of_a_tokenizer_become_characters():
-    tokenizer = make_tiny.tokenizer()
-    text = "a\u20ac\u00e9\U0001f600b"
-    pieces = [str(tokenizer.decode([token])) for token in tokenizer.encode(text)]
-    assert len(pieces) == len(text.encode())
-    euro, e, smile = ["", "", "\u20ac"], ["", "\u00e9"], ["", "", "", "\U0001f600"]
-    assert align(pieces, text) == ["a", *euro, *e, *smile, "b"]
-
-
-def test_a_completion_whose_tokens_are_unknown_has_its_text_without_colours(run):
-    line = completion(0, 0, 0, "correct", 3)
-    del line["pieces"]
-    other = completion(0, 0, 1, "incorrect", 3, pieces=["a", "b"])  # of wrong length
-    strange = completion(0, 1, 0, "incorrect", 3, completion="something else")
-    write_lines(run / "trajectories/step_000000.jsonl", [line, other, strange])
-    (rows,) = decode(page(run, "--step", 0))
-    contents = [row["content"] for row in rows]
-    assert [c["text"] for c in contents[:2]] == [
-        line["completion"],
-        other["completion"],
-    ]
-    assert not contents[0]["values"] and not contents[1]["values"]
-    assert not contents[2]["exact"]
-    assert contents[2]["text"] == "".join(strange["pieces"])
-
-
 # -- evaluations
 
 
@@ -391,75 +323,3 @@ def test_invalid_input_is_one_line(run, words, message, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not Path("report.html").exists()
-
-
-# -- the terminal
-
-
-def shown(capsys, *words) -> str:
-    assert main(["show", *map(str, words)]) == 0
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "damage", [Path.mkdir, lambda path: path.symlink_to(path.name)]
-)
-def test_an_unreadable_file_is_one_line(run, damage, capsys):
-    path = run / "trajectories" / "step_000009.jsonl"
-    damage(path)
-    assert main(["show", str(run)]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith(f"oreal: {path}: ") and errors.count("\n") == 1
-
-
-def test_show_prints_incorrect_completions_of_the_last_step_first(run, capsys):
-    text = shown(capsys, run, "--n", 8)
-    assert "step 2: 6 incorrect, 0 undecided, 2 correct" in text
-    outcomes = re.findall(r"^(correct|incorrect)  ", text, re.M)
-    assert outcomes == ["incorrect"] * 6 + ["correct"] * 2
-    assert "0 is not 7 (by rule)" in text and "trained on" in text
-
-
-def test_show_has_a_choice_of_step_outcome_and_number(run, capsys):
-    text = shown(capsys, run, "--step", 1, "--outcome", "correct", "--n", 1)
-    assert "step 1:" in text and "1 more: --n 2" in text
-    assert re.findall(r"^(correct|incorrect)  ", text, re.M) == ["correct"]
-
-
-def test_show_prints_curves_of_chosen_metrics(run, capsys):
-    write_lines(
-        run / "metrics.jsonl", [{"step": i, "a": i, "b": 8 - i} for i in range(8)]
-    )
-    text = shown(capsys, run, "--metric", "a", "--metric", "b", "--n", 0)
-    assert re.search("^a +▁▂▃▄▅▆▇█ +0 +7", text, re.M)
-    assert re.search("^b +█▇▆▅▄▃▂▁ +8 +1", text, re.M)
-
-
-def test_show_prints_warnings_and_evaluations(run, capsys):
-    write_lines(
-        run / "metrics.jsonl", changed(**{"token_reward/auc": lambda step: 0.5})
-    )
-    row = {"step": 10, "score": 0.5, "best": True, "val-core/exam/pass@1": 0.5}
-    write_lines(run / "evaluations.jsonl", [row])
-    text = shown(capsys, run, "--n", 0)
-    assert "no better than chance" in text
-    assert re.search(r"exam.*pass@1.*10.*50\.0%, best", text)
-
-
-def test_show_prints_begin_and_end_of_a_long_completion(run, capsys):
-    text = "a" + "x" * 800 + "m" + "y" * 1200 + "z"
-    line = completion(0, 0, 0, "incorrect", 3, completion=text)
-    write_lines(run / "trajectories/step_000002.jsonl", [line])
-    printed = re.sub(r"\s", "", shown(capsys, run))
-    assert "ax" in printed and "[3charactersomitted]" in printed
-    assert "xm" not in printed and "my" not in printed and "yz" in printed
-
-
-def test_control_characters_of_a_model_are_escaped(run, capsys):
-    attack = "a\x1b[2Jb\x1b]0;title\x07\r\u202ec\x9b31m[bold]d[/bold]\n  e"
-    line = completion(0, 0, 0, "incorrect", 3, completion=attack, question=attack)
-    line |= {"reason": attack, "gold_answer": attack, "by": attack}
-    write_lines(run / "trajectories/step_000002.jsonl", [line])
-    text = shown(capsys, run)
-    assert not set(text) & set("\x1b\x07\r\u202e\x9b")
-    assert "\\x1b[2Jb" in text and "[bold]d[/bold]" in text

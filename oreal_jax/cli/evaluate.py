@@ -161,8 +161,8 @@ def evaluate(args: argparse.Namespace) -> None:
             write_text(args.json, text + "\n")
     show_reports(args.model, reports)
     screen.log(
-        f"{performance['perf/compilations']:.0f} programs compiled; "
-        f"{performance['perf/compile_seconds']:.1f} s to trace, compile and load all"
+        f"{performance['perf/compilations']:.0f} programs compiled; tracing, compiling "
+        f"and loading took {performance['perf/compile_seconds']:.1f} s"
     )
 
 

@@ -116,9 +116,8 @@ class Generation:
 
     def __init__(self, worker: Worker, count: int):
         self.count, self.unfinished = count, set(range(count))
-        self.numbers: list[
-            int
-        ] = []  # request numbers in the session; used by the engine thread
+        # Request numbers in the session; used by the engine's thread.
+        self.numbers: list[int] = []
         self._worker, self._loop = worker, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece] | BaseException]
         self._pieces = asyncio.Queue()
