@@ -25,7 +25,7 @@ config = TrainConfig(
         learning_rate=2e-5, final_learning_rate=1e-5, warmup_steps=0
     ),
     freeze_steps=1,
-    packing=Packing(rows=2, row_length=256),
+    packing=Packing(rows=1, row_length=320),
     remat="elementwise",  # fits in memory and saves a quarter of the update's FLOPs
     saving=Saving(every=50, keep=1),
 )
