@@ -126,3 +126,17 @@ def make_table(
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def escape(text: str) -> str:
+    """Return text with control characters, except for line breaks, as escapes.
+
+    Control characters would move the cursor, change colours or the window's title;
+    formatting characters may reverse the order of letters.
+    """
+    return "".join(
+        letter
+        if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

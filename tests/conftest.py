@@ -17,8 +17,12 @@ from packaging.version import Version
 
 # The tests spend nearly all their time on compilation. Without LLVM's optimization and
 # with XLA's older emitters it takes far less; programs are the same up to rounding.
+# A program in one part for LLVM instead of 32 takes 7% less CPU time.
 # `XLA_FLAGS= pytest ...` compiles with full optimization.
-QUICK = ["--xla_backend_optimization_level=0"]
+QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 # Later ones do not know this flag, and end a process that has it.
 if Version(metadata.version("jaxlib")) < Version("0.11"):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")

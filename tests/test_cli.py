@@ -15,6 +15,7 @@ from judge_stub import honest, serving
 from tiny_runs import ROOT
 
 from oreal_jax.cli import main, verify
+from oreal_jax.data.chat import Chat
 from oreal_jax.sampling import Engine
 from oreal_jax.verify import Pool
 
@@ -48,6 +49,17 @@ def test_a_run_can_be_sampled_evaluated_and_exported(
     assert main([*words, "--n", "2"]) == 0
     first, second = capsys.readouterr().out[len("--- 1 of 2\n") :].split("--- 2 of 2\n")
     assert first + second == plain
+
+
+def test_sample_escapes_control_characters_in_a_terminal_only(
+    start, script, oreal, capsys, monkeypatch
+):
+    attack = "a\x1b]0;title\x07\u202e\n b"
+    monkeypatch.setattr(Chat, "decode", lambda *_: attack)
+    for on_terminal, printed in ((False, attack), (True, ascii(attack)[1:-1])):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+        assert oreal("sample", "--prompt", "max 3 7?", "--max-tokens", 9) == 0
+        assert capsys.readouterr().out == printed.replace("\\n", "\n") + "\n"
 
 
 def test_finished_completions_are_printed_when_sampling_is_interrupted(

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("judges")
 @pytest.mark.parametrize(
     "lost",
     [
-        "policy",
-        "trainer",
+        pytest.param("policy", marks=pytest.mark.slow),
+        pytest.param("trainer", marks=pytest.mark.slow),
         "progress",
         "policy/manifest.ocdbt",
         "trainer/manifest.ocdbt",

@@ -120,7 +120,10 @@ OPTIONS = [
     {"top_p": 0.3},
     {"top_k": 5},
     {"min_p": 0.2},
-    {"temperature": 1.5, "top_k": 20, "top_p": 0.7, "min_p": 0.1},
+    pytest.param(
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.7, "min_p": 0.1},
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -100,7 +100,7 @@ def test_an_engine_may_have_fewer_devices_than_a_row_of_the_mesh(
 @pytest.mark.parametrize(
     "how",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"cache": "float8", **PENALTIES},
         {"stop_strings": True, "renormalise": True},
         {"mesh": MeshShape(data=2, tensor=4)},

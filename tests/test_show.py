@@ -59,6 +59,16 @@ def test_show_prints_curves_of_chosen_metrics(run, capsys):
     assert re.search("^b +█▇▆▅▄▃▂▁ +8 +1", text, re.M)
 
 
+def test_a_narrow_terminal_cuts_nothing(run, capsys, monkeypatch):
+    name = "actor/kl_loss"
+    rows = [{"step": i, name: 0.123 + i} for i in range(24)]
+    write_lines(run / "metrics.jsonl", rows)
+    monkeypatch.setenv("COLUMNS", "72")
+    text = shown(capsys, run, "--metric", name, "--n", 0)
+    assert re.search(rf"^{name} +[▁-█]+ +0\.123 +23\.12 ", text, re.M)
+    assert {*"at first, grows slowly".split()} <= {*text.split()}
+
+
 def test_show_prints_warnings_and_evaluations(run, capsys):
     write_lines(
         run / "metrics.jsonl", changed(**{"token_reward/auc": lambda step: 0.5})

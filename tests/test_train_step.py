@@ -137,8 +137,8 @@ def test_packing_and_microbatches_do_not_change_the_update(
 @pytest.mark.parametrize(
     "shape",
     [
-        MeshShape(fsdp=8),
-        MeshShape(fsdp=4, tensor=2),
+        pytest.param(MeshShape(fsdp=8), marks=pytest.mark.slow),
+        pytest.param(MeshShape(fsdp=4, tensor=2), marks=pytest.mark.slow),
         MeshShape(data=2, fsdp=2, tensor=2),
         MeshShape(fsdp=2, context=2, tensor=2),
     ],
@@ -149,7 +149,13 @@ def test_the_mesh_does_not_change_the_update(whole, shape):
 
 
 @pytest.mark.parametrize(
-    "remat", ["but_attention", "elementwise", "nothing", "offloaded"]
+    "remat",
+    [
+        "but_attention",
+        "elementwise",
+        pytest.param("nothing", marks=pytest.mark.slow),
+        pytest.param("offloaded", marks=pytest.mark.slow),
+    ],
 )
 def test_rematerialisation_does_not_change_the_update(whole, remat):
     assert_same_step(run(remat=remat), whole)

@@ -44,7 +44,7 @@ def add(verb: Verb) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Run `oreal sample`."""
-    from oreal_jax.console import Screen
+    from oreal_jax.console import Screen, escape
     from oreal_jax.data import read_questions
     from oreal_jax.files import is_text
     from oreal_jax.sampling import Completion, Request
@@ -89,9 +89,11 @@ def sample(args: argparse.Namespace) -> None:
                 on_finished=on_finished,
             )
     finally:  # finished completions are printed even if interrupted
-        has_headings = len(rows) > 1 and not args.json and sys.stdout.isatty()
+        on_terminal = not args.json and sys.stdout.isatty()
         for number, (_, row) in enumerate(sorted(rows.items()), start=1):
-            if has_headings:
+            if on_terminal and len(rows) > 1:
                 print(f"--- {number} of {len(rows)}")
-            text = json.dumps(row, ensure_ascii=False)
-            print(text if args.json else row["completion"])
+            text = row["completion"]
+            if args.json:
+                text = json.dumps(row, ensure_ascii=False)
+            print(escape(text) if on_terminal else text)

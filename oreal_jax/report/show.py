@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from oreal_jax.console import make_table
+from oreal_jax.console import escape, make_table
 from oreal_jax.errors import InputError
 from oreal_jax.report import charts, findings
 from oreal_jax.report.evaluations import Evaluation, read_evaluations
@@ -76,10 +76,11 @@ def _curves(run: Run, names: Sequence[str]) -> Table:
         zip(*rows, strict=True),
         strict=True,
     ):
-        # All columns in full but the last, which is cut at the terminal's width.
-        width = 0 if title == "healthy" else max(map(len, [title, *cells]))
+        # All columns in full but the last, which wraps in a narrow terminal.
+        wraps = title == "healthy"
+        width = 0 if wraps else max(map(len, [title, *cells]))
         justify = "right" if title in ("first", "last") else "left"
-        table.add_column(title, no_wrap=True, min_width=width, justify=justify)
+        table.add_column(title, no_wrap=not wraps, min_width=width, justify=justify)
     for row in rows:
         table.add_row(*row)
     return table
@@ -149,17 +150,3 @@ def shorten(text: str) -> str:
     if omitted <= 0:
         return text
     return f"{text[:HEAD]}\n[{omitted} characters omitted]\n{text[-TAIL:]}"
-
-
-def escape(text: str) -> str:
-    """Return text with control characters, except for line breaks, as escapes.
-
-    Control characters would move the cursor, change colours or the window's title;
-    formatting characters may reverse the order of letters.
-    """
-    return "".join(
-        letter
-        if letter.isprintable() or letter == "\n"
-        else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
