@@ -51,15 +51,15 @@ def test_a_run_can_be_sampled_evaluated_and_exported(
     assert first + second == plain
 
 
+@pytest.mark.parametrize("on_terminal", [False, True])
 def test_sample_escapes_control_characters_in_a_terminal_only(
-    start, script, oreal, capsys, monkeypatch
+    start, script, oreal, capsys, monkeypatch, on_terminal
 ):
-    attack = "a\x1b]0;title\x07\u202e\n b"
+    attack, escaped = "a\x1b]0;b\x07\u202e\nc", "a\\x1b]0;b\\x07\\u202e\nc"
     monkeypatch.setattr(Chat, "decode", lambda *_: attack)
-    for on_terminal, printed in ((False, attack), (True, ascii(attack)[1:-1])):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
-        assert oreal("sample", "--prompt", "max 3 7?", "--max-tokens", 9) == 0
-        assert capsys.readouterr().out == printed.replace("\\n", "\n") + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    assert oreal("sample", "--prompt", "max 3 7?", "--max-tokens", 9) == 0
+    assert capsys.readouterr().out == (escaped if on_terminal else attack) + "\n"
 
 
 def test_finished_completions_are_printed_when_sampling_is_interrupted(
