@@ -337,6 +337,25 @@ def test_keys_are_checked(served, monkeypatch):
     assert served.client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("LOCALHOST", 200),
+        ("[::1]:8000", 200),
+        ("example.com", 403),
+        ("localhost.example.com:8000", 403),
+    ],
+)
+def test_a_local_server_answers_to_local_names_only(served, monkeypatch, host, status):
+    monkeypatch.setattr(served.service, "hosts", ("localhost", "::1"))
+    reply = served.client.get("/v1/models", headers={"host": host})
+    assert reply.status_code == status
+    if status == 403:
+        message = reply.json()["error"]["message"]
+        assert message.startswith(f"Host '{host}': ") and "OREAL_API_KEYS" in message
+
+
 # -- clients that leave, and the page
 
 

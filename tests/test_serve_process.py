@@ -109,22 +109,39 @@ def test_without_the_extra_an_error_names_it(monkeypatch):
     )
 
 
-def test_options_of_the_verb_reach_the_server(start, monkeypatch):
+@pytest.fixture
+def started(monkeypatch) -> list:
+    """Return what servers are started with; none serves."""
     from oreal_jax.serve import server
 
-    served = []
-    monkeypatch.setattr(server.Server, "run_on", lambda *given: served.append(given))
+    started = []
+    monkeypatch.setattr(server.Server, "run_on", lambda *given: started.append(given))
     monkeypatch.setattr(server, "warm_up", lambda *given: None)
+    return started
+
+
+def test_options_of_the_verb_reach_the_server(start, started, monkeypatch):
     monkeypatch.setenv("OREAL_API_KEYS", "one, two")
     options = {"--rows": 4, "--length": 99, "--queue": 3, "--name": "m", "--port": 0}
     words = [word for option in options.items() for word in option]
     result = oreal_in_process("serve", "--model", start / "hf", *words)
     assert result.code == 0, result.errors
-    ((server, listener),) = served
+    ((server, listener),) = started
     service = server.service
     assert service.name == "m" and service.keys == ["one", "two"]
+    assert not service.hosts
     assert service.worker.capacity == 4 + 3 and service.worker.session.length == 99
     assert oreal_in_process("serve", "--model", "m", "--length", 1).code == 2
+
+
+@pytest.mark.parametrize(("address", "is_local"), [("localhost", 1), ("0.0.0.0", 0)])
+def test_only_a_local_server_without_keys_checks_its_name(
+    start, started, address, is_local
+):
+    words = ("--model", start / "hf", "--port", 0, "--host", address, "--rows", 8)
+    assert oreal_in_process("serve", *words).code == 0
+    ((server, _),) = started
+    assert ("localhost" in server.service.hosts) == is_local
 
 
 def test_token_scores_need_a_run_with_a_token_reward_model(start, tiny):

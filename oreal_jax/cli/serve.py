@@ -90,5 +90,6 @@ def serve(args: argparse.Namespace) -> None:
         with screen.phase("compile"):
             server.warm_up(session, chat)
         worker = Worker(session, args.queue)
-        service = Service(args.name or args.model, chat, worker, keys, scorer)
+        hosts = LOOPBACK if args.host in LOOPBACK and not keys else ()
+        service = Service(args.name or args.model, chat, worker, keys, scorer, hosts)
         server.Server(service, screen.log).run_on(listener)

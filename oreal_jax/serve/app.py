@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ T = TypeVar("T")
 class Service:
     """A model served as `name`; empty `keys` means no authentication.
 
-    `scorer` scores the tokens of solutions on the page, if there is one.
+    `scorer` scores the tokens of solutions on the page, if there is one. `hosts` are
+    the names that the server answers to (none: all). Without keys, another one may be
+    that of a web page whose domain was pointed at this machine (DNS rebinding).
     """
 
     name: str
@@ -49,6 +52,7 @@ class Service:
     worker: Worker
     keys: Sequence[str] = ()
     scorer: Scorer | None = None
+    hosts: Sequence[str] = ()
 
     def __post_init__(self):
         self.metrics = metrics.Metrics(self.worker)
@@ -86,11 +90,12 @@ class Service:
     def _guarded(
         self, call: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Check the key of requests and count them."""
+        """Check the host and the key of requests, and count them."""
 
         async def endpoint(request: Request) -> Response:
             status = 500
             try:
+                self._check_host(request)
                 self._check_key(request)
                 response = await call(request)
                 status = response.status_code
@@ -106,6 +111,16 @@ class Service:
                 self.metrics.requests.labels(path, status).inc()
 
         return endpoint
+
+    def _check_host(self, request: Request) -> None:
+        host = request.headers.get("host", "")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if self.hosts and name not in self.hosts:
+            message = (
+                f"Host {host!r}: without OREAL_API_KEYS this server answers to "
+                f"{', '.join(self.hosts)} only"
+            )
+            raise ApiError(message, status=403)
 
     def _check_key(self, request: Request) -> None:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
