@@ -18,6 +18,7 @@ from tiny_engine import (
 
 from oreal_jax import metrics, model, model_parallel, program_cache, sharding
 from oreal_jax.mesh import MeshShape
+from oreal_jax.model import decoding, float8
 from oreal_jax.plan.collectives import collective_bytes
 from oreal_jax.sampling.programs import Size
 
@@ -46,6 +47,17 @@ def check_nothing_is_compiled(params, prompts):
     again = make_engine(rows=16)  # an equal engine shares the programs
     again.sample(weights, make_requests(prompts), 2)
     assert compiled() == 0
+
+
+@pytest.mark.parametrize("how", [{}, {"weights": "int8", "cache": "float8"}])
+def test_weights_are_laid_out_by_one_program_for_all_layers(params, how):
+    mesh = make_tiny_mesh(MeshShape(fsdp=2, tensor=4))  # repeats key-value heads
+    programs = make_engine(mesh=mesh, **how).programs
+    config, in_eight_bits = programs.config, bool(how)
+    folded = float8.fold_scales(config, params) if in_eight_bits else params
+    expected = decoding.lay_out(config, folded, jnp.float32, int8=in_eight_bits)
+    jax.tree.map(np.testing.assert_array_equal, programs.weights(params), expected)
+    assert programs.reshard_layer._cache_size() == 1
 
 
 def test_engines_shrink_only_if_that_saves_time(params, prompts, monkeypatch):

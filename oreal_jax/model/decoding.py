@@ -68,28 +68,52 @@ def lay_out(
     Key-value heads are repeated to `config.kv_heads`. The weights are in `dtype`, with
     `int8` except for the matrices.
     """
-    repeats = config.kv_heads // params["layers"]["attention"]["key"].shape[2]
+    outer, layers = split_layers(params)
+    take = lambda index: jax.tree.map(lambda x: x[index], layers)
+    each = (
+        lay_out_layer(config, take(index), dtype, int8=int8)
+        for index in range(config.layers)
+    )
+    return lay_out_outer(config, outer, dtype, int8=int8) | {"layers": tuple(each)}
 
+
+def split_layers(params: Params) -> tuple[Params, Params]:
+    """Return the parameters outside of the layers, and those of all layers."""
+    outer = dict(params)
+    return outer, outer.pop("layers")
+
+
+def lay_out_outer(
+    config: ModelConfig, params: Params, dtype, *, int8: bool = False
+) -> Weights:
+    """Return the parameters outside of the layers as `lay_out` does."""
+    return _convert(split_layers(_axes(config))[0], params, dtype, int8)
+
+
+def lay_out_layer(
+    config: ModelConfig, layer: Params, dtype, *, int8: bool = False
+) -> Weights:
+    """Return the parameters of one layer as `lay_out` does."""
+    names = _axes(config)["layers"]
+    repeats = config.kv_heads // layer["attention"]["key"].shape[1]
+
+    def repeat(names, weight):
+        if "kv_heads" not in names or repeats == 1:
+            return weight
+        return jnp.repeat(weight, repeats, axis=names.index("kv_heads"))
+
+    layer = jax.tree.map(repeat, names, layer, is_leaf=functional.is_axis_names)
+    return _convert(names, layer, dtype, int8)
+
+
+def _convert(names: Any, params: Params, dtype, int8: bool) -> Weights:
     def convert(names, weight):
-        if "kv_heads" in names and repeats > 1:
-            weight = jnp.repeat(weight, repeats, axis=names.index("kv_heads"))
         summed_axes = _summed_axes(names)
         if int8 and summed_axes:
             return quantize(weight, summed_axes)
         return weight.astype(dtype)
 
-    convert_all = functools.partial(
-        jax.tree.map, convert, is_leaf=functional.is_axis_names
-    )
-    names, layers = _axes(config), params["layers"]
-
-    @jax.jit
-    def layer(layers, index):
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-        return convert_all(names["layers"], jax.tree.map(take, layers))
-
-    tree = convert_all(names | {"layers": {}}, params | {"layers": {}})
-    return tree | {"layers": tuple(layer(layers, i) for i in range(config.layers))}
+    return jax.tree.map(convert, names, params, is_leaf=functional.is_axis_names)
 
 
 def axes(config: ModelConfig, *, int8: bool = False) -> Any:

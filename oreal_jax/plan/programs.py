@@ -18,7 +18,7 @@ from oreal_jax import model, sharding
 from oreal_jax.config import TrainConfig
 from oreal_jax.data.packing import Batch, Example, pack
 from oreal_jax.loading import compute_dtype
-from oreal_jax.model import ModelConfig
+from oreal_jax.model import ModelConfig, decoding
 from oreal_jax.sampling import Engine, runner
 from oreal_jax.sampling.programs import Size, Starts
 from oreal_jax.sampling.scheduler import smaller_engines
@@ -168,8 +168,13 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((engines, *shape), dtype, sharding=by_rows)
 
-    reshard = programs.reshard
-    yield Program("reshard", "gen", reshard, (params,), held - device_bytes(params))
+    outer, layers = decoding.split_layers(params)
+    everywhere = sharding.replicated(run.mesh)
+    inputs = layers, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    rest = others - device_bytes(layers)
+    yield Program("reshard a layer", "gen", programs.reshard_layer, inputs, rest)
+    inputs, rest = (outer,), others - device_bytes(outer)
+    yield Program("reshard the others", "gen", programs.reshard_outer, inputs, rest)
     width = runner.prompt_width(config.max_prompt_tokens - 1)
     count = runner.prompt_batch(max(1, runner.PREFILL // width))
     pages = -(-width // runner.PAGE)
@@ -186,8 +191,8 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     name, inputs = f"admission of {batch}", (state, starts, 0)
     yield Program(name, "gen", programs.admit, inputs, others)
 
-    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), run.engine.stops)
-    stops = sharding.with_shardings(run.engine.stops, everywhere)
+    stop_shardings = jax.tree.map(lambda _: sharding.replicated(mesh), run.engine.stops)
+    stops = sharding.with_shardings(run.engine.stops, stop_shardings)
     for slots in [size.slots, *smaller_engines(size.slots)[-1:]]:
         rows = programs.abstract(size._replace(slots=slots))
         table, runs = array(slots, size.table_pages), array(slots, dtype=bool)

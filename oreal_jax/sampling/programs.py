@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from oreal_jax import model_parallel, sharding
@@ -153,11 +154,20 @@ class Programs:
         )
         axes = decoding.axes(self.config, int8=int8)
         self.own = sharding.decoding_shardings(axes, mesh)
-        self.reshard = jax.jit(
-            lambda params: decoding.lay_out(
-                self.config, fit(self.config, params), dtype, int8=int8
-            ),
-            out_shardings=sharding.decoding_shardings(axes, meshes.all),
+        shardings = sharding.decoding_shardings(axes, meshes.all)
+        outer_shardings, layer_shardings = decoding.split_layers(shardings)
+        layout = {"dtype": dtype, "int8": int8}
+
+        def layer(layers, index):
+            take = lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1)
+            one = fit(self.config, {"layers": jax.tree.map(take, layers)})["layers"]
+            one = jax.tree.map(lambda x: x[0], one)
+            return decoding.lay_out_layer(self.config, one, **layout)
+
+        self.reshard_layer = jax.jit(layer, out_shardings=layer_shardings[0])
+        self.reshard_outer = jax.jit(
+            lambda outer: decoding.lay_out_outer(self.config, outer, **layout),
+            out_shardings=outer_shardings,
         )
 
         # A decoder compiled for a size must accept the state from all these programs.
@@ -188,6 +198,16 @@ class Programs:
         self.swap_in = jit(swap_in, donate_argnums=0)
         self._compiled: dict[tuple, Callable] = {}
         self.compile_seconds = 0.0
+
+    def reshard(self, params: Params) -> Weights:
+        """Return the trainer's parameters as decoding reads them, on all engines.
+
+        The program of a layer is compiled once for all, and needs the memory of one.
+        """
+        outer, layers = decoding.split_layers(params)
+        indices = map(np.int32, range(self.config.layers))
+        layers = tuple(self.reshard_layer(layers, index) for index in indices)
+        return self.reshard_outer(outer) | {"layers": layers}
 
     def weights(self, params: Params) -> Weights:
         """Return the trainer's parameters as decoding reads them, on our engines."""
