@@ -38,8 +38,10 @@ test-python-%:
 	  fi; \
 	done; echo "Python $* is not installed: pyenv install $*" >&2; exit 1
 
-# The documentation as web pages, in build/docs; fails where a link leads nowhere.
+# Updates the tables in docs/; then the documentation as web pages, in build/docs. Fails
+# where a link leads nowhere.
 docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/hooks.py
 	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev

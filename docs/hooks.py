@@ -1,7 +1,10 @@
-"""MkDocs hooks: tables made from the code, and pages that are no Markdown in docs/.
+"""Tables made from the code, and MkDocs hooks for pages that are no Markdown in docs/.
 
-Those are documents of the repository's root, and notebooks with their outputs.
-A page requests a table by a line `<!-- fields: CLASS -->` or `<!-- metrics -->`.
+    python docs/hooks.py
+
+updates the tables in the pages. A table lies between the lines `<!-- fields: CLASS -->`
+or `<!-- metrics -->` and `<!-- end -->`. The other pages are documents of the
+repository's root, and notebooks with their outputs.
 """
 
 import ast
@@ -32,15 +35,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fill in the tables, and link to pages where the repository links to files."""
+    """Link to pages where the repository links to files."""
     for name, target in OUTSIDE.items():
         markdown = re.sub(rf"\]\((?:\.\./)?{name}", f"]({target}", markdown)
-    markdown = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", markdown)
-    fill = lambda match: fields_table(match[1])
-    markdown = re.sub(r"<!-- fields: (\w+) -->", fill, markdown)
-    if "<!-- metrics -->" in markdown:
-        markdown = markdown.replace("<!-- metrics -->", metrics_table())
-    return markdown
+    return re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", markdown)
 
 
 def notebook(path: Path) -> str:
@@ -117,3 +115,19 @@ def metrics_table() -> str:
     header = ["metric", "unit", "meaning", "in a healthy run"]
     rows = [[f"`{m.name}`", m.unit, m.meaning, m.healthy] for m in METRICS]
     return table(header, rows)
+
+
+def fill(markdown: str) -> str:
+    """Return a page with its tables up to date."""
+
+    def filled(match: re.Match) -> str:
+        text = fields_table(match["name"]) if match["name"] else metrics_table()
+        return f"{match['begin']}\n\n{text}\n\n<!-- end -->"
+
+    pattern = r"(?P<begin><!-- (fields: (?P<name>\w+)|metrics) -->).*?<!-- end -->"
+    return re.sub(pattern, filled, markdown, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in (ROOT / "docs").glob("*.md"):
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -23,11 +23,19 @@ Advance = Callable[..., None]  # advance(done=1, tokens=0)
 INTERVAL = 60.0  # seconds between progress lines in a file
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise an error with its reason: rich raises SystemExit(1)."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+        raise BrokenPipeError("the reader of the output has closed it")
+
+
 class Screen:
     """A console that also records the seconds of each phase (`timing_s/<phase>`)."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+        self.console = console or _Console(highlight=False)
         self.timings: dict[str, float] = {}
         # Returns a context for a phase's name, e.g. a profiler's annotation.
         self.annotate: Callable[[str], contextlib.AbstractContextManager] = (
@@ -37,7 +45,7 @@ class Screen:
     @classmethod
     def on_stderr(cls) -> "Screen":
         """Return a screen for commands whose standard output is data."""
-        return cls(Console(stderr=True, highlight=False))
+        return cls(_Console(stderr=True, highlight=False))
 
     @classmethod
     def silent(cls) -> "Screen":

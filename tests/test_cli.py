@@ -318,6 +318,16 @@ def test_every_verb_rejects_invalid_options_and_missing_files(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_option_prints_the_usage_of_its_verb(capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["train", "config.py", "--setx", "steps=4"])
+    errors = capsys.readouterr().err
+    assert errors.startswith("usage: oreal train ") and "--set NAME=VALUE" in errors
+    assert errors.endswith(
+        "oreal train: error: unrecognized arguments: --setx steps=4\n"
+    )
+
+
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["--version"])

@@ -1,6 +1,8 @@
 """Progress on the screen and in files."""
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -64,3 +66,24 @@ def test_a_terminal_shows_the_time_left_and_no_lines(clock):
 )
 def test_times_are_in_one_unit(seconds, text):
     assert time_text(seconds) == text
+
+
+def test_output_that_nobody_reads_is_an_error_with_its_reason():
+    program = """if True:
+        from oreal_jax.console import Screen
+        try:
+            while True:
+                Screen().log("text" * 99)
+        except BrokenPipeError as error:
+            sys.stderr.write(str(error))
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys\n{program}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == "the reader of the output has closed it"
+    assert process.wait() == 0

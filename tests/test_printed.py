@@ -457,6 +457,8 @@ class Check:
                 pass
             case ["-c", source]:
                 compile(source, "-c", "exec")
+            case ["docs/hooks.py"]:  # tests/test_docs.py
+                assert (ROOT / "docs" / "hooks.py").exists()
             case [path, *rest] if path.startswith("tools/"):
                 self.tool(path, rest)
             case _:

@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     minutes = (time.perf_counter() - began) / 60
     screen.console.print(summary(before, after, minutes, home))
+    screen.log(f"next: oreal report {run}; oreal serve --model {run} --name demo")
     return 0
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: success, 1: failure, 2: invalid input, 130: interrupted.
     """
     try:
-        args = parser().parse_args(arguments)
+        args = _parse(arguments)
         hardware.hide_absent_devices()
         with repeat_lost_interrupts():
             args.call(args)
@@ -66,6 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, Failure) as error:
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        # argparse would print the usage of `oreal`, not that of the verb.
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def _fail(message: str, code: int) -> int:
@@ -104,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example: {example}",
             formatter_class=_Help,
         )
-        parser.set_defaults(call=call)
+        parser.set_defaults(call=call, parser=parser)
         return parser
 
     def group(name: str, metavar: str, help: str) -> Callable:

@@ -171,10 +171,12 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
     outer, layers = decoding.split_layers(params)
     everywhere = sharding.replicated(run.mesh)
     inputs = layers, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    rest = others - device_bytes(layers)
-    yield Program("reshard a layer", "gen", programs.reshard_layer, inputs, rest)
-    inputs, rest = (outer,), others - device_bytes(outer)
-    yield Program("reshard the others", "gen", programs.reshard_outer, inputs, rest)
+    remaining = others - device_bytes(layers)
+    yield Program("reshard a layer", "gen", programs.reshard_layer, inputs, remaining)
+    inputs, remaining = (outer,), others - device_bytes(outer)
+    yield Program(
+        "reshard the others", "gen", programs.reshard_outer, inputs, remaining
+    )
     width = runner.prompt_width(config.max_prompt_tokens - 1)
     count = runner.prompt_batch(max(1, runner.PREFILL // width))
     pages = -(-width // runner.PAGE)

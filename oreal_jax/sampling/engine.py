@@ -216,7 +216,7 @@ class Engine:
         if not prompt_tokens or prompt_tokens + new_tokens > self.config.max_length:
             raise InputError(
                 f"{text} must lie within 1..{self.config.max_length}, the model's "
-                "max_length"
+                "max_length; set a lower max_tokens (--max-tokens)"
             )
         needed = prompt_tokens + new_tokens + 2 * PAGE
         if self.cache_tokens and needed > self.cache_tokens:

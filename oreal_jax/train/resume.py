@@ -119,7 +119,10 @@ def compare_settings(
     for name, (before, now) in changes.items():
         change = f"{name}: {before} -> {now}"
         if name in IDENTITY:
-            raise InputError(f"{path}: this run began with other settings; {change}")
+            raise InputError(
+                f"{path}: this run began with other settings; {change}; undo this "
+                "change or choose another --run"
+            )
         log(f"changed setting: {change}")
     return changes
 
