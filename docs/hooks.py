@@ -1,4 +1,4 @@
-"""Tables made from the code, and MkDocs hooks for pages that are no Markdown in docs/.
+"""Tables made from the code, and MkDocs hooks for pages that are not Markdown in docs/.
 
     python docs/hooks.py
 
@@ -124,7 +124,9 @@ def fill(markdown: str) -> str:
         text = fields_table(match["name"]) if match["name"] else metrics_table()
         return f"{match['begin']}\n\n{text}\n\n<!-- end -->"
 
-    pattern = r"(?P<begin><!-- (fields: (?P<name>\w+)|metrics) -->).*?<!-- end -->"
+    begin = r"<!-- (?:fields: (?P<name>\w+)|metrics) -->"
+    inside = r"(?:(?!<!--).)*"  # not beyond the next table if an end is missing
+    pattern = rf"(?P<begin>{begin}){inside}<!-- end -->"
     return re.sub(pattern, filled, markdown, flags=re.DOTALL)
 
 

@@ -5,6 +5,7 @@ In a file or a pipe, a line per minute replaces the bar.
 
 import contextlib
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
@@ -21,14 +22,18 @@ from rich.table import Table
 
 Advance = Callable[..., None]  # advance(done=1, tokens=0)
 INTERVAL = 60.0  # seconds between progress lines in a file
+ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories
+KEPT = "\n\t\u200c\u200d"
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Raise an error with its reason: rich raises SystemExit(1)."""
-        with contextlib.suppress(SystemExit):
-            super().on_broken_pipe()
-        raise BrokenPipeError("the reader of the output has closed it")
+        """Go on without output.
+
+        rich would exit. But Ctrl-C also ends the reader (`oreal train ... | tee log`),
+        and the run has yet to be saved.
+        """
+        self.quiet = True
 
 
 class Screen:
@@ -137,14 +142,15 @@ def make_table(
 
 
 def escape(text: str) -> str:
-    """Return text with control characters, except for line breaks, as escapes.
+    """Return text with control and formatting characters as escapes.
 
     Control characters would move the cursor, change colours or the window's title;
-    formatting characters may reverse the order of letters.
+    formatting characters may reverse the order of letters. Line breaks, tabs and the
+    joiners of emoji and of some scripts are kept.
     """
     return "".join(
-        letter
-        if letter.isprintable() or letter == "\n"
-        else letter.encode("unicode_escape").decode()
+        letter.encode("unicode_escape").decode()
+        if unicodedata.category(letter) in ESCAPED and letter not in KEPT
+        else letter
         for letter in text
     )

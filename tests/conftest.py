@@ -17,7 +17,7 @@ from packaging.version import Version
 
 # The tests spend nearly all their time on compilation. Without LLVM's optimization and
 # with XLA's older emitters it takes far less; programs are the same up to rounding.
-# A program in one part for LLVM instead of 32 takes 7% less CPU time.
+# Compiling a program in one part instead of 32 takes 7% less CPU time.
 # `XLA_FLAGS= pytest ...` compiles with full optimization.
 QUICK = [
     "--xla_backend_optimization_level=0",

@@ -55,11 +55,16 @@ def test_a_run_can_be_sampled_evaluated_and_exported(
 def test_sample_escapes_control_characters_in_a_terminal_only(
     start, script, oreal, capsys, monkeypatch, on_terminal
 ):
-    attack, escaped = "a\x1b]0;b\x07\u202e\nc", "a\\x1b]0;b\\x07\\u202e\nc"
+    attack = "a\x1b]0;b\x07\u202e\nc\t\u3000"
+    escaped = "a\\x1b]0;b\\x07\\u202e\nc\t\u3000"
     monkeypatch.setattr(Chat, "decode", lambda *_: attack)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
     assert oreal("sample", "--prompt", "max 3 7?", "--max-tokens", 9) == 0
     assert capsys.readouterr().out == (escaped if on_terminal else attack) + "\n"
+    assert oreal("sample", "--prompt", "max 3 7?", "--max-tokens", 9, "--json") == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["completion"] == attack
+    assert printed.isascii() == on_terminal
 
 
 def test_finished_completions_are_printed_when_sampling_is_interrupted(

@@ -341,7 +341,7 @@ def test_keys_are_checked(served, monkeypatch):
     ("host", "status"),
     [
         ("localhost:8000", 200),
-        ("LOCALHOST", 200),
+        ("LOCALHOST.", 200),
         ("[::1]:8000", 200),
         ("example.com", 403),
         ("localhost.example.com:8000", 403),

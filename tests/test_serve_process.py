@@ -136,8 +136,9 @@ def test_options_of_the_verb_reach_the_server(start, started, monkeypatch):
 
 @pytest.mark.parametrize(("address", "is_local"), [("localhost", 1), ("0.0.0.0", 0)])
 def test_only_a_local_server_without_keys_checks_its_name(
-    start, started, address, is_local
+    start, started, monkeypatch, address, is_local
 ):
+    monkeypatch.delenv("OREAL_API_KEYS", raising=False)
     words = ("--model", start / "hf", "--port", 0, "--host", address, "--rows", 8)
     assert oreal_in_process("serve", *words).code == 0
     ((server, _),) = started

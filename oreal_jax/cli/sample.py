@@ -95,5 +95,5 @@ def sample(args: argparse.Namespace) -> None:
                 print(f"--- {number} of {len(rows)}")
             text = row["completion"]
             if args.json:
-                text = json.dumps(row, ensure_ascii=False)
+                text = json.dumps(row, ensure_ascii=sys.stdout.isatty())
             print(escape(text) if on_terminal else text)

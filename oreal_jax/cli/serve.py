@@ -79,7 +79,8 @@ def serve(args: argparse.Namespace) -> None:
     ]
     screen = Screen.on_stderr()
     with server.listen(args.host, args.port) as listener:
-        if not keys and args.host not in LOOPBACK:
+        is_local = args.host.lower() in LOOPBACK
+        if not keys and not is_local:
             screen.log(f"--host {args.host} without OREAL_API_KEYS: no key needed")
         model, engine = load_engine(args)
         chat, length = model.chat, min(args.length, model.config.max_length)
@@ -90,6 +91,6 @@ def serve(args: argparse.Namespace) -> None:
         with screen.phase("compile"):
             server.warm_up(session, chat)
         worker = Worker(session, args.queue)
-        hosts = LOOPBACK if args.host in LOOPBACK and not keys else ()
+        hosts = LOOPBACK if is_local and not keys else ()
         service = Service(args.name or args.model, chat, worker, keys, scorer, hosts)
         server.Server(service, screen.log).run_on(listener)

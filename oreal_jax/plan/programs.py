@@ -169,14 +169,14 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         return jax.ShapeDtypeStruct((engines, *shape), dtype, sharding=by_rows)
 
     outer, layers = decoding.split_layers(params)
+    name, remaining = "reshard embedding and head", held - device_bytes(outer)
+    yield Program(name, "gen", programs.reshard_outer, (outer,), remaining)
     everywhere = sharding.replicated(run.mesh)
     inputs = layers, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    remaining = others - device_bytes(layers)
-    yield Program("reshard a layer", "gen", programs.reshard_layer, inputs, remaining)
-    inputs, remaining = (outer,), others - device_bytes(outer)
-    yield Program(
-        "reshard the others", "gen", programs.reshard_outer, inputs, remaining
-    )
+    outer, by_layer = decoding.split_layers(weights)
+    finished = device_bytes((outer, by_layer[:-1]))  # before the last layer
+    name, remaining = "reshard a layer", held - device_bytes(layers) + finished
+    yield Program(name, "gen", programs.reshard_layer, inputs, remaining)
     width = runner.prompt_width(config.max_prompt_tokens - 1)
     count = runner.prompt_batch(max(1, runner.PREFILL // width))
     pages = -(-width // runner.PAGE)

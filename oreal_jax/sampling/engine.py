@@ -214,9 +214,10 @@ class Engine:
         """
         text = f"prompt of {prompt_tokens} tokens + max_tokens={new_tokens}"
         if not prompt_tokens or prompt_tokens + new_tokens > self.config.max_length:
+            fits_alone = 0 < prompt_tokens < self.config.max_length
             raise InputError(
                 f"{text} must lie within 1..{self.config.max_length}, the model's "
-                "max_length; set a lower max_tokens (--max-tokens)"
+                f"max_length{'; set a lower max_tokens' if fits_alone else ''}"
             )
         needed = prompt_tokens + new_tokens + 2 * PAGE
         if self.cache_tokens and needed > self.cache_tokens:

@@ -202,12 +202,14 @@ class Programs:
     def reshard(self, params: Params) -> Weights:
         """Return the trainer's parameters as decoding reads them, on all engines.
 
-        The program of a layer is compiled once for all, and needs the memory of one.
+        One program, compiled once, lays out each layer in turn; it needs temporary
+        memory for a single layer.
         """
         outer, layers = decoding.split_layers(params)
+        weights = self.reshard_outer(outer)
         indices = map(np.int32, range(self.config.layers))
         layers = tuple(self.reshard_layer(layers, index) for index in indices)
-        return self.reshard_outer(outer) | {"layers": layers}
+        return weights | {"layers": layers}
 
     def weights(self, params: Params) -> Weights:
         """Return the trainer's parameters as decoding reads them, on our engines."""

@@ -43,8 +43,9 @@ class Service:
     """A model served as `name`; empty `keys` means no authentication.
 
     `scorer` scores the tokens of solutions on the page, if there is one. `hosts` are
-    the names that the server answers to (none: all). Without keys, another one may be
-    that of a web page whose domain was pointed at this machine (DNS rebinding).
+    the names under which the API may be addressed (none: any). Without keys, any other
+    name could belong to a web page whose domain resolves to this machine (DNS
+    rebinding).
     """
 
     name: str
@@ -114,7 +115,7 @@ class Service:
 
     def _check_host(self, request: Request) -> None:
         host = request.headers.get("host", "")
-        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
         if self.hosts and name not in self.hosts:
             message = (
                 f"Host {host!r}: without OREAL_API_KEYS this server answers to "
