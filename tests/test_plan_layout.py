@@ -42,7 +42,7 @@ def test_every_program_is_planned_and_its_float32_products_are_exact(cache_token
         "train step, policy frozen",
     ]
     swaps = {"swap-out", "swap-in"} if cache_tokens else set()
-    assert names[1:3] == ["reshard embedding and head", "reshard a layer"]
+    assert names[1:3] == ["reshard embedding, head", "reshard a layer"]
     assert {name.split()[0] for name in names[3:-2]} == swaps | {
         "prefill",
         "admission",

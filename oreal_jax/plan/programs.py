@@ -169,7 +169,7 @@ def _sampling(config: TrainConfig, run: Layout, held: int) -> Iterator[Program]:
         return jax.ShapeDtypeStruct((engines, *shape), dtype, sharding=by_rows)
 
     outer, layers = decoding.split_layers(params)
-    name, remaining = "reshard embedding and head", held - device_bytes(outer)
+    name, remaining = "reshard embedding, head", held - device_bytes(outer)
     yield Program(name, "gen", programs.reshard_outer, (outer,), remaining)
     everywhere = sharding.replicated(run.mesh)
     inputs = layers, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
