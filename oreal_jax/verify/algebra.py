@@ -204,7 +204,9 @@ def comparable(first: Any, second: Any) -> bool:
 
 
 def undefined(formula: Any) -> bool:
-    """Return whether it has no value, not even an infinite one, as 1/0."""
+    """Return whether it has no value, not even an infinite one, as 1/0 or log(x oo)."""
+    if formula.free_symbols and formula.has(sympy.oo, -sympy.oo):
+        return True
     point = dict.fromkeys(formula.free_symbols, sympy.Rational(POINTS[0][0]))
     return evaluate(formula.subs(point)).has(sympy.zoo, sympy.nan)
 
