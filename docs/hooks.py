@@ -2,9 +2,9 @@
 
     python docs/hooks.py
 
-updates the tables in the pages. A table lies between the lines `<!-- fields: CLASS -->`
-or `<!-- metrics -->` and `<!-- end -->`. The other pages are documents of the
-repository's root, and notebooks with their outputs.
+updates the tables in the pages. Each is between the lines `<!-- fields: CLASS -->` or
+`<!-- metrics -->` and `<!-- end -->`. The other pages are documents of the repository's
+root, and notebooks with their outputs.
 """
 
 import ast

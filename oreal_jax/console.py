@@ -28,7 +28,7 @@ KEPT = "\n\t\u200c\u200d"
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on without output.
+        """Continue without output.
 
         rich would exit. But Ctrl-C also ends the reader (`oreal train ... | tee log`),
         and the run has yet to be saved.

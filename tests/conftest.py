@@ -255,6 +255,15 @@ def files(tmp_path) -> Path:
 
 
 @pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    """Return the run directory that reports are tested with."""
+    from report_runs import make_run
+
+    monkeypatch.chdir(tmp_path)
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
 def config_file(tmp_path) -> Path:
     """Return the config file of a small run to plan."""
     from plans import write_config

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from scripted import write_lines
 
+from oreal_jax.cli import main
+
 SETTINGS = {
     "class": "oreal_jax.config.TrainConfig",
     "model": "models/tiny",
@@ -199,3 +201,9 @@ def changed(**metrics) -> list[dict]:
     return [
         row | {name: f(row["step"]) for name, f in metrics.items()} for row in healthy()
     ]
+
+
+def page(*words, output="report.html") -> str:
+    """Run `oreal report` and return the page."""
+    assert main(["report", *map(str, words), "--output", output]) == 0
+    return Path(output).read_text(encoding="utf-8")

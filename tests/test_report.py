@@ -18,6 +18,7 @@ from report_runs import (
     decode,
     make_large_run,
     make_run,
+    page,
     script,
     unselected,
 )
@@ -27,18 +28,6 @@ from oreal_jax.cli import main
 from oreal_jax.evaluation import statistics
 from oreal_jax.report import charts
 from oreal_jax.report.page import spread, to_script_json
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return make_run(tmp_path / "run")
-
-
-def page(*words, output="report.html") -> str:
-    """Run `oreal report` and return the page."""
-    assert main(["report", *map(str, words), "--output", output]) == 0
-    return Path(output).read_text(encoding="utf-8")
 
 
 def lines(run: Path) -> dict[tuple, dict]:

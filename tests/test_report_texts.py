@@ -1,7 +1,6 @@
 """Texts of tokens in a report: what each token adds to the completion."""
 
 import itertools
-from pathlib import Path
 
 import make_tiny
 import pytest
@@ -10,24 +9,11 @@ from hypothesis import strategies as st
 from report_runs import (
     completion,
     decode,
-    make_run,
+    page,
 )
 from scripted import write_lines
 
-from oreal_jax.cli import main
 from oreal_jax.report.alignment import align
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return make_run(tmp_path / "run")
-
-
-def page(*words, output="report.html") -> str:
-    """Run `oreal report` and return the page."""
-    assert main(["report", *map(str, words), "--output", output]) == 0
-    return Path(output).read_text(encoding="utf-8")
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.data())

@@ -63,7 +63,7 @@ def test_policies_of_pruned_checkpoints_are_kept(start, files, policy):
     assert train(start, files, "steps=4", "saving.every=1").code == 0
     kept = [p for p in (run / "checkpoints/2/policy").rglob("*") if p.is_file()]
     expected = [path.read_bytes() for path in kept]
-    for step in (1, 2, 4):  # what is above the resumed step will be run again
+    for step in (1, 2, 4):  # steps after 3, where it resumes, are run again
         shutil.rmtree(run / "checkpoints" / str(step) / "trainer")
     shutil.rmtree(run / "checkpoints" / "1" / "policy")  # nothing of use is left
     code, output, _ = train(start, files, "steps=5", "saving.every=1")

@@ -7,17 +7,10 @@ import pytest
 from report_runs import (
     changed,
     completion,
-    make_run,
 )
 from scripted import write_lines
 
 from oreal_jax.cli import main
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return make_run(tmp_path / "run")
 
 
 def shown(capsys, *words) -> str:

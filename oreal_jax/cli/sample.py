@@ -89,11 +89,11 @@ def sample(args: argparse.Namespace) -> None:
                 on_finished=on_finished,
             )
     finally:  # finished completions are printed even if interrupted
-        on_terminal = not args.json and sys.stdout.isatty()
+        on_terminal = sys.stdout.isatty()
         for number, (_, row) in enumerate(sorted(rows.items()), start=1):
+            if args.json:
+                print(json.dumps(row, ensure_ascii=on_terminal))
+                continue
             if on_terminal and len(rows) > 1:
                 print(f"--- {number} of {len(rows)}")
-            text = row["completion"]
-            if args.json:
-                text = json.dumps(row, ensure_ascii=sys.stdout.isatty())
-            print(escape(text) if on_terminal else text)
+            print(escape(row["completion"]) if on_terminal else row["completion"])

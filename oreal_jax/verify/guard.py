@@ -20,7 +20,7 @@ DANGERS = [
     (re.compile(r"\*\*|\^\s*(?:\w|\{[^{}]*\}|\d+)\s*\^"), "a tower of powers"),
     (re.compile(r"(?:\\exp\b.*){3}"), "a tower of powers"),
     (re.compile(r"\^\s*[{(]?\s*[-+]?\d{5,}|\^\s*[{(][^{}]*\d\s*\^"), "a huge power"),
-    # sympy would factor it.
+    # A long number to the power of letters: sympy would factor it.
     (re.compile(r"\d{15,}[\s)}\]]*\^\s*[{(]?\s*[-+]?\d*\s*[a-zA-Z\\]"), "a huge power"),
     (re.compile(r"\d{5,}\s*\)*\s*!|!\s*[)}\]]*\s*!|\^[^!]{0,20}!"), "a huge factorial"),
     (re.compile(r"\d{3}.*[)}\]]\s*!"), "a huge factorial"),
