@@ -23,7 +23,10 @@ from oreal_jax.sharding import (
 
 
 def make_execution(
-    mesh: Mesh, remat: Remat = "everything", dtype: Any = None
+    mesh: Mesh,
+    remat: Remat = "everything",
+    dtype: Any = None,
+    gradient_sums: Any = None,
 ) -> Execution:
     """Return how packed rows run on a mesh: split by rows, tokens and heads.
 
@@ -39,6 +42,7 @@ def make_execution(
         context_shards=mesh.shape["context"],
         remat=remat,
         dtype=dtype,
+        gradient_sums=gradient_sums,
     )
 
 

@@ -104,6 +104,15 @@ class Layer(nnx.Module):
         self.mlp_norm = constant(1.0, (config.embed,), ("embed",))
         self.mlp = Mlp(config, rngs=rngs)
 
+    def cast_matrices(self, dtype) -> "Layer":
+        """Return the layer with its matrices, and so their gradients, in `dtype`."""
+
+        def cast(weight):
+            is_matrix = {"embed"} < {*weight.get_metadata("axes")}
+            return weight.replace(weight[...].astype(dtype)) if is_matrix else weight
+
+        return jax.tree.map(cast, self, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
     def forward(self, x, cosine, sine, segments, execution: Execution):
         """Apply the layer to packed rows x [B, S, D]; tokens attend within segments.
 

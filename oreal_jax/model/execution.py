@@ -33,7 +33,8 @@ class Execution:
     shards activations [rows, tokens, embed]; `gather_head` makes the vocabulary head
     available where its chunks are multiplied; `row_shards` and `context_shards` are
     the numbers of parts into which rows and the tokens of a row are split; `dtype` is
-    that of activations (None: that of the weights).
+    that of activations, `gradient_sums` that of sums over devices of the gradients of
+    the layers' matrices (None: that of the weights).
     """
 
     attend: Callable[..., jax.Array] = attend_packed
@@ -43,6 +44,7 @@ class Execution:
     context_shards: int = 1
     remat: Remat = "everything"
     dtype: Any = None
+    gradient_sums: Any = None
 
     def rematerialise(self, layer: Callable) -> Callable:
         """Return `layer` with a backward pass that recomputes as `remat` sets."""

@@ -71,16 +71,6 @@ def is_axis_names(x) -> bool:
     return isinstance(x, tuple) and all(isinstance(name, str | None) for name in x)
 
 
-def cast_matrices(config: ModelConfig, params: Params, dtype) -> Params:
-    """Return the parameters with the matrices of the layers in another dtype."""
-
-    def cast_matrix(names, weight):
-        is_matrix = "layers" in names and "embed" in names and len(names) > 2
-        return weight.astype(dtype) if is_matrix else weight
-
-    return jax.tree.map(cast_matrix, axes(config), params, is_leaf=is_axis_names)
-
-
 def token_reward_params(params: Params) -> Params:
     """Return a token reward model: the body of a policy, and a head of zeros.
 
@@ -109,6 +99,8 @@ def hidden(
 
     @execution.rematerialise
     def layer(x, weights: Layer):
+        if execution.gradient_sums:
+            weights = weights.cast_matrices(execution.gradient_sums)
         return weights.forward(x, cosine, sine, segments, execution)[0], None
 
     embedding = decoder.embedding[...]

@@ -3,10 +3,11 @@
 The models turn packed rows into per-token arrays, the losses turn those into scalars.
 Micro-batches run in a loop whose length is data: gradients and metrics of the filled
 ones are summed. Losses divide by counts of the whole batch, so the sum is the gradient
-of the batch.
+of the batch. The backward pass adds each layer's gradient to the sum in place.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,18 +50,12 @@ class Objective(NamedTuple):
     """The loss, and how the models compute it.
 
     `distribution` gives the log-probabilities that the loss reads: of the whole
-    vocabulary, or as sampled. `gradient_sums` is the dtype for sums of the layers'
-    matrix gradients over devices; all other sums are float32.
+    vocabulary, or as sampled.
     """
 
     loss: PolicyLoss
     distribution: model.Distribution
     execution: Execution
-    gradient_sums: Any
-
-    def cast(self, config: ModelConfig, params: Params) -> Params:
-        """Cast the matrices to the dtype in which their gradients are summed."""
-        return model.cast_matrices(config, params, dtype=self.gradient_sums)
 
 
 class TrainStep(NamedTuple):
@@ -93,11 +88,11 @@ def make_train_step(
     """Return the jitted training step.
 
     During the first `freeze_steps` steps only the token reward model learns (its head
-    starts at zero, which gives every token the weight 0). `remat` is what the
-    backward pass recomputes; for the other options see `Objective`.
+    starts at zero, which gives every token the weight 0). `distribution`: see
+    `Objective`; `remat`, `dtype`, `gradient_sums`: see `Execution`.
     """
-    execution = model_parallel.make_execution(mesh, remat, dtype)
-    objective = Objective(loss, distribution, execution, gradient_sums)
+    execution = model_parallel.make_execution(mesh, remat, dtype, gradient_sums)
+    objective = Objective(loss, distribution, execution)
     replicated = sharding.replicated(mesh)
 
     def step(state: TrainState, batch: Batch, frozen: bool):
@@ -140,7 +135,7 @@ def update(
 
 
 class Gradients(NamedTuple):
-    """Gradients by model; None where a model is frozen or absent."""
+    """Sums of gradients by model; None where a model is frozen or absent."""
 
     policy: Params | None
     token_reward: Params | None
@@ -157,84 +152,91 @@ def accumulate(
     counts = Counts.of(batch.completion(), batch.correct)
     reward_params = state.token_reward and state.token_reward.params
     # Used twice, and by jit traced only once.
-    jitted = jax.jit(
-        functools.partial(micro_batch_gradients, models, objective, frozen=frozen)
-    )
-    compute_gradients = functools.partial(
+    jitted = jax.jit(functools.partial(add_micro_batch, models, objective))
+    add_gradients = functools.partial(
         jitted, state.policy.params, reward_params, counts
     )
-    shapes, metrics, scores = jax.eval_shape(compute_gradients, micro_batch(batch, 0))
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    start = Gradients(
+        zeros(None if frozen else state.policy.params), zeros(reward_params)
+    )
+    _, metrics, scores = jax.eval_shape(add_gradients, micro_batch(batch, 0), start)
     blank = jnp.zeros_like(batch.reference_log_probs)
 
     def add(index, total):
-        gradients, metrics, scores = compute_gradients(micro_batch(batch, index))
-        sums, record = total
-        sums = jax.tree.map(jnp.add, sums, (gradients, metrics))
+        gradients, sums, record = total
+        part = micro_batch(batch, index)
+        gradients, metrics, scores = add_gradients(part, gradients)
         put = lambda array, part: array.at[index].set(part)
-        return sums, jax.tree.map(put, record, scores)
+        return (
+            gradients,
+            jax.tree.map(jnp.add, sums, metrics),
+            jax.tree.map(put, record, scores),
+        )
 
-    start = (zeros((shapes, metrics)), jax.tree.map(lambda _: blank, scores))
-    (gradients, metrics), scores = jax.lax.fori_loop(0, batch.filled, add, start)
-    return gradients, metrics, scores
+    total = (start, zeros(metrics), jax.tree.map(lambda _: blank, scores))
+    return jax.lax.fori_loop(0, batch.filled, add, total)
 
 
-def micro_batch_gradients(
+def add_micro_batch(
     models: TrainedModels,
     objective: Objective,
     policy_params: Params,
     reward_params: Params | None,
     counts: Counts,
     part: Batch,
-    *,
-    frozen: bool,
+    gradients: Gradients,
 ) -> tuple[Gradients, Metrics, Scores]:
-    """Return gradients, metrics and scores of one micro-batch.
+    """Return `gradients` plus those of a micro-batch, its metrics and scores.
 
     First the token reward model, whose scores weight the tokens of the policy's loss
     and are constants to it.
     """
-    metrics, reward_gradient = {}, None
+    metrics, reward_sum = {}, None
     token_scores = jnp.zeros_like(part.reference_log_probs)
     if models.token_reward and reward_params:
-        reward_gradient, (metrics, token_scores) = jax.grad(
-            token_reward_loss, has_aux=True
-        )(
-            reward_params,
-            models.token_reward.config,
-            objective,
-            part,
-            counts,
+        loss = functools.partial(
+            token_reward_loss, models.token_reward.config, objective, part, counts
+        )
+        reward_sum, (metrics, token_scores) = add_gradient(
+            loss, reward_params, gradients.token_reward
         )
         # One after the other: only one model's activations are in memory.
-        policy_params, reward_gradient = jax.lax.optimization_barrier(
-            (policy_params, reward_gradient)
+        policy_params, reward_sum = jax.lax.optimization_barrier(
+            (policy_params, reward_sum)
         )
-    arguments = (
-        policy_params,
-        models.policy.config,
-        objective,
-        part,
-        counts,
-        token_scores,
+    loss = functools.partial(
+        policy_loss, models.policy.config, objective, part, counts, token_scores
     )
-    if frozen:
-        policy_gradient, (_, (more, scores)) = None, policy_loss(*arguments)
+    if gradients.policy is None:
+        policy_sum, (_, (more, scores)) = None, loss(policy_params)
     else:
-        gradient = jax.grad(policy_loss, has_aux=True)
-        policy_gradient, (more, scores) = gradient(*arguments)
-    return Gradients(policy_gradient, reward_gradient), metrics | more, scores
+        policy_sum, (more, scores) = add_gradient(loss, policy_params, gradients.policy)
+    return Gradients(policy_sum, reward_sum), metrics | more, scores
+
+
+def add_gradient(
+    loss: Callable[[Params], tuple[Array, Any]], params: Params, gradient: Params
+) -> tuple[Params, Any]:
+    """Return `gradient` plus that of `loss(params)`; and the loss's second result.
+
+    The backward pass refers to the sum: each layer adds to its own part of it, so that
+    only one layer's gradient is in memory.
+    """
+    value, pull_back, extra = jax.vjp(loss, params, has_aux=True)
+    total = jax.tree.map(jax.new_ref, gradient)
+    pull_back.with_refs(total)(jnp.ones_like(value))
+    return jax.tree.map(jax.freeze, total), extra
 
 
 def token_reward_loss(
-    params: Params,
     config: ModelConfig,
     objective: Objective,
     part: Batch,
     counts: Counts,
+    params: Params,
 ) -> tuple[Array, tuple[Metrics, Array]]:
     """Return the token reward model's loss (equation 12); metrics and token scores."""
-    params = objective.cast(config, params)
     states = completion_states(config, params, part, objective.execution)
     token_scores = unpack(model.token_scores(params, states), part)
     blank = jnp.zeros_like(token_scores)
@@ -245,17 +247,17 @@ def token_reward_loss(
 
 
 def policy_loss(
-    params: Params,
     config: ModelConfig,
     objective: Objective,
     part: Batch,
     counts: Counts,
     token_scores: Float[Array, "N T"],
+    params: Params,
 ) -> tuple[Array, tuple[Metrics, Scores]]:
     """Return the policy's loss; metrics and scores."""
     log_probs, entropy, full = completion_log_probs(
         config,
-        objective.cast(config, params),
+        params,
         part,
         objective.distribution,
         objective.execution,
