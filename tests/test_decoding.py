@@ -186,10 +186,11 @@ def test_all_kernels_attend_alike(monkeypatch, form, dtype):
     np.testing.assert_allclose(ours, expected, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("size", [4, 32])  # 8 pages and one page per sequence
 @pytest.mark.parametrize("order", ["longest first", "shortest first", "mixed"])
-def test_the_order_of_sequences_does_not_change_their_attention(order):
+def test_the_order_of_sequences_does_not_change_their_attention(order, size):
     """The halves of a batch skip pages that none of their sequences has."""
-    B, H, G, K, M, size = 40, 4, 2, 16, 8, 4
+    B, H, G, K, M = 40, 4, 2, 16, 32 // size
     draw = np.random.default_rng(0)
     lengths = np.sort(draw.integers(1, M * size, B))
     lengths = {"longest first": lengths[::-1], "shortest first": lengths}.get(
@@ -203,6 +204,15 @@ def test_the_order_of_sequences_does_not_change_their_attention(order):
     ours = pages.attend(jnp.asarray(query), table, jnp.asarray(lengths, jnp.int32))
     expected = dense_attention(query, keys, values, lengths)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_page_is_read_once():
+    """The halves of the batch do not read it again."""
+    B, H, G, K, size = 64, 4, 2, 16, 8
+    pages = Pages.empty(B + 1, size, G, K, jnp.float32)
+    query, ones = jnp.zeros((B, H, K)), jnp.ones(B, jnp.int32)
+    program = jax.jit(Pages.attend).lower(pages, query, ones[:, None], ones).compile()
+    assert program.as_text().count(" gather(") == 2  # keys and values
 
 
 def reference_kernel(query, pages, lengths, table, starts, rows, **options):
