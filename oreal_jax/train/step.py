@@ -223,6 +223,7 @@ def add_gradient(
     The backward pass refers to the sum: each layer adds to its own part of it, so that
     only one layer's gradient is in memory.
     """
+    pull_back: Any  # `with_refs` is missing in the declared type
     value, pull_back, extra = jax.vjp(loss, params, has_aux=True)
     total = jax.tree.map(jax.new_ref, gradient)
     pull_back.with_refs(total)(jnp.ones_like(value))
