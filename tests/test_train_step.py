@@ -185,7 +185,7 @@ def test_rematerialisation_trades_memory_for_computation():
 
 
 def test_gradients_are_summed_layer_by_layer():
-    """Memory holds the sums of both models, and one layer's gradient beside them."""
+    """Beside both models' sums, memory holds the gradient of one layer, not of all."""
     config = dataclasses.replace(CONFIG, layers=16, embed=64, mlp=256)
     mesh = make_mesh(ONE, config, jax.devices()[:1])
     models = TrainedModels.create(config, POLICY, SCORES, 10, mesh)

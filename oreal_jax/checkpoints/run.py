@@ -66,7 +66,7 @@ class Checkpoints:
 
         The newest `keep` checkpoints are kept (default: all).
         """
-        # Compression would double the time and save a tenth of the space.
+        # Compression (zstd) takes twice the time for files that are a seventh smaller.
         arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
         self._manager = ocp.CheckpointManager(
             (run / "checkpoints").resolve(),

@@ -129,8 +129,9 @@ class Pages(NamedTuple):
             jnp.zeros(query.shape, jnp.float32),
         )
         first, rows = 0, B
-        if table.shape[1] == 1:  # XLA would move its read out of all loops: before each
-            first, rows, running = 1, 0, add(B, 0, running)
+        if table.shape[1] == 1:
+            # XLA would hoist the read of the page out of every loop, and so repeat it.
+            rows, running = 0, add(B, 0, running)
         while rows:
             half = rows // 2 if rows > MIN_ROWS else 0
             needed = -(-jnp.max(lengths[half:rows]) // size)

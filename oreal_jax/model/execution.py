@@ -27,14 +27,14 @@ LAYER_INPUT = "layer_input"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Attention, sharding, rematerialisation and dtype of a forward pass.
+    """Attention, sharding, rematerialisation and dtypes of the layers.
 
     `attend(query, key, value, segments)` is attention on packed rows; `constrain`
     shards activations [rows, tokens, embed]; `gather_head` makes the vocabulary head
     available where its chunks are multiplied; `row_shards` and `context_shards` are
     the numbers of parts into which rows and the tokens of a row are split; `dtype` is
     that of activations, `gradient_sums` that of sums over devices of the gradients of
-    the layers' matrices (None: that of the weights).
+    the layers' matrices (both None: that of the weights).
     """
 
     attend: Callable[..., jax.Array] = attend_packed

@@ -99,6 +99,8 @@ def hidden(
 
     @execution.rematerialise
     def layer(x, weights: Layer):
+        # Inside the scan: jax 0.10.2 confuses the scanned weights if the gradients of
+        # some are accumulated in references and those of others are not.
         if execution.gradient_sums:
             weights = weights.cast_matrices(execution.gradient_sums)
         return weights.forward(x, cosine, sine, segments, execution)[0], None

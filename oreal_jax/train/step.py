@@ -220,8 +220,9 @@ def add_gradient(
 ) -> tuple[Params, Any]:
     """Return `gradient` plus that of `loss(params)`; and the loss's second result.
 
-    The backward pass refers to the sum: each layer adds to its own part of it, so that
-    only one layer's gradient is in memory.
+    The backward pass gets the sum as mutable references: each layer adds to its own
+    slice. Beside the sum, memory holds the gradient of one layer, and those of the
+    embedding and the head.
     """
     pull_back: Any  # `with_refs` is missing in the declared type
     value, pull_back, extra = jax.vjp(loss, params, has_aux=True)
