@@ -185,7 +185,7 @@ def test_rematerialisation_trades_memory_for_computation():
 
 
 def test_gradients_are_summed_layer_by_layer():
-    """Beside both models' sums, memory holds the gradient of one layer, not of all."""
+    """Only one layer's gradient is in memory, apart from the sums of both models."""
     config = dataclasses.replace(CONFIG, layers=16, embed=64, mlp=256)
     mesh = make_mesh(ONE, config, jax.devices()[:1])
     models = TrainedModels.create(config, POLICY, SCORES, 10, mesh)

@@ -165,8 +165,7 @@ def accumulate(
 
     def add(index, total):
         gradients, sums, record = total
-        part = micro_batch(batch, index)
-        gradients, metrics, scores = add_gradients(part, gradients)
+        gradients, metrics, scores = add_gradients(micro_batch(batch, index), gradients)
         put = lambda array, part: array.at[index].set(part)
         return (
             gradients,
@@ -220,9 +219,9 @@ def add_gradient(
 ) -> tuple[Params, Any]:
     """Return `gradient` plus that of `loss(params)`; and the loss's second result.
 
-    The backward pass gets the sum as mutable references: each layer adds to its own
-    slice. Beside the sum, memory holds the gradient of one layer, and those of the
-    embedding and the head.
+    The backward pass gets the sum as mutable references, and each layer adds to its own
+    slice. Apart from the sum, only the gradients of one layer, the embedding and the
+    head are in memory.
     """
     pull_back: Any  # `with_refs` is missing in the declared type
     value, pull_back, extra = jax.vjp(loss, params, has_aux=True)
