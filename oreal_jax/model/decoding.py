@@ -174,10 +174,9 @@ def decode(
     table: Int[Array, "B M"],
     attend: Attend = lambda pages, *inputs: pages.attend(*inputs),
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Return the logits after one new token per sequence, and the new cache.
-
-    Fastest with the longest sequences first (see `Pages.attend`).
-    """
+    """Return the logits after one new token per sequence, and the new cache."""
+    order = jnp.argsort(-positions)  # the longest first (see `Pages.attend`)
+    tokens, positions, table = tokens[order], positions[order], table[order]
     cosine, sine = rotary_angles(config, positions[:, None])
     x, new_cache = _embed(weights, tokens[:, None]), []
     for layer, pages in zip(weights["layers"], cache, strict=True):
@@ -185,6 +184,7 @@ def decode(
             config, attend, layer, x, cosine, sine, positions, table, pages
         )
         new_cache.append(pages)
+    x = x[jnp.argsort(order)]  # the logits are many times larger
     x = rms_norm(x, weights["final_norm"], config.norm_epsilon)
     head = head_name(config)
     scores = logits(config, {head: _dense(weights[head], x.dtype)}, x)

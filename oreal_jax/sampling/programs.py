@@ -333,17 +333,15 @@ class Programs:
         """Decode a token in every slot; idle slots write to page 0, which is unused."""
         slots = state.slots
         positions = jnp.where(slots.done, 0, slots.position)
-        order = jnp.argsort(-positions)  # longest first
         logits, cache = decoding.decode(
             self.config,
             weights,
-            slots.token[order],
-            positions[order],
+            slots.token,
+            positions,
             state.cache,
-            jnp.where(slots.done[:, None], 0, table)[order],
+            jnp.where(slots.done[:, None], 0, table),
             self.attend,
         )
-        logits = logits[jnp.argsort(order)]
         return DecodeState(cache, self._sample(slots, logits, stages, stops))
 
     def _sample(

@@ -342,11 +342,11 @@ def slot_batch(slots: int) -> int:
 def prompt_width(tokens: int) -> int:
     """Return the width that prompts of at most `tokens` tokens are padded to.
 
-    Powers of two, and multiples of 16 below a page.
+    Powers of two, and multiples of 8 below a page.
     """
     if tokens > PAGE:
         return bucket(tokens, PAGE)
-    return 16 * max(1, -(-tokens // 16))
+    return 8 * max(1, -(-tokens // 8))
 
 
 def prompt_batch(limit: int) -> int:
