@@ -396,11 +396,21 @@ def _rename_tokenizer_fields(path: Path) -> None:
     write_json(path, fields)
 
 
+def _host_view(array: jax.Array) -> jax.Array | np.ndarray:
+    """Return an array on one CPU device as NumPy's, which shares its memory.
+
+    To slice it, no program is compiled.
+    """
+    devices = array.devices()
+    is_on_host = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return np.asarray(array) if is_on_host else array
+
+
 def _write_weights(
     params: Params, shards: list[list[Tensor]], directory: Path, on_tensor: OnTensor
 ) -> None:
     """Write one safetensors file, or numbered shards and their index."""
-    weights, weight_map, total = _by_path(params), {}, 0
+    weights, weight_map, total = _by_path(jax.tree.map(_host_view, params)), {}, 0
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:
