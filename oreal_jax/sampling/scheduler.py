@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 REFILL = 32  # while samples wait, a round ends when 1/32 of the slots have finished
-SHRINK, MIN_SLOTS = 2, 8  # engines shrink to half of their slots, at least 8
-MIN_SAVED_STEPS = 4  # per call, for which the engines of a resumable run shrink
+SHRINK, MIN_SLOTS = 4, 8  # engines shrink to a quarter of their slots, at least 8
+MIN_SAVED_STEPS = 16  # for which the engines of a resumable run shrink
 
 
 class Job(NamedTuple):
@@ -361,15 +361,14 @@ class Scheduler:
         """Return how many sequences must finish before the next round pays; 0: all.
 
         While samples wait, a fraction of the slots; then as many as let the others fit
-        into the next smaller engines.
+        into smaller engines, or all where they fit already but shrinking does not pay.
         """
         if self.waiting:
             return max(1, self._slots * len(self._engines) // REFILL)
-        fitting = self.fitting_slots
-        smaller = [n for n in smaller_engines(self._slots) if n not in fitting]
-        if not smaller:
+        sizes = smaller_engines(self._slots)
+        if not sizes or self.fitting_slots:
             return 0
-        return max(1, self.running - smaller[0] * len(self._engines))
+        return max(1, self.running - sizes[0] * len(self._engines))
 
     @property
     def fitting_slots(self) -> list[int]:
