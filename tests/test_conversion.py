@@ -16,12 +16,13 @@ import transformers
 from make_tiny import tokenizer
 from safetensors.numpy import load_file, save_file
 
-from oreal_jax import model, sharding
+from oreal_jax import metrics, model, program_cache, sharding
 from oreal_jax.checkpoints import hf
 from oreal_jax.checkpoints.source import import_model, open_model
 from oreal_jax.cli import main
 from oreal_jax.errors import InputError
 from oreal_jax.mesh import MeshShape, make_mesh
+from oreal_jax.model import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 
@@ -84,6 +85,18 @@ def test_a_model_made_from_scratch_exports_too(tmp_path):
     hf.save(params, config, tmp_path / "end")
     again = hf.load(tmp_path / "end")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+
+
+def test_an_export_from_one_cpu_compiles_nothing(tmp_path):
+    """A slice of a stack on a device is a program per shape and sharding."""
+    config = ModelConfig(  # sizes of no other test
+        vocab=11, embed=10, layers=3, heads=2, kv_heads=1, head_dim=6, mlp=14
+    )
+    params = model.init(config, jax.random.key(0))
+    metrics.compilations.take()
+    with program_cache.disabled():
+        hf.save(params, config, tmp_path / "hf")
+    assert metrics.compilations.take()["perf/compilations"] == 0
 
 
 def written(directory: Path, name: str = "qwen2.5-untied") -> Path:

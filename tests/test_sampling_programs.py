@@ -21,6 +21,7 @@ from oreal_jax.mesh import MeshShape
 from oreal_jax.model import decoding, float8
 from oreal_jax.plan.collectives import collective_bytes
 from oreal_jax.sampling.programs import Size
+from oreal_jax.sampling.runner import PAGE, prompt_width
 
 
 def test_other_parameters_compile_nothing(params, prompts):
@@ -47,6 +48,10 @@ def check_nothing_is_compiled(params, prompts):
     again = make_engine(rows=16)  # an equal engine shares the programs
     again.sample(weights, make_requests(prompts), 2)
     assert compiled() == 0
+
+
+def test_prompts_within_a_page_are_padded_by_at_most_seven_tokens():
+    assert {prompt_width(n) - n for n in range(1, PAGE + 1)} == {*range(8)}
 
 
 @pytest.mark.parametrize("how", [{}, {"weights": "int8", "cache": "float8"}])

@@ -397,9 +397,9 @@ def _rename_tokenizer_fields(path: Path) -> None:
 
 
 def _host_view(array: jax.Array) -> jax.Array | np.ndarray:
-    """Return an array on one CPU device as NumPy's, which shares its memory.
+    """Return an array on one CPU device as a NumPy array that shares its memory.
 
-    To slice it, no program is compiled.
+    Slicing it compiles no program.
     """
     devices = array.devices()
     is_on_host = len(devices) == 1 and next(iter(devices)).platform == "cpu"
