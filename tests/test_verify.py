@@ -154,32 +154,40 @@ def test_formulas_without_value_are_not_simplified():
     assert time.process_time() - start < 0.5
 
 
-@pytest.mark.parametrize(
-    "make_text",
-    [
-        lambda n: "x" * (500_000 * n),
-        lambda n: r"\boxed{" * (25_000 * n),
-        lambda n: r"\boxed{1} so " * (12_500 * n),
-        lambda n: r"\boxed{" + "{" * (125_000 * n) + "}" * (125_000 * n + 1),
-        lambda n: "<think>" * (25_000 * n),
-        lambda n: "answer is " * (25_000 * n),
-        lambda n: r"\boxed{" + "5" * (100 * n) + " " + "ab " * (40 * n) + "#}",
-    ],
-    ids=["letters", "open", "boxes", "nested", "think", "phrases", "unit"],
-)
-def test_time_is_linear_in_the_length(make_text):
-    """Four times the text takes less than eight times as long, never sixteen times."""
+LONG_TEXTS = {
+    "letters": lambda n: "x" * (500_000 * n),
+    "open": lambda n: r"\boxed{" * (25_000 * n),
+    "boxes": lambda n: r"\boxed{1} so " * (12_500 * n),
+    "nested": lambda n: r"\boxed{" + "{" * (125_000 * n) + "}" * (125_000 * n + 1),
+    "think": lambda n: "<think>" * (25_000 * n),
+    "phrases": lambda n: "answer is " * (25_000 * n),
+    "unit": lambda n: r"\boxed{" + "5" * (100 * n) + " " + "ab " * (40 * n) + "#}",
+}
 
-    def seconds(n: int) -> float:
-        text, start = make_text(n), time.process_time()
-        assert answer(text) is not None and judge(text, "7").outcome != "correct"
-        return time.process_time() - start
 
+def seconds_of(text: str) -> float:
     gc.freeze()  # objects of other tests are not collected in the time of this one
-    seconds(1)  # imports
-    short, long = (min(seconds(n), seconds(n)) for n in (1, 4))
+    start = time.process_time()
+    assert answer(text) is not None and judge(text, "7").outcome != "correct"
+    took = time.process_time() - start
     gc.unfreeze()
+    return took
+
+
+@pytest.mark.parametrize("kind", LONG_TEXTS)
+def test_time_is_linear_in_the_length(kind):
+    """Four times the text takes less than eight times as long, never sixteen times."""
+    texts = [LONG_TEXTS[kind](n) for n in (1, 4)]
+    seconds_of(texts[0])  # imports
+    short, long = (min(seconds_of(text), seconds_of(text)) for text in texts)
     assert long < 8 * max(short, 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+@pytest.mark.parametrize("kind", LONG_TEXTS)
+def test_long_texts_take_less_than_three_seconds(kind):
+    assert seconds_of(LONG_TEXTS[kind](4)) < 3
 
 
 ATTACKS = [

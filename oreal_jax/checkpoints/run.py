@@ -72,8 +72,8 @@ class Checkpoints:
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True
             ),
             item_handlers={
-                "policy": _arrays(),
-                "trainer": _arrays(),
+                "policy": _array_handler(),
+                "trainer": _array_handler(),
                 "progress": ocp.JsonCheckpointHandler(),
             },
         )
@@ -123,7 +123,7 @@ def restore(run: Path, step: int, abstract: TrainState) -> TrainState:
     )
 
 
-def _arrays() -> ocp.PyTreeCheckpointHandler:
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
     # With zstd a save takes twice to three times as long, for files a seventh smaller
     # (of trained weights in float32).
     return ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -263,7 +263,7 @@ def _directories(run: Path) -> list[tuple[int, Path]]:
 
 def save_params(directory: Path, params: Params) -> None:
     """Save a parameter tree alone."""
-    with ocp.Checkpointer(_arrays()) as checkpointer:
+    with ocp.Checkpointer(_array_handler()) as checkpointer:
         checkpointer.save(directory.resolve(), args=ocp.args.PyTreeSave(params))
 
 
